@@ -1,0 +1,34 @@
+# make install      the environment, in .venv
+# make quickstart   train and run everything on the built-in captioned videos
+# make test         the tests
+PYTHON ?= python3
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
+
+.PHONY: install quickstart test lint clean
+
+install: .venv/installed
+
+# Without a GPU the CPU build of torch is asked for first: the default build brings gigabytes of CUDA libraries.
+# Where your package index has no such build, name one that has: make install PIP_EXTRA_INDEX_URL=...
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) torch; else \
+	  $(PIP) "torch==$(TORCH)+cpu" || { echo "no CPU build of torch in your package index: installing the default build"; $(PIP) torch; }; fi
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python training/quickstart.py
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,145 @@
+"""save_pretrained / from_pretrained for every model of larp: a readable config.json beside model.safetensors, loaded strictly.
+
+Not huggingface_hub's model mixin: it drops unknown configuration keys in silence and cannot read the published layout.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is absent, incomplete or of another shape than its config says."""
+
+
+class LarpModel(nn.Module):
+    """Base of the models: subclasses set `model_type` and `config_class`, and take one config in their constructor."""
+
+    model_type: str
+    config_class: type
+
+    @classmethod
+    def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
+        """Translate a config and tensors of the published layout into ours; models with such a layout override this."""
+        raise CheckpointError(f"no published layout of {cls.model_type} is known")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, device="cpu"):
+        """Load a model in evaluation mode from a local folder or a hub repository, in our layout or the published one.
+
+        Raises CheckpointError that names the files, keys or tensors at fault. No pickle is ever read.
+        """
+        folder = resolve(path, revision)
+        config, tensors = read(folder)
+        if "model_type" in config and config.get("larp_format") is not None:
+            if config["model_type"] != cls.model_type:
+                raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
+            if config["larp_format"] > FORMAT:
+                raise CheckpointError(f"{folder} has format {config['larp_format']}; this version reads up to {FORMAT}: update larp")
+            from larp.config import from_dict
+
+            values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format")}
+            settings = from_dict(cls.config_class, values, where=str(folder / CONFIG))
+        else:
+            settings, tensors = cls.from_published(config, tensors)
+        model = cls(settings)
+        load_strictly(model, tensors, str(folder))
+        return model.eval().to(device)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write config.json and model.safetensors into `folder`, each whole or not at all, and return the folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Positions are functions of the config, but stored: a checkpoint then explains itself.
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        config = {"model_type": self.model_type, "larp_format": FORMAT, **asdict(self.config)}
+        part = folder / (WEIGHTS + ".part")
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(folder / WEIGHTS)
+        part = folder / (CONFIG + ".part")
+        part.write_text(json.dumps(config, indent=2) + "\n")
+        part.replace(folder / CONFIG)
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the checkpoint to a hub repository, made if it does not exist, and return its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            api.upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(folder))
+        return str(url)
+
+    def weight_hash(self) -> str:
+        """Return the SHA-256 (hex) of the config and all tensors: the name under which codes of this model are cached."""
+        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def num_parameters(self) -> int:
+        """Count the learned numbers."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def resolve(path: str | Path, revision: str | None = None) -> Path:
+    """Return the local folder of `path`: itself if it is one, else a snapshot of the hub repository of that name."""
+    if Path(path).is_dir():
+        return Path(path)
+    name = str(path)
+    looks_like_a_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    if not looks_like_a_repository:
+        raise CheckpointError(f"{name}: no such folder (and not a hub name of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the hub raises a family of its own, httpx another
+        raise CheckpointError(
+            f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); give the path of a local checkpoint"
+        ) from error
+
+
+def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Read config.json and model.safetensors of a folder."""
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is no checkpoint: {name} is missing")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:  # safetensors raises SafetensorError, which is no ValueError
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: copy it again") from error
+    return config, tensors
+
+
+def load_strictly(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Copy tensors into a model; raise CheckpointError that lists what is missing, unexpected or of another shape."""
+    own = model.state_dict()
+    problems = [f"missing {k} {tuple(v.shape)}" for k, v in own.items() if k not in tensors]
+    problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in own]
+    problems += [
+        f"{k} is {tuple(tensors[k].shape)}, the config says {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems[:8])}{more}")
+    model.load_state_dict(tensors)

@@ -1,0 +1,141 @@
+"""Attention, MLPs, norms and blocks: one copy serves encoder, decoder, prior, discriminator and generator.
+
+Shapes: B batch, S sequence, D width.
+"""
+
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned scale, computed in float32 and returned in the dtype of the input."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., D) over the last axis."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+class SwiGLU(nn.Module):
+    """LLaMA's feed-forward `w2(silu(w1 x) * w3 x)` without biases."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection.
+
+    Args:
+        dim, heads: width and heads; heads must divide dim.
+        qkv_bias: the ViT stacks have none, the prior has one.
+        causal: position i sees 0..i.
+        dropout: on the attention weights and on the output.
+    """
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = False, causal: bool = False, dropout: float = 0.0):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads = {heads} does not divide the width {dim}")
+        self.heads, self.causal, self.dropout = heads, causal, dropout
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D), or to (B, last, D): only the last positions ask, all positions answer."""
+        if last is None or last == x.shape[1]:
+            q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.heads)
+        else:
+            if self.causal:
+                raise ValueError("`last` serves full attention only")
+            dim = x.shape[-1]
+            w, b = self.qkv.weight, self.qkv.bias
+            q = F.linear(x[:, -last:], w[:dim], None if b is None else b[:dim])
+            q = rearrange(q, "b s (h d) -> b h s d", h=self.heads)
+            kv = F.linear(x, w[dim:], None if b is None else b[dim:])
+            k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
+        dropout = self.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        return F.dropout(self.proj(rearrange(out, "b h s d -> b s (h d)")), self.dropout, self.training)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the exact GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: `x + attention(norm1 x)`, then `x + mlp(norm2 x)`, MLP ratio 4; `eps` is the LayerNorms'."""
+
+    def __init__(
+        self, dim: int, heads: int, eps: float, qkv_bias: bool = False, causal: bool = False, dropout: float = 0.0
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, heads, qkv_bias, causal, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = Mlp(dim, 4 * dim, dropout)
+
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Map (B, S, D) to (B, S, D), or only to its last positions (B, last, D)."""
+        kept = x if last is None else x[:, -last:]
+        x = kept + self.attn(self.norm1(x), last)
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """`depth` blocks with full attention, of whose outputs only the last positions are wanted.
+
+    The last block computes queries, output projection and MLP for the wanted positions alone: the others would be thrown away.
+    """
+
+    def __init__(self, dim: int, heads: int, depth: int):
+        super().__init__()
+        # 1e-6 is what the reference's outputs show: with 1e-5 its golden values are missed by 1.5e-5.
+        self.blocks = nn.ModuleList(Block(dim, heads, eps=1e-6) for _ in range(depth))
+        self.checkpointing = False
+
+    def forward(self, x: Tensor, last: int | None = None) -> Tensor:
+        """Map (B, S, D) to (B, last, D); `last` None keeps all positions."""
+        final = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            wanted = last if i == final else None
+            if self.checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, wanted, use_reentrant=False)
+            else:
+                x = block(x, wanted)
+        return x
+
+
+def init_xavier(module: nn.Module) -> None:
+    """Initialise every Linear and Conv3d below `module` as the reference does: xavier-uniform (a Conv3d as a matrix), biases 0."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv3d):
+            nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,0 +1,48 @@
+"""The adversarial losses of LARP; reconstruction losses are torch's own, LPIPS is in `larp.metrics.lpips`.
+
+Shapes: B batch.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from larp.noise import BatchNoise
+
+
+def smooth_targets(noise: BatchNoise) -> tuple[Tensor, Tensor]:
+    """Return single-sided smooth labels (B, 1): real max(0.7, 1 - 0.15 |n|), fake min(0.3, 0.15 |n|), n standard normal."""
+    real = (1 - 0.15 * noise.normal(1).abs()).clamp_min(0.7)
+    return real, (0.15 * noise.normal(1).abs()).clamp_max(0.3)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, noise: BatchNoise | None = None) -> Tensor:
+    """Non-saturating loss of logits (B, 1) on real and fake clips, a scalar in nats; `noise` smooths the labels."""
+    targets = (torch.ones_like(real), torch.zeros_like(fake)) if noise is None else smooth_targets(noise)
+    losses = [F.binary_cross_entropy_with_logits(logits.float(), t.float()) for logits, t in zip((real, fake), targets, strict=True)]
+    return sum(losses)
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """Non-saturating loss of the tokenizer for the discriminator's logits (B, 1) on its reconstructions, a scalar."""
+    return F.softplus(-fake.float()).mean()
+
+
+class LeCam:
+    """LeCam regularisation: keeps logits near the running mean of the other side (arXiv 2104.03310).
+
+    Args:
+        decay: of the running means.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        self.decay, self.real, self.fake = decay, 0.0, 0.0
+
+    def update(self, real: float, fake: float) -> None:
+        """Take in the mean logits of a step, means over all processes."""
+        self.real = self.decay * self.real + (1 - self.decay) * real
+        self.fake = self.decay * self.fake + (1 - self.decay) * fake
+
+    def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return the penalty for logits (B, 1), a scalar before any weight; the batch is averaged first, as in the reference."""
+        return F.relu(real.float().mean() - self.fake).square() + F.relu(self.real - fake.float().mean()).square()

@@ -1,0 +1,119 @@
+"""The autoregressive prior that shapes the latent space while the tokenizer trains (arXiv 2410.21264, section 3.3).
+
+A GPT over continuous latents, not over code ids: its gradients flow through the straight-through latents into the encoder.
+It is not used at inference. Shapes: B batch, N tokens, K codebook size, d code dimension.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from larp.layers import Block
+from larp.noise import BatchNoise
+from larp.quantizer import draw
+
+# depth, heads, width of the published sizes ("gptc-S" is the one used)
+PRIOR_SIZES = {
+    "XXS": (6, 4, 256),
+    "XS": (6, 6, 384),
+    "S": (12, 6, 384),
+    "M": (12, 8, 512),
+    "B": (12, 12, 768),
+    "L": (24, 16, 1024),
+}
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """The AR prior."""
+
+    enabled: bool = True
+    """Train with the prior; off leaves the tokenizer without it."""
+    depth: int = 12
+    heads: int = 6
+    width: int = 384
+    dropout: float = 0.1
+    """On embedding, attention and residuals."""
+    positions: int = 1024
+    """Rows of the learned position table, at least the number of tokens."""
+    rounds: int = 2
+    """Scheduled-sampling rounds; 1 is teacher forcing only."""
+    temperature: float = 1.0
+    """Logits are cosine / temperature."""
+
+    def __post_init__(self):
+        if self.enabled and self.width % self.heads:
+            raise ValueError(f"prior.heads = {self.heads} does not divide prior.width = {self.width}")
+        if self.rounds not in (1, 2):
+            raise ValueError(f"prior.rounds is 1 or 2, got {self.rounds}")
+        if self.temperature <= 0:
+            raise ValueError(f"prior.temperature must be positive, got {self.temperature}")
+
+
+class PriorResult(NamedTuple):
+    """Loss (mean over the rounds), and the accuracies of the teacher-forced round; scalars."""
+
+    loss: Tensor
+    top1: Tensor
+    top5: Tensor
+
+
+class ARPrior(nn.Module):
+    """Predicts latent i+1 from latents 1..i and scores it against the codebook by cosine similarity."""
+
+    def __init__(self, config: PriorConfig, dim: int):
+        super().__init__()
+        self.config = config
+        self.input_proj = nn.Linear(dim, config.width)
+        self.pos_emb = nn.Parameter(torch.empty(1, config.positions, config.width).normal_(std=0.02))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, eps=1e-5, qkv_bias=True, causal=True, dropout=config.dropout)
+            for _ in range(config.depth)
+        )
+        self.ln_f = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, dim)
+
+    def predict(self, latents: Tensor) -> Tensor:
+        """Map latents 1..N-1 (B, N-1, d) to normalised predictions of latents 2..N (B, N-1, d)."""
+        x = self.input_proj(latents) + self.pos_emb[:, : latents.shape[1]]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        return F.normalize(self.head(self.ln_f(x)).float(), dim=-1)
+
+    def logits(self, latents: Tensor, codebook: Tensor) -> Tensor:
+        """Score every code for positions 2..N: (B, N-1, K), from latents 1..N-1 and the detached normalised codebook (K, d)."""
+        return self.predict(latents) @ codebook.T / self.config.temperature
+
+    def forward(self, latents: Tensor, codes: Tensor, codebook: Tensor, mix: float = 0.0, noise: BatchNoise | None = None):
+        """Return the PriorResult for quantised latents (B, N, d) of codes (B, N).
+
+        Args:
+            codebook: (K, d) normalised and detached.
+            mix: share of the inputs of round 2 that are replaced by codes drawn from round 1's predictions. One mask entry
+                covers all d channels of a position. 0 leaves out the second round: it would repeat the first.
+            noise: needed when mix > 0.
+        """
+        inputs, targets = latents[:, :-1], codes[:, 1:]
+        logits = self.logits(inputs, codebook)
+        loss = cross_entropy(logits, targets)
+        with torch.no_grad():
+            top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[..., None]
+            accuracies = top5[..., 0].float().mean(), top5.any(-1).float().mean()
+        if self.config.rounds == 2 and mix > 0:
+            # Input j is a latent whose prediction came from input j-1; the first latent has none and is always given.
+            length = inputs.shape[1] - 1
+            drawn = draw(logits[:, :-1].detach().softmax(-1), noise.uniform(length))
+            replace = (noise.uniform(length) < mix)[..., None]
+            mixed = torch.where(replace, codebook[drawn].to(inputs), inputs[:, 1:])
+            second = self.logits(torch.cat([inputs[:, :1], mixed], dim=1), codebook)
+            loss = (loss + cross_entropy(second, targets)) / 2
+        return PriorResult(loss, *accuracies)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (B, S, K) against codes (B, S), in float32."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

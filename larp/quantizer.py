@@ -1,0 +1,144 @@
+"""The stochastic vector quantizer (SVQ), always in float32 (arXiv 2410.21264, section 3.2).
+
+Shapes: B batch, N tokens, K codebook size, d code dimension.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What the quantizer gives back: latents (B, N, d) with straight-through gradients, codes (B, N), two scalar losses."""
+
+    latents: Tensor
+    codes: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code by cosine similarity; in training a code is drawn from softmax(cosine / temperature).
+
+    Args:
+        codebook_size, dim: K and d.
+        temperature: of the softmax that codes are drawn from.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, temperature: float = 0.03):
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, dim)
+        nn.init.kaiming_uniform_(self.embedding.weight)
+        self.temperature = temperature
+
+    def codebook(self) -> Tensor:
+        """Return the L2-normalised codebook, (K, d) float32, with gradient."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Map codes (B, N) int64 to normalised latents (B, N, d) float32."""
+        return F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
+
+    def similarities(self, latents: Tensor) -> Tensor:
+        """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
+        return F.normalize(latents.float(), dim=-1) @ self.codebook().T
+
+    def probabilities(self, latents: Tensor) -> Tensor:
+        """Return softmax(cosine / temperature), (B, N, K) float32."""
+        return (self.similarities(latents) / self.temperature).softmax(-1)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that."""
+        return self.similarities(latents).argmax(-1)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, latents: Tensor, uniform: Tensor | None = None) -> Quantized:
+        """Quantize projected latents (B, N, d).
+
+        Args:
+            uniform: (B, N) values of U[0, 1) that draw the codes by inverse CDF; None takes the nearest code.
+
+        The losses are mean squared errors between normalised vectors, the gradient of the codebook loss reaching the
+        codebook only and that of the commitment loss the latents only.
+        """
+        normal = F.normalize(latents.float(), dim=-1)
+        with torch.no_grad():
+            codes = self.nearest(normal) if uniform is None else draw(self.probabilities(normal), uniform)
+        chosen = self.lookup(codes)
+        return Quantized(
+            latents=normal + (chosen - normal).detach(),
+            codes=codes,
+            codebook_loss=F.mse_loss(chosen, normal.detach()),
+            commitment_loss=F.mse_loss(normal, chosen.detach()),
+        )
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one index per row of (..., K) probabilities by inverse CDF with the given U[0, 1) values (...): int64 (...).
+
+    One random number per draw, instead of K, makes the draw independent of how a batch is split over processes.
+    """
+    cdf = probabilities.cumsum(-1)
+    # Scaled by the last entry, which rounding keeps from being exactly 1: the index never runs over.
+    threshold = uniform[..., None].to(cdf) * cdf[..., -1:]
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
+
+
+class CodebookKeeper:
+    """Keeps codes in use: counts them, remembers recent latents, and gives idle codes new places among these.
+
+    An option of the small recipes, off in the published one: with a small budget most codes never move from where they were
+    initialised. Pure bookkeeping on the CPU; the caller gathers `codes` and `latents` over all processes first, so that every
+    process makes the same choice.
+
+    Args:
+        codebook_size: K.
+        memory: how many recent latents are kept.
+    """
+
+    def __init__(self, codebook_size: int, memory: int = 8192):
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.memory = memory
+        self.latents = torch.empty(0)
+
+    def observe(self, latents: Tensor, codes: Tensor | None) -> None:
+        """Take in normalised latents (B, N, d) and, unless None, the codes (B, N) that they got."""
+        fresh = latents.detach().float().cpu().flatten(0, -2)
+        self.latents = torch.cat([self.latents.reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
+        if codes is not None:
+            self.counts += torch.bincount(codes.detach().cpu().flatten(), minlength=len(self.counts))
+
+    def idle(self) -> Tensor:
+        """Return the codes not used since the last reset, (M,) int64."""
+        return (self.counts == 0).nonzero().squeeze(-1)
+
+    def redraw(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
+        """Return a copy of the codebook (K, d) whose rows `codes` (M,) are remembered latents, and start counting anew."""
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
+        # A little noise keeps two codes drawn from one latent apart.
+        rows = self.latents[picks]
+        rows = rows + 0.01 * torch.randn(rows.shape, generator=generator)
+        renewed = codebook.detach().clone()
+        renewed[codes.to(renewed.device)] = F.normalize(rows, dim=-1).to(renewed)
+        self.counts.zero_()
+        return renewed
+
+    def state_dict(self) -> dict:
+        """Return what `load_state_dict` needs to go on exactly."""
+        return {"counts": self.counts, "latents": self.latents}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a state of `state_dict`."""
+        self.counts, self.latents = state["counts"], state["latents"]
+
+
+def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
+    """Return {"codes_used": share of the codebook seen, "perplexity": exp of the entropy of the code histogram} for any codes."""
+    share = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    share = share / share.sum()
+    entropy = -(share * share.clamp_min(1e-300).log()).sum()
+    return {"codes_used": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()}

@@ -1,0 +1,242 @@
+"""LarpTokenizer: a clip becomes a short ordered list of codes, and codes become a clip (arXiv 2410.21264).
+
+Shapes: B batch, T frames, H, W pixels, P patches, N tokens, K codebook size, d code dimension, D width.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from larp.hub import LarpModel
+from larp.layers import Stack, init_xavier
+from larp.noise import BatchNoise
+from larp.positions import sincos_1d, sincos_3d
+from larp.prior import ARPrior, PriorConfig, PriorResult
+from larp.quantizer import Quantized, VectorQuantizer
+
+Patch = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer; the defaults are LARP-L (173 M parameters without the prior)."""
+
+    num_frames: int = 16
+    """Frames of a clip, T."""
+    height: int = 128
+    """Pixels, H."""
+    width: int = 128
+    """Pixels, W."""
+    patch_size: Patch = (4, 8, 8)
+    """Frames, rows and columns of an encoder patch."""
+    decoder_patch_size: Patch | None = None
+    """The same for the decoder; by default the encoder's."""
+    num_tokens: int = 1024
+    """Codes of a clip, N."""
+    codebook_size: int = 8192
+    """K."""
+    code_dim: int = 16
+    """Dimension of a code, d."""
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 12
+    decoder_heads: int = 12
+    stochastic: bool = True
+    """Draw codes in training; off takes the nearest one (a deterministic VQ)."""
+    temperature: float = 0.03
+    """Of the softmax that codes are drawn from."""
+    init: Literal["published", "balanced"] = "published"
+    """`balanced` starts small trainings: queries of the patches' scale, latents of the decoder positions' scale."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """The AR prior, used in training only."""
+
+    def __post_init__(self):
+        for name, patch in (("patch_size", self.patch_size), ("decoder_patch_size", self.decoder_patch_size)):
+            for axis, length, part in zip(("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True):
+                if part < 1 or length % part:
+                    raise ValueError(f"{axis} = {length} is not a multiple of {part}, its part of {name} = {tuple(patch)}")
+        for side in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
+            if width % heads or width % 4:
+                raise ValueError(f"{side}_width = {width} must be a multiple of 4 and of {side}_heads = {heads}")
+        for name in ("num_tokens", "codebook_size", "code_dim", "encoder_depth", "decoder_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if self.prior.enabled and self.prior.positions < self.num_tokens:
+            raise ValueError(f"prior.positions = {self.prior.positions} is less than num_tokens = {self.num_tokens}")
+        if self.prior.enabled and self.num_tokens < 2:
+            raise ValueError("the prior needs num_tokens of at least 2; turn it off with --model.prior.no-enabled")
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        return self.num_frames, self.height, self.width
+
+    def grid(self, patch: Patch) -> Patch:
+        """Return how many patches a full clip has along time, rows and columns."""
+        return tuple(length // part for length, part in zip(self.clip_shape, patch, strict=True))
+
+
+class TokenizerOutput(NamedTuple):
+    """A training pass: unclamped reconstruction (B, 3, T, H, W); None where the pass had no quantizer or no prior."""
+
+    reconstruction: Tensor
+    latents: Tensor
+    quantized: Quantized | None
+    prior: PriorResult | None
+
+
+class LarpTokenizer(LarpModel):
+    """Encodes clips (B, 3, T, H, W), float in [0, 1], to codes (B, N), int64 in [0, K), and decodes codes to clips."""
+
+    model_type = "larp-tokenizer"
+    config_class = TokenizerConfig
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = c = config
+        self.patch, self.unpatch = c.patch_size, c.decoder_patch_size or c.patch_size
+        self.x_embedder = nn.Conv3d(3, c.encoder_width, self.patch, stride=self.patch)
+        self.encoder = Stack(c.encoder_width, c.encoder_heads, c.encoder_depth)
+        self.in_linear = nn.Linear(c.encoder_width, c.code_dim)
+        self.quantizer = VectorQuantizer(c.codebook_size, c.code_dim, c.temperature)
+        self.out_linear = nn.Linear(c.code_dim, c.decoder_width)
+        self.decoder = Stack(c.decoder_width, c.decoder_heads, c.decoder_depth)
+        self.norm_final = nn.LayerNorm(c.decoder_width, eps=1e-6)
+        self.head = nn.Linear(c.decoder_width, 3 * self.unpatch[0] * self.unpatch[1] * self.unpatch[2])
+        self.prior = ARPrior(c.prior, c.code_dim) if c.prior.enabled else None
+        init_xavier(self)
+        nn.init.zeros_(self.head.weight)
+        balanced = c.init == "balanced"
+        self.queries = nn.Parameter(torch.randn(c.num_tokens, c.encoder_width) * (1.0 if balanced else 0.02))
+        self.patch_type = nn.Parameter(torch.randn(1, 1, c.decoder_width) * 0.02)
+        if balanced:
+            # A unit latent comes out with the root-mean-square of a sin-cos table, sqrt(1/2).
+            nn.init.normal_(self.out_linear.weight, std=0.5**0.5)
+        self.register_buffer("encoder_positions", sincos_3d(c.grid(self.patch), c.encoder_width)[None])
+        self.register_buffer("decoder_positions", sincos_3d(c.grid(self.unpatch), c.decoder_width)[None])
+        self.register_buffer("latent_positions", sincos_1d(c.num_tokens, c.decoder_width)[None])
+
+    @property
+    def num_tokens(self) -> int:
+        """Codes of a clip, N."""
+        return self.config.num_tokens
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different codes, K."""
+        return self.config.codebook_size
+
+    @property
+    def codebook(self) -> Tensor:
+        """The L2-normalised codebook, (K, d) float32, detached."""
+        return self.quantizer.codebook().detach()
+
+    def project(self, clip: Tensor) -> Tensor:
+        """Map a clip (B, 3, T', H, W) to latents (B, N, d) before normalisation; T' <= T, a multiple of the temporal patch."""
+        pt, ph, pw = self.patch
+        patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        # Kernel and stride are equal: the convolution is one matrix product.
+        x = nn.functional.linear(patches, self.x_embedder.weight.flatten(1), self.x_embedder.bias)
+        x = x + self.encoder_positions[:, : x.shape[1]].to(x)
+        queries = self.queries.to(x).expand(len(x), -1, -1)
+        return self.in_linear(self.encoder(torch.cat([x, queries], dim=1), last=self.num_tokens))
+
+    def render(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
+        """Map quantised latents (B, N, d) to an unclamped clip (B, 3, num_frames, H, W); by default T frames."""
+        t, h, w = self.config.grid(self.unpatch)
+        pt, ph, pw = self.unpatch
+        t = t if num_frames is None else num_frames // pt
+        x = self.out_linear(latents.to(self.out_linear.weight.dtype))
+        x = x + self.latent_positions.to(x)
+        asked = (self.decoder_positions[:, : t * h * w] + self.patch_type).to(x).expand(len(x), -1, -1)
+        x = self.decoder(torch.cat([x, asked], dim=1), last=t * h * w)
+        pixels = self.head(self.norm_final(x))
+        return rearrange(
+            pixels, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw, c=3
+        )
+
+    def forward(
+        self, clip: Tensor, noise: BatchNoise | None = None, mix: float = 0.0, quantize: bool = True
+    ) -> TokenizerOutput:
+        """Run a training pass over clips (B, 3, T, H, W).
+
+        Args:
+            noise: the stochastic draws of this batch; None takes the nearest codes.
+            mix: scheduled-sampling share of the prior (see `ARPrior.forward`).
+            quantize: False passes normalised continuous latents on: a start that small trainings need.
+        """
+        latents = self.project(clip)
+        if not quantize:
+            latents = nn.functional.normalize(latents.float(), dim=-1)
+            return TokenizerOutput(self.render(latents, clip.shape[2]), latents, None, None)
+        uniform = noise.uniform(self.num_tokens) if noise is not None and self.config.stochastic else None
+        quantized = self.quantizer(latents, uniform)
+        prior = None
+        if self.prior is not None:
+            prior = self.prior(quantized.latents, quantized.codes, self.codebook, mix, noise)
+        return TokenizerOutput(self.render(quantized.latents, clip.shape[2]), latents, quantized, prior)
+
+    @torch.inference_mode()
+    def encode(self, clip: Tensor) -> Tensor:
+        """Map clips (B, 3, T, H, W), float in [0, 1], to codes (B, N) int64.
+
+        A clip may have fewer frames than T, in whole temporal patches. Raises ValueError for a wrong shape, dtype or range and for NaN.
+        """
+        self.check_clip(clip)
+        return self.quantizer.nearest(self.project(clip.to(self.x_embedder.weight)))
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
+        """Map codes (B, N), integers in [0, K), to clips (B, 3, num_frames, H, W), float32 clamped to [0, 1].
+
+        Raises ValueError for a wrong shape or dtype, for codes out of range, and for num_frames that are not whole patches.
+        """
+        self.check_codes(codes)
+        self.check_frames(num_frames or self.config.num_frames, self.unpatch[0])
+        latents = self.quantizer.lookup(codes.long().to(self.queries.device))
+        return self.render(latents, num_frames).float().clamp(0, 1)
+
+    def check_frames(self, frames: int, patch: int) -> None:
+        """Raise ValueError unless `frames` is a multiple of the temporal patch between it and T."""
+        if frames % patch or not patch <= frames <= self.config.num_frames:
+            raise ValueError(
+                f"{frames} frames do not fit: this tokenizer takes multiples of {patch} up to {self.config.num_frames}"
+            )
+
+    def check_clip(self, clip: Tensor) -> None:
+        """Raise ValueError unless `clip` is a float (B, 3, T', H, W) in [0, 1]."""
+        _, h, w = self.config.clip_shape
+        if clip.ndim != 5 or clip.shape[1] != 3 or tuple(clip.shape[3:]) != (h, w):
+            raise ValueError(f"expected a clip (B, 3, T, {h}, {w}), got shape {tuple(clip.shape)}")
+        if not clip.is_floating_point():
+            raise ValueError(f"expected a float clip in [0, 1], got {clip.dtype}; divide uint8 frames by 255")
+        self.check_frames(clip.shape[2], self.patch[0])
+        low, high = clip.amin().item(), clip.amax().item()
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raise ValueError unless `codes` is an integer (B, N) in [0, K)."""
+        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
+            raise ValueError(f"expected codes (B, {self.num_tokens}), got shape {tuple(codes.shape)}")
+        if codes.is_floating_point() or codes.dtype == torch.bool:
+            raise ValueError(f"expected integer codes, got {codes.dtype}")
+        if codes.numel() and not 0 <= codes.amin().item() <= codes.amax().item() < self.codebook_size:
+            raise ValueError(
+                f"codes run from {codes.amin().item()} to {codes.amax().item()}, but the codebook has 0..{self.codebook_size - 1}"
+            )
+
+    @classmethod
+    def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[TokenizerConfig, dict[str, Tensor]]:
+        """Translate the published layout; see `larp.hub`."""
+        from larp.published import tokenizer_from_published
+
+        return tokenizer_from_published(config, tensors)

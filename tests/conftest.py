@@ -1,0 +1,35 @@
+"""Fixtures for all tests: where real data lie, and a home of their own for caches."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def beside(name: str) -> Path:
+    """Return a folder that may lie beside the checkout; the test is skipped, never passed, where it is absent."""
+    folder = ROOT.parent / "shared" / name
+    if not folder.is_dir():
+        pytest.skip(f"needs {name} data beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_root() -> Path:
+    """Weights and outputs of the reference implementation."""
+    return beside("golden")
+
+
+@pytest.fixture(scope="session")
+def clips_root() -> Path:
+    """Real video clips."""
+    return beside("clips")
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    """Keep rendered videos and the pointer to the newest model out of the user's home."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    monkeypatch.setenv("LARP_DATA", str(home / "data"))
+    monkeypatch.setenv("LARP_MLLM_HOME", str(home / "mllm"))
