@@ -1,0 +1,327 @@
+"""Recipes (TOML) and command lines become frozen dataclasses; an unknown key is an error that names the nearest.
+
+Precedence: default < recipe < command line. Every script calls `parse` with its own config class, so that the class
+is the one place where an option is declared: its docstring under the field is the text of `--help`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+Config = TypeVar("Config")
+
+_INHERIT = "inherit"
+
+
+class ConfigError(ValueError):
+    """A recipe, saved config or command line that makes no config; the text names the place and the remedy."""
+
+
+# ---------------------------------------------------------------------------------------------------- dict -> dataclass
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
+    """Build the (nested, frozen) dataclass `cls` from plain values; what `values` leaves out keeps its default.
+
+    `where` (a file or option name) starts every message. Raises ConfigError for an unknown key (with the nearest
+    known one), a value of the wrong type, a missing required key, and for what a `__post_init__` refuses. Hyphens in
+    keys count as underscores; lists become tuples and text becomes Path where the field says so; "None" stands for
+    None in optional fields.
+    """
+    return _build(cls, _convert_group(cls, values, where, prefix=""), dataclasses.MISSING, where, prefix="")
+
+
+def to_dict(config: Any) -> Any:
+    """Turn a config into plain dicts, lists, text, numbers, booleans and None; `from_dict` gives it back."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
+    if isinstance(config, dict):
+        return {str(key): to_dict(value) for key, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_dict(value) for value in config]
+    return str(config) if isinstance(config, Path) else config
+
+
+def _convert_group(cls: type, values: Any, where: str, prefix: str) -> dict[str, Any]:
+    """Check and convert the given keys of one (nested) dataclass, without filling in defaults."""
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{where}: '{prefix.rstrip('.')}' is a group of options ({', '.join(_field_types(cls))}), not the "
+            f"value {values!r}"
+        )
+    field_types = _field_types(cls)
+    converted = {}
+    for raw_key, value in values.items():
+        key = raw_key.replace("-", "_")
+        if key not in field_types:
+            raise ConfigError(f"{where}: unknown key '{prefix}{raw_key}'{_nearest_key(cls, key, prefix)}")
+        converted[key] = _convert(value, field_types[key], where, prefix + key)
+    return converted
+
+
+def _convert(value: Any, annotation: Any, where: str, key: str) -> Any:
+    """Convert one value to its annotation. A nested group stays a dict, so that it can be merged before it is built."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, arguments, where, key)
+    if dataclasses.is_dataclass(annotation):
+        return _convert_group(annotation, value, where, key + ".")
+    if origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+        raise _wrong_type(where, key, value, "one of " + ", ".join(repr(choice) for choice in arguments))
+    if origin is tuple or annotation is tuple:
+        return _convert_tuple(value, arguments, where, key)
+    if origin is list:
+        return [
+            _convert(item, arguments[0], where, f"{key}[{i}]") for i, item in enumerate(_as_list(value, where, key))
+        ]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise _wrong_type(where, key, value, "a table")
+        return {name: _convert(item, arguments[1], where, f"{key}.{name}") for name, item in value.items()}
+    return _convert_scalar(value, annotation, where, key)
+
+
+def _convert_scalar(value: Any, annotation: Any, where: str, key: str) -> Any:
+    if annotation is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    # bool is a subclass of int: without this check `steps = true` would train for one step.
+    if isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool)):
+        return value
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text in quotes",
+        Path: "a path in quotes",
+    }
+    raise _wrong_type(where, key, value, names.get(annotation, getattr(annotation, "__name__", str(annotation))))
+
+
+def _convert_union(value: Any, choices: Sequence[Any], where: str, key: str) -> Any:
+    # TOML has no null, so the word that the command line uses for it stands for it here as well.
+    if type(None) in choices and (value is None or value == "None"):
+        return None
+    rest = [choice for choice in choices if choice is not type(None)]
+    errors = []
+    for choice in rest:
+        try:
+            return _convert(value, choice, where, key)
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    raise _wrong_type(where, key, value, " or ".join(getattr(choice, "__name__", str(choice)) for choice in rest))
+
+
+def _convert_tuple(value: Any, arguments: Sequence[Any], where: str, key: str) -> tuple:
+    items = _as_list(value, where, key)
+    if not arguments:
+        return tuple(items)
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        arguments = (arguments[0],) * len(items)
+    if len(items) != len(arguments):
+        raise _wrong_type(where, key, value, f"a list of {len(arguments)} values")
+    return tuple(
+        _convert(item, kind, where, f"{key}[{i}]") for i, (item, kind) in enumerate(zip(items, arguments, strict=True))
+    )
+
+
+def _as_list(value: Any, where: str, key: str) -> Sequence[Any]:
+    if isinstance(value, (list, tuple)):
+        return value
+    raise _wrong_type(where, key, value, "a list in [ ]")
+
+
+def _wrong_type(where: str, key: str, value: Any, expected: str) -> ConfigError:
+    return ConfigError(f"{where}: '{key}' is {value!r} ({type(value).__name__}), expected {expected}")
+
+
+def _build(cls: type[Config], converted: dict[str, Any], base: Any, where: str, prefix: str) -> Config:
+    """Construct `cls` from converted values on top of `base` (an instance, or MISSING/None for the defaults)."""
+    field_types = _field_types(cls)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        if not field.init:
+            continue
+        default = _default_of(field) if base in (dataclasses.MISSING, None) else getattr(base, field.name)
+        if field.name in converted:
+            group = _group_class(field_types[field.name])
+            value = converted[field.name]
+            nested = group is not None and isinstance(value, dict)
+            arguments[field.name] = _build(group, value, default, where, f"{prefix}{field.name}.") if nested else value
+        elif default is dataclasses.MISSING:
+            raise ConfigError(f"{where}: '{prefix}{field.name}' is missing and has no default")
+        else:
+            arguments[field.name] = default
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{where}: {prefix.rstrip('.') + ': ' if prefix else ''}{error}") from error
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+
+
+def _group_class(annotation: Any) -> type | None:
+    """The dataclass in an annotation such as `Group` or `Group | None`."""
+    return next((kind for kind in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(kind)), None)
+
+
+def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    for name, annotation in _field_types(cls).items():
+        group = _group_class(annotation)
+        yield prefix + name
+        if group is not None:
+            yield from _all_keys(group, f"{prefix}{name}.")
+
+
+def _nearest_key(cls: type, key: str, prefix: str) -> str:
+    """'; did you mean ...?' with the closest key of the group, wherever in the group's tree it lies."""
+    known = list(_all_keys(cls))
+    by_leaf = {}
+    for full in known:
+        by_leaf.setdefault(full.rsplit(".", 1)[-1], full)
+    close = difflib.get_close_matches(key, [*known, *by_leaf], n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{prefix}{by_leaf.get(close[0], close[0])}'?"
+    return f"; known keys: {', '.join(prefix + name for name in _field_types(cls))}"
+
+
+# -------------------------------------------------------------------------------------------------------------- recipes
+
+
+def load_recipe(name_or_path: str | Path, folder: Path) -> dict[str, Any]:
+    """Read a TOML recipe by name in `folder` or by path; `inherit = "other"` is read first and merged under it.
+
+    Groups are merged key by key, lists and values are replaced. Raises ConfigError for an unknown name (with the
+    nearest and the list of recipes at hand), for broken TOML, and for recipes that inherit in a circle.
+    """
+    merged: dict[str, Any] = {}
+    for _, values in _recipe_chain(name_or_path, folder):
+        merged = _merge(merged, values)
+    return merged
+
+
+def _recipe_chain(name_or_path: str | Path, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The recipe and all it inherits from, the oldest ancestor first, each with the file it came from."""
+    chain: list[tuple[Path, dict[str, Any]]] = []
+    pending: str | Path | None = name_or_path
+    asked_by = ""
+    while pending is not None:
+        path = _recipe_path(pending, folder, asked_by)
+        if path in [seen for seen, _ in chain]:
+            circle = " -> ".join(seen.name for seen, _ in [*chain, (path, {})])
+            raise ConfigError(f"{path}: recipes inherit in a circle: {circle}; remove one 'inherit'")
+        values = _read_toml(path)
+        pending = values.pop(_INHERIT, None)
+        if pending is not None and not isinstance(pending, str):
+            raise _wrong_type(str(path), _INHERIT, pending, "the name of one recipe in quotes")
+        chain.append((path, values))
+        folder, asked_by = path.parent, f" (inherited by {path.name})"
+    return chain[::-1]
+
+
+def _recipe_path(name_or_path: str | Path, folder: Path, asked_by: str) -> Path:
+    text = str(name_or_path)
+    by_name = folder / (text if text.endswith(".toml") else f"{text}.toml")
+    for candidate in (by_name, Path(text)):
+        if candidate.is_file():
+            return candidate.resolve()
+    at_hand = sorted(path.stem for path in folder.glob("*.toml"))
+    close = difflib.get_close_matches(text.removesuffix(".toml"), at_hand, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    raise ConfigError(
+        f"no recipe '{text}'{asked_by}: {hint}Recipes in {folder}: {', '.join(at_hand) or 'none'}; or give the "
+        "path of a .toml file"
+    )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(
+    cls: type[Config], argv: Sequence[str], recipes: Path, prog: str, default_recipe: str | None = None
+) -> tuple[Config, str | None]:
+    """Read a command line into `cls`: default < recipe < command line. Returns (config, the recipe's name or None).
+
+    `--recipe NAME` picks a recipe in the folder `recipes` (or a path; without it `default_recipe`); `--local_rank`,
+    which the deepspeed launcher adds, is dropped. Options of groups look like `--model.num-tokens 16`; hyphens and
+    underscores are the same. What tyro or a `__post_init__` refuses on the command line ends the program with a
+    message (exit 2), `--help` with exit 0. Raises ConfigError for what is wrong in a recipe.
+    """
+    import tyro
+
+    rest, recipe = _take_option(list(argv), ("--recipe",))
+    rest, _ = _take_option(rest, ("--local_rank", "--local-rank"))
+    recipe = recipe or default_recipe
+    start = _start_config(cls, recipe, recipes)
+    at_hand = ", ".join(sorted(path.stem for path in recipes.glob("*.toml"))) or "none"
+    used = f" The values below are those of the recipe '{recipe}'." if recipe else ""
+    summary = f"{(cls.__doc__ or '').strip()}\n\n--recipe NAME starts from a recipe ({at_hand}) or a .toml file.{used}"
+    # An optional group is there or not as the recipe says; tyro would make subcommands of the choice.
+    return tyro.cli(
+        cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)
+    ), recipe
+
+
+def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:
+    """Defaults plus recipe; each file of the chain is checked alone, so that a message names the right one."""
+    converted: dict[str, Any] = {}
+    where = "defaults"
+    for path, values in _recipe_chain(recipe, recipes) if recipe else []:
+        where = str(path)
+        converted = _merge(converted, _convert_group(cls, values, where, prefix=""))
+    return _build(cls, converted, dataclasses.MISSING, where, prefix="")
+
+
+def _take_option(argv: list[str], names: Sequence[str]) -> tuple[list[str], str | None]:
+    """Take `--name VALUE` / `--name=VALUE` out of argv; the last one wins, as everywhere on a command line."""
+    rest, value = [], None
+    items = iter(argv)
+    for item in items:
+        name, equals, attached = item.partition("=")
+        if name not in names:
+            rest.append(item)
+        elif equals:
+            value = attached
+        else:
+            value = next(items, None)
+            if value is None or value.startswith("--"):
+                raise ConfigError(f"{name} needs a value, for example: {name} NAME")
+    return rest, value

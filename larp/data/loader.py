@@ -1,0 +1,361 @@
+"""Batches of clips for training (endless, resumable, the same rows on any number of ranks) and for evaluation (once each).
+
+Which video, which frames and which flips stand at a global position (step x global batch + row) depends on the seed and that
+position alone: not on ranks, workers, accumulation or what was read before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
+from larp.data.datasets import VideoItem, VideoSet
+from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, read_video
+
+_DECODE_THREADS = 2
+_ORDER, _DRAW, _REPLACE = 1, 2, 3  # keeps the random streams of one position apart
+
+
+class ClipLoader:
+    """Endless micro batches of one rank: dicts of clip float32 (b, 3, T, H, W) in [0, 1], label int64 (b,) (-1: none), index
+    int64 (b,) into `videos.items`, caption list[str] ("" for none), sample_offset (position of row 0 in the global batch), step.
+
+    `global_batch` rows make one step; rank r of world_size takes the r-th contiguous slice, in `micro_batch` rows at a time.
+    `shuffle` draws a new order each epoch, and random start frames; without it, files in order and their centres. `flip` mirrors
+    half of the clips. `in_memory` decodes every video once, at the clip's size, if that fits `memory_gb` (else it warns and decodes
+    on the fly); otherwise `workers` threads read ahead. Unreadable or too short videos are replaced by others of the set and
+    listed in `skipped` as (name, reason). Raises ValueError if the numbers do not divide, VideoError if no video can be read.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        shape: ClipShape,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = True,
+        flip: bool = False,
+        workers: int = 0,
+        in_memory: bool = False,
+        memory_gb: float = 8.0,
+    ):
+        if (
+            not 0 <= rank < world_size
+            or min(global_batch, micro_batch) < 1
+            or global_batch % (micro_batch * world_size)
+        ):
+            raise ValueError(
+                f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x world_size={world_size} (rank {rank})"
+            )
+        self.shape, self.seed, self.shuffle, self.flip, self.workers = shape, seed, shuffle, flip, workers
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank_rows = global_batch // world_size
+        self.rank_offset = rank * self.rank_rows
+        self.step, self.micro = 0, 0
+        self._source = _Source(videos, shape)
+        self._order: tuple[int, np.ndarray] | None = None
+        if in_memory:
+            self._source.load_all(memory_gb, quiet=rank != 0)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """The videos this rank could not use, as (name, reason), in the order of their names."""
+        return self._source.skipped
+
+    def __iter__(self) -> Iterator[dict]:
+        with ThreadPoolExecutor(self.workers) if self.workers else _Inline() as pool:
+            ahead: deque = deque()
+            place = (self.step, self.micro)
+            try:
+                while True:
+                    while len(ahead) * self.micro_batch <= 2 * self.workers or not ahead:
+                        ahead.append((place, [pool.submit(self._row, p) for p in self._positions(place)]))
+                        place = self._after(place)
+                    (step, micro), rows = ahead.popleft()
+                    batch = _collate([row.result() for row in rows], self._source.videos)
+                    # Counted before it is handed out: a state saved after training on it must not repeat it
+                    self.step, self.micro = self._after((step, micro))
+                    yield {**batch, "sample_offset": self.rank_offset + micro * self.micro_batch, "step": step}
+            finally:
+                for _, rows in ahead:
+                    for row in rows:
+                        row.cancel()
+
+    def state_dict(self) -> dict:
+        """Return where the loader stands, as JSON-able values; a loader that loads it goes on with the next micro batch."""
+        return {"step": self.step, "micro": self.micro, "micro_batch": self.micro_batch, **self._identity()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where a saved loader stood. ValueError if seed, global batch, shape or videos differ, or the step is half done
+        and the micro batches are cut differently."""
+        here = self._identity()
+        if wrong := [
+            f"{key}: saved {state.get(key)}, now {value}" for key, value in here.items() if state.get(key) != value
+        ]:
+            raise ValueError(f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}")
+        if state["micro"] and (state["micro_batch"] != self.micro_batch):
+            raise ValueError(
+                f"saved within a step at micro_batch={state['micro_batch']}, now {self.micro_batch}; save at whole steps"
+            )
+        self.step, self.micro = state["step"], state["micro"]
+
+    def _identity(self) -> dict:
+        names = "\n".join(item.name for item in self._source.videos.items)
+        shape = self.shape
+        return {
+            "seed": self.seed,
+            "global_batch": self.global_batch,
+            "clip_shape": [shape.frames, shape.height, shape.width, shape.stride],
+            "shuffle": self.shuffle,
+            "flip": self.flip,
+            "videos": hashlib.sha256(names.encode()).hexdigest()[:16],
+        }
+
+    def _after(self, place: tuple[int, int]) -> tuple[int, int]:
+        step, micro = place
+        return (step, micro + 1) if (micro + 1) * self.micro_batch < self.rank_rows else (step + 1, 0)
+
+    def _positions(self, place: tuple[int, int]) -> range:
+        step, micro = place
+        first = step * self.global_batch + self.rank_offset + micro * self.micro_batch
+        return range(first, first + self.micro_batch)
+
+    def _row(self, position: int) -> tuple[int, np.ndarray]:
+        """Read the clip at a global position: its index and its frames, uint8 (T, H, W, 3)."""
+        draw = np.random.default_rng((self.seed, _DRAW, position)).random(2)
+        u = float(draw[0]) if self.shuffle else None
+        count = len(self._source.videos)
+        index, frames = self._index(position), None
+        if (frames := self._source.clip(index, u)) is None:
+            for other in np.random.default_rng((self.seed, _REPLACE, position)).permutation(count):
+                if (frames := self._source.clip(int(other), u)) is not None:
+                    index = int(other)
+                    break
+        if frames is None:
+            raise VideoError(_nothing_readable(self._source))
+        return index, frames[:, :, ::-1] if self.flip and draw[1] < 0.5 else frames
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._source.videos))
+        if not self.shuffle:
+            return place
+        order = self._order  # one read of the pair: worker threads may replace it
+        if order is None or order[0] != epoch:
+            order = self._order = (
+                epoch,
+                np.random.default_rng((self.seed, _ORDER, epoch)).permutation(len(self._source.videos)),
+            )
+        return int(order[1][place])
+
+
+class FixedPass:
+    """One pass over a set: batches that together, over all ranks, hold every readable video once, in the order of the set.
+
+    Iterating yields dicts as `ClipLoader` does, without step and sample_offset; the last batch may be smaller. len() is the
+    number of batches if nothing is skipped. `skipped` lists unreadable videos as (name, reason).
+    """
+
+    def __init__(self, videos, shape, batch, rank, world_size, start, seed, workers):
+        if batch < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch={batch} must be at least 1, and rank={rank} in [0, world_size={world_size})")
+        if isinstance(start, str) and start not in ("centre", "random"):
+            raise ValueError(f"start={start!r}; choose centre, random, or a frame number")
+        self._source, self._batch, self._start, self._seed, self._workers = (
+            _Source(videos, shape),
+            batch,
+            start,
+            seed,
+            workers,
+        )
+        count = len(videos)
+        self._indices = range(count * rank // world_size, count * (rank + 1) // world_size)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """The videos of this rank's share that could not be used, as (name, reason)."""
+        return self._source.skipped
+
+    def __len__(self) -> int:
+        return -(-len(self._indices) // self._batch)
+
+    def __iter__(self) -> Iterator[dict]:
+        rows: list[tuple[int, np.ndarray]] = []
+        for index, frames in zip(self._indices, _in_order(self._read, self._indices, self._workers), strict=True):
+            if frames is not None:
+                rows.append((index, frames))
+            if len(rows) == self._batch:
+                yield _collate(rows, self._source.videos)
+                rows = []
+        if rows:
+            yield _collate(rows, self._source.videos)
+
+    def _read(self, index: int) -> np.ndarray | None:
+        if isinstance(self._start, int):
+            return self._source.clip(index, None, first=self._start)
+        random = self._start == "random"
+        return self._source.clip(
+            index, float(np.random.default_rng((self._seed, _DRAW, index)).random()) if random else None
+        )
+
+
+def iterate_once(
+    videos: VideoSet,
+    shape: ClipShape,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start: Literal["centre", "random"] | int = "centre",
+    seed: int = 0,
+    workers: int = 0,
+) -> FixedPass:
+    """Return one pass over this rank's contiguous share of a set; clips begin at `start` (a frame, the centre, or random by
+    `seed` and the video's index). `workers` threads read ahead. Raises ValueError for impossible numbers."""
+    return FixedPass(videos, shape, batch, rank, world_size, start, seed, workers)
+
+
+class _Source:
+    """Reads clips of a set by index, from memory or from files, and remembers what could not be read."""
+
+    def __init__(self, videos: VideoSet, shape: ClipShape):
+        if not videos.items:
+            raise ValueError(f"{videos.spec}: the set holds no video")
+        self.videos, self.shape = videos, shape
+        self._memory: dict[int, np.ndarray] | None = None
+        self._reasons: dict[int, str] = {}
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        return sorted((self.videos.items[index].name, reason) for index, reason in list(self._reasons.items()))
+
+    def clip(self, index: int, u: float | None, first: int | None = None) -> np.ndarray | None:
+        """Return uint8 (T, H, W, 3) of a video, or None if it is unreadable or too short (noted in `skipped`)."""
+        if index in self._reasons:
+            return None
+        try:
+            if self._memory is not None:
+                video = self._memory[index]
+                begin = choose_start(len(video), self.shape, u) if first is None else first
+                return video[begin : begin + self.shape.span : self.shape.stride]
+            return self._read(self.videos.items[index], u, first)
+        except ValueError as error:
+            self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
+            return None
+
+    def _read(self, item: VideoItem, u: float | None, first: int | None) -> np.ndarray:
+        shape = self.shape
+        begin = choose_start(count_frames(item.path), shape, u) if first is None else first
+        try:
+            frames, _ = read_video(item.path, begin, shape.frames, shape.stride)
+        except ShortVideoError as error:
+            if first is not None:
+                raise
+            # The header promised more than the file holds: choose again among the frames that are there
+            frames, _ = read_video(item.path, choose_start(error.frames, shape, u), shape.frames, shape.stride)
+        return resize_frames(frames, shape.height, shape.width)
+
+    def load_all(self, memory_gb: float, quiet: bool) -> None:
+        """Decode every video at the clip's size, unless that would take more than `memory_gb` (then warn and stay on files)."""
+        count, used, memory, budget = len(self.videos), 0, {}, memory_gb * 2**30
+        rows = _in_order(self._decode, range(count), _DECODE_THREADS)
+        bar = tqdm(rows, total=count, desc="decoding videos", unit="video", delay=1, disable=quiet)
+        for index, video in enumerate(bar):
+            if video is not None:
+                memory[index] = video
+                used += video.nbytes
+            expected = max(used, used * count / (index + 1) if index >= 31 else 0)
+            if expected > budget:
+                warnings.warn(
+                    f"{self.videos.spec}: all videos at {self.shape.height}x{self.shape.width} need about {expected / 2**30:.1f} GiB, "
+                    f"over memory_gb={memory_gb:g}; decoding on the fly instead (raise memory_gb to keep them in memory)",
+                    stacklevel=4,
+                )
+                return
+        if not memory:
+            raise VideoError(_nothing_readable(self))
+        self._memory = memory
+
+    def _decode(self, index: int) -> np.ndarray | None:
+        shape, item = self.shape, self.videos.items[index]
+        try:
+            parts, chunk = [], []
+            for frame in iter_frames(item.path):
+                chunk.append(frame)
+                if len(chunk) == 32:
+                    parts.append(resize_frames(np.stack(chunk), shape.height, shape.width))
+                    chunk = []
+            if chunk:
+                parts.append(resize_frames(np.stack(chunk), shape.height, shape.width))
+            choose_start(sum(map(len, parts)), shape)
+            return np.concatenate(parts)
+        except ValueError as error:
+            self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
+            return None
+
+
+class _Inline:
+    """Stands in for a thread pool when there are no workers: a submitted call runs when its result is asked for."""
+
+    class Call:
+        def __init__(self, function: Callable, argument):
+            self.function, self.argument = function, argument
+
+        def result(self):
+            return self.function(self.argument)
+
+        def cancel(self):
+            pass
+
+    def submit(self, function: Callable, argument) -> Call:
+        return self.Call(function, argument)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def _in_order(function: Callable, arguments: Iterable, workers: int) -> Iterator:
+    """Yield function(argument) in order, computed by threads that are never more than a few results ahead."""
+    if not workers:
+        yield from map(function, arguments)
+        return
+    ahead: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for argument in arguments:
+                ahead.append(pool.submit(function, argument))
+                if len(ahead) > 4 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for call in ahead:
+                call.cancel()
+
+
+def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:
+    items = [videos.items[index] for index, _ in rows]
+    return {
+        "clip": torch.stack([pixels_to_clip(frames) for _, frames in rows]),
+        "label": torch.tensor([-1 if item.label is None else item.label for item in items], dtype=torch.int64),
+        "index": torch.tensor([index for index, _ in rows], dtype=torch.int64),
+        "caption": [item.caption or "" for item in items],
+    }
+
+
+def _nothing_readable(source: _Source) -> str:
+    name, reason = source.skipped[0]
+    return f"{source.videos.spec}: none of the {len(source.videos)} videos can be used; the first, {name}: {reason}"

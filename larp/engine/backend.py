@@ -1,0 +1,395 @@
+"""The one place that knows DeepSpeed: starting, engines. One CPU process takes the same path as many GPUs.
+
+    ranks = start(seed=0)
+    factor = lr_factor("cosine", steps, warmup, 0.01)
+    engine = make_engine(model, optimizer, factor, config.engine, config.batch_size, ranks)
+    for batch in loader:                        # micro batches
+        engine.backward(engine(batch["clip"]).mean())
+        if engine.step() is None:               # the global batch is not complete yet
+            continue
+        ...                                     # True: updated; False: skipped for a non-finite gradient
+    finish()
+
+Measured facts behind the choices here: deepspeed builds C++ helpers unless told not to, can take 20 s to import (so
+it is imported on use), and at stage 0 in fp32 neither knows the gradient norm nor refuses a non-finite one (so that
+is done here).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from larp.engine import signals
+from larp.engine.ranks import (
+    Ranks,
+    barrier,
+    broadcast_object,
+    cores,
+    current_ranks,
+    fill_in_environment,
+    gather,
+    local_world_size,
+    reduce_mean,
+    reduce_sum,
+    set_current_ranks,
+)
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "Ranks",
+    "barrier",
+    "broadcast_object",
+    "current_ranks",
+    "finish",
+    "gather",
+    "make_engine",
+    "micro_batch",
+    "reduce_mean",
+    "reduce_sum",
+    "start",
+    "stop_requested",
+]
+
+_AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST_BUCKET = 200_000_000
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is trained: sharding, precision, accumulation, clipping. ValueError for values that cannot work."""
+
+    zero_stage: int = 0
+    """ZeRO stage: 0 keeps a copy of everything on each rank, 1 shards optimizer states, 2 gradients, 3 parameters."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast type of the forward pass; weights and gradients stay float32. fp16 works at zero_stage 0 only."""
+    accumulation: int = 1
+    """Micro batches per rank that make one optimizer step."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero_stage is {self.zero_stage}, expected 0, 1, 2 or 3")
+        if self.precision not in ("fp32", "bf16", "fp16"):
+            raise ValueError(f"precision is '{self.precision}', expected fp32, bf16 or fp16")
+        if self.precision == "fp16" and self.zero_stage > 0:
+            raise ValueError(
+                f"precision fp16 works at zero_stage 0 only, not {self.zero_stage}: deepspeed's loss scale never falls "
+                "after an overflow with sharded optimizers; use bf16, or zero_stage 0"
+            )
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation is {self.accumulation}, expected at least 1")
+        if self.clip_grad < 0:
+            raise ValueError(f"clip_grad is {self.clip_grad}, expected a positive number, or 0 for no clipping")
+
+
+# ----------------------------------------------------------------------------------------------------- start and finish
+
+
+# The variables that start() set itself because no launcher had; None while no session runs.
+_own_variables: tuple[str, ...] | None = None
+
+
+def start(seed: int) -> Ranks:
+    """Join the other ranks and seed torch, numpy and random with `seed` (the same on all ranks); `finish` undoes it.
+
+    Works under `deepspeed`, `torchrun` and plain `python` (one process) alike; a second call only seeds again.
+    SIGTERM, and the end of the launcher, are noted for `stop_requested`. OMP_NUM_THREADS is honoured, otherwise torch
+    gets cores // ranks on this machine. Raises ValueError if the launcher set only a part of the variables it should.
+    """
+    global _own_variables
+    _seed_everything(seed)
+    if _own_variables is not None:
+        return current_ranks()
+    own = fill_in_environment(os.environ)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, cores() // local_world_size()))
+    device_name = _import_deepspeed()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cpu") if device_name == "cpu" else torch.device(device_name, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not own:
+        # Before the ranks meet: one that waits for the others for ever would not notice that all is over.
+        signals.watch_launcher()
+    _init_distributed()
+    ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
+    set_current_ranks(ranks)
+    _own_variables = own
+    signals.note_sigterm()
+    return ranks
+
+
+def finish() -> None:
+    """Leave the process group and restore signal handlers and environment; `start` may be called again afterwards."""
+    global _own_variables
+    if _own_variables is None:
+        return
+    import deepspeed.comm.comm as comm
+
+    signals.restore()
+    if torch.distributed.is_initialized():
+        comm.destroy_process_group()
+    # deepspeed believes for ever that it is initialised; without this a second start() would skip the real work.
+    comm.cdb = None
+    for name in _own_variables:
+        os.environ.pop(name, None)
+    _own_variables = None
+    set_current_ranks(None)
+
+
+def stop_requested() -> bool:
+    """True on all ranks alike once any rank got SIGTERM or lost its launcher: save and leave. Call it on every rank."""
+    return bool(reduce_sum(torch.tensor(float(signals.stop_flag()))).item())
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _import_deepspeed() -> str:
+    """Import deepspeed without its chatter and its compilers; returns the name of the device type."""
+    if not torch.accelerator.is_available():
+        # Without this deepspeed warns on every rank that it could find no accelerator.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    logger = logging.getLogger("DeepSpeed")
+    for target in (logger, *logger.handlers):
+        target.setLevel(logging.WARNING)
+    # deepspeed's own use of torch functions that were renamed, once for each call.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # A C++ helper: building it takes a minute, and a build that was killed hangs every later run in silence.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return get_accelerator().device_name()
+
+
+def _init_distributed() -> None:
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- engines
+
+
+def micro_batch(global_batch: int, accumulation: int, ranks: Ranks) -> int:
+    """Clips per rank and micro batch: global_batch / (accumulation * world_size); ValueError if that is not whole."""
+    parts = accumulation * ranks.world_size
+    nearest = max(1, round(global_batch / parts)) * parts
+    if global_batch < 1 or global_batch % parts:
+        raise ValueError(
+            f"batch_size {global_batch} cannot be split into {accumulation} micro batches (accumulation) on "
+            f"{ranks.world_size} ranks: it must be a multiple of {parts}, for example {nearest}"
+        )
+    return global_batch // parts
+
+
+def make_engine(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_factor: Callable[[int], float],
+    config: EngineConfig,
+    global_batch: int,
+    ranks: Ranks,
+    *,
+    name: str = "model",
+    max_zero_stage: int = 3,
+    max_skipped: int = 10,
+) -> Engine:
+    """Hand a module and its torch optimizer to DeepSpeed. Call it once for each of several models (a GAN has two).
+
+    The learning rate of each parameter group is the rate it has now times `lr_factor(step)`. `name` is used in
+    messages. `max_zero_stage=2` is for a model whose raw module takes part in another model's loss. All weights must
+    be float32. Raises ValueError for a stage above that, an optimizer without trainable parameters, and a batch that
+    does not divide.
+    """
+    if config.zero_stage > max_zero_stage:
+        raise ValueError(
+            f"zero_stage {config.zero_stage} is not possible for the {name}: its raw module takes part in the "
+            "loss of another model, and with the sharded parameters of stage 3 that gives silently wrong gradients; "
+            f"use zero_stage 0 to {max_zero_stage}"
+        )
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"the optimizer of the {name} has no trainable parameter: unfreeze a part of it, or do not train it"
+        )
+    others = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()} - {"torch.float32"})
+    if others:
+        raise ValueError(
+            f"the {name} has weights in {', '.join(others)}: load it in float32, `precision` decides the rest"
+        )
+    return Engine(module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped)
+
+
+class Engine:
+    """A module in training: forward, backward, step, save, load. Made by `make_engine`.
+
+    step_count: global batches done, skipped updates included, so that it stays in step with the data.
+    skipped_count: how many of them were skipped.
+    grad_norm: global norm before clipping at the last step, inf if it was skipped, None before the first.
+    """
+
+    def __init__(self, module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped) -> None:
+        import deepspeed
+
+        self.name, self.config, self.ranks = name, config, ranks
+        self._lr_factor, self._max_skipped = lr_factor, max_skipped
+        settings = _deepspeed_settings(module, config, global_batch, ranks)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        groups = self._engine.basic_optimizer.param_groups
+        self._initial_lrs = [group["lr"] for group in groups]
+        self._hyperparameters = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        self.step_count = 0
+        self.skipped_count = 0
+        self._skipped_in_a_row = 0
+        self.grad_norm: float | None = None
+        self._apply_lr()
+
+    @property
+    def module(self) -> nn.Module:
+        """The raw module, for all but the training pass (at stage 3: for nothing that touches parameters)."""
+        return self._engine.module
+
+    @property
+    def lr(self) -> float:
+        """The first parameter group's learning rate at the last step, or at the first one to come."""
+        return self._engine.basic_optimizer.param_groups[0]["lr"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward under the engine's autocast."""
+        return self._engine(*args, **kwargs)
+
+    def autocast(self) -> torch.autocast:
+        """The engine's autocast, for passes through the raw module (another model's loss, validation)."""
+        dtype = _AUTOCAST_TYPES.get(self.config.precision)
+        return torch.autocast(self.ranks.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro batch's gradients; `loss` is its plain mean, accumulation and loss scale are applied here."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool | None:
+        """Call once for each micro batch, after `backward`. True: the weights were updated; False: the gradient was
+        not finite and the update was skipped on all ranks alike; None: the global batch is not complete yet.
+
+        Raises FloatingPointError after `max_skipped` skipped updates in a row.
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return None
+        self._apply_lr()
+        applied = self._guarded_step() if self.config.zero_stage == 0 else self._sharded_step()
+        self.step_count += 1
+        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        if not applied:
+            self.skipped_count += 1
+            self.grad_norm = math.inf
+        if self._skipped_in_a_row >= self._max_skipped:
+            raise FloatingPointError(
+                f"the gradient of the {self.name} was not finite in {self._skipped_in_a_row} steps in a row, "
+                f"the last one step {self.step_count}: lower the learning rate, use precision fp32, or look at the data of these steps"
+            )
+        return applied
+
+    def _guarded_step(self) -> bool:
+        """Stage 0, where deepspeed does not look: gradients are whole, and already averaged, on every rank."""
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        if scaler is not None:
+            scaler.unscale_(self._engine.basic_optimizer)
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        self.grad_norm = float(norm)
+        applied = math.isfinite(self.grad_norm)
+        if applied and self.config.clip_grad > 0:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
+        if not applied and scaler is None:
+            # An optimizer passes over parameters without gradient: no decay, no momentum, only the counters move on.
+            self._engine.zero_grad()
+        self._engine.step()
+        return applied
+
+    def _sharded_step(self) -> bool:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        self.grad_norm = None if norm is None else float(norm)
+        return self._engine.was_step_applied()
+
+    def _apply_lr(self) -> None:
+        # Always by way of the optimizer: loading a checkpoint puts new group objects there.
+        factor = self._lr_factor(self.step_count)
+        groups = self._engine.basic_optimizer.param_groups
+        for group, initial, others in zip(groups, self._initial_lrs, self._hyperparameters, strict=True):
+            group.update(others, lr=initial * factor)
+
+    def save(self, folder: Path | str, tag: str, client_state: dict[str, Any]) -> None:
+        """Write weights, optimizer and counters to folder/tag. Collective; not atomic (state.py makes it so)."""
+        own = {"step_count": self.step_count, "skipped_count": self.skipped_count}
+        if self._engine.torch_autocast_z0_gradscaler is not None:
+            own["scaler"] = self._engine.torch_autocast_z0_gradscaler.state_dict()
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"larp": {"engine": own, "client": client_state}}
+        )
+
+    def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
+        """Read what `save` wrote (None: the latest tag) and return its client_state. Only for checkpoints of this
+        program: it unpickles.
+
+        `universal` reads the output of `python -m deepspeed.checkpoint.ds_to_universal`. Learning rates and other
+        optimizer settings stay those of this run. Raises ValueError if there is no checkpoint.
+        """
+        self._engine._config.load_universal_checkpoint = universal
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
+        own = state["larp"]["engine"]
+        self.step_count, self.skipped_count, self._skipped_in_a_row = own["step_count"], own["skipped_count"], 0
+        if self._engine.torch_autocast_z0_gradscaler is not None and "scaler" in own:
+            self._engine.torch_autocast_z0_gradscaler.load_state_dict(own["scaler"])
+        self._apply_lr()
+        return state["larp"]["client"]
+
+
+def _deepspeed_settings(module: nn.Module, config: EngineConfig, global_batch: int, ranks: Ranks) -> dict[str, Any]:
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    # The default buckets are buffers of 2 GB each, however small the model is.
+    # Even, because the sharded optimizers align them to two elements.
+    bucket = min(_LARGEST_BUCKET, max(trainable, 2) // 2 * 2)
+    settings: dict[str, Any] = {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch(global_batch, config.accumulation, ranks),
+        "gradient_accumulation_steps": config.accumulation,
+        # Stage 0 clips in Engine._guarded_step, which has to know the norm anyway.
+        "gradient_clipping": config.clip_grad if config.zero_stage > 0 else 0.0,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.zero_stage == 3:
+        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
+    if config.precision != "fp32":
+        dtype = str(_AUTOCAST_TYPES[config.precision]).removeprefix("torch.")
+        # An empty list of "safe" modules keeps the gradients float32 while they travel between ranks.
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return settings

@@ -1,0 +1,139 @@
+"""What a run says while it trains: metrics.jsonl, TensorBoard if it is installed, a progress bar. Only the main rank
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from larp.engine.backend import Ranks
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def write_json(path: Path | str, obj: Any) -> None:
+    """Write `obj` as indented JSON such that after a crash the file holds the old or the new content, never a half."""
+    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Replace a UTF-8 file at once: written beside it, synced to disk, then renamed."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+class RunLog:
+    """Metrics and progress of one run; a context manager.
+
+    folder: the run folder (created). total_steps: length of the progress bar. resume_step: the step that training
+    goes on from; lines of metrics.jsonl beyond it are cut, so that the file has one line for each step however often
+    the run was resumed. show: names of the metrics to put behind the progress bar (empty: all of them, up to four).
+    """
+
+    def __init__(
+        self, folder: Path | str, ranks: Ranks, total_steps: int, resume_step: int = 0, show: Sequence[str] = ()
+    ) -> None:
+        self.folder, self._show, self._main = Path(folder), tuple(show), ranks.is_main
+        self._file = self._board = None
+        self._bar = tqdm(
+            total=total_steps,
+            initial=resume_step,
+            disable=not self._main,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+        if self._main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / METRICS_FILE
+            _cut(path, resume_step)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+            self._board = _open_tensorboard(self.folder / "tensorboard", resume_step)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append {"step", "time" (Unix seconds), **values} and move the bar to `step`; not finite becomes null."""
+        if self._file is None:
+            return
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
+        self._bar.set_postfix({name: f"{numbers[name]:.4g}" for name in shown}, refresh=False)
+        self.progress(step)
+
+    def progress(self, step: int) -> None:
+        """Move the progress bar to `step` (for the steps that write no metrics)."""
+        self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar, on the main rank only."""
+        if self._main:
+            tqdm.write(text)
+
+    def close(self) -> None:
+        """Close the files and the bar; a second call does nothing."""
+        self._bar.close()
+        if self._board is not None:
+            self._board.close()
+        if self._file is not None:
+            self._file.close()
+        self._file = self._board = None
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, without a last line that was torn by a crash. Empty if there is no file."""
+    path = Path(folder) / METRICS_FILE
+    return _whole_lines(path) if path.exists() else []
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records
+
+
+def _cut(path: Path, resume_step: int) -> None:
+    if path.exists():
+        kept = [record for record in _whole_lines(path) if record["step"] <= resume_step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+
+def _open_tensorboard(folder: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # What an interrupted run wrote beyond its last checkpoint is hidden, as in metrics.jsonl.
+    return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)

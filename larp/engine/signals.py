@@ -1,0 +1,95 @@
+"""SIGTERM becomes a flag that a trainer polls, and a rank whose launcher has died stops too instead of running on.
+
+SIGTERM to the `deepspeed` runner kills the runner only: neither its launcher process nor the ranks learn of it. So a
+rank watches the chain of processes that started it, and treats a break in the chain like SIGTERM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_POLL_SECONDS = 1.0
+_GRACE_SECONDS = 300.0
+
+_requested = threading.Event()
+_stop_watching: threading.Event | None = None
+_old_handler: Any = None
+
+
+def stop_flag() -> bool:
+    """True once this process got SIGTERM or lost its launcher. One rank's view: see backend.stop_requested for all
+    ranks'.
+    """
+    return _requested.is_set()
+
+
+def watch_launcher() -> None:
+    """Raise SIGTERM in this process when a process of its launcher's chain ends, SIGKILL if it is there 300 s later."""
+    global _stop_watching
+    _stop_watching = threading.Event()
+    arguments = (launcher_chain(), _stop_watching)
+    threading.Thread(target=_watch, args=arguments, name="launcher-watch", daemon=True).start()
+
+
+def note_sigterm() -> None:
+    """Note SIGTERM instead of dying from it. Does nothing outside the main thread, where Python allows no handlers."""
+    global _old_handler
+    _requested.clear()
+    if threading.current_thread() is threading.main_thread():
+        _old_handler = signal.signal(signal.SIGTERM, _note)
+
+
+def restore() -> None:
+    """Give SIGTERM back to whoever had it, and end the watch."""
+    global _old_handler, _stop_watching
+    if _stop_watching is not None:
+        _stop_watching.set()
+        _stop_watching = None
+    if _old_handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _old_handler)
+        _old_handler = None
+    _requested.clear()
+
+
+def launcher_chain() -> tuple[int, ...]:
+    """Process ids of the launcher: this process's parent and, for deepspeed's launch.py, the runner above it."""
+    parent = os.getppid()
+    if "deepspeed.launcher.launch" not in _command_line(parent):
+        return (parent,)
+    runner = _parent_of(parent)
+    # ssh and pdsh start launch.py on other machines: there only the parent says anything.
+    return (parent, runner) if "deepspeed" in _command_line(runner) else (parent,)
+
+
+def _note(signum: int, frame: FrameType | None) -> None:
+    _requested.set()
+
+
+def _watch(chain: tuple[int, ...], stop: threading.Event) -> None:
+    while not stop.wait(_POLL_SECONDS):
+        if os.getppid() != chain[0] or (len(chain) > 1 and _parent_of(chain[0]) != chain[1]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not stop.wait(_GRACE_SECONDS):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _parent_of(pid: int) -> int:
+    """The parent's process id, 0 if the process is gone (or on a system without /proc)."""
+    try:
+        # The command name in parentheses may hold spaces; the state and the parent follow its last parenthesis.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0

@@ -1,0 +1,273 @@
+"""The run folder and its checkpoints: save, find the newest whole one, check that it fits, resume.
+
+    runs/NAME/config.json                        what the run was started with
+    runs/NAME/metrics.jsonl, tensorboard/        see log.py
+    runs/NAME/state/step-00000100/ENGINE/        what deepspeed writes for one engine, in place and without syncing
+    runs/NAME/state/step-00000100/extra.pt       the trainer's own tensors (moving averages)
+    runs/NAME/state/step-00000100/random-0.pt    random state of rank 0, and so on
+    runs/NAME/state/step-00000100/state.json     the marker, written last: without it a checkpoint is torn, and ignored
+
+Reading a checkpoint unpickles (deepspeed offers nothing else): resume only runs that this program wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from larp.engine import backend
+from larp.engine.backend import Engine
+from larp.engine.log import METRICS_FILE, write_json
+
+CONFIG_FILE = "config.json"
+_STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"
+_UNIVERSAL = "-universal"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """One whole checkpoint; loader_state and model are what was given to `save_state`."""
+
+    folder: Path
+    step: int
+    world_size: int
+    zero_stages: dict[str, int]
+    model: dict[str, Any]
+    loader_state: dict[str, Any]
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """The `extra` of `save_state`, read from disk; tensors on the CPU."""
+        return torch.load(self.folder / _EXTRA, map_location="cpu", weights_only=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- run folder
+
+
+def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool) -> SavedState | None:
+    """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
+
+    Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
+    that of a resumed one beside it as config.resumed.json. Collective. Raises ValueError on every rank if the folder
+    holds a run already and `resume` is false.
+    """
+    folder = Path(folder)
+    started = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
+    if backend.broadcast_object(started and not resume):
+        raise ValueError(
+            f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out "
+            "(nothing was changed)"
+        )
+    if backend.current_ranks().is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "config.resumed.json" if (folder / CONFIG_FILE).exists() else CONFIG_FILE
+        write_json(folder / name, dict(config))
+    backend.barrier()
+    return newest_state(folder) if resume else None
+
+
+def newest_state(folder: Path | str) -> SavedState | None:
+    """The newest whole checkpoint of a run folder; torn ones (killed while saving, truncated files) are passed over."""
+    for candidate in _step_folders(Path(folder)):
+        state = _read_marker(candidate)
+        if state is not None:
+            return state
+    return None
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """The checkpoints, newest first, whole or not."""
+    return sorted((folder / _STATE).glob("step-*"), reverse=True)
+
+
+def _read_marker(folder: Path) -> SavedState | None:
+    try:
+        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    if not whole:
+        return None
+    names = ("step", "world_size", "zero_stages", "model", "loader_state")
+    return SavedState(folder=folder, **{name: marker[name] for name in names})
+
+
+# ----------------------------------------------------------------------------------------------------------------- save
+
+
+def save_state(
+    engines: Mapping[str, Engine],
+    folder: Path | str,
+    step: int,
+    loader_state: Mapping[str, Any],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    model: Mapping[str, Any] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Save a checkpoint of the run at `step` and return its folder; afterwards only the newest `keep` are left.
+    Collective.
+
+    engines: saved in this order (the discriminator first, the model last). loader_state: JSON-able. extra: numbers,
+    text, tensors in dicts and lists, the same on all ranks. model: the model config as plain values, compared when
+    the run is resumed.
+    """
+    ranks = backend.current_ranks()
+    target = Path(folder) / _STATE / f"step-{step:08d}"
+    if ranks.is_main:
+        _remove(target)
+        target.mkdir(parents=True)
+    backend.barrier()
+    for name, engine in engines.items():
+        engine.save(target, name, {})
+    _save_random_state(target / f"random-{ranks.rank}.pt")
+    if ranks.is_main:
+        torch.save(dict(extra or {}), target / _EXTRA)
+    backend.barrier()
+    if ranks.is_main:
+        files = {str(path.relative_to(target)): path for path in sorted(target.rglob("*")) if path.is_file()}
+        for path in files.values():
+            _sync(path)
+        marker = {
+            "step": step,
+            "world_size": ranks.world_size,
+            "zero_stages": {name: engine.config.zero_stage for name, engine in engines.items()},
+            "model": dict(model or {}),
+            "loader_state": dict(loader_state),
+            "files": {name: path.stat().st_size for name, path in files.items()},
+        }
+        write_json(target / _MARKER, marker)
+        _sync(target)
+        _forget_old(Path(folder), keep)
+    backend.barrier()
+    return target
+
+
+def _forget_old(folder: Path, keep: int) -> None:
+    """Remove what is older than the newest `keep` whole checkpoints, torn ones included."""
+    whole = 0
+    for candidate in _step_folders(folder):
+        if whole >= max(1, keep):
+            _remove(candidate)
+        elif _read_marker(candidate) is not None:
+            whole += 1
+
+
+def _remove(folder: Path) -> None:
+    # The marker goes first: killed in between, this leaves a torn checkpoint, not one that looks whole.
+    with contextlib.suppress(FileNotFoundError):
+        (folder / _MARKER).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save_random_state(path: Path) -> None:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path)
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def load_state(
+    engines: Mapping[str, Engine],
+    state: SavedState,
+    model: Mapping[str, Any] | None = None,
+    *,
+    restore_random: bool = True,
+) -> None:
+    """Put a checkpoint into the engines: weights, optimizers, counters, and the random state of each rank. Collective.
+
+    engines, model: as for save_state. Raises ValueError, before anything is loaded, if the model config, the engines,
+    a ZeRO stage or (at stages 1 to 3) the number of ranks differ from the checkpoint's; the text names what differs
+    and the way out.
+    """
+    ranks = backend.current_ranks()
+    _check_model(state, model)
+    _check_engines(engines, state)
+    for name, engine in engines.items():
+        if _needs_universal(engine, state, ranks.world_size):
+            engine.load(state.folder, name + _UNIVERSAL, universal=True)
+        else:
+            engine.load(state.folder, name)
+    if restore_random and ranks.world_size == state.world_size:
+        saved = torch.load(state.folder / f"random-{ranks.rank}.pt", weights_only=True)
+        torch.set_rng_state(saved["cpu"])
+        if saved["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["cuda"])
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'a.b was 1, is 2' for each key that differs between two nested dicts of plain values."""
+    found = []
+    for key in [*saved, *(key for key in current if key not in saved)]:
+        before, after = saved.get(key, "(absent)"), current.get(key, "(absent)")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} was {before}, is {after}")
+    return found
+
+
+def _check_model(state: SavedState, model: Mapping[str, Any] | None) -> None:
+    # By way of JSON, as the saved one went: a tuple and a list are the same thing there.
+    changed = differences(state.model, json.loads(json.dumps(model or {})))
+    if changed:
+        raise ValueError(
+            f"{state.folder} is a checkpoint of another model: {'; '.join(changed)}. Give the options of the first run "
+            f"(in {state.folder.parent.parent / CONFIG_FILE}), or start a new run with another --out"
+        )
+
+
+def _check_engines(engines: Mapping[str, Engine], state: SavedState) -> None:
+    if set(engines) != set(state.zero_stages):
+        raise ValueError(
+            f"{state.folder} holds {', '.join(state.zero_stages)}, but this run trains {', '.join(engines)}: "
+            "resume with the options "
+            "of the first run, or start a new run with another --out"
+        )
+    world_size = backend.current_ranks().world_size
+    for name, engine in engines.items():
+        saved_stage, stage = state.zero_stages[name], engine.config.zero_stage
+        if saved_stage != stage:
+            raise ValueError(
+                f"{state.folder} was saved with zero_stage {saved_stage}, this run has {stage}: resume with "
+                f"zero_stage {saved_stage}"
+            )
+        if _needs_universal(engine, state, world_size) and not (state.folder / (name + _UNIVERSAL)).is_dir():
+            raise ValueError(_universal_advice(engines, state, world_size))
+
+
+def _needs_universal(engine: Engine, state: SavedState, world_size: int) -> bool:
+    return engine.config.zero_stage > 0 and state.world_size != world_size
+
+
+def _universal_advice(engines: Mapping[str, Engine], state: SavedState, world_size: int) -> str:
+    commands = []
+    for name, engine in engines.items():
+        source = state.folder / name
+        inject = "" if engine.config.zero_stage == 3 else " --inject_missing_state"
+        commands.append(
+            f"python -m deepspeed.checkpoint.ds_to_universal{inject} --input_folder {source} --output_folder "
+            f"{source}{_UNIVERSAL}"
+        )
+    return (
+        f"{state.folder} was saved by {state.world_size} ranks, this run has {world_size}: at zero_stage 1 to 3 "
+        "each rank holds a share. "
+        f"Resume with {state.world_size} ranks, or convert the checkpoint and resume again:\n  " + "\n  ".join(commands)
+    )

@@ -1,0 +1,224 @@
+"""Video features for the Frechet distance: the published I3D, or an I3D with fixed random weights.
+
+I3D is Inception-v1 with every filter inflated to 3-D (Carreira and Zisserman 2017), 400 Kinetics logits.
+Letters: B clips, T frames, H x W pixels, D feature width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+from typing import Protocol as Interface
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from larp.metrics.weights import I3D_STYLEGANV, WeightFile
+
+PUBLISHED_NAME = "fvd-i3d-styleganv"
+RANDOM_NAME = "frechet-random-i3d"
+
+# Output channels of each Inception block: 1x1 | 3x3 reduce, 3x3 | second 3x3 reduce, 3x3 | pool projection.
+_BLOCKS = {
+    "3b": (64, 96, 128, 16, 32, 32),
+    "3c": (128, 128, 192, 32, 96, 64),
+    "4b": (192, 96, 208, 16, 48, 64),
+    "4c": (160, 112, 224, 24, 64, 64),
+    "4d": (128, 128, 256, 24, 64, 64),
+    "4e": (112, 144, 288, 32, 64, 64),
+    "4f": (256, 160, 320, 32, 128, 128),
+    "5b": (256, 160, 320, 32, 128, 128),
+    "5c": (384, 192, 384, 48, 128, 128),
+}
+
+
+class ClipFeatures(Interface):
+    """What turns clips into features."""
+
+    name: str
+    """Name that every figure made with these features carries."""
+    dim: int
+    """Feature width D."""
+    min_frames: int
+    """Shortest clip it takes."""
+    weights_hash: str
+    """SHA-256 of the weight file, or what stands for it."""
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W) in [0, 1] -> (B, D) float32 on the CPU."""
+        ...
+
+
+class _Unit(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
+        convolution = nn.Conv3d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+        super().__init__(convolution, nn.BatchNorm3d(outputs, affine=False), nn.ReLU(inplace=True))
+
+
+class _Inception(nn.Module):
+    def __init__(self, inputs: int, one: int, reduce3: int, three: int, reduce5: int, five: int, pooled: int):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [
+                _Unit(inputs, one, 1),
+                nn.Sequential(_Unit(inputs, reduce3, 1), _Unit(reduce3, three, 3)),
+                nn.Sequential(_Unit(inputs, reduce5, 1), _Unit(reduce5, five, 3)),
+                nn.Sequential(nn.MaxPool3d(3, 1, padding=1), _Unit(inputs, pooled, 1)),
+            ]
+        )
+        self.outputs = one + three + five + pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+class I3D(nn.Module):
+    """Inception-v1 inflated to 3-D, without the fixed 224x224 input: the last feature map is averaged whole.
+
+    forward: (B, 3, T, H, W) float in [-1, 1], any T, H, W -> logits (B, num_classes). `width` scales the channels of
+    every layer (1 = published). The weights are torch's defaults until `calibrate_random` sets them.
+    """
+
+    def __init__(self, num_classes: int = 400, width: float = 1.0):
+        super().__init__()
+
+        def scaled(channels: int) -> int:
+            return max(1, round(channels * width))
+
+        stem = scaled(64), scaled(192)
+        layers: list[nn.Module] = [
+            _Unit(3, stem[0], 7, stride=2),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), padding=(0, 1, 1)),
+            _Unit(stem[0], stem[0], 1),
+            _Unit(stem[0], stem[1], 3),
+            nn.MaxPool3d((1, 3, 3), (1, 2, 2), padding=(0, 1, 1)),
+        ]
+        pools = {"4b": nn.MaxPool3d(3, 2, padding=1), "5b": nn.MaxPool3d(2, 2, ceil_mode=True)}
+        channels = stem[1]
+        for name, outputs in _BLOCKS.items():
+            if name in pools:
+                layers.append(pools[name])
+            layers.append(_Inception(channels, *map(scaled, outputs)))
+            channels = layers[-1].outputs
+        self.layers = nn.Sequential(*layers)
+        self.logits = nn.Linear(channels, num_classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(self.layers(x).mean(dim=(2, 3, 4)))
+
+
+def _calibration_clips(generator: torch.Generator) -> Tensor:
+    """(8, 3, 16, 64, 64) in [-1, 1]: noise of equal power at every scale of space and time, as in real video."""
+    clips = torch.zeros(8, 3, 16, 64, 64)
+    for cells in (1, 2, 4, 8, 16):
+        noise = torch.randn(8, 3, cells, 4 * cells, 4 * cells, generator=generator)
+        clips += F.interpolate(noise, size=(16, 64, 64), mode="trilinear")
+    return (clips / 2).tanh()
+
+
+@torch.no_grad()
+def calibrate_random(model: I3D, seed: int) -> None:
+    """Give `model` random weights of `seed` whose features neither vanish nor saturate, in place.
+
+    Kaiming-normal filters; the means and variances of every batch norm, which stay fixed afterwards, are those that
+    seeded noise clips with a natural spectrum give; the logits of those clips have standard deviation 1 in the mean.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv3d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = 1.0
+    clips = _calibration_clips(generator)
+    # In training mode each batch norm stores the statistics of this one batch (momentum 1).
+    model.train()(clips)
+    logits = model.eval()(clips)
+    model.logits.weight /= logits.std(dim=0).mean()
+
+
+class RandomI3D:
+    """I3D with fixed random weights, for machines without the published ones; its figures are never called FVD.
+
+    Clips go in at their own resolution (no resizing to 224x224: a random network has no native size, and 64x64 takes a
+    tenth of the time). `width` scales the channels (small for tests), `seed` fixes the weights. The same seed gives the
+    same features on one machine; across machines they agree to float32 rounding.
+    """
+
+    name = RANDOM_NAME
+    dim = 400
+    min_frames = 1
+
+    def __init__(self, seed: int = 0, width: float = 1.0, device: str | torch.device = "cpu"):
+        self.weights_hash = f"random weights, seed {seed}, width {width}"
+        self.device = device
+        model = I3D(self.dim, width)
+        calibrate_random(model, seed)
+        self.model = model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, clip: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W) in [0, 1] -> (B, 400) float32 on the CPU; ValueError for other shapes or ranges."""
+        check_clip(clip, self)
+        return self.model(clip.to(self.device).float() * 2 - 1).float().cpu()
+
+
+class PublishedI3D:
+    """The I3D file of StyleGAN-V, which the published LARP figures use.
+
+    Looked for at `path`, LARP_I3D, ~/.cache/larp; WeightsMissing names the file and the places. The file is code as
+    well as weights, so it is loaded only if its SHA-256 is that of `source` (ValueError otherwise).
+    """
+
+    name = PUBLISHED_NAME
+    dim = 400
+    min_frames = 10
+
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        device: str | torch.device = "cpu",
+        source: WeightFile = I3D_STYLEGANV,
+    ):
+        located = source.locate(path)
+        self.weights_hash = source.verify(located)
+        self.device = device
+        self.model = torch.jit.load(str(located), map_location=device).eval()
+
+    @torch.no_grad()
+    def __call__(self, clip: Tensor) -> Tensor:
+        """clip (B, 3, T, H, W) in [0, 1], T >= 10 -> (B, 400) float32 on the CPU; ValueError for anything else."""
+        check_clip(clip, self)
+        scaled = clip.to(self.device).float() * 2 - 1
+        # The file resizes to 224x224 itself; rescale=True would expect values in [0, 255].
+        return self.model(scaled, rescale=False, resize=True, return_features=True).float().cpu()
+
+
+def check_clip(clip: Tensor, features: ClipFeatures) -> None:
+    """ValueError unless clip is (B, 3, T, H, W) in [0, 1] with enough frames; unclamped frames change the figure."""
+    if clip.ndim != 5 or clip.shape[1] != 3:
+        raise ValueError(f"{features.name}: needs clips (B, 3, T, H, W), got {tuple(clip.shape)}")
+    if clip.shape[2] < features.min_frames:
+        raise ValueError(f"{features.name}: needs at least {features.min_frames} frames, got {clip.shape[2]}")
+    low, high = float(clip.min()), float(clip.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"{features.name}: values lie in [{low:.3g}, {high:.3g}]; clamp clips to [0, 1] first")
+
+
+def open_features(
+    name: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto",
+    path: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> ClipFeatures:
+    """The feature extractor `name`; "auto" takes the published I3D where its file is at hand, else random weights.
+
+    `path` is the published file. ValueError if the named weights are missing, if a given path does not exist, or if a
+    path is given together with random weights.
+    """
+    if name == RANDOM_NAME and path is not None:
+        raise ValueError(f"features {RANDOM_NAME} have no weight file, but {path} was given: drop one of the two")
+    if name == PUBLISHED_NAME or (name == "auto" and I3D_STYLEGANV.find(path) is not None):
+        return PublishedI3D(path, device)
+    if name in ("auto", RANDOM_NAME):
+        return RandomI3D(device=device)
+    raise ValueError(f"unknown features {name!r}: use auto, {PUBLISHED_NAME} or {RANDOM_NAME}")

@@ -1,0 +1,41 @@
+"""Video: what generate returns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A generated video: frames uint8 (T, H, W, 3), frames per second, and the prompt and codes it was made from."""
+
+    frames: np.ndarray
+    fps: float
+    prompt: str = ""
+    codes: tuple[int, ...] = ()
+
+    def save(self, path: str | Path, scale: int = 1) -> Path:
+        """Write the video by its suffix: .mp4 (or another container), .gif, or .png for a contact sheet of its frames.
+
+        `scale` repeats each pixel that many times along both sides, so that tiny videos can be seen. Returns the path.
+        Raises larp.data.video.VideoError if no encoder is at hand.
+        """
+        if scale < 1:
+            raise ValueError(f"scale must be at least 1, got {scale}")
+        path = Path(path)
+        frames = self.frames.repeat(scale, axis=1).repeat(scale, axis=2)
+        if path.suffix.lower() == ".png":
+            from larp.data.clips import contact_sheet
+
+            contact_sheet([frames], [self.prompt], path)
+        else:
+            from larp.data.video import write_video
+
+            write_video(path, frames, self.fps)
+        return path
+
+    def __repr__(self) -> str:
+        count, height, width = self.frames.shape[:3]
+        about = f" of {self.prompt!r}" if self.prompt else ""
+        return f"<Video{about}: {count} frames of {width}x{height} at {self.fps:g} fps; .save('x.mp4' | '.gif' | '.png') writes it>"

@@ -1,0 +1,156 @@
+"""eval/ucf_rfvd.py and eval/ucf_gfvd.py, from the command line to the files, with tiny random models."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from larp.data.video import write_video
+from larp.generator import GeneratorConfig, LarpGenerator
+from larp.metrics.i3d import RandomI3D
+from larp.prior import PriorConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
+
+EVAL = Path(__file__).resolve().parents[2] / "eval"
+VIDEOS, FRAMES = 12, 13
+_SHRINK = dict(encoder_width=32, encoder_depth=1, encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"eval_{name}", EVAL / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with twelve small videos of two classes and a broken one, a tokenizer, and a generator."""
+    root = tmp_path_factory.mktemp("world")
+    lines, rng = [], np.random.default_rng(0)
+    for k in range(VIDEOS):
+        coarse = rng.integers(0, 256, (1, 2, 2, 3), dtype=np.uint8)
+        frames = coarse.repeat(FRAMES, 0).repeat(16, 1).repeat(16, 2)
+        write_video(root / f"v{k:02d}.mp4", frames, 25, quality=10)
+        lines.append({"path": f"v{k:02d}.mp4", "label": ("Archery", "Surfing")[k % 2], "split": "test"})
+    (root / "v99.mp4").write_bytes(b"\0\0\0\x18ftypmp42 broken")
+    lines.append({"path": "v99.mp4", "label": "Archery", "split": "test"})
+    (root / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    torch.manual_seed(0)
+    sizes = dict(num_frames=4, height=16, width=16, num_tokens=4, codebook_size=32, code_dim=4, **_SHRINK)
+    prior = PriorConfig(depth=1, heads=2, width=16, positions=4)
+    tokenizer = LarpTokenizer(TokenizerConfig(**sizes, prior=prior))
+    tokenizer.save_pretrained(root / "tokenizer")
+    generator = LarpGenerator(
+        GeneratorConfig(
+            num_tokens=4, codebook_size=32, depth=1, heads=2, width=16, ffn_multiple=16, num_classes=2,
+            class_names=("Surfing", "Archery"), tokenizer_hash=tokenizer.weight_hash(),
+        )
+    )  # fmt: skip
+    generator.save_pretrained(root / "generator")
+    return root
+
+
+@pytest.fixture
+def rfvd(monkeypatch):
+    return with_small_features(script("ucf_rfvd"), monkeypatch)
+
+
+@pytest.fixture
+def gfvd(monkeypatch):
+    return with_small_features(script("ucf_gfvd"), monkeypatch)
+
+
+def with_small_features(module, monkeypatch):
+    monkeypatch.setattr(module, "open_features", lambda *_: RandomI3D(width=0.05))
+    return module
+
+
+def common(world, out):
+    tokenizer, data = world / "tokenizer", f"jsonl:{world / 'list.jsonl'}"
+    return [
+        "--tokenizer",
+        str(tokenizer),
+        "--data",
+        data,
+        "--split",
+        "test",
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "--repeats",
+        "2",
+    ]
+
+
+def test_rfvd_measures_writes_and_repeats(world, rfvd, tmp_path, capsys):
+    out = tmp_path / "results.json"
+    assert rfvd.main([*common(world, out), "--show", "3", "--batch-size", "5"]) == 0
+    report = json.loads(out.read_text())
+    figure = report["frechet"]
+    assert (
+        report["psnr"] < report["mean_colour_psnr"] and 0 < report["codes_used"] <= 1 and report["tokens_per_clip"] == 4
+    )
+    assert report["psnr_above_mean_colour"] == pytest.approx(report["psnr"] - report["mean_colour_psnr"])
+    assert (figure["metric"], figure["num_clips"], figure["comparable"]) == ("frechet-random-i3d", VIDEOS, False)
+    assert figure["protocol"]["num_videos"] == VIDEOS + 1 and figure["floor"]["num_clips"] == VIDEOS // 2
+    assert [entry["name"] for entry in report["skipped"]] == ["v99.mp4"]
+    assert (tmp_path / "results.mp4").stat().st_size > 0 and (tmp_path / "results.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "frechet-random-i3d" in printed and "NOT comparable" in printed and "skipped v99.mp4" in printed
+    again = tmp_path / "again.json"
+    assert rfvd.main([*common(world, again), "--show", "0", "--batch-size", "5"]) == 0
+    assert json.loads(again.read_text())["frechet"]["value"] == pytest.approx(figure["value"], rel=1e-6)
+    assert not (tmp_path / "again.mp4").exists()
+
+
+def test_rfvd_takes_a_seeded_part_of_the_videos(world, rfvd, tmp_path):
+    values = []
+    for seed in (1, 2):
+        out = tmp_path / f"{seed}.json"
+        assert rfvd.main([*common(world, out), "--show", "0", "--num-clips", "5", "--seed", str(seed)]) == 0
+        values.append(json.loads(out.read_text())["psnr"])
+    assert values[0] != values[1]
+
+
+def test_gfvd_generates_for_the_labels_of_the_real_clips(world, gfvd, tmp_path, capsys):
+    arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "15"]
+    assert gfvd.main([*arguments, "--batch-size", "4", "--show", "2"]) == 0
+    report = json.loads((tmp_path / "g.json").read_text())
+    assert (report["metric"], report["num_clips"], report["floor"]["num_clips"]) == ("frechet-random-i3d", 15, 15)
+    assert set(report["checkpoints"]) == {"generator", "tokenizer"} and report["config"]["guidance_scale"] == 1.25
+    assert [entry["name"] for entry in report["skipped"]] == ["v99.mp4"]
+    assert (tmp_path / "g.png").exists() and "NOT comparable" in capsys.readouterr().out
+    other = [*arguments[:-2], "--num-clips", "15", "--batch-size", "15", "--show", "0"]
+    assert gfvd.main(other) == 0
+    assert json.loads((tmp_path / "g.json").read_text())["value"] == pytest.approx(report["value"], rel=1e-4)
+
+
+def test_gfvd_maps_classes_by_name(world, gfvd):
+    generator = LarpGenerator.from_pretrained(world / "generator")
+    videos = gfvd.open_videos(f"jsonl:{world / 'list.jsonl'}", "test")
+    assert videos.classes == ("Archery", "Surfing")
+    assert gfvd.class_numbers(generator, videos, [0, 1, 1]).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--num-clips", "40"], "windows of 4 frames"),
+        (["--tokenizer", "nowhere"], "nowhere: no such folder"),
+        (["--data", ""], "--data is needed"),
+    ],
+)
+def test_mistakes_end_in_one_line(world, gfvd, tmp_path, capsys, extra, message):
+    assert gfvd.main([*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), *extra]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_too_many_clips_for_one_of_each_video(world, rfvd, tmp_path, capsys):
+    assert rfvd.main([*common(world, tmp_path / "r.json"), "--num-clips", "20"]) == 1
+    assert "num_clips=20" in capsys.readouterr().err and not (tmp_path / "r.json").exists()

@@ -1,0 +1,218 @@
+"""The spec grammar, every kind of data, splits that never leak, and an error with a remedy for every mistake."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from larp.data.datasets import DataError, humanize, open_videos
+from larp.data.video import write_video
+
+PIXELS = np.zeros((2, 16, 16, 3), np.uint8)
+
+
+def touch(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"x")
+    return path
+
+
+def make_ucf101(root: Path, suffix=".avi", home="UCF-101") -> Path:
+    """Two of three listed classes; groups 1 and 2 are test and train, group 9 is in no list."""
+    lines = {"train": [], "test": []}
+    for name in ("Archery", "BasketballDunk", "YoYo"):
+        for split, group in (("test", 1), ("train", 2)):
+            for clip in (1, 2):
+                stem = f"v_{name}_g{group:02d}_c{clip:02d}"
+                lines[split].append(f"{name}/{stem}.avi" + (" 1" if split == "train" else ""))
+                if name != "YoYo":
+                    touch(root / home / name / f"{stem}{suffix}")
+    touch(root / home / "Archery" / f"v_Archery_g09_c01{suffix}")
+    for split, names in lines.items():
+        for fold in (1, 2, 3):
+            listing = touch(root / "ucfTrainTestlist" / f"{split}list{fold:02d}.txt")
+            listing.write_text("\n".join(names if fold == 1 else names[::2]) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(("suffix", "home"), [(".avi", "UCF-101"), (".mp4", "UCF-101"), (".avi", "")])
+def test_ucf101_follows_its_lists(tmp_path, suffix, home):
+    root = make_ucf101(tmp_path / "data", suffix, home)
+    for split, group in (("train", "g02"), ("test", "g01")):
+        videos = open_videos(f"ucf101:{root}", split)
+        assert videos.classes == ("Archery", "BasketballDunk") and len(videos) == 4
+        assert all(group in item.name for item in videos.items) and [item.label for item in videos.items] == [
+            0,
+            0,
+            1,
+            1,
+        ]
+        assert videos.items[2].caption == "basketball dunk"
+        assert "2 of the 3 listed classes" in videos.notes[0] and "1 files are in no list" in videos.notes[1]
+    assert len(open_videos(f"ucf101:{root}", "all")) == 9
+    assert len(open_videos(f"ucf101:{root},fold=2", "train")) == 2
+
+
+def test_ucf101_finds_lists_beside_its_root(tmp_path):
+    root = make_ucf101(tmp_path)
+    assert len(open_videos(f"ucf101:{root / 'UCF-101'}", "test")) == 4
+
+
+def test_ucf101_mistakes(tmp_path):
+    root = make_ucf101(tmp_path / "a")
+    touch(root / "UCF-101" / "Archary" / "v_Archary_g01_c01.avi")
+    with pytest.raises(DataError, match=r"1 of 3 class folders are not in the lists.*'Archary' \(nearest: 'Archery'\)"):
+        open_videos(f"ucf101:{root}", "train")
+    with pytest.raises(DataError, match=r"fold=4; UCF-101 has the folds 1, 2 and 3"):
+        open_videos(f"ucf101:{make_ucf101(tmp_path / 'b')},fold=4")
+    with pytest.raises(DataError, match=r"unknown option 'flod'; known: fold=1; did you mean fold\?"):
+        open_videos(f"ucf101:{root},flod=1")
+    with pytest.raises(DataError, match=r"option fold='one' must be a whole number"):
+        open_videos(f"ucf101:{root},fold=one")
+    touch(tmp_path / "c" / "Archery" / "v_Archery_g01_c01.avi")
+    with pytest.raises(DataError, match=r"no folder ucfTrainTestlist"):
+        open_videos(f"ucf101:{tmp_path / 'c'}")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(DataError, match=r"no class folder with videos"):
+        open_videos(f"ucf101:{tmp_path / 'd'}")
+    e = make_ucf101(tmp_path / "e")
+    for path in (e / "UCF-101").rglob("*.avi"):
+        path.rename(path.with_name("renamed_" + path.name))
+    with pytest.raises(DataError, match=r"none of the 9 videos is in .*trainlist01.txt"):
+        open_videos(f"ucf101:{e}")
+    with pytest.raises(DataError, match=r"there is no folder '/nowhere'"):
+        open_videos("ucf101:/nowhere")
+
+
+def test_folder_is_recursive_and_its_splits_are_stable(tmp_path):
+    for k in range(60):
+        touch(tmp_path / f"d{k % 3}" / f"clip {k}.mp4")
+    touch(tmp_path / "notes.txt")
+    train, test, everything = (open_videos(f"folder:{tmp_path}", split) for split in ("train", "test", "all"))
+    names = {item.name for item in test.items}
+    assert len(everything) == 60 and 1 <= len(test) <= 14 and not names & {item.name for item in train.items}
+    assert len(train) + len(test) == 60 and train.classes == () and train.items[0].label is None
+    touch(tmp_path / "more.mp4")
+    assert names <= {item.name for item in open_videos(str(tmp_path), "test").items}
+
+
+def test_even_two_videos_split(tmp_path):
+    touch(tmp_path / "a.mp4"), touch(tmp_path / "b.mp4")
+    assert len(open_videos(f"folder:{tmp_path}", "train")) == len(open_videos(f"folder:{tmp_path}", "test")) == 1
+
+
+def test_manifests(tmp_path):
+    touch(tmp_path / "v" / "a.mp4"), touch(tmp_path / "v" / "b.mp4")
+    (tmp_path / "m.csv").write_text("path,label,split\nv/a.mp4,PlayingPiano,train\nv/b.mp4,Archery,test\n")
+    train, test = open_videos(f"csv:{tmp_path / 'm.csv'}", "train"), open_videos(str(tmp_path / "m.csv"), "test")
+    assert train.classes == test.classes == ("Archery", "PlayingPiano")
+    assert [(i.path, i.name, i.label, i.caption) for i in train.items] == [
+        (tmp_path / "v/a.mp4", "v/a.mp4", 1, "playing piano")
+    ]
+    rows = [{"path": str(tmp_path / "v/a.mp4"), "caption": "a dog, running"}, {"path": "v/b.mp4", "label": 10}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    videos = open_videos(f"jsonl:{tmp_path / 'm.jsonl'}", "all")
+    assert videos.items[0].path == tmp_path / "v/a.mp4" and videos.items[0].caption == "a dog, running"
+    assert (
+        videos.classes == ("10",) and [i.label for i in videos.items] == [None, 0] and videos.items[1].caption is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": \n', "m.jsonl, line 2: broken JSON"),
+        ("m.jsonl", '["a.mp4"]', "line 1: each line must be an object"),
+        ("m.jsonl", '{"label": 1}', "line 1: no path"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "a.mp4"}', "line 2: lists a.mp4 again .first in line 1"),
+        ("m.jsonl", '{"path": "a.mp4", "split": "dev"}', "line 1: split is 'dev'; it must be train or test"),
+        ("m.jsonl", '{"path": "a.mp4", "split": "test"}\n{"path": "b.mp4"}', "line 2: some lines have a split"),
+        ("m.jsonl", '{"path": "a.mp4", "split": "test"}', "no line has split train"),
+        ("m.jsonl", '{"path": "gone.mp4"}', "none of its 1 videos exists.*relative to the manifest"),
+        ("m.jsonl", "", "the manifest lists no video"),
+        ("m.csv", "file,label\na.mp4,1\n", "line 1: the header must name a column path"),
+        ("m.csv", "path,label\na.mp4,1\n,2\n", "line 3: no path"),
+    ],
+)
+def test_broken_manifests_name_the_line(tmp_path, name, text, message):
+    touch(tmp_path / "a.mp4")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        open_videos(f"{name[2:]}:{tmp_path / name}", "train")
+
+
+def test_shapes_is_captioned_labelled_and_split_by_triples():
+    spec = "shapes:count=60,seed=1,size=16,frames=4"
+    train, test, everything = (open_videos(spec, split) for split in ("train", "test", "all"))
+    assert (
+        len(train) == 60 and len(test) == 16 and len(everything) == 76 and len({i.name for i in everything.items}) == 76
+    )
+    item = train.items[0]
+    assert train.classes == test.classes and len(train.classes) == 18
+    assert all(word in item.caption for word in train.classes[item.label].split())
+    with pytest.raises(DataError, match=r"takes only options"):
+        open_videos("shapes:/a/path")
+    with pytest.raises(ValueError, match=r"count=0 is too small"):
+        open_videos("shapes:count=0")
+
+
+def test_joined_specs_merge_classes_by_name_and_keep_names_unique(tmp_path):
+    for part, label in (("a", "Archery"), ("b", "Surfing"), ("c", "Archery")):
+        touch(tmp_path / part / "v.mp4")
+        (tmp_path / part / "m.csv").write_text(f"path,label\nv.mp4,{label}\n")
+    videos = open_videos("+".join(f"csv:{tmp_path / part / 'm.csv'}" for part in "abc"), "all")
+    assert videos.classes == ("Archery", "Surfing") and [i.label for i in videos.items] == [0, 1, 0]
+    assert [i.name for i in videos.items] == ["v.mp4", "2:v.mp4", "3:v.mp4"]
+
+
+def test_a_plus_or_comma_in_a_path_is_part_of_it(tmp_path):
+    write_video(tmp_path / "a+b, c=d" / "v.mp4", PIXELS, 10)
+    assert len(open_videos(f"folder:{tmp_path / 'a+b, c=d'}+shapes:count=2,size=16,frames=2", "all")) == 1 + 2 + 16
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "the data spec is empty; give one of ucf101:"),
+        (
+            "ucf11:/data",
+            r"unknown data spec 'ucf11:/data': the kinds are ucf101:, csv:, jsonl:, folder:, shapes:; did you mean ucf101:\?",
+        ),
+        ("shape", r"neither a path that exists nor one of the kinds .*did you mean shapes:\?"),
+        ("/no/such/path", "neither a path that exists"),
+        ("folder:", "the path is missing after the colon"),
+        ("folder:/no/such", "there is no folder '/no/such'"),
+        ("csv:/no/such.csv", "there is no file '/no/such.csv'"),
+    ],
+)
+def test_unknown_specs_say_what_is_known(spec, message):
+    with pytest.raises(DataError, match=message):
+        open_videos(spec)
+
+
+def test_an_empty_folder_and_a_single_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"no video below .*looked for files ending in"):
+        open_videos(f"folder:{tmp_path}")
+    with pytest.raises(DataError, match=r"no .csv or .jsonl manifest"):
+        open_videos(str(touch(tmp_path / "a.mp4")))
+    with pytest.raises(DataError, match=r"unknown split 'val'; choose train, test or all"):
+        open_videos(str(tmp_path), "val")
+
+
+@pytest.mark.parametrize(("name", "words"), [("BasketballDunk", "basketball dunk"), ("YoYo", "yo yo"), ("TVShow", "tv show"),
+                                             ("playing_piano-fast", "playing piano fast"), ("surfing", "surfing")])  # fmt: skip
+def test_humanize(name, words):
+    assert humanize(name) == words
+
+
+def test_real_clips(clips_root):
+    spec = f"ucf101:{clips_root / 'ucf101'}"
+    train, test = open_videos(spec, "train"), open_videos(spec, "test")
+    assert (len(train), len(test), len(open_videos(spec, "all"))) == (529, 202, 731)
+    assert train.classes == ("Archery", "BasketballDunk", "HorseRace", "PlayingPiano", "PlayingViolin", "Surfing")
+    groups = [{item.name.rsplit("_", 1)[0] for item in videos.items} for videos in (train, test)]
+    assert not groups[0] & groups[1]
+    assert len(open_videos(f"ucf101:{clips_root / 'ucf101_original'}", "test")) == 18
+    captioned = open_videos(str(clips_root / "captioned" / "captions.jsonl"), "all")
+    assert len(captioned) == 100 and all(item.caption for item in captioned.items)

@@ -1,0 +1,157 @@
+"""The token cache and the extraction that fills it, on small rendered videos and a tiny tokenizer."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from larp.data.clips import ClipShape, frames_to_clip
+from larp.data.datasets import VideoItem, VideoSet
+from larp.data.extraction import extract_tokens, repeat_last, window_starts
+from larp.data.tokens import INDEX, TokenCache, TokenCacheError, batch_rows, shard_slices
+from larp.data.video import read_video, write_video
+from larp.prior import PriorConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
+
+LENGTHS = (4, 9, 13, 3, 8, 5, 6, 7, 4, 4, 10)
+"""Frames of the videos; the fourth is shorter than a clip of 4."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(0)
+    sides = {
+        f"{side}_{name}": value
+        for side in ("encoder", "decoder")
+        for name, value in (("width", 16), ("depth", 1), ("heads", 2))
+    }
+    shape = dict(num_frames=4, height=16, width=16, patch_size=(2, 8, 8), num_tokens=5, codebook_size=64, code_dim=8)
+    return LarpTokenizer(TokenizerConfig(**shape, **sides, prior=PriorConfig(enabled=False))).eval()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> VideoSet:
+    folder, random = tmp_path_factory.mktemp("videos"), np.random.default_rng(0)
+    items = []
+    for number, frames in enumerate(LENGTHS):
+        path = folder / f"{number}.mp4"
+        write_video(path, random.integers(0, 255, (frames, 16, 16, 3), dtype=np.uint8), fps=8)
+        items.append(VideoItem(path, f"v{number}", number % 2, f"video {number}"))
+    (folder / "broken.mp4").write_bytes(b"\0\0\0\x20ftypisom nothing more")
+    items.append(VideoItem(folder / "broken.mp4", "broken", 1, None))
+    return VideoSet(tuple(items), ("even", "odd"), "test:")
+
+
+def test_windows_never_overlap_and_are_evenly_spaced():
+    shape = ClipShape(4, 8, 8, stride=2)
+    assert window_starts(7, shape) == [0] and window_starts(6, shape, 3) == []
+    assert window_starts(17, shape) == [5], "one window lies in the middle"
+    assert window_starts(17, shape, most=2) == [1, 9] and window_starts(17, shape, most=9) == [1, 9]
+    for frames in range(7, 80):
+        starts = window_starts(frames, shape, most=5)
+        gaps = np.diff([-7, *starts, frames]) - 7
+        assert gaps.min() >= 0 and gaps.max() - gaps.min() <= 1, (frames, starts)
+
+
+def test_extraction_encodes_the_windows(tokenizer, videos, tmp_path):
+    cache = extract_tokens(
+        tokenizer,
+        videos,
+        "train",
+        tmp_path,
+        windows=2,
+        flips=True,
+        condition_frames=2,
+        batch_size=3,
+        tokenizer_name="runs/tok",
+    )
+    assert len(cache) == 2 * sum(min(2, length // 4) for length in LENGTHS) and cache.codes.shape[1] == 5
+    assert cache.classes == ("even", "odd") and cache.tokenizer == "runs/tok"
+    assert [name for name, _ in cache.skipped] == ["v3", "broken"] and "has 3 frames" in cache.skipped[0][1]
+    for row in range(len(cache)):
+        number, start = int(cache.videos[row]), int(cache.starts[row])
+        item = videos.items[number]
+        assert (cache.names[row], cache.captions[row], int(cache.labels[row])) == (item.name, item.caption, item.label)
+        clip = frames_to_clip(read_video(item.path, start, 4)[0], 16, 16)[None]
+        clip = clip.flip(-1) if cache.flipped[row] else clip
+        assert torch.equal(tokenizer.encode(clip)[0], cache.codes[row].long())
+        assert torch.equal(tokenizer.encode(repeat_last(clip, 2))[0], cache.conditions[row].long())
+
+
+def test_ranks_share_the_work_and_a_stopped_extraction_goes_on(tokenizer, videos, tmp_path, monkeypatch):
+    whole = extract_tokens(tokenizer, videos, "train", tmp_path / "one")
+    assert len(shard_slices(len(videos))) == 2
+    with pytest.raises(TokenCacheError, match="1 shards are missing"):
+        extract_tokens(tokenizer, videos, "train", tmp_path / "two", rank=0, world_size=2)
+    with pytest.raises(TokenCacheError, match="is unfinished: run the extraction again"):
+        TokenCache.open(tmp_path / "two")
+    first = (tmp_path / "two" / "shard-00000.safetensors").stat().st_mtime_ns
+    resumed = extract_tokens(tokenizer, videos, "train", tmp_path / "two")
+    assert (tmp_path / "two" / "shard-00000.safetensors").stat().st_mtime_ns == first, "finished shards are kept"
+    assert torch.equal(resumed.codes, whole.codes) and resumed.key == whole.key and resumed.skipped == whole.skipped
+    monkeypatch.setattr(tokenizer, "encode", None)
+    again = extract_tokens(tokenizer, videos, "train", tmp_path / "two")
+    assert torch.equal(again.codes, whole.codes), "a finished cache is only opened"
+
+
+def test_a_cache_of_something_else_is_refused(tokenizer, videos, tmp_path):
+    extract_tokens(tokenizer, videos, "train", tmp_path)
+    TokenCache.open(tmp_path, {"tokenizer": tokenizer.weight_hash(), "flips": False})
+    with pytest.raises(TokenCacheError, match=r"windows is 1, expected 2; flips is False, expected True"):
+        TokenCache.open(tmp_path, {"windows": 2, "flips": True, "stride": 1})
+    with pytest.raises(TokenCacheError, match=r"split is 'train', expected 'test'.*choose another --out"):
+        extract_tokens(tokenizer, videos, "test", tmp_path)
+    with pytest.raises(TokenCacheError, match=r"holds no token cache: make one with"):
+        TokenCache.open(tmp_path / "absent")
+    shard = tmp_path / "shard-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(TokenCacheError, match=r"shard-00000.*delete this file"):
+        TokenCache.open(tmp_path)
+    (tmp_path / INDEX).write_text("{")
+    with pytest.raises(TokenCacheError, match=r"index.json cannot be read"):
+        TokenCache.open(tmp_path)
+
+
+def test_nothing_readable_is_an_error_that_says_why(tokenizer, videos, tmp_path):
+    broken = VideoSet(videos.items[-1:], (), "test:")
+    with pytest.raises(TokenCacheError, match=r"not one video could be encoded.*broken"):
+        extract_tokens(tokenizer, broken, "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [({"windows": 0}, "windows is 0"), ({"stride": 0}, "stride"), ({"condition_frames": 4}, "0 .none. to 3")],
+)
+def test_bad_options(tokenizer, videos, tmp_path, option, words):
+    with pytest.raises(ValueError, match=words):
+        extract_tokens(tokenizer, videos, "train", tmp_path, **option)
+
+
+def test_hold_out_keeps_videos_whole(tokenizer, videos, tmp_path):
+    cache = extract_tokens(tokenizer, videos, "train", tmp_path, windows=2)
+    train, held = cache.hold_out(every=3)
+    assert len(train) + len(held) == len(cache) and set(held.names) == {"v2", "v5", "v8"}
+    assert not set(train.names) & set(held.names) and train.codes.shape[0] == len(train.captions) == len(train.labels)
+    with pytest.raises(TokenCacheError, match="too small to hold out one in 50"):
+        cache.hold_out(50)
+
+
+def test_shards_cover_every_video_once():
+    for count in (1, 8, 700, 100_000):
+        slices = shard_slices(count)
+        assert [number for part in slices for number in part] == list(range(count)) and len(slices) < 300
+
+
+def test_batches_cover_each_epoch_in_a_new_order():
+    rows = torch.cat([batch_rows(10, step, 4, seed=1) for step in range(5)])
+    assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))
+    assert rows[:10].tolist() != rows[10:].tolist()
+    assert torch.equal(batch_rows(10, 3, 4, seed=1), rows[12:16]), "any step can be asked for alone"
+    assert not torch.equal(batch_rows(10, 0, 10, seed=1), batch_rows(10, 0, 10, seed=2))
+
+
+def test_index_is_plain_json(tokenizer, videos, tmp_path):
+    extract_tokens(tokenizer, videos, "train", tmp_path)
+    key = json.loads((tmp_path / INDEX).read_text())["key"]
+    assert key["data"] == "test:" and key["num_tokens"] == 5 and key["height"] == 16 and key["code_version"] == 1

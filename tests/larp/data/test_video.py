@@ -1,0 +1,201 @@
+"""Video files: odd ones decode or are refused quickly, hostile ones are refused, and what is written is what was meant."""
+
+import os
+import time
+
+import av
+import numpy as np
+import pytest
+
+from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video, write_video
+
+
+def moving_square(frames=12, height=32, width=48):
+    video = np.full((frames, height, width, 3), 40, np.uint8)
+    for t in range(frames):
+        video[t, 8:20, t : t + 12] = (220, 60, 50)
+    return video
+
+
+@pytest.fixture
+def clip(tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_video(path, moving_square(), fps=10)
+    return path
+
+
+def test_round_trip_keeps_frames_fps_and_pixels(clip):
+    video, fps = read_video(clip)
+    assert video.shape == (12, 32, 48, 3) and video.dtype == np.uint8 and fps == 10
+    assert np.abs(video.astype(int) - moving_square()).mean() < 4
+    info = probe(clip)
+    assert (info.width, info.height, info.frames, info.codec) == (
+        48,
+        32,
+        12,
+        "h264",
+    ) and info.duration_s == pytest.approx(1.2)
+
+
+def test_part_of_a_video_is_the_same_frames_as_the_whole(clip):
+    whole, _ = read_video(clip)
+    part, _ = read_video(clip, start=3, count=3, stride=4)
+    assert np.array_equal(part, whole[3:12:4])
+    assert np.array_equal(np.stack(list(iter_frames(clip))), whole)
+
+
+def test_asking_for_more_than_there_is_says_how_much_there_is(clip):
+    with pytest.raises(ShortVideoError, match=r"clip.mp4.*asked for 16 frames from frame 2.*holds 12") as caught:
+        read_video(clip, start=2, count=16)
+    assert caught.value.frames == 12
+    with pytest.raises(ShortVideoError, match=r"holds 12 frames, none at or after frame 12"):
+        read_video(clip, start=12)
+    with pytest.raises(VideoError, match=r"stride=0"):
+        read_video(clip, stride=0)
+
+
+@pytest.mark.parametrize("name", ["-dash.mp4", "a:b.mp4", "späß 1.mp4"])
+def test_awkward_names(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_video(name, moving_square(), 10)
+    assert len(read_video(name)[0]) == 12
+
+
+def test_odd_sizes_are_padded_to_even_and_kept_in_444(tmp_path):
+    video = moving_square(height=33, width=47)
+    write_video(tmp_path / "a.mp4", video, 10)
+    assert read_video(tmp_path / "a.mp4")[0].shape[1:3] == (34, 48)
+    write_video(tmp_path / "b.mp4", video, 10, pixel_format="yuv444p", quality=4)
+    exact = read_video(tmp_path / "b.mp4")[0]
+    assert exact.shape == video.shape and np.abs(exact.astype(int) - video).mean() < 1
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_quality_and_codec_change_the_file(tmp_path, codec):
+    noise = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
+    write_video(tmp_path / "good.mp4", noise, 10, codec=codec, quality=8)
+    write_video(tmp_path / "poor.mp4", noise, 10, codec=codec, quality=45)
+    assert (tmp_path / "poor.mp4").stat().st_size * 2 < (tmp_path / "good.mp4").stat().st_size
+    assert probe(tmp_path / "good.mp4").codec == {"libx264": "h264"}.get(codec, codec)
+
+
+def test_gif(tmp_path):
+    write_video(tmp_path / "a.gif", moving_square(), 10)
+    video, fps = read_video(tmp_path / "a.gif")
+    assert video.shape == (12, 32, 48, 3) and fps == pytest.approx(10, rel=0.02)
+    assert np.abs(video.astype(int) - moving_square()).mean() < 3
+
+
+def test_missing_encoder_names_the_remedy_and_leaves_nothing(tmp_path):
+    with pytest.raises(VideoError, match=r"out.mp4: this FFmpeg has no encoder 'libx999'.*mpeg4.*\.gif"):
+        write_video(tmp_path / "out.mp4", moving_square(), 10, codec="libx999")
+    assert os.listdir(tmp_path) == []
+
+
+def test_bad_frames_and_fps_are_refused(tmp_path):
+    with pytest.raises(VideoError, match=r"uint8"):
+        write_video(tmp_path / "a.mp4", moving_square().astype(float), 10)
+    with pytest.raises(VideoError, match=r"uint8"):
+        write_video(tmp_path / "a.mp4", moving_square()[:0], 10)
+    with pytest.raises(VideoError, match=r"fps"):
+        write_video(tmp_path / "a.mp4", moving_square(), 0)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, clip):
+    before = clip.read_bytes()
+    with pytest.raises(VideoError, match=r"cannot be written"):
+        write_video(clip, moving_square(), 10, pixel_format="no-such-format")
+    assert clip.read_bytes() == before and os.listdir(tmp_path) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"#EXTM3U\n#EXTINF:1\n/etc/passwd\n", "playlist"),
+        (b"ffconcat version 1.0\nfile '/etc/passwd'\n", "playlist"),
+        (b"<?xml version='1.0'?><MPD/>", "playlist"),
+        (b"hello, I am no video", "does not begin like a video"),
+        (b"\x00\x00\x00\x20ftypisom" + bytes(100), "cannot be decoded|no video stream"),
+    ],
+)
+def test_what_is_no_video_is_refused(tmp_path, content, reason):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    for read in (read_video, probe, count_frames):
+        with pytest.raises(VideoError, match=rf"a.mp4: .*({reason})"):
+            read(path)
+
+
+def test_missing_files_and_folders_are_video_errors(tmp_path):
+    with pytest.raises(VideoError, match=r"none.mp4: no such file"):
+        read_video(tmp_path / "none.mp4")
+    with pytest.raises(VideoError, match=tmp_path.name):
+        read_video(tmp_path)
+
+
+def test_frames_over_max_pixels_are_refused_before_decoding(clip):
+    with pytest.raises(VideoError, match=r"48x32 pixels per frame is over max_pixels=100"):
+        read_video(clip, max_pixels=100)
+
+
+def test_truncation_never_passes_in_silence(tmp_path):
+    """Cut anywhere, a file gives all of its frames or an error (a fragment in Matroska may be a shorter, whole video)."""
+    write_video(tmp_path / "whole.avi", moving_square(40), 10, codec="mpeg4")
+    data = (tmp_path / "whole.avi").read_bytes()
+    for cut in (0.3, 0.6, 0.8):
+        (tmp_path / "cut.avi").write_bytes(data[: int(len(data) * cut)])
+        with pytest.raises(VideoError, match=r"cut.avi"):
+            read_video(tmp_path / "cut.avi", start=0, count=40)
+
+
+def test_mutated_files_raise_only_video_errors(tmp_path, clip):
+    data, rng = bytearray(clip.read_bytes()), np.random.default_rng(0)
+    for _ in range(60):
+        bad = data.copy()
+        for place in rng.integers(0, len(bad), 8):
+            bad[place] = int(rng.integers(256))
+        (tmp_path / "bad.mp4").write_bytes(bad)
+        try:
+            assert len(read_video(tmp_path / "bad.mp4", count=12)[0]) == 12
+        except VideoError as error:
+            assert "bad.mp4" in str(error)
+
+
+def test_odd_real_files_decode_or_are_refused_quickly(clips_root):
+    frames = {}
+    for path in sorted((clips_root / "odd").iterdir()):
+        began = time.process_time()
+        try:
+            frames[path.name] = read_video(path, count=min(16, count_frames(path)))[0].shape
+        except VideoError as error:
+            frames[path.name] = str(error)
+        assert time.process_time() - began < 5, path.name
+    assert frames["video_90.mov"] == (3, 568, 320, 3) and frames["video_0.mov"] == (3, 320, 568, 3)
+    assert frames["-video-with-dash-.mp4"] == (5, 1, 1, 3)
+    for name in (
+        "av1_video.mkv",
+        "h264_10bits.mp4",
+        "bt709_full_range.mp4",
+        "circle.gif",
+        "test.avi",
+        "video_with_failing_audio.mp4",
+    ):
+        assert frames[name][0] == 16, name
+    with pytest.raises(VideoError, match=r"corrupted.mp4"):
+        read_video(clips_root / "odd" / "corrupted.mp4")
+
+
+def test_rotation_agrees_with_the_picture_as_stored(clips_root):
+    path = clips_root / "odd" / "video_90.mov"
+    with av.open(str(path)) as container:
+        stored = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    assert np.array_equal(read_video(path, count=1)[0][0], np.rot90(stored, -1))
+    assert (probe(path).width, probe(path).height) == (320, 568)
+
+
+def test_original_ucf101_files_decode_whole(clips_root):
+    path = sorted((clips_root / "ucf101_original").rglob("*.avi"))[0]
+    video, fps = read_video(path)
+    assert video.shape[1:] == (240, 320, 3) and 24 < fps < 31 and abs(len(video) - probe(path).frames) <= 2

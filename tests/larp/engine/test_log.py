@@ -1,0 +1,59 @@
+"""metrics.jsonl, the progress bar and TensorBoard."""
+
+import json
+
+import pytest
+import torch
+
+from larp.engine.backend import Ranks
+from larp.engine.log import RunLog, read_metrics, write_json
+
+
+def test_lines_hold_step_time_and_values(tmp_path, capsys):
+    with RunLog(tmp_path, Ranks(), 10, show=["loss"]) as log:
+        log.metrics(1, {"loss": 0.5, "psnr": torch.tensor(20.0)})
+        log.progress(2)
+        log.metrics(3, {"loss": float("nan")})
+        log.say("half of it")
+    lines = read_metrics(tmp_path)
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (3, None)]
+    assert lines[0]["psnr"] == 20.0 and lines[0]["time"] <= lines[1]["time"]
+    shown = capsys.readouterr()
+    assert "half of it" in shown.out and "loss=0.5" in shown.err and "psnr" not in shown.err
+
+
+def test_a_resumed_run_has_one_line_for_each_step(tmp_path):
+    with RunLog(tmp_path, Ranks(), 10) as log:
+        for step in range(1, 6):
+            log.metrics(step, {"loss": 1.0})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    with RunLog(tmp_path, Ranks(), 10, resume_step=3) as log:
+        log.metrics(4, {"loss": 2.0})
+    assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+    with RunLog(tmp_path / "run", Ranks(rank=1, world_size=2), 10) as log:
+        log.metrics(1, {"loss": 1.0})
+        log.progress(2)
+        log.say("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    pytest.importorskip("tensorboard")
+    with RunLog(tmp_path, Ranks(), 10) as log:
+        log.metrics(1, {"loss": 0.5})
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_write_json_replaces_whole_files(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2} and [p.name for p in tmp_path.iterdir()] == ["a.json"]

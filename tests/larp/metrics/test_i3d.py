@@ -1,0 +1,133 @@
+"""Random I3D: deterministic, informative, quick; the published file: how it is found, checked and called."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from larp.metrics.frechet import Moments, frechet_distance
+from larp.metrics.i3d import I3D, PublishedI3D, RandomI3D, open_features
+from larp.metrics.weights import I3D_STYLEGANV, WeightsMissing, file_sha256
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return RandomI3D(width=0.125)
+
+
+@pytest.fixture
+def no_weights(monkeypatch, tmp_path):
+    monkeypatch.delenv(I3D_STYLEGANV.variable, raising=False)
+    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+
+
+class FakeI3D(torch.nn.Module):
+    """Answers like the published file, and shows in its features how it was called."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False):
+        features = torch.zeros(x.shape[0], 400)
+        features[:, 0] = x.amin(dim=(1, 2, 3, 4))
+        features[:, 1] = x.amax(dim=(1, 2, 3, 4))
+        features[:, 2] = float(rescale) * 4 + float(resize) * 2 + float(return_features)
+        return features
+
+
+@pytest.fixture
+def fake_file(tmp_path):
+    path = tmp_path / "i3d_torchscript.pt"
+    torch.jit.script(FakeI3D()).save(str(path))
+    return path
+
+
+def clips(seed, batch=12, frames=8, size=32):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(batch, 3, 2, 4, 4, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size=(frames, size, size), mode="trilinear")
+
+
+def test_random_features_are_deterministic_and_differ_between_clips(tiny):
+    a = tiny(clips(0))
+    assert a.shape == (12, 400) and a.dtype == torch.float32 and torch.isfinite(a).all()
+    torch.testing.assert_close(a, RandomI3D(width=0.125)(clips(0)))
+    torch.testing.assert_close(a[:3], tiny(clips(0)[:3]), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(a, RandomI3D(seed=1, width=0.125)(clips(0)))
+    # Neither vanishing nor one value for all: the spread between clips is of the order of the features themselves.
+    assert 0.1 < float(a.std(dim=0).mean()) < 10
+    assert float(torch.pdist(a).min()) > 0.1
+
+
+def test_random_features_see_motion(tiny):
+    still = clips(1)[:, :, :1].expand(-1, -1, 8, -1, -1)
+    moving = torch.stack([still[:, :, t].roll(3 * t, dims=-1) for t in range(8)], dim=2)
+    assert float((tiny(still) - tiny(moving)).norm(dim=1).min()) > 0.1
+
+
+def test_distance_grows_with_damage(tiny):
+    real, other = tiny(clips(2, batch=24)), tiny(clips(3, batch=24))
+    noise = torch.rand(24, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0))
+    lightly, heavily = (clips(3, batch=24) * (1 - share) + noise * share for share in (0.2, 0.6))
+    floor, little, much = (
+        frechet_distance(Moments.of(real), Moments.of(features)) for features in (other, tiny(lightly), tiny(heavily))
+    )
+    assert floor < little < much
+
+
+def test_random_i3d_never_says_fvd(tiny):
+    assert tiny.name == "frechet-random-i3d" and "random" in tiny.weights_hash
+
+
+def test_full_network_has_the_published_widths():
+    model = I3D()
+    norms = sum(layer.num_features for layer in model.modules() if isinstance(layer, torch.nn.BatchNorm3d))
+    # The published RGB network has 12,697,264 parameters; ours leaves out the affine
+    # parts of the batch norms and the bias of the logits.
+    assert sum(parameter.numel() for parameter in model.parameters()) == 12_697_264 - 2 * norms - 400
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 16, 16), (1, 3, 4, 16, 24), (1, 3, 16, 8, 8)])
+def test_takes_short_and_small_clips(tiny, shape):
+    assert torch.isfinite(tiny(torch.rand(shape, generator=torch.Generator().manual_seed(0)))).all()
+
+
+def test_clip_shape_and_range_are_checked(tiny):
+    with pytest.raises(ValueError, match=r"\(B, 3, T, H, W\)"):
+        tiny(torch.zeros(1, 8, 3, 16, 16))
+    with pytest.raises(ValueError, match="clamp"):
+        tiny(torch.full((1, 3, 4, 16, 16), 1.01))
+    with pytest.raises(ValueError, match="clamp"):
+        tiny(torch.full((1, 3, 4, 16, 16), float("nan")))
+
+
+def test_published_file_is_called_with_minus_one_to_one(fake_file):
+    source = replace(I3D_STYLEGANV, sha256=file_sha256(fake_file))
+    features = PublishedI3D(fake_file, source=source)
+    clip = torch.zeros(2, 3, 10, 8, 8)
+    clip[:, :, 5:] = 1.0
+    assert features(clip)[:, :3].tolist() == [[-1.0, 1.0, 3.0]] * 2
+    assert (features.name, features.weights_hash) == ("fvd-i3d-styleganv", source.sha256)
+    with pytest.raises(ValueError, match="at least 10 frames, got 9"):
+        features(torch.zeros(1, 3, 9, 8, 8))
+
+
+def test_another_file_is_refused_before_it_is_loaded(fake_file):
+    with pytest.raises(ValueError, match=r"not the published i3d_torchscript.pt: SHA-256"):
+        PublishedI3D(fake_file)
+
+
+def test_missing_file_names_itself_and_its_place(no_weights, monkeypatch, tmp_path):
+    with pytest.raises(WeightsMissing) as error:
+        open_features("fvd-i3d-styleganv")
+    assert "i3d_torchscript.pt" in str(error.value) and str(tmp_path / "empty") in str(error.value)
+    assert open_features("auto").name == "frechet-random-i3d"
+    with pytest.raises(WeightsMissing, match=r"gone.pt, which does not exist"):
+        open_features("auto", path=tmp_path / "gone.pt")
+    monkeypatch.setenv("LARP_I3D", str(tmp_path / "lost.pt"))
+    with pytest.raises(WeightsMissing, match="LARP_I3D names"):
+        open_features("auto")
+
+
+def test_contradictory_or_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="drop one"):
+        open_features("frechet-random-i3d", path=tmp_path)
+    with pytest.raises(ValueError, match="unknown features 'fvd'"):
+        open_features("fvd")

@@ -1,0 +1,52 @@
+"""Weight files: fetched once, verified, never replaced by something else."""
+
+import hashlib
+
+import pytest
+
+from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, WeightsMissing
+
+
+def published(tmp_path, content=b"weights"):
+    origin = tmp_path / "origin.pt"
+    origin.write_bytes(content)
+    return WeightFile("w.pt", "LARP_NO_SUCH", origin.as_uri(), hashlib.sha256(content).hexdigest(), "some weights")
+
+
+def test_fetch_downloads_once_and_verifies(tmp_path):
+    source, folder = published(tmp_path), tmp_path / "cache"
+    target = source.fetch(folder)
+    assert target.read_bytes() == b"weights"
+    (tmp_path / "origin.pt").unlink()
+    assert source.fetch(folder) == target
+    target.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"w\.pt: not the published"):
+        source.fetch(folder)
+
+
+def test_a_wrong_download_is_not_kept(tmp_path):
+    source, folder = published(tmp_path), tmp_path / "cache"
+    (tmp_path / "origin.pt").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="SHA-256"):
+        source.fetch(folder)
+    assert not (folder / "w.pt").exists()
+
+
+def test_places_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "cache")
+    source = published(tmp_path)
+    assert source.find() is None
+    with pytest.raises(WeightsMissing, match=r"some weights: .*w\.pt.*LARP_NO_SUCH.*larp\.metrics\.weights"):
+        source.locate()
+    cached = source.fetch(tmp_path / "cache")
+    assert source.locate() == cached
+    for name in ("by_variable", "by_argument"):
+        (tmp_path / name).write_bytes(b"weights")
+    monkeypatch.setenv("LARP_NO_SUCH", str(tmp_path / "by_variable"))
+    assert source.locate() == tmp_path / "by_variable"
+    assert source.locate(tmp_path / "by_argument") == tmp_path / "by_argument"
+
+
+def test_published_hashes_are_whole():
+    assert VGG16.sha256.startswith("397923af")  # torchvision puts the beginning into the name
+    assert all(len(source.sha256) == 64 for source in (I3D_STYLEGANV, VGG16, LPIPS_HEADS))

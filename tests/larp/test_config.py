@@ -1,0 +1,185 @@
+"""Defaults, recipes and command lines: who wins, and what a mistake says."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from larp.config import ConfigError, from_dict, load_recipe, parse, to_dict
+
+
+@dataclass(frozen=True)
+class Model:
+    num_tokens: int = 1024
+    """Tokens of one clip."""
+    patch_size: tuple[int, int, int] = (4, 8, 8)
+    """Frames, rows and columns of a patch."""
+    widths: tuple[int, ...] = ()
+    """Widths of the layers."""
+
+    def __post_init__(self):
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens is {self.num_tokens}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Gan:
+    weight: float = 0.3
+    """Weight of the loss."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train something small."""
+
+    data: str = "shapes:"
+    """Where the videos are."""
+    out: Path = Path("runs/tiny")
+    """Run folder."""
+    steps: int = 100
+    """Optimizer steps."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate."""
+    seed: int | None = None
+    """Seed; none draws one."""
+    resume: bool = False
+    """Go on with the run in `out`."""
+    model: Model = field(default_factory=lambda: Model(num_tokens=32))
+    """The tokenizer."""
+    gan: Gan | None = None
+    """The adversarial loss."""
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}, expected at least 0")
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    (tmp_path / "base.toml").write_text(
+        "steps = 5\nlearning_rate = 1\n[model]\npatch-size = [2, 4, 4]\nwidths = [8, 8]\n"
+    )
+    (tmp_path / "tiny.toml").write_text('inherit = "base"\nsteps = 7\n[model]\nnum_tokens = 16\nwidths = [4]\n')
+    return tmp_path
+
+
+def run(argv, recipes, default=None):
+    return parse(Config, argv, recipes, "train.py", default)
+
+
+def test_default_recipe_and_command_line_win_in_that_order(recipes):
+    config, name = run([], recipes)
+    assert (config, name) == (Config(), None)
+    config, name = run(["--local_rank=0", "--recipe", "tiny"], recipes)
+    assert name == "tiny" and config.steps == 7 and config.learning_rate == 1.0
+    assert config.model == Model(16, (2, 4, 4), (4,))
+    config, _ = run(["--recipe=base", "--steps", "9", "--model.num-tokens", "3", "--local_rank", "1"], recipes, "tiny")
+    assert (config.steps, config.model.num_tokens, config.model.patch_size) == (9, 3, (2, 4, 4))
+    assert run([], recipes, "tiny")[1] == "tiny"
+
+
+def test_a_recipe_changes_only_what_it_names_in_a_group(recipes):
+    (recipes / "part.toml").write_text("[model]\nwidths = [1]\n[gan]\n")
+    config, _ = run(["--recipe", "part"], recipes)
+    assert config.model == Model(num_tokens=32, widths=(1,)) and config.gan == Gan()
+    assert run(["--recipe", "part", "--gan.weight", "2"], recipes)[0].gan == Gan(2.0)
+
+
+def test_every_kind_of_option_can_be_typed(recipes):
+    argv = "--out a/b --seed 3 --resume --schedule constant --model.patch_size 1 2 3 --learning_rate 1e-3".split()
+    config, _ = run(argv, recipes)
+    assert config.out == Path("a/b") and config.seed == 3 and config.resume and config.schedule == "constant"
+    assert config.model.patch_size == (1, 2, 3) and config.learning_rate == 1e-3
+    assert run(["--seed", "None"], recipes)[0].seed is None
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("stepps = 3", ["tiny.toml", "'stepps'", "did you mean 'steps'"]),
+        ("num_tokens = 3", ["'num_tokens'", "did you mean 'model.num_tokens'"]),
+        ("[model]\nnum_token = 3", ["'model.num_token'", "did you mean 'model.num_tokens'"]),
+        ("zzz = 3", ["'zzz'", "known keys", "learning_rate"]),
+        ("steps = '3'", ["tiny.toml", "'steps'", "'3'", "a whole number"]),
+        ("steps = true", ["'steps'", "True", "a whole number"]),
+        ("resume = 1", ["'resume'", "true or false"]),
+        ("schedule = 'linear'", ["'schedule'", "'linear'", "'cosine'", "'constant'"]),
+        ("seed = 'x'", ["'seed'", "'x'", "a whole number"]),
+        ("model = 3", ["'model'", "group", "num_tokens"]),
+        ("[model]\npatch_size = [1, 2]", ["'model.patch_size'", "3 values"]),
+        ("[model]\nwidths = ['a']", ["'model.widths[0]'", "'a'"]),
+        ("[model]\nnum_tokens = 0", ["tiny.toml", "model:", "expected at least 1"]),
+        ("steps = = 3", ["tiny.toml", "not valid TOML"]),
+        ("inherit = 'bass'", ["'bass'", "inherited by tiny.toml", "did you mean 'base'"]),
+        ("inherit = 'tiny'", ["circle", "tiny.toml -> tiny.toml"]),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named_with_its_place_and_remedy(recipes, toml, words):
+    (recipes / "tiny.toml").write_text(toml + "\n")
+    with pytest.raises(ConfigError) as error:
+        run(["--recipe", "tiny"], recipes)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_mistake_in_an_inherited_recipe_names_that_file(recipes):
+    (recipes / "base.toml").write_text("stepps = 3\n")
+    with pytest.raises(ConfigError, match=r"base\.toml: unknown key 'stepps'"):
+        run(["--recipe", "tiny"], recipes)
+
+
+def test_an_unknown_recipe_lists_those_at_hand(recipes):
+    with pytest.raises(ConfigError, match="did you mean 'tiny'.*base, tiny"):
+        load_recipe("tinny", recipes)
+    with pytest.raises(ConfigError, match="--recipe needs a value"):
+        run(["--recipe", "--steps", "3"], recipes)
+
+
+def test_a_recipe_can_be_a_path(recipes, tmp_path_factory):
+    other = tmp_path_factory.mktemp("elsewhere")
+    (other / "mine.toml").write_text('inherit = "more"\nsteps = 1\n')
+    (other / "more.toml").write_text("learning_rate = 2\n")
+    assert load_recipe(other / "mine.toml", recipes) == {"steps": 1, "learning_rate": 2}
+
+
+def test_values_refused_on_the_command_line_name_the_option(recipes, capsys):
+    for argv in (["--stepps", "3"], ["--steps", "x"], ["--schedule", "linear"]):
+        with pytest.raises(SystemExit) as stop:
+            run(argv, recipes)
+        assert stop.value.code == 2
+        assert argv[0] in capsys.readouterr().err
+    for argv, words in ((["--model.num-tokens", "0"], "expected at least 1"), (["--steps", "-1"], "at least 0")):
+        with pytest.raises(SystemExit) as stop:
+            run(argv, recipes)
+        assert stop.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_help_explains_each_option_and_lists_the_recipes(recipes, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(["--help", "--recipe", "tiny"], recipes)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for words in ("Tokens of one clip", "Where the videos are", "--model.num-tokens", "base, tiny", "--recipe NAME"):
+        assert words in text
+
+
+def test_round_trip_through_json():
+    config = Config(out=Path("a"), seed=4, gan=Gan(0.5), model=Model(patch_size=(1, 2, 3), widths=(5, 6)))
+    assert from_dict(Config, json.loads(json.dumps(to_dict(config))), "config.json") == config
+    assert from_dict(Config, to_dict(Config()), "config.json") == Config()
+
+
+def test_a_missing_required_key_is_named():
+    @dataclass(frozen=True)
+    class Needy:
+        data: str
+
+    sys.modules[__name__].Needy = Needy
+    with pytest.raises(ConfigError, match=r"x\.json: 'data' is missing"):
+        from_dict(Needy, {}, "x.json")

@@ -1,0 +1,174 @@
+"""Generation: only codes inside a span, the same video whatever the batch, the same codes as transformers' own generate."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList
+
+import larp_mllm
+from larp_mllm.generation import SpanRules, draw_codes
+from larp_mllm.home import find_model, remember_newest
+
+PROMPTS = ["a red circle", "surfing", "a person that is surfing slowly with a <|video_start|> in the text", ""]
+
+
+def test_batch_equals_single(mllm):
+    for scale in (1.0, 3.0):
+        together = mllm.generate(PROMPTS, seed=3, guidance_scale=scale)
+        in_pieces = mllm.generate(PROMPTS, seed=3, guidance_scale=scale, batch_size=1)
+        assert [v.codes for v in together] == [v.codes for v in in_pieces]
+        assert all(np.array_equal(a.frames, b.frames) for a, b in zip(together, in_pieces, strict=True))
+
+
+def test_left_padding_does_not_reach_the_logits(mllm):
+    layout, model = mllm.processor.layout, mllm.model
+    prompts = [layout.prompt(mllm.processor.encode_text(text)) for text in PROMPTS]
+    seen = []
+
+    def draw(logits, index):
+        seen.append(logits)
+        return torch.full((len(logits),), index)
+
+    draw_codes(model, prompts, draw)
+    batch, seen[:] = list(seen), []
+    for row, prompt in enumerate(prompts):
+        draw_codes(model, [prompt], draw)
+        for step in range(4):
+            torch.testing.assert_close(seen[step][0], batch[step][row], rtol=1e-4, atol=1e-5)
+        seen.clear()
+
+
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_forward_and_guidance_mixes_them(mllm):
+    layout, model, v = mllm.processor.layout, mllm.model, mllm.model.vocabulary
+    prompt, unconditional = layout.prompt([5, 6, 7]), layout.prompt([])
+    codes, seen = [3, 0, 15, 2], []
+
+    def draw(logits, index):
+        seen.append(logits[0])
+        return torch.tensor([codes[index]])
+
+    assert draw_codes(model, [prompt], draw, unconditional, guidance_scale=2.5).tolist() == [codes]
+    written = [v.code_to_id(code) for code in codes[:3]]
+    conditional, free = (
+        model(torch.tensor([start + written])).logits[0, -4:, v.first_code :] for start in (prompt, unconditional)
+    )
+    torch.testing.assert_close(torch.stack(seen), free + 2.5 * (conditional - free), rtol=1e-4, atol=1e-5)
+
+
+def test_no_text_logits_are_computed(qwen):
+    hook = qwen.model.base.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the text head ran"))
+    qwen.generate(["surfing"])
+    hook.remove()
+
+
+def test_transformers_generate_under_the_rules_gives_the_same_codes(mllm):
+    model, v, layout = mllm.model, mllm.model.vocabulary, mllm.processor.layout
+    prompt = layout.prompt(mllm.processor.encode_text("a red circle"))
+    ours = draw_codes(model, [prompt], lambda logits, _: logits.argmax(-1))[0].tolist()
+    ids = torch.tensor([prompt])
+    rules = LogitsProcessorList([SpanRules(v)])
+    theirs = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        do_sample=False,
+        logits_processor=rules,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    written = theirs[0, len(prompt) :].tolist()
+    assert written[:5] == [*(v.code_to_id(code) for code in ours), v.video_end]
+    assert not v.is_code(torch.tensor(written[5:6])).any()
+
+
+def test_rules_allow_exactly_n_codes_and_none_outside():
+    v = larp_mllm.Vocabulary(text_size=10, codebook_size=4, tokens_per_video=2)
+    rules, scores = SpanRules(v), torch.zeros(1, v.size)
+
+    def allowed(ids, rules=rules):
+        return torch.isfinite(rules(torch.tensor([ids]), scores)[0]).nonzero()[:, 0].tolist()
+
+    text, codes = list(range(10)), list(range(12, 16))
+    assert allowed([3]) == [*text, v.video_start]
+    assert allowed([3, v.video_start]) == codes
+    assert allowed([3, v.video_start, 12]) == codes
+    assert allowed([3, v.video_start, 12, 13]) == [v.video_end]
+    assert allowed([*v.span([0, 1])]) == [*text, v.video_start]
+    assert allowed([3], SpanRules(v, video_allowed=False)) == text
+
+
+def test_options_change_the_result(qwen):
+    base = qwen.generate(["surfing"], seed=0)[0].codes
+    changed = [
+        qwen.generate(["surfing"], seed=1)[0].codes,
+        qwen.generate(["surfing"], temperature=0)[0].codes,
+        qwen.generate(["surfing"], guidance_scale=30.0)[0].codes,
+        qwen.generate(["surfing"], top_k=1)[0].codes,
+        qwen.generate(["surfing"], top_p=0.01)[0].codes,
+    ]
+    assert all(codes != base for codes in changed)
+    assert changed[1] == qwen.generate(["surfing"], top_k=1)[0].codes
+    first, second = qwen.generate(["surfing"], num_videos=2)
+    assert first.codes == base and second.codes != base
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"num_videos": 0}, {"batch_size": 0}])
+def test_bad_options_are_named(qwen, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        qwen.generate(["surfing"], **wrong)
+
+
+def test_a_prompt_too_long_for_the_base(qwen):
+    with pytest.raises(ValueError, match="1024 positions"):
+        qwen.generate(["surf " * 2000])
+
+
+def test_public_functions_find_the_newest_model(qwen, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    qwen.save(folder)
+    remember_newest(folder)
+    video = larp_mllm.generate("a person surfing", seed=5, device="cpu")
+    assert video.frames.shape == (4, 16, 16, 3) and video.frames.dtype == np.uint8
+    assert video.codes == qwen.generate(["a person surfing"], seed=5)[0].codes
+    assert "a person surfing" in repr(video) and "16x16" in repr(video)
+    assert len(larp_mllm.generate(["a", "b"], num_videos=2, model=qwen)) == 4
+    assert isinstance(larp_mllm.describe(video, model=qwen, max_new_tokens=4), str)
+    monkeypatch.setenv("LARP_MLLM_MODEL", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="LARP_MLLM_MODEL=.*quickstart"):
+        find_model()
+
+
+def test_without_any_model_the_three_ways_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("LARP_MLLM_HOME", str(tmp_path))
+    with pytest.raises(ValueError, match=r"model=FOLDER.*LARP_MLLM_MODEL.*train_mllm.py.*make quickstart"):
+        larp_mllm.generate("a person surfing")
+
+
+def test_describe_writes_text_only(mllm):
+    frames = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
+    together = mllm.describe([frames, frames[::-1].copy()], max_new_tokens=6)
+    assert together[0] == mllm.describe([frames], max_new_tokens=6)[0]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+def test_videos_are_saved_by_their_suffix(qwen, tmp_path, suffix):
+    path = qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}", scale=2)
+    assert path.stat().st_size > 100
+    if suffix == ".mp4":
+        from larp.data.video import probe
+
+        info = probe(path)
+        assert (info.width, info.height, info.frames, info.fps) == (32, 32, 4, 8.0)
+
+
+def test_importing_the_package_is_light():
+    heavy = ["torch", "transformers", "deepspeed", "av", "larp.tokenizer"]
+    code = f"import sys, json, larp_mllm; print(json.dumps([m for m in {heavy} if m in sys.modules])); larp_mllm.nonsense"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert json.loads(run.stdout) == []
+    assert "it offers" in run.stderr

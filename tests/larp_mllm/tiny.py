@@ -1,0 +1,69 @@
+"""Makers of tiny random models, for the tests of the plugin."""
+
+from pathlib import Path
+
+import torch
+
+from larp.data import tokens
+from larp.data.tokens import TokenCache
+from larp.prior import PriorConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp_mllm.bases import load_base
+from larp_mllm.generation import Mllm
+from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.processing import LarpMllmProcessor
+
+CAPTIONS = ["a red circle moving left", "a blue square moving up", "a person surfing", "a green triangle moving down slowly"]
+N, K = 4, 16
+
+
+def tiny_video_tokenizer(seed: int = 0) -> LarpTokenizer:
+    """Clips of 4 frames of 16x16 pixels, 4 codes of 16."""
+    torch.manual_seed(seed)
+    small = dict(encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
+    config = TokenizerConfig(4, 16, 16, (2, 8, 8), None, N, K, 4, **small, prior=PriorConfig(enabled=False))
+    return LarpTokenizer(config).eval()
+
+
+def tiny_mllm(base: str = "tiny-qwen2", adapter: str = "codebook") -> Mllm:
+    """A random base of two layers with its adapter and processor."""
+    torch.manual_seed(0)
+    video_tokenizer = tiny_video_tokenizer()
+    language_model, text_tokenizer = load_base(base, CAPTIONS, layers=2, width=32, heads=2)
+    model = LarpMllmForCausalLM.from_base(
+        language_model,
+        len(text_tokenizer),
+        video_tokenizer.codebook,
+        video_tokenizer.num_tokens,
+        adapter,
+        video_tokenizer_hash=video_tokenizer.weight_hash(),
+    ).eval()
+    return Mllm(model, LarpMllmProcessor(text_tokenizer, video_tokenizer, model.vocabulary))
+
+
+def tiny_cache(folder: Path, rows: int = 80, classes: tuple[str, ...] = (), key: dict | None = None) -> Path:
+    """A token cache whose codes follow from the caption (or class), made without videos; returns its folder."""
+    video_tokenizer = tiny_video_tokenizer()
+    where = str(video_tokenizer.save_pretrained(folder / "tokenizer"))
+    number = torch.arange(rows)
+    kinds = len(classes) or len(CAPTIONS)
+    kind = number % kinds
+    columns = {
+        "codes": ((kind[:, None] * 3 + torch.arange(N)) % K).to(torch.int16),
+        "labels": kind if classes else torch.full((rows,), -1),
+        "videos": number,
+        "starts": torch.zeros(rows, dtype=torch.int64),
+        "flipped": torch.zeros(rows, dtype=torch.bool),
+    }
+    captions = [None if classes else CAPTIONS[i] for i in kind.tolist()]
+    key = {"tokenizer": video_tokenizer.weight_hash(), "num_tokens": N, "codebook_size": K, "stride": 1} | (key or {})
+    tokens.begin_cache(folder / "cache", key)
+    notes = [[i, f"video{i}", captions[i]] for i in range(rows)]
+    tokens.write_shard(tokens.shard_path(folder / "cache", 0), columns, notes, [])
+    tokens.finish_cache(folder / "cache", key, classes, where, 1)
+    return folder / "cache"
+
+
+def open_cache(folder: Path, **options) -> TokenCache:
+    """`tiny_cache`, opened."""
+    return TokenCache.open(tiny_cache(folder, **options))

@@ -1,0 +1,98 @@
+"""Encode videos to a token cache, which generator and language-model training read.
+
+    python training/extract_tokens.py --tokenizer runs/tok/model --data shapes: --split train --out runs/tok/tokens
+
+Also under `deepspeed` or `torchrun`: every process encodes its share of the videos. A stopped run goes on when it is
+started again.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from larp.config import parse
+from larp.data.datasets import open_videos
+from larp.data.extraction import extract_tokens
+from larp.data.tokens import TokenCache
+from larp.engine import backend
+from larp.tokenizer import LarpTokenizer
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class ExtractTokensConfig:
+    """Encode videos to a token cache."""
+
+    tokenizer: str = "runs/tokenizer/model"
+    """Folder of a trained tokenizer (runs/NAME/model), or a hub name."""
+    data: str = "shapes:"
+    """Data spec: ucf101:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
+    split: Literal["train", "test", "all"] = "train"
+    out: Path = Path("runs/tokens")
+    """Folder of the cache."""
+    windows: int = 1
+    """Clips of a video at most; they never overlap and are evenly spaced, one lies in the middle."""
+    stride: int = 1
+    """Every n-th frame of a video is a frame of a clip."""
+    flips: bool = False
+    """Encode every clip mirrored as well."""
+    condition_frames: int = 0
+    """For frame prediction: how many first frames of a clip are given (the paper: 5); their codes are stored beside."""
+    batch_size: int = 16
+    """Clips in one pass of the tokenizer."""
+    workers: int = 2
+    """Threads that decode videos, for each process."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line `argv` (by default the program's own); mistakes of the user end it with a message."""
+    try:
+        config, _ = parse(ExtractTokensConfig, sys.argv[1:] if argv is None else argv, RECIPES, "extract_tokens.py")
+        extract(config)
+    except ValueError as error:
+        sys.exit(f"extract_tokens.py: {error}")
+
+
+def extract(config: ExtractTokensConfig) -> TokenCache:
+    """Extract as `config` says, on every rank; return the whole cache."""
+    ranks = backend.start(seed=0)
+    try:
+        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device)
+        cache = extract_tokens(
+            tokenizer,
+            open_videos(config.data, config.split),
+            config.split,
+            config.out,
+            stride=config.stride,
+            windows=config.windows,
+            flips=config.flips,
+            condition_frames=config.condition_frames,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            tokenizer_name=config.tokenizer,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            barrier=backend.barrier,
+        )
+        if ranks.is_main:
+            report(cache, config.out)
+        return cache
+    finally:
+        backend.finish()
+
+
+def report(cache: TokenCache, folder: Path) -> None:
+    """Print what a cache holds, and which videos are missing from it and why."""
+    used = len(cache.codes.unique())
+    print(f"{folder}: {len(cache)} clips of {len(set(cache.names))} videos, {cache.num_tokens} codes each; ", end="")
+    print(f"{used} of {cache.codebook_size} codes are in use")
+    if cache.skipped:
+        print(f"{len(cache.skipped)} videos were skipped:")
+        for name, reason in cache.skipped:
+            print(f"  {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()
