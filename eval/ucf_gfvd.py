@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from larp.config import parse, to_dict
+from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape, clip_to_frames, contact_sheet, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet, open_videos
 from larp.data.video import VideoError, count_frames, read_video
@@ -222,22 +222,18 @@ def show(generated: Sequence[np.ndarray], captions: Sequence[str], out: Path) ->
     return [str(out.with_suffix(".png"))]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from a command line; returns the exit status."""
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
     recipes = Path(__file__).resolve().parent / "recipes"
-    try:
-        config, _ = parse(GfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_gfvd.py")
-        report = evaluate(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config, _ = parse(GfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_gfvd.py")
+    report = evaluate(config)
     print(headline(report))
     print(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
     for entry in report["skipped"]:
         print(f"skipped {entry['name']}: {entry['reason']}")
     print(*report["files"], config.out, sep="\n")
-    return 0
+    return report
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("ucf_gfvd.py", main)

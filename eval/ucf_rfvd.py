@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from larp.config import parse, to_dict
+from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import FixedPass, iterate_once
@@ -191,19 +191,15 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, *report["files"]])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run from a command line; returns the exit status."""
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
     recipes = Path(__file__).resolve().parent / "recipes"
-    try:
-        config, _ = parse(RfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_rfvd.py")
-        report = evaluate(config)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    config, _ = parse(RfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_rfvd.py")
+    report = evaluate(config)
     print(describe(report))
     print(config.out)
-    return 0
+    return report
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("ucf_rfvd.py", main)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -298,6 +299,15 @@ def parse(
     return tyro.cli(
         cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)
     ), recipe
+
+
+def run_script(prog: str, main: Callable[[], Any]) -> None:
+    """Run a script's `main`; a mistake of the user (ValueError) ends it with one message and exit status 2, no traceback."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:

@@ -269,7 +269,8 @@ class LarpGenerator(LarpModel):
         if config.tokenizer_hash and weight_hash != config.tokenizer_hash:
             raise ValueError(
                 f"the generator was trained on codes of the tokenizer {config.tokenizer_hash[:12]}, not"
-                f" {weight_hash[:12]} (hashes of the weights): codes mean something else there; use that tokenizer, or train again"
+                f" {weight_hash[:12]} (hashes of the weights): codes mean something else there; use that tokenizer,"
+                " or train again"
             )
 
 

@@ -6,7 +6,7 @@ The base model is never resized. Similar codes start with similar embeddings, wh
 Every parameter sits in a submodule whose forward is called: a bare nn.Parameter read here would be empty under ZeRO-3.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,14 @@ AdapterKind = Literal["codebook", "free"]
 
 
 class CodebookRows(nn.Module):
-    """K rows of width `hidden`: MLP(codebook) + a learned residual that starts at zero."""
+    """K rows of width `hidden`: MLP(codebook) + a learned residual that starts at zero.
 
-    def __init__(self, code_dim: int, codebook_size: int, hidden: int):
+    `offset` gives all rows a learned vector in common. Head rows have none: it would move all logits alike.
+    """
+
+    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden))
+        self.mlp = nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden, bias=offset))
         self.residual = nn.Embedding(codebook_size, hidden)
 
     def forward(self, codebook: Tensor) -> Tensor:
@@ -29,22 +32,24 @@ class CodebookRows(nn.Module):
 
     @torch.no_grad()
     def start(self, codebook: Tensor, embeddings: Tensor) -> None:
-        """Set the start: zero residual, rows of zero mean whose average norm is that of `embeddings` (rows, hidden)."""
-        for linear in (self.mlp[0], self.mlp[2]):
+        """Set the start: zero residual; around their mean, rows of the average norm of `embeddings` (rows, hidden)."""
+        first, last = self.mlp[0], self.mlp[2]
+        for linear in (first, last):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(first.bias)
         nn.init.zeros_(self.residual.weight)
-        rows = self.mlp(codebook)
+        rows = self.mlp[1](first(codebook)) @ last.weight.T
         centre = rows.mean(0)
         scale = embeddings.norm(dim=-1).mean() / (rows - centre).norm(dim=-1).mean().clamp_min(1e-6)
-        self.mlp[2].bias.sub_(centre).mul_(scale)
-        self.mlp[2].weight.mul_(scale)
+        last.weight.mul_(scale)
+        if last.bias is not None:
+            last.bias.copy_(-centre * scale)
 
 
 class FreeRows(nn.Module):
     """K learned rows of width `hidden`, drawn at the start around the mean of the base model's rows."""
 
-    def __init__(self, code_dim: int, codebook_size: int, hidden: int):
+    def __init__(self, codebook_size: int, hidden: int):
         super().__init__()
         self.rows = nn.Embedding(codebook_size, hidden)
 
@@ -54,12 +59,9 @@ class FreeRows(nn.Module):
 
     @torch.no_grad()
     def start(self, codebook: Tensor, embeddings: Tensor) -> None:
-        """Set the start: normal with the mean and the standard deviation of `embeddings` (rows, hidden), per channel."""
+        """Set the start: normal with the mean and standard deviation of `embeddings` (rows, hidden), per channel."""
         mean, std = embeddings.mean(0), embeddings.std(0)
         self.rows.weight.copy_(mean + std * torch.randn_like(self.rows.weight))
-
-
-ROWS = {"codebook": CodebookRows, "free": FreeRows}
 
 
 class TokenAdapter(nn.Module):
@@ -70,11 +72,14 @@ class TokenAdapter(nn.Module):
 
     def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook"):
         super().__init__()
-        if kind not in ROWS:
-            raise ValueError(f"adapter kind must be one of {', '.join(ROWS)}, got {kind!r}")
+        if kind not in get_args(AdapterKind):
+            raise ValueError(f"adapter kind must be one of {', '.join(get_args(AdapterKind))}, got {kind!r}")
         self.register_buffer("codebook", torch.zeros(codebook_size, code_dim))
-        self.code_input = ROWS[kind](code_dim, codebook_size, hidden)
-        self.code_output = ROWS[kind](code_dim, codebook_size, hidden)
+        if kind == "codebook":
+            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True)
+            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False)
+        else:
+            self.code_input, self.code_output = FreeRows(codebook_size, hidden), FreeRows(codebook_size, hidden)
         self.control_input = nn.Embedding(2, hidden)
         self.control_output = nn.Embedding(2, hidden)
 
@@ -82,7 +87,9 @@ class TokenAdapter(nn.Module):
     def start(self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor) -> None:
         """Set the start from the codebook (K, d) and the base model's embedding and head rows (V, hidden)."""
         if tuple(codebook.shape) != tuple(self.codebook.shape):
-            raise ValueError(f"the adapter was made for a codebook {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}")
+            raise ValueError(
+                f"the adapter was made for a codebook {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}"
+            )
         self.codebook.copy_(codebook)
         self.code_input.start(self.codebook, input_embeddings)
         self.code_output.start(self.codebook, output_embeddings)

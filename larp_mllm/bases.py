@@ -50,8 +50,8 @@ def load_base(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A base and its text tokenizer, on the CPU in fp32.
 
-    name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied). `layers`, `width`, `heads`
-    and the `captions` that its text tokenizer is trained on matter to the tiny ones alone. Raises BaseError.
+    name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied). `layers`, `width`,
+    `heads` and the `captions` that the text tokenizer is trained on matter to the tiny ones alone. Raises BaseError.
     """
     if is_tiny(name):
         tokenizer = tiny_tokenizer(captions)
@@ -77,13 +77,16 @@ def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def _read(source: str, local_files_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local_files_only), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local_files_only)
+    return model, tokenizer
 
 
 def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int) -> Qwen2Config | LlamaConfig:
     """The config of a tiny base: Qwen2 with a tied head or Llama with its own, 1024 positions."""
     if width % (2 * heads):
-        raise ValueError(f"width {width} must be a multiple of 2 * heads = {2 * heads} (rotary positions need even heads)")
+        raise ValueError(
+            f"width {width} must be a multiple of 2 * heads = {2 * heads} (rotary positions need even heads)"
+        )
     return TINY[name](
         vocab_size=vocabulary,
         hidden_size=width,

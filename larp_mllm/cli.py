@@ -17,7 +17,7 @@ The model is --model FOLDER, else the environment variable LARP_MLLM_MODEL, else
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); mistakes of the user end it with a message, exit code 2."""
+    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, exit code 2."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -44,14 +44,24 @@ def _add_generate(commands) -> None:
     parser = commands.add_parser("generate", help="write videos for a sentence", formatter_class=_Defaults)
     parser.set_defaults(run=_generate)
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')
-    parser.add_argument("-o", "--out", type=Path, help=".mp4, .gif, or .png for a contact sheet (default: the prompt, .mp4)")
-    parser.add_argument("-n", "--num-videos", type=int, default=1, help="how many; they are numbered behind the name of OUT")
+    parser.add_argument(
+        "-o", "--out", type=Path, help=".mp4, .gif, or .png for a contact sheet (default: the prompt, .mp4)"
+    )
+    parser.add_argument(
+        "-n", "--num-videos", type=int, default=1, help="how many; they are numbered behind the name of OUT"
+    )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same videos")
-    parser.add_argument("--guidance-scale", type=float, default=1.5, help="1 is off; more follows the prompt more closely")
+    parser.add_argument(
+        "--guidance-scale", type=float, default=1.5, help="1 is off; more follows the prompt more closely"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
-    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability")
-    parser.add_argument("--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability"
+    )
+    parser.add_argument(
+        "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
+    )
     _add_model(parser)
 
 
@@ -89,7 +99,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
     )
-    out = arguments.out or Path(f"{re.sub(r'[^a-z0-9]+', '-', arguments.prompt.lower())[:60].strip('-') or 'video'}.mp4")
+    out = arguments.out or Path(
+        f"{re.sub(r'[^a-z0-9]+', '-', arguments.prompt.lower())[:60].strip('-') or 'video'}.mp4"
+    )
     scale = max(1, 256 // videos[0].frames.shape[1]) if arguments.scale is None else arguments.scale
     for number, video in enumerate(videos):
         path = out if len(videos) == 1 else out.with_stem(f"{out.stem}-{number}")

@@ -1,4 +1,4 @@
-"""A token cache with captions or classes -> token sequences of mixed tasks. Everything drawn follows from (seed, step) alone."""
+"""A token cache with captions or classes -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
 
 import re
 from collections.abc import Callable
@@ -95,8 +95,8 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
     class_name = humanize(cache.classes[label]) if label >= 0 and cache.classes else None
     if caption is None and class_name is None:
         raise ValueError(
-            f"video {cache.names[row]} has neither a caption nor a class, so there is no text to learn: extract tokens from a "
-            "manifest with a caption or label column"
+            f"video {cache.names[row]} has neither a caption nor a class, so there is no text to learn: extract tokens "
+            "from a manifest with a caption or label column"
         )
     # A data set with classes calls its videos by their class; only a caption of its own says more.
     texts = tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)

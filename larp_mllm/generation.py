@@ -24,13 +24,19 @@ from larp_mllm.vocabulary import Vocabulary
 
 
 def generate(
-    prompt: str | list[str], num_videos: int = 1, *, model: "str | Path | Mllm | None" = None, device: str | None = None, **options
+    prompt: str | list[str],
+    num_videos: int = 1,
+    *,
+    model: "str | Path | Mllm | None" = None,
+    device: str | None = None,
+    **options,
 ) -> Video | list[Video]:
     """Videos for a sentence: `larp_mllm.generate("a person surfing").save("surfing.mp4")`.
 
     Returns a Video; a list of them, prompt by prompt, if `prompt` is a list or num_videos > 1. `options` are those of
-    Mllm.generate: guidance_scale, temperature, top_k, top_p, seed, batch_size. model: a folder or a loaded Mllm; by default
-    LARP_MLLM_MODEL, else the newest model trained here. Raises ValueError, which names these ways, if there is none.
+    Mllm.generate: guidance_scale, temperature, top_k, top_p, seed, batch_size. model: a folder or a loaded Mllm; by
+    default LARP_MLLM_MODEL, else the newest model trained here. Raises ValueError, which names these ways, if there is
+    none. Nothing is written or printed: save what is returned.
     """
     mllm = _opened(model, device)
     many = not isinstance(prompt, str) or num_videos != 1
@@ -61,7 +67,7 @@ class Mllm:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None) -> "Mllm":
-        """Load a folder written by training. device: by default the GPU if there is one. Raises ValueError if it is unfit."""
+        """Load a folder written by training; device: by default the GPU if there is one. ValueError if it is unfit."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with _quiet():
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
@@ -88,8 +94,9 @@ class Mllm:
     ) -> list[Video]:
         """num_videos videos for each prompt, prompt by prompt.
 
-        guidance_scale: 1 is off, more follows the prompt more closely; temperature 0 takes the likeliest code; top_k and top_p
-        cut the draw (0 and 1: off). The same seed and place in the list give the same video whatever `batch_size`.
+        guidance_scale: 1 is off, more follows the prompt more closely; temperature 0 takes the likeliest code; top_k
+        and top_p cut the draw (0 and 1: off). The same seed and place in the list give the same video whatever
+        `batch_size`.
         """
         check_sampling(temperature, top_k, top_p, guidance_scale)
         if num_videos < 1 or batch_size < 1:
@@ -104,11 +111,13 @@ class Mllm:
                 batch = texts[first : first + batch_size]
                 uniforms = row_uniforms(seed, first, len(batch), count).to(self.model.device)
 
-                def draw(logits: Tensor, index: int) -> Tensor:
+                def draw(logits: Tensor, index: int, uniforms: Tensor = uniforms) -> Tensor:
                     bar.update(len(logits))
                     return sample_logits(logits, temperature, top_k, top_p, uniforms[:, index])
 
-                codes = draw_codes(self.model, [encoded[text] for text in batch], draw, layout.prompt([]), guidance_scale)
+                codes = draw_codes(
+                    self.model, [encoded[text] for text in batch], draw, layout.prompt([]), guidance_scale
+                )
                 fps = self.model.config.fps
                 painted = zip(processor.decode_videos(codes), batch, codes.tolist(), strict=True)
                 videos += [Video(frames, fps, text, tuple(row)) for frames, text, row in painted]
@@ -153,10 +162,10 @@ def draw_codes(
     unconditional: list[int] | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), drawn from code logits alone.
+    """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), drawn from code logits.
 
-    draw(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt runs beside
-    each prompt in the same batch. No text logits are computed. Raises ValueError if the ids exceed the base's positions.
+    draw(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt runs
+    beside each prompt in the same batch. No text logits are computed. ValueError if the ids exceed the base's positions.
     """
     guided = guidance_scale != 1.0
     rows = prompts + [unconditional] * len(prompts) if guided else prompts
@@ -181,7 +190,7 @@ def draw_codes(
 
 
 class SpanRules(LogitsProcessor):
-    """What may follow what, for transformers' own `generate`: only codes inside a span, exactly N, then video_end; else none.
+    """What may follow what, for transformers' own `generate`: inside a span exactly N codes, then video_end; else none.
 
     With video_allowed=False no span can begin: the answer is text.
     """

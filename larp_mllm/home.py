@@ -2,7 +2,7 @@
 
 import json
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 POINTER = "newest.json"
@@ -17,7 +17,7 @@ def remember_newest(model: str | Path) -> Path:
     """Point `generate` without a model at this folder from now on; returns the pointer file."""
     pointer = home() / POINTER
     pointer.parent.mkdir(parents=True, exist_ok=True)
-    written = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    written = datetime.now(UTC).isoformat(timespec="seconds")
     part = pointer.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"model": str(Path(model).resolve()), "written": written}, indent=2) + "\n")
     part.replace(pointer)
@@ -42,6 +42,6 @@ def find_model(model: str | Path | None = None) -> Path:
 
 def _ways() -> str:
     return (
-        "Give one as model=FOLDER (--model on the command line), in the environment variable LARP_MLLM_MODEL, or train one "
-        "with training/train_mllm.py, which is found by itself afterwards; `make quickstart` trains a small one in minutes"
+        "Give one as model=FOLDER (--model on the command line), or in the environment variable LARP_MLLM_MODEL, or "
+        "train one with training/train_mllm.py, which is then found by itself; `make quickstart` trains a small one"
     )

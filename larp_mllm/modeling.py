@@ -5,7 +5,7 @@ sequence, H hidden width, V rows of the base head, K codes, N codes per video.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ class LarpMllmConfig(PreTrainedConfig):
     """
 
     model_type = "larp_mllm"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="qwen2")}
+    sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="qwen2")}
 
     text_config: Any = None
     text_size: int = 0
@@ -45,7 +45,9 @@ class LarpMllmConfig(PreTrainedConfig):
         rows = self.text_config.vocab_size
         # 0 is the library's own doing: it makes a config without arguments to find what differs from it when saving.
         if self.text_size and self.text_size < rows:
-            raise ValueError(f"config.json: text_size is {self.text_size}, below the base model's {rows} embedding rows")
+            raise ValueError(
+                f"config.json: text_size is {self.text_size}, below the base model's {rows} embedding rows"
+            )
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -82,7 +84,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
 
     def __init__(self, config: LarpMllmConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -125,7 +127,9 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if wrong:
-            raise ValueError(f"{path}: {len(wrong)} tensors are missing or of another shape, first: {', '.join(wrong[:3])}")
+            raise ValueError(
+                f"{path}: {len(wrong)} tensors are missing or of another shape, first: {', '.join(wrong[:3])}"
+            )
         return (model, info) if output_loading_info else model
 
     @property
@@ -205,8 +209,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         names = ("nll", "correct", "count")
         return LarpMllmOutput(
             loss=(video[0] + text_weight * text[0]) / num_items,
-            **{f"text_{name}": value.detach() for name, value in zip(names, text)},
-            **{f"video_{name}": value.detach() for name, value in zip(names, video)},
+            **{f"text_{name}": value.detach() for name, value in zip(names, text, strict=True)},
+            **{f"video_{name}": value.detach() for name, value in zip(names, video, strict=True)},
         )
 
 

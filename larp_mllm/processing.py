@@ -1,7 +1,7 @@
 """LarpMllmProcessor: text and videos -> ids, and ids -> text and videos.
 
-Text is encoded apart from everything else, and control and code ids are inserted as ids, never as strings: whatever a user
-types stays plain text, `<|video_start|>` and `<|im_end|>` included.
+Text is encoded apart from everything else, and control and code ids are inserted as ids, never as strings: whatever a
+user types stays plain text, `<|video_start|>` and `<|im_end|>` included.
 """
 
 import re
@@ -29,7 +29,7 @@ class LarpMllmProcessor:
         own = (video_tokenizer.codebook_size, video_tokenizer.num_tokens)
         if own != (vocabulary.codebook_size, vocabulary.tokens_per_video):
             raise ValueError(
-                f"the video tokenizer has {own[0]} codes and {own[1]} tokens per video, the language model was made for "
+                f"the video tokenizer has {own[0]} codes and {own[1]} tokens per video, the language model is made for "
                 f"{vocabulary.codebook_size} and {vocabulary.tokens_per_video}; use the tokenizer it was trained with"
             )
         self.text_tokenizer = text_tokenizer
@@ -50,7 +50,7 @@ class LarpMllmProcessor:
         return ids
 
     def _harmless_pieces(self, text: str) -> list[str]:
-        # split_special_tokens does not protect from tokens added as non-special, so a typed one is cut behind its first letter.
+        # split_special_tokens does not protect from tokens added as non-special: a typed one is cut after a letter.
         pieces = []
         while self._typed_tokens and (found := self._typed_tokens.search(text)):
             pieces.append(text[: found.start() + 1])
@@ -76,7 +76,7 @@ class LarpMllmProcessor:
         frames = np.asarray(video)
         if len(frames) < config.num_frames:
             raise ValueError(
-                f"the video has {len(frames)} frames, the video tokenizer reads {config.num_frames}; give a longer video"
+                f"the video has {len(frames)} frames, the video tokenizer reads {config.num_frames}: give a longer one"
             )
         start = (len(frames) - config.num_frames) // 2
         return frames_to_clip(frames[start : start + config.num_frames], config.height, config.width)
@@ -92,7 +92,9 @@ class LarpMllmProcessor:
         """`"before <video> after"` and one video for each `<video>` -> ids. ValueError if their numbers differ."""
         pieces = text.split(PLACEHOLDER)
         if len(pieces) != len(videos) + 1:
-            raise ValueError(f"the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos were given")
+            raise ValueError(
+                f"the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos were given"
+            )
         ids = self.encode_text(pieces[0])
         for codes, piece in zip(self.encode_videos(list(videos)), pieces[1:], strict=True):
             ids += self.vocabulary.span(codes) + self.encode_text(piece)
@@ -139,7 +141,7 @@ def check_tokenizers(config, text_tokenizer, video_tokenizer: LarpTokenizer, whe
     if config.video_tokenizer_hash and found != config.video_tokenizer_hash:
         raise ValueError(
             f"{where}: the video tokenizer has weight hash {found[:12]}, the model was trained with "
-            f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Give the tokenizer it was trained with"
+            f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Restore the one it was trained with"
         )
 
 

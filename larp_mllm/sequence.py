@@ -15,7 +15,7 @@ PLACEHOLDER = "<video>"
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text (`content`: text ids) or one video (`content`: its N codes), and whether it is a training target."""
+    """A stretch of text (`content`: text ids) or one video (`content`: its N codes), and whether it is learned."""
 
     kind: Literal["text", "video"]
     content: tuple[int, ...]
@@ -37,14 +37,14 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands around the segments: the id layout, and the base tokenizer's begin and end ids (None = it has none)."""
+    """What stands around the segments: the id layout, and the base tokenizer's begin and end ids (None: it has none)."""
 
     vocabulary: Vocabulary
     bos: int | None
     eos: int | None
 
     def prompt(self, text: SequenceOf[int]) -> list[int]:
-        """The ids after which the first code of a video is drawn; an empty text gives the unconditional prompt of guidance."""
+        """The ids after which the first code is drawn; an empty text gives the unconditional prompt of guidance."""
         return [*self._begin(), *text, self.vocabulary.video_start]
 
     def question(self, codes: SequenceOf[int]) -> list[int]:
@@ -99,10 +99,10 @@ def interleaved(record: dict, encode_text: Callable[[str], list[int]], where: st
     pieces, videos = record["text"].split(PLACEHOLDER), list(record.get("videos", []))
     if len(pieces) != len(videos) + 1:
         raise ValueError(
-            f"{where}: the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos; make them equal"
+            f"{where}: the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos: make them equal"
         )
     segments = []
-    for piece, codes in zip(pieces, [*videos, None]):
+    for piece, codes in zip(pieces, [*videos, None], strict=True):
         if piece:
             segments.append(Segment("text", tuple(encode_text(piece)), loss=True))
         if codes is not None:
@@ -114,5 +114,5 @@ def check_length(length: int, positions: int, where: str) -> None:
     """ValueError if `length` ids do not fit the `positions` of a model; nothing is ever truncated."""
     if length > positions:
         raise ValueError(
-            f"{where}: {length} ids, but the base model has {positions} positions; shorten the text, or take a base with more"
+            f"{where}: {length} ids, but the base model has {positions} positions: shorten the text or take another base"
         )

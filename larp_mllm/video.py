@@ -38,4 +38,5 @@ class Video:
     def __repr__(self) -> str:
         count, height, width = self.frames.shape[:3]
         about = f" of {self.prompt!r}" if self.prompt else ""
-        return f"<Video{about}: {count} frames of {width}x{height} at {self.fps:g} fps; .save('x.mp4' | '.gif' | '.png') writes it>"
+        size = f"{count} frames of {width}x{height} at {self.fps:g} fps"
+        return f"<Video{about}: {size}; .save('x.mp4' | 'x.gif' | 'x.png') writes it>"

@@ -1,4 +1,4 @@
-"""Which id means what: text ids | video_start | video_end | codes. Pure arithmetic, no strings, no tensors of its own."""
+"""Which id means what: text ids | video_start | video_end | codes. Pure arithmetic, without strings."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,9 @@ class Vocabulary:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @classmethod
-    def for_base(cls, vocab_size: int, tokenizer_length: int, codebook_size: int, tokens_per_video: int) -> "Vocabulary":
+    def for_base(
+        cls, vocab_size: int, tokenizer_length: int, codebook_size: int, tokens_per_video: int
+    ) -> "Vocabulary":
         """The layout over a base model with `vocab_size` embedding rows and a text tokenizer of `tokenizer_length` entries."""
         return cls(max(vocab_size, tokenizer_length), codebook_size, tokens_per_video)
 
@@ -93,7 +95,9 @@ class Vocabulary:
                 end = position + 1 + self.tokens_per_video
                 codes = ids[position + 1 : end]
                 if len(codes) < self.tokens_per_video or not all(self.is_code(i) for i in codes):
-                    raise ValueError(f"the video span at position {position} does not hold {self.tokens_per_video} codes")
+                    raise ValueError(
+                        f"the video span at position {position} does not hold {self.tokens_per_video} codes"
+                    )
                 if end < len(ids) and ids[end] != self.video_end:
                     raise ValueError(f"the video span at position {position} is not closed by video_end")
                 segments.append(("video", [self.id_to_code(i) for i in codes]))

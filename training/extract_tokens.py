@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse
+from larp.config import parse, run_script
 from larp.data.datasets import open_videos
 from larp.data.extraction import extract_tokens
 from larp.data.tokens import TokenCache
@@ -46,13 +46,10 @@ class ExtractTokensConfig:
     """Threads that decode videos, for each process."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); mistakes of the user end it with a message."""
-    try:
-        config, _ = parse(ExtractTokensConfig, sys.argv[1:] if argv is None else argv, RECIPES, "extract_tokens.py")
-        extract(config)
-    except ValueError as error:
-        sys.exit(f"extract_tokens.py: {error}")
+def main(argv: list[str] | None = None) -> TokenCache:
+    """Run the command line `argv` (by default the program's own); ValueError for mistakes of the user."""
+    config, _ = parse(ExtractTokensConfig, sys.argv[1:] if argv is None else argv, RECIPES, "extract_tokens.py")
+    return extract(config)
 
 
 def extract(config: ExtractTokensConfig) -> TokenCache:
@@ -95,4 +92,4 @@ def report(cache: TokenCache, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("extract_tokens.py", main)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from larp.config import parse, to_dict
+from larp.config import parse, run_script, to_dict
 from larp.data.clips import clip_to_frames, contact_sheet
 from larp.data.datasets import open_videos
 from larp.data.extraction import extract_tokens
@@ -116,15 +116,11 @@ class TrainGeneratorConfig:
             )
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); mistakes of the user end it with a message."""
-    try:
-        config, recipe = parse(
-            TrainGeneratorConfig, sys.argv[1:] if argv is None else argv, RECIPES, "train_generator.py"
-        )
-        train(config, recipe)
-    except ValueError as error:
-        sys.exit(f"train_generator.py: {error}")
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` (by default the program's own) and return the report; ValueError for mistakes of the user."""
+    argv = sys.argv[1:] if argv is None else argv
+    config, recipe = parse(TrainGeneratorConfig, argv, RECIPES, "train_generator.py")
+    return train(config, recipe)
 
 
 def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
@@ -379,4 +375,4 @@ def sample_conditions(
 
 
 if __name__ == "__main__":
-    main()
+    run_script("train_generator.py", main)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from larp.config import parse, to_dict
+from larp.config import parse, run_script, to_dict
 from larp.data.clips import contact_sheet
 from larp.data.tokens import TokenCache
 from larp.engine.backend import (
@@ -109,7 +109,9 @@ class TrainMllmConfig:
 
     def __post_init__(self):
         if is_tiny(self.base) and self.train != "full":
-            raise ValueError(f"--train {self.train} trains beside a base that knows nothing: --base {self.base} needs --train full")
+            raise ValueError(
+                f"--train {self.train} trains beside a base that knows nothing: --base {self.base} needs --train full"
+            )
         for name in ("steps", "log_every", "save_every", "lora_rank", "eval_videos"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -141,12 +143,21 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     train_set, eval_set = (dataset(cache, mllm) for cache in (train_cache, eval_cache))
     factor = lr_factor(config.schedule, config.steps, config.warmup, config.final_lr)
     engine = make_engine(mllm.model, optimizer(mllm.model, config), factor, config.engine, config.batch_size, ranks)
-    model_key = {"base": config.base, "train": config.train, "adapter": config.adapter, "vocabulary": mllm.model.vocabulary.size}
+    model_key = {
+        "base": config.base,
+        "train": config.train,
+        "adapter": config.adapter,
+        "vocabulary": mllm.model.vocabulary.size,
+    }
     state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume)
     if state is not None:
         load_state({"model": engine}, state, model_key)
-    with RunLog(config.out, ranks, config.steps, engine.step_count, ("video_bits", "video_accuracy", "text_nll")) as log:
-        log.say(f"{config.base} with {len(train_set)} clips of {train_cache.num_tokens} codes, recipe {recipe}, {ranks.world_size} ranks")
+    with RunLog(
+        config.out, ranks, config.steps, engine.step_count, ("video_bits", "video_accuracy", "text_nll")
+    ) as log:
+        log.say(
+            f"{config.base} with {len(train_set)} clips of {train_cache.num_tokens} codes, recipe {recipe}, {ranks.world_size} ranks"
+        )
         stopped = loop(config, engine, train_set, ranks, log, model_key)
         if stopped:
             log.say(f"stopped at step {engine.step_count}; go on with --resume")
@@ -215,7 +226,9 @@ def dataset(cache: TokenCache, mllm: Mllm) -> CaptionedVideos:
     return CaptionedVideos(cache, mllm.processor.layout, mllm.processor.encode_text, positions)
 
 
-def loop(config: TrainMllmConfig, engine: Engine, data: CaptionedVideos, ranks: Ranks, log: RunLog, model_key: dict) -> bool:
+def loop(
+    config: TrainMllmConfig, engine: Engine, data: CaptionedVideos, ranks: Ranks, log: RunLog, model_key: dict
+) -> bool:
     """Train to the last step; True if asked to stop before it. The position in the data is the step alone."""
     tally = torch.zeros(len(TALLY), dtype=torch.float64)
     engine.module.train()
@@ -284,7 +297,9 @@ def evaluate(engine: Engine, data: CaptionedVideos, config: TrainMllmConfig, ran
     return rates(reduce_sum(tally))
 
 
-def finish_run(config: TrainMllmConfig, mllm: Mllm, lora, engine: Engine, held_out: TokenCache, scores: dict, seconds: float) -> dict:
+def finish_run(
+    config: TrainMllmConfig, mllm: Mllm, lora, engine: Engine, held_out: TokenCache, scores: dict, seconds: float
+) -> dict:
     """Save the model, generate samples, write the report and the pointer; the report is returned on every rank."""
     report = {
         "base": config.base,
@@ -337,7 +352,10 @@ def write_samples(mllm: Mllm, held_out: TokenCache, config: TrainMllmConfig) -> 
     contact_sheet([video.frames for video in videos], texts, folder / "sheet.png")
     names = [f"{i:02d}-{re.sub(r'[^a-z0-9]+', '-', text.lower())[:60].strip('-')}.mp4" for i, text in enumerate(texts)]
     scale = max(1, 256 // videos[0].frames.shape[1])
-    return [str(folder / "sheet.png"), *(str(v.save(folder / name, scale)) for v, name in zip(videos, names, strict=True))]
+    return [
+        str(folder / "sheet.png"),
+        *(str(v.save(folder / name, scale)) for v, name in zip(videos, names, strict=True)),
+    ]
 
 
 def print_report(report: dict) -> None:
@@ -350,7 +368,4 @@ def print_report(report: dict) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train_mllm.py: {error}")
+    run_script("train_mllm.py", main)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from larp.config import parse, to_dict
+from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import ClipLoader, iterate_once
@@ -285,6 +285,8 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         state.load_state(trainer.engines, saved, to_dict(c))
         loader.load_state_dict(saved.loader_state)
         restore(trainer, saved.extra)
+    if next(iter(iterate_once(test, shape, batch=1)), None) is None:
+        raise ValueError(f"{test.spec}: none of its {len(test)} test videos can be read; give others with --eval-data")
     began, first = time.monotonic(), trainer.tokenizer.step_count
     with RunLog(config.out, ranks, config.steps, first, show=("loss", "psnr", "prior_top1")) as log:
         announce(trainer, train, test, log)
@@ -378,4 +380,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("train_tokenizer.py", main)

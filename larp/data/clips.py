@@ -1,6 +1,7 @@
 """Frames <-> clips: which frames, resize, centre crop, and the pictures that show a person what came out.
 
-A clip is float32 (3, T, H, W) in [0, 1]. Resizing ends on 8-bit values, so a clip kept in memory as uint8 is the clip itself.
+A clip is float32 (3, T, H, W) in [0, 1]. Resizing ends on 8-bit values, so a clip kept in memory as uint8 is the clip
+itself.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def pixels_to_clip(frames: np.ndarray) -> torch.Tensor:
 
 
 def frames_to_clip(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Turn uint8 (T, H, W, 3) frames of any size into a clip, float32 (3, T, height, width) in [0, 1] (see `resize_frames`)."""
+    """Turn uint8 (T, H, W, 3) frames into a clip, float32 (3, T, height, width) in [0, 1]; see `resize_frames`."""
     return pixels_to_clip(resize_frames(frames, height, width))
 
 
@@ -110,8 +111,8 @@ def contact_sheet(
 ) -> None:
     """Write a PNG with one row for each uint8 (T, H, W, 3) video: its caption above `columns` evenly spaced frames.
 
-    Frames are enlarged by whole factors (nearest neighbour) up to `cell` pixels high, or shrunk to it. The file is replaced in
-    one step. ValueError if captions and videos do not pair up.
+    Frames are enlarged by whole factors (nearest neighbour) up to `cell` pixels high, or shrunk to it. The file is
+    replaced in one step. ValueError if captions and videos do not pair up.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -44,7 +44,7 @@ class VideoItem:
 
 @dataclass(frozen=True)
 class VideoSet:
-    """The videos that a spec names: `classes[item.label]` is an item's class (empty: no labels); `notes` are for the user."""
+    """The videos that a spec names; `classes[item.label]` is an item's class, and `notes` are lines for the user."""
 
     items: tuple[VideoItem, ...]
     classes: tuple[str, ...]
@@ -56,7 +56,7 @@ class VideoSet:
 
 
 def humanize(class_name: str) -> str:
-    """Turn a class name into words: "BasketballDunk" -> "basketball dunk"; serves as the caption of videos without one."""
+    """Turn a class name into words: "BasketballDunk" -> "basketball dunk"; the caption of videos without one."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]+", " ", class_name)
     return " ".join(words.lower().split())
 
@@ -64,9 +64,9 @@ def humanize(class_name: str) -> str:
 def open_videos(spec: str, split: Split = "train") -> VideoSet:
     """List the videos of a spec that belong to a split; labels mean the same class in every split.
 
-    UCF-101 splits by its official lists, `shapes:` holds out attribute triples, manifests go by their split column; everything
-    else puts a video into test if a hash of its name says so (about one in ten), whatever else lies beside it.
-    Raises DataError (a ValueError) that names the spec and the remedy.
+    UCF-101 splits by its official lists, `shapes:` holds out attribute triples, manifests go by their split column;
+    everything else puts a video into test if a hash of its name says so (about one in ten), whatever else lies beside
+    it. Raises DataError (a ValueError) that names the spec and the remedy.
     """
     if split not in ("train", "test", "all"):
         raise DataError(f"unknown split {split!r}; choose train, test or all")
@@ -169,27 +169,33 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
 
 
 def _official_split(spec: str, base: Path, home: Path, classes, files, split: str, fold: int):
-    """Keep the files that the official list of a split names; classes that are absent are normal, unknown ones are not."""
+    """Keep the files that the official list of a split names; absent classes are normal, unknown ones are not."""
     if fold not in (1, 2, 3):
         raise DataError(f"{spec}: fold={fold}; UCF-101 has the folds 1, 2 and 3")
     places = [place / "ucfTrainTestlist" for place in (base, home, home.parent, base.parent)]
     lists = next((place for place in places if place.is_dir()), None)
     if lists is None:
-        raise DataError(f"{spec}: no folder ucfTrainTestlist in {base} or {base.parent}; UCF-101's official splits come as "
-                        "UCF101TrainTestSplits-RecognitionTask.zip: unpack them there")  # fmt: skip
+        raise DataError(
+            f"{spec}: no folder ucfTrainTestlist in {base} or {base.parent}; unpack UCF-101's official splits there "
+            "(UCF101TrainTestSplits-RecognitionTask.zip)"
+        )
     train, test = (_stems(lists / f"{part}list{fold:02d}.txt", spec) for part in ("train", "test"))
     listed = sorted({name.split("/")[0] for name in train | test})
     unknown = [name for name in classes if name not in listed]
     if unknown:
         near = {name: difflib.get_close_matches(name, listed, n=1) for name in unknown[:5]}
         named = ", ".join(f"{name!r}" + (f" (nearest: {n[0]!r})" if n else "") for name, n in near.items())
-        raise DataError(f"{spec}: {len(unknown)} of {len(classes)} class folders are not in the lists of {lists}: {named}; rename "
-                        f"or remove them, or read {home} as folder:")  # fmt: skip
+        raise DataError(
+            f"{spec}: {len(unknown)} of {len(classes)} class folders are not in the lists of {lists}: {named}; "
+            f"rename or remove them, or read {home} as folder:"
+        )
     keep = train if split == "train" else test
     chosen = [(path, name) for path, name in files if f"{name}/{path.stem}" in keep]
     if not chosen:
-        raise DataError(f"{spec}: none of the {len(files)} videos is in {lists / f'{split}list{fold:02d}.txt'}; their names must "
-                        f"be those of the list, such as {min(keep, default='(empty list)')}")  # fmt: skip
+        raise DataError(
+            f"{spec}: none of the {len(files)} videos is in {lists / f'{split}list{fold:02d}.txt'}; "
+            f"their names must be those of the list, such as {min(keep, default='(empty list)')}"
+        )
     notes = []
     if absent := [name for name in listed if name not in classes]:
         notes.append(
@@ -273,7 +279,8 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     ]
     if not any(item.path.is_file() for item in items):
         raise DataError(
-            f"{path}: none of its {len(items)} videos exists, such as {items[0].path}; paths are relative to the manifest"
+            f"{path}: none of its {len(items)} videos exists, such as {items[0].path}; "
+            "paths are relative to the manifest"
         )
     if values[0]["split"] is None:
         return VideoSet(_hash_split(items, split, spec), classes, spec)
@@ -351,7 +358,7 @@ def _spoken(label: str | None) -> str | None:
 
 
 def _hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[VideoItem, ...]:
-    """Put about one video in ten into test by a hash of its name, so that a growing folder never moves a test video to train."""
+    """Put about one video in ten into test by a hash of its name, so that a growing folder moves no test video."""
     items = tuple(items)
     if split == "all":
         return items

@@ -1,7 +1,7 @@
-"""Batches of clips for training (endless, resumable, the same rows on any number of ranks) and for evaluation (once each).
+"""Batches of clips: endless, resumable and the same on any number of ranks for training; once each for evaluation.
 
-Which video, which frames and which flips stand at a global position (step x global batch + row) depends on the seed and that
-position alone: not on ranks, workers, accumulation or what was read before.
+Which video, which frames and which flips stand at a global position (step x global batch + row) depends on the seed and
+that position alone: not on ranks, workers, accumulation or what was read before.
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ _ORDER, _DRAW, _REPLACE = 1, 2, 3  # keeps the random streams of one position ap
 
 
 class ClipLoader:
-    """Endless micro batches of one rank: dicts of clip float32 (b, 3, T, H, W) in [0, 1], label int64 (b,) (-1: none), index
-    int64 (b,) into `videos.items`, caption list[str] ("" for none), sample_offset (position of row 0 in the global batch), step.
+    """Endless micro batches of one rank, as dicts.
 
-    `global_batch` rows make one step; rank r of world_size takes the r-th contiguous slice, in `micro_batch` rows at a time.
-    `shuffle` draws a new order each epoch, and random start frames; without it, files in order and their centres. `flip` mirrors
-    half of the clips. `in_memory` decodes every video once, at the clip's size, if that fits `memory_gb` (else it warns and decodes
-    on the fly); otherwise `workers` threads read ahead. Unreadable or too short videos are replaced by others of the set and
-    listed in `skipped` as (name, reason). Raises ValueError if the numbers do not divide, VideoError if no video can be read.
+    Each holds clip float32 (b, 3, T, H, W) in [0, 1], label int64 (b,) (-1: none), index int64 (b,) in `videos.items`,
+    caption list[str] ("" for none), sample_offset (position of row 0 in the global batch) and step.
+
+    `global_batch` rows make one step; rank r of world_size takes the r-th contiguous slice, in `micro_batch` rows at a
+    time. `shuffle` draws a new order each epoch, and random start frames; without it, files in order and their centres.
+    `flip` mirrors half of the clips. `in_memory` decodes every video once, at the clip's size, if that fits `memory_gb`
+    (else it warns and decodes on the fly); otherwise `workers` threads read ahead. Unreadable or too short videos are
+    replaced by others of the set and listed in `skipped` as (name, reason). Raises ValueError if the numbers do not
+    divide, VideoError if no video can be read.
     """
 
     def __init__(
@@ -57,7 +60,8 @@ class ClipLoader:
             or global_batch % (micro_batch * world_size)
         ):
             raise ValueError(
-                f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x world_size={world_size} (rank {rank})"
+                f"global_batch={global_batch} must be a multiple of micro_batch={micro_batch} x "
+                f"world_size={world_size} (rank {rank})"
             )
         self.shape, self.seed, self.shuffle, self.flip, self.workers = shape, seed, shuffle, flip, workers
         self.global_batch, self.micro_batch = global_batch, micro_batch
@@ -94,12 +98,15 @@ class ClipLoader:
                         row.cancel()
 
     def state_dict(self) -> dict:
-        """Return where the loader stands, as JSON-able values; a loader that loads it goes on with the next micro batch."""
+        """Return where the loader stands, as JSON-able values; loading it goes on with the next micro batch."""
         return {"step": self.step, "micro": self.micro, "micro_batch": self.micro_batch, **self._identity()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where a saved loader stood. ValueError if seed, global batch, shape or videos differ, or the step is half done
-        and the micro batches are cut differently."""
+        """Go on where a saved loader stood.
+
+        ValueError if seed, global batch, shape or videos differ, or if the step is half done and the micro batches are
+        cut differently.
+        """
         here = self._identity()
         if wrong := [
             f"{key}: saved {state.get(key)}, now {value}" for key, value in here.items() if state.get(key) != value
@@ -107,7 +114,8 @@ class ClipLoader:
             raise ValueError(f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}")
         if state["micro"] and (state["micro_batch"] != self.micro_batch):
             raise ValueError(
-                f"saved within a step at micro_batch={state['micro_batch']}, now {self.micro_batch}; save at whole steps"
+                f"the loader was saved within a step at micro_batch={state['micro_batch']}, now {self.micro_batch}; "
+                "resume with the same, or save at whole steps"
             )
         self.step, self.micro = state["step"], state["micro"]
 
@@ -161,10 +169,10 @@ class ClipLoader:
 
 
 class FixedPass:
-    """One pass over a set: batches that together, over all ranks, hold every readable video once, in the order of the set.
+    """One pass over a set: over all ranks, its batches hold every readable video once, in the order of the set.
 
-    Iterating yields dicts as `ClipLoader` does, without step and sample_offset; the last batch may be smaller. len() is the
-    number of batches if nothing is skipped. `skipped` lists unreadable videos as (name, reason).
+    Iterating yields dicts as `ClipLoader` does, without sample_offset and step; the last batch may be smaller. len() is
+    the number of batches if nothing is skipped. `skipped` lists unreadable videos as (name, reason).
     """
 
     def __init__(self, videos, shape, batch, rank, world_size, start, seed, workers):
@@ -220,8 +228,11 @@ def iterate_once(
     seed: int = 0,
     workers: int = 0,
 ) -> FixedPass:
-    """Return one pass over this rank's contiguous share of a set; clips begin at `start` (a frame, the centre, or random by
-    `seed` and the video's index). `workers` threads read ahead. Raises ValueError for impossible numbers."""
+    """Return one pass over this rank's contiguous share of a set.
+
+    Clips begin at `start`: a frame number, the centre, or random by `seed` and the video's index. `workers` threads
+    read ahead. Raises ValueError for impossible numbers.
+    """
     return FixedPass(videos, shape, batch, rank, world_size, start, seed, workers)
 
 
@@ -266,7 +277,7 @@ class _Source:
         return resize_frames(frames, shape.height, shape.width)
 
     def load_all(self, memory_gb: float, quiet: bool) -> None:
-        """Decode every video at the clip's size, unless that would take more than `memory_gb` (then warn and stay on files)."""
+        """Decode every video at the clip's size; warn and stay on files if that would take more than `memory_gb`."""
         count, used, memory, budget = len(self.videos), 0, {}, memory_gb * 2**30
         rows = _in_order(self._decode, range(count), _DECODE_THREADS)
         bar = tqdm(rows, total=count, desc="decoding videos", unit="video", delay=1, disable=quiet)
@@ -277,8 +288,9 @@ class _Source:
             expected = max(used, used * count / (index + 1) if index >= 31 else 0)
             if expected > budget:
                 warnings.warn(
-                    f"{self.videos.spec}: all videos at {self.shape.height}x{self.shape.width} need about {expected / 2**30:.1f} GiB, "
-                    f"over memory_gb={memory_gb:g}; decoding on the fly instead (raise memory_gb to keep them in memory)",
+                    f"{self.videos.spec}: all videos at {self.shape.height}x{self.shape.width} need about "
+                    f"{expected / 2**30:.1f} GiB, over memory_gb={memory_gb:g}; decoding on the fly instead "
+                    "(raise memory_gb to keep them in memory)",
                     stacklevel=4,
                 )
                 return

@@ -1,7 +1,8 @@
 """The built-in captioned videos: one coloured shape that moves, rendered by code and written once as real MP4 files.
 
-Six colours x three shapes x four directions make 72 triples; 16 of them (`HELD_OUT`) never appear in the train split, so a model
-that draws one of them has put together what it saw apart. The same seed gives the same pixels, on every machine.
+Six colours x three shapes x four directions make 72 triples; 16 of them (`HELD_OUT`) never appear in the train split,
+so a model that draws one of them has put together what it saw apart. The same seed gives the same pixels, on every
+machine.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ PHRASES = (
     "a {colour} {shape} moving {direction}", "a {colour} {shape} moves {direction}",
     "a {colour} {shape} that is moving {direction}", "there is a {colour} {shape} moving {direction}",
 )  # fmt: skip
-# 16 of the 72 triples: every colour 2 or 3 times, every shape 5 or 6 times, every direction 4 times, and no pair of values
-# (colour and shape, colour and direction, shape and direction) leaves the train split.
+# 16 of the 72 triples: every colour 2 or 3 times, every shape 5 or 6 times, every direction 4 times, and no pair of
+# values (colour and shape, colour and direction, shape and direction) leaves the train split.
 HELD_OUT = frozenset(
     (tuple(COLOURS)[k % 6], SHAPES[(k + k // 6) % 3], tuple(DIRECTIONS)[(k + k // 4) % 4]) for k in range(16)
 )
@@ -68,7 +69,7 @@ def caption(attributes: Attributes, phrase: int = 0, say_speed: bool = False) ->
 
 
 def parse_caption(text: str) -> Attributes:
-    """Read the attributes out of a caption in any word order; ValueError if colour, shape or direction is not said once."""
+    """Read the attributes out of a caption; ValueError unless colour, shape and direction are each said once."""
     words = re.findall(r"[a-z]+", text.lower())
     found = {
         name: [value for value in values if value in words]
@@ -83,8 +84,10 @@ def parse_caption(text: str) -> Attributes:
 
 
 def held_out_prompts(n: int = 64) -> list[str]:
-    """Return n captions of held-out triples, beginning with "a red circle moving left": every triple plain, then with each
-    speed, then in other words; beyond 96 they repeat."""
+    """Return n captions of held-out triples, beginning with "a red circle moving left".
+
+    First every triple in plain words, then with each speed, then in the other phrasings; beyond 96 they repeat.
+    """
     colours, directions = list(COLOURS), list(DIRECTIONS)
     triples = sorted(HELD_OUT, key=lambda t: (directions.index(t[2]), colours.index(t[0]), SHAPES.index(t[1])))
     triples.sort(key=lambda t: t != ("red", "circle", "left"))
@@ -95,10 +98,10 @@ def held_out_prompts(n: int = 64) -> list[str]:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Return how much of each pixel a shape covers, in [0, 1]; x, y (pixels, y down) are offsets from its centre of mass.
+    """Return how much of each pixel a shape covers, in [0, 1]; x, y (pixels, y down) count from its centre of mass.
 
-    `radius` in pixels is a circle's; the square and the triangle are sized to look as large. Edges are antialiased by their
-    distance to the pixel's centre.
+    `radius` in pixels is a circle's; the square and the triangle are sized to look as large. Edges are antialiased by
+    their distance to the pixel's centre.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
@@ -111,7 +114,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | floa
 
 
 def render(attributes: Attributes, seed: int, size: int = 32, frames: int = 16) -> np.ndarray:
-    """Render a shape video: uint8 (frames, size, size, 3); the seed chooses background, radius, start and exact speed."""
+    """Render a shape video: uint8 (frames, size, size, 3); the seed draws background, radius, start and exact speed."""
     generator = random.Random(f"larp-shapes-{VERSION}-{seed}")
     radius = size / 6 * generator.uniform(0.9, 1.1)
     background = generator.uniform(16, 48)
@@ -137,7 +140,7 @@ def render(attributes: Attributes, seed: int, size: int = 32, frames: int = 16) 
 
 
 def sample_attributes(count: int, seed: int, split: str) -> list[tuple[Attributes, str]]:
-    """Draw `count` (attributes, caption) pairs for split "train" (no held-out triple) or "test" (only held-out triples)."""
+    """Draw `count` pairs of attributes and caption for split "train" (no held-out triple) or "test" (only those)."""
     generator = random.Random(f"larp-shapes-{VERSION}-{split}-{seed}")
     triples = [
         (c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS if held_out((c, s, d)) == (split == "test")
@@ -165,9 +168,10 @@ def cache_folder() -> Path:
 def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, frames: int = 16) -> Path:
     """Return the folder of one split's MP4 files and `manifest.jsonl`, rendering it first if it is not there.
 
-    `count` is the train split's size; the test split holds an eighth of it (at least 16). Files are x264 in 4:4:4, because
-    half-resolution colour would smear a 32x32 picture. The folder appears in one rename: a killed rendering leaves no half
-    of it, and processes that race end with the same one. Raises ValueError for sizes that cannot be rendered.
+    `count` is the train split's size; the test split holds an eighth of it (at least 16). Files are x264 in 4:4:4,
+    because half-resolution colour would smear a 32x32 picture. The folder appears in one rename: a killed rendering
+    leaves no half of it, and processes that race end with the same one. Raises ValueError for sizes that cannot be
+    rendered.
     """
     for name, value, least in (("count", count, 1), ("size", size, 16), ("frames", frames, 2)):
         if value < least:

@@ -1,8 +1,9 @@
 """Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else.
 
-Every file is treated as hostile: the demuxer is chosen from the file's first bytes (so playlists, which open other files, are
-refused), the picture size is checked before a frame is decoded, and every failure is a `VideoError` that names the file.
-FFmpeg may end early in silence, so the number of frames that came out is compared with the number that was asked for.
+Every file is treated as hostile: the demuxer is chosen from the file's first bytes (so playlists, which open other
+files, are refused), the picture size is checked before a frame is decoded, and every failure is a `VideoError` that
+names the file. FFmpeg may end early in silence, so the number of frames that came out is compared with the number that
+was asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -19,9 +21,12 @@ import numpy as np
 
 MAX_PIXELS = 4096 * 4096
 MAX_BYTES = 8 * 2**30
-VIDEO_SUFFIXES = frozenset([".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp"])
+VIDEO_SUFFIXES = frozenset(
+    (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
+)
 
-# What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and PermissionError).
+# What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and
+# PermissionError).
 _DECODE_ERRORS = (
     av.error.FFmpegError,
     OSError,
@@ -54,7 +59,7 @@ class ShortVideoError(VideoError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` tells about a video file: display size in pixels (rotation applied), frames, frames per second, codec."""
+    """What `probe` tells about a video file: display size in pixels, frames, frames per second, codec."""
 
     width: int
     height: int
@@ -90,11 +95,12 @@ def count_frames(path: str | Path) -> int:
 def read_video(
     path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, float]:
-    """Read frames start, start + stride, ... of a video file; return them as uint8 (T, H, W, 3) RGB with the file's fps.
+    """Read frames start, start + stride, ... of a file: uint8 (T, H, W, 3) RGB, and the file's fps.
 
-    `count` is the number of frames to return (None: to the end); rotation metadata is applied. Decodes from the first frame on,
-    because seeking is inexact in files with variable frame rates or broken indices, and converts only what is returned.
-    Raises VideoError; ShortVideoError if fewer than `count` frames are there, or a whole read ends well before the header says.
+    `count` is the number of frames to return (None: to the end); rotation metadata is applied. Decodes from the first
+    frame on, because seeking is inexact in files with variable frame rates or broken indices, and converts only what is
+    returned. Raises VideoError; ShortVideoError if fewer than `count` frames are there, or a whole read ends well
+    before the header says.
     """
     frames: list[np.ndarray] = []
     with _opened(path, max_pixels) as (container, stream):
@@ -110,7 +116,7 @@ def read_video(
 
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
-    """Yield every frame of a video file as uint8 (H, W, 3), for reading whole videos in bounded memory. Raises VideoError."""
+    """Yield every frame of a video file as uint8 (H, W, 3), in bounded memory. Raises VideoError."""
     with _opened(path, max_pixels) as (container, stream):
         decoded = _Decoded(stream.frames)
         yield from _pictures(path, container, stream, decoded, 0, None, 1)
@@ -128,10 +134,10 @@ def write_video(
 ) -> None:
     """Write uint8 (T, H, W, 3) RGB frames to a video file, or to an animated GIF if the suffix is .gif; atomic.
 
-    `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays everywhere but keeps
-    colour at half resolution and needs even sizes: an odd side is padded by repeating its last row or column. "yuv444p" keeps
-    colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed setting, ignored by other codecs.
-    Raises VideoError, with the encoders at hand if `codec` is missing.
+    `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays everywhere
+    but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row or column.
+    "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed setting,
+    ignored by other codecs. Raises VideoError, with the encoders at hand if `codec` is missing.
     """
     path, frames = Path(path), np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
@@ -245,7 +251,7 @@ def _pictures(
 
 
 def _check_promise(path, start: int, count: int | None, stride: int, got: int, decoded: _Decoded) -> None:
-    """Refuse a decode that ended early in silence; headers that miscount by up to 2 frames or 2 % are common and harmless."""
+    """Refuse a decode that ended early in silence; headers that miscount by 2 frames or 2 % are common."""
     held, promised = decoded.frames, decoded.promised
     if count is not None and got < count:
         wanted = f"asked for {count} frames from frame {start}" + (f" at stride {stride}" if stride > 1 else "")
@@ -310,14 +316,13 @@ def _missing_encoder(path: Path, codec: str) -> str:
         with suppress(ValueError):
             present.append(av.codec.Codec(name, "w").name)
     return (
-        f"{path}: this FFmpeg has no encoder {codec!r}. Choose codec= one of {', '.join(present) or 'none found'}, write a .gif "
-        "(needs no encoder), or install the `av` wheel from PyPI, which brings libx264"
+        f"{path}: this FFmpeg has no encoder {codec!r}. Choose codec= one of "
+        f"{', '.join(present) or 'none found'}, write a .gif (needs no encoder), "
+        "or install the `av` wheel from PyPI, which brings libx264"
     )
 
 
-def _rational(fps: float):
-    from fractions import Fraction
-
+def _rational(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise VideoError(f"fps must be in (0, 1000], not {fps}")
     return Fraction(fps).limit_denominator(1001)

@@ -221,6 +221,8 @@ def make_engine(
     be float32. Raises ValueError for a stage above that, an optimizer without trainable parameters, and a batch that
     does not divide.
     """
+    # From here on each rank draws its own dropout masks; the first keeps the stream that one process would have.
+    torch.manual_seed(torch.initial_seed() + ranks.rank)
     if config.zero_stage > max_zero_stage:
         raise ValueError(
             f"zero_stage {config.zero_stage} is not possible for the {name}: its raw module takes part in the "
@@ -305,7 +307,8 @@ class Engine:
         if self._skipped_in_a_row >= self._max_skipped:
             raise FloatingPointError(
                 f"the gradient of the {self.name} was not finite in {self._skipped_in_a_row} steps in a row, "
-                f"the last one step {self.step_count}: lower the learning rate, use precision fp32, or look at the data of these steps"
+                f"the last one step {self.step_count}: lower the learning rate, use precision fp32, or look at the "
+                "data of these steps"
             )
         return applied
 

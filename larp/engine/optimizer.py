@@ -35,6 +35,9 @@ class OptimizerConfig:
         if self.lr <= 0 or self.matrix_lr <= 0:
             raise ValueError(f"optimizer.lr = {self.lr} and optimizer.matrix_lr = {self.matrix_lr} must be positive")
 
+# Where the models keep their repeated blocks; embeddings, heads and bottlenecks are Adam's.
+_REPEATED = ("encoder.blocks.", "decoder.blocks.", "prior.blocks.", "layers.")
+
 
 class MuonAdamW(Optimizer):
     """Two of torch's optimizers behind one face: Muon for `matrices`, AdamW for `others` (parameter groups).
@@ -76,7 +79,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int 
     if config.name == "adam":
         return torch.optim.Adam([p for _, p in named], lr=config.lr, betas=config.betas)
     linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d)}
-    inside = {id(p) for name, p in named if "blocks." in name and p.ndim == 2} if config.name == "muon" else set()
+    muon = config.name == "muon"
+    inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_REPEATED)}
     decayed = [p for _, p in named if id(p) in linear and id(p) not in inside]
     rest = [p for _, p in named if id(p) not in linear and id(p) not in inside]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -1,7 +1,8 @@
 """The analytic checker of shape videos: it finds the coloured blob in each frame, and its path, and names what it sees.
 
-No network and no training, so its verdict is the same everywhere. Colour is the hue of the blob's pixels, direction the larger
-side of a straight line fitted through its centres, shape the best match among rendered templates of the same area.
+No network and no training, so its verdict is the same everywhere. Colour is the hue of the blob's pixels, direction the
+larger side of a straight line fitted through its centres, shape the best match among rendered templates of the same
+area.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 
 from larp.data.shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, coverage
 
-# Saturation (largest minus smallest channel) of a pixel that is surely coloured; noise of 0.03 on grey stays under it, and the
-# palest of COLOURS has 0.63.
+# Saturation (largest minus smallest channel) of a pixel that is surely coloured; noise of 0.03 on grey stays under it,
+# and the palest of COLOURS has 0.63.
 _SEEN = 0.25
 _SMALLEST = 0.003  # a blob covers this share of a frame; the built-in ones cover about 0.08
 _ONE_HUE = 0.4  # below this agreement of hues (see _coherence) it is no blob
@@ -27,8 +28,9 @@ _STILL = 0.06  # a path shorter than this share of the frame has no direction
 class BlobReading:
     """What the checker sees in a clip; a field is None when it cannot be told, and then its confidence is 0.
 
-    `found` is the share of frames with a blob. Confidences are in [0, 1], 0 meaning that the runner-up fits as well. `travel` is
-    the length of the path as a share of the frame's shorter side (0.25 is slow and 0.5 quick in the built-in videos).
+    `found` is the share of frames with a blob. Confidences are in [0, 1], 0 meaning that the runner-up fits as well.
+    `travel` is the length of the path as a share of the frame's shorter side (0.25 is slow and 0.5 quick in the built-
+    in videos).
     """
 
     colour: str | None = None
@@ -44,7 +46,8 @@ class BlobReading:
 def read_blob(clip: torch.Tensor) -> BlobReading:
     """Read colour, shape and direction of the one blob in a clip, float (3, T, H, W) in [0, 1].
 
-    A blob must be seen in at least half of the frames, else every field is None. Raises ValueError for other tensor shapes.
+    A blob must be seen in at least half of the frames, else every field is None. Raises ValueError for other tensor
+    shapes.
     """
     if clip.ndim != 4 or clip.shape[0] != 3:
         raise ValueError(f"a clip is (3, T, H, W), not {tuple(clip.shape)}")
@@ -71,8 +74,8 @@ def read_blob(clip: torch.Tensor) -> BlobReading:
 def score(clips: Iterable[torch.Tensor], expected: Sequence[Attributes]) -> dict[str, float]:
     """Compare clips with the attributes they should show: shares of right answers and the number of clips.
 
-    Returns colour_accuracy, direction_accuracy, shape_accuracy in [0, 1] (a field that cannot be told is wrong) and n. Raises
-    ValueError if there are not as many clips as attributes, or none.
+    Returns colour_accuracy, direction_accuracy, shape_accuracy in [0, 1] (a field that cannot be told is wrong) and n.
+    Raises ValueError if there are not as many clips as attributes, or none.
     """
     readings = [read_blob(clip) for clip in clips]
     if len(readings) != len(expected) or not readings:
@@ -89,7 +92,7 @@ def score(clips: Iterable[torch.Tensor], expected: Sequence[Attributes]) -> dict
 
 
 def _blob_weight(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each pixel's weight, its saturation inside the blob and 0 outside (T, H, W), and which frames hold a blob (T,)."""
+    """Return each pixel's saturation inside the blob, 0 outside (T, H, W), and which frames hold a blob (T,)."""
     saturation = pixels.max(axis=-1) - pixels.min(axis=-1)
     area = saturation.shape[1] * saturation.shape[2]
     few = max(2, round(_SMALLEST * area))
@@ -126,7 +129,7 @@ def _centres(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _direction(times: np.ndarray, x: np.ndarray, y: np.ndarray, seen: int, size: tuple[int, int]):
-    """Fit a line through the centres; return direction (None if still), confidence, and travel as a share of the frame."""
+    """Fit a line through the centres; return direction (None if still), confidence and travel (share of the frame)."""
     if seen < 2:
         return None, 0.0, 0.0
     length = times[-1] - times[0]
@@ -161,7 +164,7 @@ def _window(size: int) -> np.ndarray:
 
 
 def _aligned_mean(strength: np.ndarray, x: np.ndarray, y: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Average a window of each frame around its centre, read between pixels (bilinear); what lies outside counts as 0."""
+    """Average a window of each frame around its centre, read between pixels; what lies outside counts as 0."""
     frames, height, width = strength.shape
     padded = np.pad(strength, ((0, 0), (1, 1), (1, 1)))
     rows = np.clip(
@@ -182,7 +185,8 @@ def _aligned_mean(strength: np.ndarray, x: np.ndarray, y: np.ndarray, window: np
 def _templates(name: str, size: int) -> np.ndarray:
     """Return a shape in sizes around `size` (root of its area, in tenths of a pixel), sharp and more and more blurred.
 
-    One flattened window a row, mean 0 and length 1. Most are smaller than `size`, because thresholded areas grow with blur.
+    One flattened window a row, mean 0 and length 1. Most are smaller than `size`, because thresholded areas grow with
+    blur.
     """
     window, side, rows = _window(size), size / 10, []
     dx, dy = window[None, :].astype(float), window[:, None].astype(float)

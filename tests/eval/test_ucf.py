@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def common(world, out):
 
 def test_rfvd_measures_writes_and_repeats(world, rfvd, tmp_path, capsys):
     out = tmp_path / "results.json"
-    assert rfvd.main([*common(world, out), "--show", "3", "--batch-size", "5"]) == 0
+    assert rfvd.main([*common(world, out), "--show", "3", "--batch-size", "5"])["frechet"]
     report = json.loads(out.read_text())
     figure = report["frechet"]
     assert (
@@ -104,7 +105,7 @@ def test_rfvd_measures_writes_and_repeats(world, rfvd, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "frechet-random-i3d" in printed and "NOT comparable" in printed and "skipped v99.mp4" in printed
     again = tmp_path / "again.json"
-    assert rfvd.main([*common(world, again), "--show", "0", "--batch-size", "5"]) == 0
+    assert rfvd.main([*common(world, again), "--show", "0", "--batch-size", "5"])["frechet"]
     assert json.loads(again.read_text())["frechet"]["value"] == pytest.approx(figure["value"], rel=1e-6)
     assert not (tmp_path / "again.mp4").exists()
 
@@ -113,21 +114,21 @@ def test_rfvd_takes_a_seeded_part_of_the_videos(world, rfvd, tmp_path):
     values = []
     for seed in (1, 2):
         out = tmp_path / f"{seed}.json"
-        assert rfvd.main([*common(world, out), "--show", "0", "--num-clips", "5", "--seed", str(seed)]) == 0
+        assert rfvd.main([*common(world, out), "--show", "0", "--num-clips", "5", "--seed", str(seed)])["frechet"]
         values.append(json.loads(out.read_text())["psnr"])
     assert values[0] != values[1]
 
 
 def test_gfvd_generates_for_the_labels_of_the_real_clips(world, gfvd, tmp_path, capsys):
     arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "15"]
-    assert gfvd.main([*arguments, "--batch-size", "4", "--show", "2"]) == 0
+    assert gfvd.main([*arguments, "--batch-size", "4", "--show", "2"])["metric"]
     report = json.loads((tmp_path / "g.json").read_text())
     assert (report["metric"], report["num_clips"], report["floor"]["num_clips"]) == ("frechet-random-i3d", 15, 15)
     assert set(report["checkpoints"]) == {"generator", "tokenizer"} and report["config"]["guidance_scale"] == 1.25
     assert [entry["name"] for entry in report["skipped"]] == ["v99.mp4"]
     assert (tmp_path / "g.png").exists() and "NOT comparable" in capsys.readouterr().out
     other = [*arguments[:-2], "--num-clips", "15", "--batch-size", "15", "--show", "0"]
-    assert gfvd.main(other) == 0
+    assert gfvd.main(other)["metric"]
     assert json.loads((tmp_path / "g.json").read_text())["value"] == pytest.approx(report["value"], rel=1e-4)
 
 
@@ -146,11 +147,12 @@ def test_gfvd_maps_classes_by_name(world, gfvd):
         (["--data", ""], "--data is needed"),
     ],
 )
-def test_mistakes_end_in_one_line(world, gfvd, tmp_path, capsys, extra, message):
-    assert gfvd.main([*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), *extra]) == 1
-    assert message in capsys.readouterr().err
+def test_mistakes_end_in_one_line(world, gfvd, tmp_path, extra, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gfvd.main([*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), *extra])
 
 
-def test_too_many_clips_for_one_of_each_video(world, rfvd, tmp_path, capsys):
-    assert rfvd.main([*common(world, tmp_path / "r.json"), "--num-clips", "20"]) == 1
-    assert "num_clips=20" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+def test_too_many_clips_for_one_of_each_video(world, rfvd, tmp_path):
+    with pytest.raises(ValueError, match="num_clips=20"):
+        rfvd.main([*common(world, tmp_path / "r.json"), "--num-clips", "20"])
+    assert not (tmp_path / "r.json").exists()

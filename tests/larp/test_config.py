@@ -91,7 +91,21 @@ def test_a_recipe_changes_only_what_it_names_in_a_group(recipes):
 
 
 def test_every_kind_of_option_can_be_typed(recipes):
-    argv = "--out a/b --seed 3 --resume --schedule constant --model.patch_size 1 2 3 --learning_rate 1e-3".split()
+    argv = [
+        "--out",
+        "a/b",
+        "--seed",
+        "3",
+        "--resume",
+        "--schedule",
+        "constant",
+        "--model.patch_size",
+        "1",
+        "2",
+        "3",
+        "--learning_rate",
+        "1e-3",
+    ]
     config, _ = run(argv, recipes)
     assert config.out == Path("a/b") and config.seed == 3 and config.resume and config.schedule == "constant"
     assert config.model.patch_size == (1, 2, 3) and config.learning_rate == 1e-3
@@ -134,7 +148,7 @@ def test_a_mistake_in_an_inherited_recipe_names_that_file(recipes):
 
 
 def test_an_unknown_recipe_lists_those_at_hand(recipes):
-    with pytest.raises(ConfigError, match="did you mean 'tiny'.*base, tiny"):
+    with pytest.raises(ConfigError, match=r"did you mean 'tiny'.*base, tiny"):
         load_recipe("tinny", recipes)
     with pytest.raises(ConfigError, match="--recipe needs a value"):
         run(["--recipe", "--steps", "3"], recipes)

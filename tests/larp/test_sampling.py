@@ -131,7 +131,7 @@ def test_bad_conditions():
         generate(drawn(), torch.tensor([1, 4]))
     with pytest.raises(ValueError, match=r"no rows"):
         generate(drawn(), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match="use guidance 1.0"):
+    with pytest.raises(ValueError, match=r"use guidance 1\.0"):
         model = drawn("frame-prediction")
         generate(model, condition_of(model, 1), guidance=2.0)
     with pytest.raises(ValueError, match="needs `uniform`"):

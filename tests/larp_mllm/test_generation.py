@@ -168,7 +168,9 @@ def test_videos_are_saved_by_their_suffix(qwen, tmp_path, suffix):
 
 def test_importing_the_package_is_light():
     heavy = ["torch", "transformers", "deepspeed", "av", "larp.tokenizer"]
-    code = f"import sys, json, larp_mllm; print(json.dumps([m for m in {heavy} if m in sys.modules])); larp_mllm.nonsense"
+    code = (
+        f"import sys, json, larp_mllm; print(json.dumps([m for m in {heavy} if m in sys.modules])); larp_mllm.nonsense"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(run.stdout) == []
     assert "it offers" in run.stderr

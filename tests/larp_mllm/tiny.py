@@ -13,7 +13,12 @@ from larp_mllm.generation import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
 
-CAPTIONS = ["a red circle moving left", "a blue square moving up", "a person surfing", "a green triangle moving down slowly"]
+CAPTIONS = [
+    "a red circle moving left",
+    "a blue square moving up",
+    "a person surfing",
+    "a green triangle moving down slowly",
+]
 N, K = 4, 16
 
 

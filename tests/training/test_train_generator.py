@@ -112,7 +112,7 @@ def test_class_dropout_shows_clips_of_no_class(home, tmp_path):
 
 def test_mistakes_end_with_a_message(home, tmp_path):
     def message(*argv: str) -> str:
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(ValueError) as stopped:
             main([*argv, "--out", str(tmp_path / "run")])
         return str(stopped.value)
 
@@ -126,7 +126,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     assert not (tmp_path / "run" / "config.json").exists(), "a mistake leaves no run behind"
     with pytest.raises(ValueError, match="zero_stage 3"):
         tiny_run(home, tmp_path, engine=EngineConfig(zero_stage=3))
-    with pytest.raises(SystemExit, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder"):
         extract_main(["--tokenizer", str(tmp_path / "absent")])
 
 

@@ -177,7 +177,7 @@ def test_a_plus_or_comma_in_a_path_is_part_of_it(tmp_path):
         ("", "the data spec is empty; give one of ucf101:"),
         (
             "ucf11:/data",
-            r"unknown data spec 'ucf11:/data': the kinds are ucf101:, csv:, jsonl:, folder:, shapes:; did you mean ucf101:\?",
+            r"unknown data spec 'ucf11:/data': the kinds are ucf101:, csv:, .*, shapes:; did you mean ucf101:\?",
         ),
         ("shape", r"neither a path that exists nor one of the kinds .*did you mean shapes:\?"),
         ("/no/such/path", "neither a path that exists"),
@@ -200,8 +200,16 @@ def test_an_empty_folder_and_a_single_file_are_refused(tmp_path):
         open_videos(str(tmp_path), "val")
 
 
-@pytest.mark.parametrize(("name", "words"), [("BasketballDunk", "basketball dunk"), ("YoYo", "yo yo"), ("TVShow", "tv show"),
-                                             ("playing_piano-fast", "playing piano fast"), ("surfing", "surfing")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BasketballDunk", "basketball dunk"),
+        ("YoYo", "yo yo"),
+        ("TVShow", "tv show"),
+        ("playing_piano-fast", "playing piano fast"),
+        ("surfing", "surfing"),
+    ],
+)
 def test_humanize(name, words):
     assert humanize(name) == words
 

@@ -1,4 +1,4 @@
-"""Batches depend on the seed and the global position alone: not on ranks, workers, memory, accumulation or interruptions."""
+"""Batches depend on seed and global position alone: not on ranks, workers, memory, accumulation or interruptions."""
 
 import itertools
 import json

@@ -44,8 +44,15 @@ def test_captions_read_back_in_every_phrasing():
     assert 120 < sum(text.endswith("ly") for text in texts) < 280 and len({text.split()[0] for text in texts}) > 1
 
 
-@pytest.mark.parametrize(("text", "missing"), [("a circle moving left", "colour"), ("a red blue circle moving left", "colour"),
-                                               ("a red dog moving left", "shape"), ("a red circle", "direction")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("a circle moving left", "colour"),
+        ("a red blue circle moving left", "colour"),
+        ("a red dog moving left", "shape"),
+        ("a red circle", "direction"),
+    ],
+)
 def test_captions_that_do_not_say_enough_are_refused(text, missing):
     with pytest.raises(ValueError, match=rf"must name one {missing}"):
         shapes.parse_caption(text)

@@ -1,4 +1,4 @@
-"""Video files: odd ones decode or are refused quickly, hostile ones are refused, and what is written is what was meant."""
+"""Video files: odd ones decode or are refused quickly, hostile ones are refused, written ones read back."""
 
 import os
 import time
@@ -141,7 +141,7 @@ def test_frames_over_max_pixels_are_refused_before_decoding(clip):
 
 
 def test_truncation_never_passes_in_silence(tmp_path):
-    """Cut anywhere, a file gives all of its frames or an error (a fragment in Matroska may be a shorter, whole video)."""
+    """Cut anywhere, a file gives all the frames that were asked for, or an error."""
     write_video(tmp_path / "whole.avi", moving_square(40), 10, codec="mpeg4")
     data = (tmp_path / "whole.avi").read_bytes()
     for cut in (0.3, 0.6, 0.8):

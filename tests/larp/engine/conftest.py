@@ -58,8 +58,3 @@ def train():
         return losses
 
     return run
-
-
-def weights(engine):
-    """A copy of all weights, by name."""
-    return {name: p.detach().clone() for name, p in engine.module.state_dict().items()}

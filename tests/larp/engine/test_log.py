@@ -15,8 +15,9 @@ def test_lines_hold_step_time_and_values(tmp_path, capsys):
         log.progress(2)
         log.metrics(3, {"loss": float("nan")})
         log.say("half of it")
+        log.metrics(4, {"loss": 0.5, "psnr": 21})
     lines = read_metrics(tmp_path)
-    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (3, None)]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (3, None), (4, 0.5)]
     assert lines[0]["psnr"] == 20.0 and lines[0]["time"] <= lines[1]["time"]
     shown = capsys.readouterr()
     assert "half of it" in shown.out and "loss=0.5" in shown.err and "psnr" not in shown.err

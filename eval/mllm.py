@@ -1,0 +1,120 @@
+"""Does a language model draw what it is told? Videos for held-out prompts, read by an analytic checker:
+
+    python eval/mllm.py --protocol shapes                      # the newest model trained here
+    python eval/mllm.py --model runs/mllm/model --guidance-scale 2
+
+Prints and writes the shares of videos with the right colour, direction and shape, their protocol, and a contact sheet.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from larp.config import parse, run_script
+from larp.data.clips import contact_sheet, pixels_to_clip
+from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
+from larp.engine.log import write_json
+from larp.metrics.blobs import read_blob, score
+from larp_mllm.generation import Mllm
+from larp_mllm.home import find_model
+from larp_mllm.video import Video
+
+
+@dataclass(frozen=True)
+class EvalMllmConfig:
+    """Score videos that a language model generates for prompts it was not trained on."""
+
+    model: Path | None = None
+    """Folder of the model; by default LARP_MLLM_MODEL, else the newest one trained here."""
+    protocol: Literal["shapes"] = "shapes"
+    """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
+    num_prompts: int = 64
+    guidance_scale: float = 1.5
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    out: Path | None = None
+    """Where the JSON goes, the contact sheet beside it; by default eval-mllm.json beside the model folder."""
+
+    def __post_init__(self):
+        if self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    """Evaluate as the command line says; returns the record that is written."""
+    config, _ = parse(EvalMllmConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "mllm.py")
+    return evaluate(config)
+
+
+def evaluate(config: EvalMllmConfig) -> dict:
+    """Generate, read, score, write; returns the record."""
+    folder = find_model(config.model)
+    began = time.monotonic()
+    prompts = held_out_prompts(config.num_prompts)
+    videos = Mllm.load(folder).generate(
+        prompts,
+        guidance_scale=config.guidance_scale,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
+    seconds = time.monotonic() - began
+    clips = [pixels_to_clip(video.frames) for video in videos]
+    expected = [parse_caption(prompt) for prompt in prompts]
+    record = {
+        **score(clips, expected),
+        "seconds": round(seconds, 2),
+        "protocol": protocol(config, folder),
+        "videos": [
+            {
+                "prompt": prompt,
+                **{k: v for k, v in asdict(read_blob(clip)).items() if k in ("colour", "shape", "direction")},
+            }
+            for prompt, clip in zip(prompts, clips, strict=True)
+        ],
+    }
+    out = config.out or folder.parent / "eval-mllm.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(out, record)
+    report(record, videos[:16], out)
+    return record
+
+
+def protocol(config: EvalMllmConfig, folder: Path) -> dict:
+    """Everything that changes the score."""
+    return {
+        "name": config.protocol,
+        "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
+        "checker": "larp.metrics.blobs",
+        "one_video_per_prompt": True,
+        "guidance_scale": config.guidance_scale,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "seed": config.seed,
+        "model": str(folder),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def report(record: dict, videos: list[Video], out: Path) -> None:
+    """Print the score with its protocol in three lines, and write the contact sheet."""
+    sheet = out.with_suffix(".png")
+    contact_sheet([video.frames for video in videos], [video.prompt for video in videos], sheet)
+    shares = ", ".join(f"{name} {record[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
+    told = record["protocol"]
+    print(f"{shares} of {record['n']} videos")
+    drawn = ", ".join(f"{name} {told[name]}" for name in ("guidance_scale", "temperature", "seed"))
+    print(f"protocol: {told['prompts']}; {drawn}")
+    print(f"wrote {out} and {sheet}")
+
+
+if __name__ == "__main__":
+    run_script("mllm.py", main)
