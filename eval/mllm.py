@@ -33,7 +33,7 @@ class EvalMllmConfig:
     protocol: Literal["shapes"] = "shapes"
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
-    guidance_scale: float = 1.5
+    guidance_scale: float = 2.0
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

@@ -17,7 +17,7 @@ The model is --model FOLDER, else the environment variable LARP_MLLM_MODEL, else
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, exit code 2."""
+    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
@@ -52,7 +52,7 @@ def _add_generate(commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same videos")
     parser.add_argument(
-        "--guidance-scale", type=float, default=1.5, help="1 is off; more follows the prompt more closely"
+        "--guidance-scale", type=float, default=2.0, help="1 is off; more follows the prompt more closely"
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
     parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")

@@ -85,7 +85,7 @@ class Mllm:
         prompts: list[str],
         num_videos: int = 1,
         *,
-        guidance_scale: float = 1.5,
+        guidance_scale: float = 2.0,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -164,8 +164,9 @@ def draw_codes(
 ) -> Tensor:
     """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), drawn from code logits.
 
-    draw(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt runs
-    beside each prompt in the same batch. No text logits are computed. ValueError if the ids exceed the base's positions.
+    draw(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt
+    runs beside each prompt in the same batch. No text logits are computed. ValueError if the ids exceed the positions
+    of the base.
     """
     guided = guidance_scale != 1.0
     rows = prompts + [unconditional] * len(prompts) if guided else prompts

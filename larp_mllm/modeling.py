@@ -123,12 +123,12 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load strictly: a missing or misshapen tensor is a ValueError, not a silent random weight."""
+        """Load strictly: a missing, unknown or misshapen tensor is a ValueError, not a silent random weight."""
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        wrong = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+        wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
         if wrong:
             raise ValueError(
-                f"{path}: {len(wrong)} tensors are missing or of another shape, first: {', '.join(wrong[:3])}"
+                f"{path}: {len(wrong)} tensors are missing, unknown or misshapen, first: {', '.join(sorted(wrong)[:3])}"
             )
         return (model, info) if output_loading_info else model
 

@@ -134,14 +134,14 @@ def check_tokenizers(config, text_tokenizer, video_tokenizer: LarpTokenizer, whe
     expected = max(config.text_config.vocab_size, len(text_tokenizer))
     if config.text_size != expected:
         raise ValueError(
-            f"{where}: the model's text ids end at {config.text_size}, but its base and text tokenizer make {expected}; "
+            f"{where}: the model's text ids end at {config.text_size}, but its base and tokenizer make {expected}; "
             "the tokenizer files are not those the model was trained with: restore them"
         )
     found = video_tokenizer.weight_hash()
     if config.video_tokenizer_hash and found != config.video_tokenizer_hash:
         raise ValueError(
             f"{where}: the video tokenizer has weight hash {found[:12]}, the model was trained with "
-            f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Restore the one it was trained with"
+            f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Restore that one"
         )
 
 

@@ -1,6 +1,7 @@
 """Records of text and videos <-> ids and labels. Pure: no files, no model, no strings that stand for tokens."""
 
-from collections.abc import Callable, Sequence as SequenceOf
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +38,7 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands around the segments: the id layout, and the base tokenizer's begin and end ids (None: it has none)."""
+    """What stands around the segments: the id layout, and the base tokenizer's begin and end ids (None: none)."""
 
     vocabulary: Vocabulary
     bos: int | None
@@ -98,9 +99,7 @@ def interleaved(record: dict, encode_text: Callable[[str], list[int]], where: st
     """
     pieces, videos = record["text"].split(PLACEHOLDER), list(record.get("videos", []))
     if len(pieces) != len(videos) + 1:
-        raise ValueError(
-            f"{where}: the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos: make them equal"
-        )
+        raise ValueError(f"{where}: the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos")
     segments = []
     for piece, codes in zip(pieces, [*videos, None], strict=True):
         if piece:
@@ -113,6 +112,4 @@ def interleaved(record: dict, encode_text: Callable[[str], list[int]], where: st
 def check_length(length: int, positions: int, where: str) -> None:
     """ValueError if `length` ids do not fit the `positions` of a model; nothing is ever truncated."""
     if length > positions:
-        raise ValueError(
-            f"{where}: {length} ids, but the base model has {positions} positions: shorten the text or take another base"
-        )
+        raise ValueError(f"{where}: {length} ids, but the base model has {positions} positions: shorten the text")

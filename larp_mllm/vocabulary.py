@@ -8,7 +8,7 @@ class Vocabulary:
     """The id layout of one model; integers and integer tensors alike go through its methods.
 
     `text_size` is the first id that is not text. It comes from `Vocabulary.for_base`, is recorded in the model's config
-    and never guessed again: on padded vocabularies (Qwen2: 151,936 rows, about 151,646 used) the two obvious guesses differ.
+    and never guessed again: on padded vocabularies (Qwen2: 151,936 rows, about 151,646 used) both guesses differ.
     Raises ValueError for sizes below 1.
     """
 
@@ -25,7 +25,7 @@ class Vocabulary:
     def for_base(
         cls, vocab_size: int, tokenizer_length: int, codebook_size: int, tokens_per_video: int
     ) -> "Vocabulary":
-        """The layout over a base model with `vocab_size` embedding rows and a text tokenizer of `tokenizer_length` entries."""
+        """The layout over a base with `vocab_size` embedding rows and a text tokenizer of `tokenizer_length` entries."""
         return cls(max(vocab_size, tokenizer_length), codebook_size, tokens_per_video)
 
     @property
@@ -69,7 +69,7 @@ class Vocabulary:
         return ids - self.first_code
 
     def span(self, codes) -> list[int]:
-        """One video as ids: video_start, its N codes, video_end. Raises ValueError for a wrong number or range of codes."""
+        """One video as ids: video_start, its N codes, video_end. ValueError for a wrong number or range of codes."""
         codes = [int(code) for code in codes]
         if len(codes) != self.tokens_per_video:
             raise ValueError(

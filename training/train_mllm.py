@@ -3,15 +3,14 @@
     deepspeed training/train_mllm.py                                      # tiny-qwen2 on the tokens of the quickstart
     deepspeed training/train_mllm.py --base Qwen2-0.5B --tokens runs/tokens/ucf101
 
-Needs a token cache (training/extract_tokens.py). Leaves OUT/model for larp_mllm.generate, OUT/samples and OUT/report.json.
+Needs a token cache (training/extract_tokens.py); leaves OUT/model for larp_mllm.generate, OUT/samples, OUT/report.json.
 """
 
 import math
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import contact_sheet
-from larp.data.tokens import TokenCache
+from larp.data.tokens import TokenCache, check_key
 from larp.engine.backend import (
     Engine,
     EngineConfig,
@@ -41,6 +40,7 @@ from larp.tokenizer import LarpTokenizer
 from larp_mllm.bases import is_tiny, load_base
 from larp_mllm.collate import collate
 from larp_mllm.dataset import CaptionedVideos, Tasks, caption_phrases, evaluation_rows
+from larp_mllm.finetuning import TrainedPart, optimizer, prepare, whole
 from larp_mllm.generation import Mllm
 from larp_mllm.home import remember_newest
 from larp_mllm.modeling import LarpMllmForCausalLM
@@ -49,7 +49,6 @@ from larp_mllm.sequence import IGNORE, TokenSequence
 
 RECIPES = Path(__file__).parent / "recipes"
 TALLY = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct", "text_count")
-LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class TrainMllmConfig:
     """Folder or hub name of the LARP tokenizer; by default the one that the cache names."""
     out: Path = Path("runs/mllm")
     """Run folder."""
-    train: Literal["adapter", "lora", "full"] = "lora"
+    train: TrainedPart = "lora"
     """What is trained: the adapter alone (text logits stay the base's), adapter and LoRA, or everything."""
     adapter: Literal["codebook", "free"] = "codebook"
     """Video rows made from the codebook, or free rows (the baseline)."""
@@ -118,7 +117,7 @@ class TrainMllmConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Train as the command line says and return the report; ValueError (exit code 2 from the shell) for bad input."""
+    """Train as the command line says and return the report; ValueError for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config, recipe = parse(TrainMllmConfig, argv, RECIPES, "train_mllm.py", default_recipe(argv))
     ranks = start(config.seed)
@@ -139,31 +138,30 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     began = time.monotonic()
     train_cache, eval_cache, video_tokenizer = open_tokens(config)
     mllm = build(config, train_cache, video_tokenizer, ranks)
-    lora = prepare(mllm.model, config)
+    lora = prepare(mllm.model, config.train, config.lora_rank)
     train_set, eval_set = (dataset(cache, mllm) for cache in (train_cache, eval_cache))
     factor = lr_factor(config.schedule, config.steps, config.warmup, config.final_lr)
-    engine = make_engine(mllm.model, optimizer(mllm.model, config), factor, config.engine, config.batch_size, ranks)
-    model_key = {
-        "base": config.base,
-        "train": config.train,
-        "adapter": config.adapter,
-        "vocabulary": mllm.model.vocabulary.size,
-    }
+    updates = optimizer(mllm.model, config.adapter_lr, config.llm_lr, config.weight_decay)
+    # Counted before the engine may shard them.
+    trained = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
+    engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, ranks)
+    model_key = {name: getattr(config, name) for name in ("base", "train", "adapter")}
+    model_key["vocabulary"] = mllm.model.vocabulary.size
     state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume)
     if state is not None:
         load_state({"model": engine}, state, model_key)
-    with RunLog(
-        config.out, ranks, config.steps, engine.step_count, ("video_bits", "video_accuracy", "text_nll")
-    ) as log:
+    shown = ("video_bits", "video_accuracy", "text_nll")
+    with RunLog(config.out, ranks, config.steps, engine.step_count, shown) as log:
         log.say(
-            f"{config.base} with {len(train_set)} clips of {train_cache.num_tokens} codes, recipe {recipe}, {ranks.world_size} ranks"
+            f"{config.base}, {trained:,} parameters trained, on {len(train_set)} clips of {train_cache.num_tokens} codes"
         )
         stopped = loop(config, engine, train_set, ranks, log, model_key)
         if stopped:
             log.say(f"stopped at step {engine.step_count}; go on with --resume")
             return {"stopped_at": engine.step_count}
         scores = evaluate(engine, eval_set, config, ranks)
-    return finish_run(config, mllm, lora, engine, eval_cache, scores, time.monotonic() - began)
+    cost = {"trained_parameters": trained, "seconds": round(time.monotonic() - began, 1)}
+    return finish_run(config, mllm, lora, engine, eval_cache, {**cost, "eval": scores})
 
 
 def open_tokens(config: TrainMllmConfig) -> tuple[TokenCache, TokenCache, LarpTokenizer]:
@@ -171,7 +169,8 @@ def open_tokens(config: TrainMllmConfig) -> tuple[TokenCache, TokenCache, LarpTo
     cache = TokenCache.open(config.tokens)
     tokenizer = LarpTokenizer.from_pretrained(config.tokenizer or cache.tokenizer)
     same = {"tokenizer": tokenizer.weight_hash()}
-    cache = TokenCache.open(config.tokens, same)
+    remedy = "give the --tokenizer that it was made with, or extract the tokens again"
+    check_key(cache.key, same, f"the token cache {config.tokens}", remedy)
     if config.eval_tokens is None:
         return (*cache.hold_out(), tokenizer)
     return cache, TokenCache.open(config.eval_tokens, same), tokenizer
@@ -192,32 +191,6 @@ def build(config: TrainMllmConfig, cache: TokenCache, tokenizer: LarpTokenizer, 
         frame_stride=cache.key["stride"],
     )
     return Mllm(model.to(ranks.device), LarpMllmProcessor(text_tokenizer, tokenizer.to(ranks.device), model.vocabulary))
-
-
-def prepare(model: LarpMllmForCausalLM, config: TrainMllmConfig):
-    """Freeze what is not trained; returns peft's LoraModel (its layers sit inside `model.base`) or None."""
-    if config.train == "full":
-        return None
-    model.base.requires_grad_(False)
-    if config.train == "adapter":
-        return None
-    from peft import LoraConfig, LoraModel
-
-    settings = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=LORA_LAYERS)
-    return LoraModel(model.base, settings, "default")
-
-
-def optimizer(model: LarpMllmForCausalLM, config: TrainMllmConfig) -> torch.optim.AdamW:
-    """AdamW with a learning rate for the adapter and one for the language model, decay on matrices alone."""
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
-    groups = []
-    for part, rate in ((model.adapter, config.adapter_lr), (model.base, config.llm_lr)):
-        trained = [p for p in part.parameters() if p.requires_grad]
-        matrices = [p for p in trained if p.ndim > 1 and id(p) not in tables]
-        others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-        groups += [{"params": matrices, "lr": rate, "weight_decay": config.weight_decay}]
-        groups += [{"params": others, "lr": rate, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
 
 
 def dataset(cache: TokenCache, mllm: Mllm) -> CaptionedVideos:
@@ -251,7 +224,7 @@ def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllm
     """One optimizer step on a global batch, of which this rank takes its rows; returns the sums named in TALLY."""
     accumulation = config.engine.accumulation
     size = micro_batch(config.batch_size, accumulation, ranks)
-    # One divisor for all micro batches and ranks: the mean over them is then the mean over the targets of the global batch.
+    # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
     items = max(1, sum(sequence.targets for sequence in sequences)) / (accumulation * ranks.world_size)
     tally = torch.zeros(len(TALLY), dtype=torch.float64)
     for part in range(accumulation):
@@ -294,12 +267,10 @@ def evaluate(engine: Engine, data: CaptionedVideos, config: TrainMllmConfig, ran
         out = engine(**{name: value.to(ranks.device) for name, value in collate(mine).items()})
         tally += torch.stack([out[name].double() for name in TALLY]).cpu()
     engine.module.train()
-    return rates(reduce_sum(tally))
+    return {"videos": len(rows), **rates(reduce_sum(tally))}
 
 
-def finish_run(
-    config: TrainMllmConfig, mllm: Mllm, lora, engine: Engine, held_out: TokenCache, scores: dict, seconds: float
-) -> dict:
+def finish_run(config: TrainMllmConfig, mllm: Mllm, lora, engine: Engine, held_out: TokenCache, figures: dict) -> dict:
     """Save the model, generate samples, write the report and the pointer; the report is returned on every rank."""
     report = {
         "base": config.base,
@@ -307,12 +278,10 @@ def finish_run(
         "adapter": config.adapter,
         "steps": engine.step_count,
         "skipped_updates": engine.skipped_count,
-        "trained_parameters": sum(p.numel() for p in mllm.model.parameters() if p.requires_grad),
-        "seconds": round(seconds, 1),
-        "eval": {"videos": min(config.eval_videos, len(held_out)), **scores},
+        **figures,
         "model": str(config.out / "model"),
     }
-    with whole(engine):
+    with whole(mllm.model, config.engine.zero_stage):
         if engine.ranks.is_main:
             if lora is not None:
                 lora.merge_and_unload()
@@ -325,20 +294,6 @@ def finish_run(
         print_report(report)
     barrier()
     return report
-
-
-@contextmanager
-def whole(engine: Engine) -> Iterator[None]:
-    """Inside, every rank holds all weights, also at ZeRO stage 3; changes made to them there are not kept. Collective."""
-    parameters = list(engine.module.parameters())
-    sharded = engine.config.zero_stage == 3
-    if sharded:
-        parameters[0].all_gather(param_list=parameters)
-    try:
-        yield
-    finally:
-        if sharded:
-            parameters[0].partition(param_list=parameters, has_been_updated=False)
 
 
 def write_samples(mllm: Mllm, held_out: TokenCache, config: TrainMllmConfig) -> list[str]:

@@ -75,7 +75,7 @@ def test_a_video_without_any_text_is_named(tmp_path):
 
 def test_a_sequence_longer_than_the_base_is_an_error(qwen, tmp_path):
     short = CaptionedVideos(open_cache(tmp_path), qwen.processor.layout, qwen.processor.encode_text, 8)
-    with pytest.raises(ValueError, match="video0.*8 positions"):
+    with pytest.raises(ValueError, match=r"video0.*8 positions"):
         short.fixed(0, "text_to_video")
 
 

@@ -139,7 +139,7 @@ def test_public_functions_find_the_newest_model(qwen, tmp_path, monkeypatch):
     assert len(larp_mllm.generate(["a", "b"], num_videos=2, model=qwen)) == 4
     assert isinstance(larp_mllm.describe(video, model=qwen, max_new_tokens=4), str)
     monkeypatch.setenv("LARP_MLLM_MODEL", str(tmp_path / "gone"))
-    with pytest.raises(ValueError, match="LARP_MLLM_MODEL=.*quickstart"):
+    with pytest.raises(ValueError, match=r"LARP_MLLM_MODEL=.*quickstart"):
         find_model()
 
 

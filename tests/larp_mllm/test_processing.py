@@ -48,7 +48,7 @@ def test_frames_of_another_size_are_resized_and_short_videos_refused(qwen):
     codes = qwen.processor.encode_videos([frames])[0]
     assert len(codes) == 4
     assert codes == qwen.processor.encode_videos([frames[1:5]])[0]
-    with pytest.raises(ValueError, match="3 frames.*reads 4"):
+    with pytest.raises(ValueError, match=r"3 frames.*reads 4"):
         qwen.processor.encode_videos([frames[:3]])
 
 

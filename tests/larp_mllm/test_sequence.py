@@ -62,13 +62,13 @@ def test_interleaved_records_keep_their_order():
 
 
 def test_placeholders_and_videos_must_match():
-    with pytest.raises(ValueError, match="line 7.*1 <video> placeholders but 2 videos"):
+    with pytest.raises(ValueError, match=r"line 7.*1 <video> placeholders but 2 videos"):
         interleaved({"text": "<video>", "videos": [[1, 2], [3, 4]]}, lambda text: [], where="line 7")
 
 
 def test_nothing_is_truncated():
     check_length(8, 8, "clip")
-    with pytest.raises(ValueError, match="9 ids.*8 positions"):
+    with pytest.raises(ValueError, match=r"9 ids.*8 positions"):
         check_length(9, 8, "clip")
 
 

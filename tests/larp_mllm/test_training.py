@@ -11,12 +11,21 @@ from larp.config import from_dict, load_recipe
 from larp.data.tokens import TokenCacheError
 from larp.engine.backend import Ranks
 from larp_mllm.collate import collate
+from larp_mllm.finetuning import optimizer
 from larp_mllm.home import find_model
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
 from training import train_mllm
-from training.train_mllm import RECIPES, TrainMllmConfig, default_recipe, optimizer, prepare
+from training.train_mllm import RECIPES, TrainMllmConfig, default_recipe
 
-SMALL = "--tiny.layers 1 --tiny.width 32 --tiny.heads 2 --batch-size 16 --warmup 2 --samples 2 --log-every 5".split()
+SMALL = [
+    "--tiny.layers=1",
+    "--tiny.width=32",
+    "--tiny.heads=2",
+    "--batch-size=16",
+    "--warmup=2",
+    "--samples=2",
+    "--log-every=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +102,7 @@ def test_a_pretrained_base_is_kept_or_changed_by_lora_alone(qwen, cache, tmp_pat
 
 
 def test_each_part_has_its_own_rate_and_tables_do_not_decay(qwen):
-    config = TrainMllmConfig(adapter_lr=2.0, llm_lr=1.0, train="full", weight_decay=0.5)
-    prepare(qwen.model, config)
-    groups = optimizer(qwen.model, config).param_groups
+    groups = optimizer(qwen.model, adapter_lr=2.0, llm_lr=1.0, weight_decay=0.5).param_groups
     named = {id(p): name for name, p in qwen.model.named_parameters()}
     of = {named[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(of) == len(named)
