@@ -14,11 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape, clip_to_frames, contact_sheet, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet, open_videos
@@ -31,6 +26,11 @@ from larp.metrics.protocols import PRESETS, Protocol, Window, draw_windows, head
 from larp.quantizer import usage
 from larp.sampling import check_sampling, generate
 from larp.tokenizer import LarpTokenizer
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 _PRESET = PRESETS["larp-ucf101-gfvd"]
 

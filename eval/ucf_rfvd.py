@@ -15,10 +15,6 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
@@ -30,6 +26,10 @@ from larp.metrics.i3d import ClipFeatures, open_features
 from larp.metrics.protocols import PRESETS, Protocol, headline, result
 from larp.metrics.reconstruction import reconstruct
 from larp.tokenizer import LarpTokenizer, TokenizerOutput
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 _FPS = 25.0
 

@@ -5,13 +5,13 @@ Shapes: B batch, T frames, H, W pixels, P patches, D width.
 
 from dataclasses import dataclass
 
-import torch
-from einops import rearrange
-from torch import Tensor, nn
-
 from larp.hub import LarpModel
 from larp.layers import Stack, init_xavier
 from larp.positions import sincos_3d
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from larp.hub import CheckpointError, LarpModel
 from larp.layers import RMSNorm, SwiGLU
 from larp.sampling import KeyValueCache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 Task = Literal["class", "frame-prediction"]
 

@@ -3,11 +3,11 @@
 Shapes: B batch.
 """
 
+from larp.noise import BatchNoise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from larp.noise import BatchNoise
 
 
 def smooth_targets(noise: BatchNoise) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ It is not used at inference. Shapes: B batch, N tokens, K codebook size, d code 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from larp.layers import Block
 from larp.noise import BatchNoise
 from larp.quantizer import draw
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 # depth, heads, width of the published sizes ("gptc-S" is the one used)
 PRIOR_SIZES = {

@@ -1,12 +1,12 @@
 """The published LARP checkpoint layout, translated to ours (hub repositories hywang66/LARP-L-long-*)."""
 
-import torch
-from torch import Tensor
-
 from larp.discriminator import DiscriminatorConfig
 from larp.hub import CheckpointError
 from larp.prior import PRIOR_SIZES, PriorConfig
 from larp.tokenizer import TokenizerConfig
+
+import torch
+from torch import Tensor
 
 RENAMED = {
     "bottleneck.in_linear": "in_linear",

@@ -6,16 +6,16 @@ Shapes: B batch, T frames, H, W pixels, P patches, N tokens, K codebook size, d 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-import torch
-from einops import rearrange
-from torch import Tensor, nn
-
 from larp.hub import LarpModel
 from larp.layers import Stack, init_xavier
 from larp.noise import BatchNoise
 from larp.positions import sincos_1d, sincos_3d
 from larp.prior import ARPrior, PriorConfig, PriorResult
 from larp.quantizer import Quantized, VectorQuantizer
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
 Patch = tuple[int, int, int]
 

@@ -8,6 +8,8 @@ Names are loaded when they are first used, so that `import larp_mllm` stays ligh
 
 from importlib import import_module
 
+import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
+
 _HOMES = {
     "generate": "generation",
     "describe": "generation",

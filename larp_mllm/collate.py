@@ -1,9 +1,9 @@
 """Token sequences of different lengths -> one batch."""
 
+from larp_mllm.sequence import IGNORE, TokenSequence
+
 import torch
 from torch import Tensor
-
-from larp_mllm.sequence import IGNORE, TokenSequence
 
 
 def collate(sequences: list[TokenSequence]) -> dict[str, Tensor]:

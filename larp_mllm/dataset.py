@@ -4,12 +4,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from larp.data.datasets import humanize
 from larp.data.tokens import TokenCache, batch_rows
 from larp.noise import BatchNoise
 from larp_mllm.sequence import Layout, TokenSequence, check_length, encode, text_to_video, video_to_text
+
+import torch
 
 # Class names are actions more often than things, and a prompt comes in any of these forms.
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")

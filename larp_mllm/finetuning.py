@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from larp_mllm.modeling import LarpMllmForCausalLM
+
 import torch
 from torch import nn
-
-from larp_mllm.modeling import LarpMllmForCausalLM
 
 TrainedPart = Literal["adapter", "lora", "full"]
 # The projections of attention and MLP, by the names that Llama, Qwen, Mistral and their kin share.

@@ -3,16 +3,10 @@
 Shapes: B videos, R rows (2 B with guidance), S prompt length, N codes per video, K codebook size, H hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 from larp.sampling import check_sampling, guide, row_uniforms, sample_logits
 from larp_mllm.home import find_model
@@ -21,6 +15,16 @@ from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.sequence import check_length
 from larp_mllm.video import Video
 from larp_mllm.vocabulary import Vocabulary
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.utils import logging
+
+_SMALL_STEP = 3e8  # multiplications in one step, below which one thread is best
 
 
 def generate(
@@ -105,8 +109,10 @@ class Mllm:
         texts = [text for text in prompts for _ in range(num_videos)]
         encoded = {text: layout.prompt(processor.encode_text(text.strip())) for text in prompts}
         videos: list[Video] = []
+        rows = min(len(texts), batch_size) * (1 if guidance_scale == 1.0 else 2)
         # The bar appears only when there is something to wait for.
-        with tqdm(total=len(texts) * count, desc="drawing codes", unit="code", delay=2, leave=False) as bar:
+        bar = tqdm(total=len(texts) * count, desc="drawing codes", unit="code", delay=2, leave=False)
+        with bar, _sensible_threads(self.model, rows):
             for first in range(0, len(texts), batch_size):
                 batch = texts[first : first + batch_size]
                 uniforms = row_uniforms(seed, first, len(batch), count).to(self.model.device)
@@ -130,15 +136,16 @@ class Mllm:
         ids = torch.tensor([layout.question(row) for row in codes], device=self.model.device)
         check_length(ids.shape[1] + max_new_tokens, _positions(self.model), "describe: the video and max_new_tokens")
         rules = SpanRules(layout.vocabulary, video_allowed=False)
-        written = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=layout.eos,
-            pad_token_id=layout.eos if layout.eos is not None else 0,
-            logits_processor=LogitsProcessorList([rules]),
-        )
+        with _sensible_threads(self.model, len(ids)):
+            written = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                eos_token_id=layout.eos,
+                pad_token_id=layout.eos if layout.eos is not None else 0,
+                logits_processor=LogitsProcessorList([rules]),
+            )
         return [self.processor.decode_text(row[ids.shape[1] :].tolist()) for row in written]
 
     def _frames(self, video) -> np.ndarray | Tensor:
@@ -238,15 +245,25 @@ def _load_once(folder: Path, written: int, device: str | None) -> Mllm:
     return Mllm.load(folder, device)
 
 
-class _quiet:
-    """Silence transformers' bars over reading and writing weights: `generate` in a script should print nothing."""
+@contextmanager
+def _sensible_threads(model: LarpMllmForCausalLM, rows: int) -> Iterator[None]:
+    # Small steps on several threads mostly wait for one another: on a busy two-core machine 300 times as long as on one.
+    before = torch.get_num_threads()
+    small = model.device.type == "cpu" and rows * model.num_parameters() < _SMALL_STEP
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    def __enter__(self):
-        from transformers.utils import logging
 
-        self.logging, self.was = logging, logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-
-    def __exit__(self, *error):
-        if self.was:
-            self.logging.enable_progress_bar()
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # transformers shows bars over reading and writing weights; `generate` in a script should print nothing.
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()

@@ -7,15 +7,15 @@ sequence, H hidden width, V rows of the base head, K codes, N codes per video.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from larp_mllm.adapter import TokenAdapter
+from larp_mllm.vocabulary import Vocabulary
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import ModelOutput
-
-from larp_mllm.adapter import TokenAdapter
-from larp_mllm.vocabulary import Vocabulary
 
 IGNORE = -100
 

@@ -8,13 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.sequence import PLACEHOLDER, Layout
 from larp_mllm.vocabulary import Vocabulary
+
+import numpy as np
+import torch
+from torch import Tensor
 
 VIDEO_TOKENIZER = "video_tokenizer"
 
@@ -118,9 +118,9 @@ class LarpMllmProcessor:
 
         Raises ValueError if the text tokenizer or the LARP tokenizer is not the one the model was trained with.
         """
-        from transformers import AutoTokenizer
-
         from larp_mllm.modeling import LarpMllmConfig
+
+        from transformers import AutoTokenizer
 
         config = LarpMllmConfig.from_pretrained(folder)
         text_tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -5,10 +5,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Literal
 
+from larp_mllm.vocabulary import Vocabulary
+
 import torch
 from torch import Tensor
-
-from larp_mllm.vocabulary import Vocabulary
 
 IGNORE = -100
 PLACEHOLDER = "<video>"

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
+
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import clip_to_frames, contact_sheet
 from larp.data.datasets import open_videos
@@ -33,6 +29,10 @@ from larp.generator import GeneratorConfig, LarpGenerator, Task, code_loss
 from larp.noise import BatchNoise
 from larp.sampling import check_sampling, generate
 from larp.tokenizer import LarpTokenizer
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 RECIPES = Path(__file__).parent / "recipes"
 SAMPLE_FPS = 12

@@ -15,9 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import contact_sheet
 from larp.data.tokens import TokenCache, check_key
@@ -46,6 +43,9 @@ from larp_mllm.home import remember_newest
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.sequence import IGNORE, TokenSequence
+
+import torch
+from torch import Tensor
 
 RECIPES = Path(__file__).parent / "recipes"
 TALLY = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct", "text_count")

@@ -11,10 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
@@ -31,6 +27,10 @@ from larp.metrics.reconstruction import Reconstruction, reconstruct
 from larp.noise import BatchNoise
 from larp.quantizer import CodebookKeeper
 from larp.tokenizer import LarpTokenizer, TokenizerConfig, TokenizerOutput
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tokenizer-shapes32"

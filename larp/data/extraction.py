@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from larp.data import tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.tokens import INDEX, TokenCache, token_key
 from larp.data.video import ShortVideoError, VideoError, count_frames, read_video
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 READ_AHEAD = 8
 """Videos decoded before they are needed; bounds the memory."""

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, read_video
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 _DECODE_THREADS = 2
 _ORDER, _DRAW, _REPLACE = 1, 2, 3  # keeps the random streams of one position apart

@@ -16,10 +16,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from larp.data.video import write_video
+
 import numpy as np
 from tqdm import tqdm
-
-from larp.data.video import write_video
 
 VERSION = 2
 FPS = 8.0

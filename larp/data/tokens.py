@@ -16,14 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from larp.data.datasets import VideoSet
+from larp.engine.log import write_json
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-
-from larp.data.datasets import VideoSet
-from larp.engine.log import write_json
 
 CODE_VERSION = 1
 """Raised whenever a change of this code base changes the codes that a tokenizer gives for a video."""

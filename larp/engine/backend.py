@@ -27,10 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from larp.engine import signals
 from larp.engine.ranks import (
     Ranks,
@@ -45,6 +41,10 @@ from larp.engine.ranks import (
     reduce_sum,
     set_current_ranks,
 )
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 __all__ = [
     "Engine",

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from larp.engine.backend import Ranks
+
+from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from larp.engine import backend
 from larp.engine.backend import Engine
 from larp.engine.log import METRICS_FILE, write_json
+
+import torch
 
 CONFIG_FILE = "config.json"
 _STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"

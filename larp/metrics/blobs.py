@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from larp.data.shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, coverage
+
 import numpy as np
 import torch
-
-from larp.data.shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, coverage
 
 # Saturation (largest minus smallest channel) of a pixel that is surely coloured; noise of 0.03 on grey stays under it,
 # and the palest of COLOURS has 0.63.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal
 from typing import Protocol as Interface
 
+from larp.metrics.weights import I3D_STYLEGANV, WeightFile
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from larp.metrics.weights import I3D_STYLEGANV, WeightFile
 
 PUBLISHED_NAME = "fvd-i3d-styleganv"
 RANDOM_NAME = "frechet-random-i3d"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
 from larp.metrics.frames import check_pair
 from larp.metrics.weights import LPIPS_HEADS, VGG16, WeightFile, WeightsMissing
+
+import torch
+from torch import Tensor, nn
 
 # Channels of the 13 convolutions; "pool" halves the resolution. Positions in the list expand to torchvision's indices.
 _VGG16_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)

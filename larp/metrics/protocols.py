@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import Any, Literal
 
-import torch
-
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures
+
+import torch
 
 
 @dataclass(frozen=True)

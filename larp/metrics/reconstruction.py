@@ -6,16 +6,16 @@ Shapes: B videos, N tokens, K codebook size.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 from larp.data.clips import clip_to_frames, contact_sheet, side_by_side
 from larp.data.video import write_video
 from larp.metrics.frames import mean_colour, psnr, ssim
 from larp.quantizer import usage
 from larp.tokenizer import LarpTokenizer
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 import json
 
-import pytest
-
 from eval import mllm as evaluation
 from tests.larp_mllm.tiny import tiny_mllm
+
+import pytest
 
 
 def test_the_score_comes_with_its_protocol(tmp_path, capsys):

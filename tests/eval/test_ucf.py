@@ -6,15 +6,15 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-
 from larp.data.video import write_video
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.i3d import RandomI3D
 from larp.prior import PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
+
+import numpy as np
+import pytest
+import torch
 
 EVAL = Path(__file__).resolve().parents[2] / "eval"
 VIDEOS, FRAMES = 12, 13

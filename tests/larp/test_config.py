@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import pytest
-
 from larp.config import ConfigError, from_dict, load_recipe, parse, to_dict
+
+import pytest
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """Discriminator and adversarial losses against the reference's golden values."""
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
 from larp.discriminator import Discriminator
 from larp.losses import LeCam, discriminator_loss, generator_loss, smooth_targets
 from larp.noise import BatchNoise
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 import json
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
 from larp.generator import SIZES, GeneratorConfig, LarpGenerator, code_loss, config_from_published
 from larp.hub import CheckpointError
 from larp.sampling import generate
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 
 def tiny(**changes) -> GeneratorConfig:

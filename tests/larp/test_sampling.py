@@ -1,10 +1,10 @@
 """The sampler: cached decoding against the plain forward pass, reproducible draws, honest distributions."""
 
-import pytest
-import torch
-
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import KeyValueCache, generate, guide, row_uniforms, sample_logits
+
+import pytest
+import torch
 
 
 def drawn(task="class") -> LarpGenerator:

@@ -1,13 +1,13 @@
 """LarpTokenizer against the reference's golden values, and what a user may rely on."""
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
 from larp.hub import CheckpointError
 from larp.noise import BatchNoise
 from larp.prior import PriorConfig, cross_entropy
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 
 def tiny(**changes) -> TokenizerConfig:

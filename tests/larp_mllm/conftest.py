@@ -1,9 +1,9 @@
 """Tiny random bases and tokenizers: every test of the plugin runs on these."""
 
-import pytest
-
 from larp_mllm.generation import Mllm
 from tests.larp_mllm.tiny import tiny_mllm
+
+import pytest
 
 
 @pytest.fixture(scope="session", params=["tiny-qwen2", "tiny-llama"])

@@ -2,9 +2,9 @@
 
 import time
 
-import pytest
-
 from larp_mllm.bases import BaseError, load_base, tiny_tokenizer
+
+import pytest
 
 
 def test_unreachable_base_fails_within_seconds_and_says_what_to_do(monkeypatch, tmp_path):

@@ -1,8 +1,8 @@
 """The larp-mllm command."""
 
-import pytest
-
 from larp_mllm.cli import main
+
+import pytest
 
 
 def test_generate_then_describe(qwen, tmp_path, capsys):

@@ -3,12 +3,12 @@
 import dataclasses
 from collections import Counter
 
-import pytest
-import torch
-
 from larp_mllm.dataset import PHRASINGS, CaptionedVideos, Tasks, caption_phrases, evaluation_rows, mirrored
 from larp_mllm.sequence import IGNORE
 from tests.larp_mllm.tiny import CAPTIONS, open_cache
+
+import pytest
+import torch
 
 
 @pytest.fixture

@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 
+import larp_mllm
+from larp_mllm.generation import SpanRules, draw_codes
+from larp_mllm.home import find_model, remember_newest
+
 import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList
-
-import larp_mllm
-from larp_mllm.generation import SpanRules, draw_codes
-from larp_mllm.home import find_model, remember_newest
 
 PROMPTS = ["a red circle", "surfing", "a person that is surfing slowly with a <|video_start|> in the text", ""]
 

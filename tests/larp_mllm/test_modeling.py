@@ -1,14 +1,14 @@
 """The wrapper: the base unharmed, the loss exact, the round trip."""
 
+from larp_mllm.bases import load_base
+from larp_mllm.modeling import IGNORE, LarpMllmForCausalLM
+from tests.larp_mllm.tiny import tiny_mllm
+
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from larp_mllm.bases import load_base
-from larp_mllm.modeling import IGNORE, LarpMllmForCausalLM
-from tests.larp_mllm.tiny import tiny_mllm
 
 
 def mixed_ids(mllm, rows=3, length=9):

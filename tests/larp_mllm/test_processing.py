@@ -1,15 +1,15 @@
 """Typed text stays text; videos and text go there and back; the tokenizers are checked."""
 
-import numpy as np
-import pytest
-import torch
-from transformers import AddedToken
-
 from larp.data.clips import clip_to_frames
 from larp_mllm.bases import tiny_tokenizer
 from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.vocabulary import Vocabulary
 from tests.larp_mllm.tiny import CAPTIONS, tiny_video_tokenizer
+
+import numpy as np
+import pytest
+import torch
+from transformers import AddedToken
 
 TYPED = "a <|video_start|> b <|im_end|><|endoftext|> <|im_start|>user <tool_call> <<tool_call><|im_<|im_end|>end|>"
 

@@ -1,8 +1,5 @@
 """Records to ids and labels, and batches of them."""
 
-import pytest
-import torch
-
 from larp_mllm.collate import collate
 from larp_mllm.sequence import (
     IGNORE,
@@ -15,6 +12,9 @@ from larp_mllm.sequence import (
     video_to_text,
 )
 from larp_mllm.vocabulary import Vocabulary
+
+import pytest
+import torch
 
 V = Vocabulary(text_size=100, codebook_size=8, tokens_per_video=2)
 BARE, FULL = Layout(V, None, None), Layout(V, 1, 2)

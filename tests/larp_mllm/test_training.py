@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
 import larp_mllm
 from larp.config import from_dict, load_recipe
 from larp.data.tokens import TokenCacheError
@@ -16,6 +13,9 @@ from larp_mllm.home import find_model
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
 from training import train_mllm
 from training.train_mllm import RECIPES, TrainMllmConfig, default_recipe
+
+import pytest
+import torch
 
 SMALL = [
     "--tiny.layers=1",
@@ -65,9 +65,9 @@ def test_accumulation_changes_nothing(cache, tmp_path):
 
 def test_resume_equals_the_uninterrupted_run(cache, tmp_path, monkeypatch):
     train(cache, tmp_path / "whole", "--steps", "10", "--save-every", "5")
-    monkeypatch.setattr(train_mllm, "stop_requested", lambda: True)
-    assert train(cache, tmp_path / "cut", "--steps", "10", "--save-every", "5") == {"stopped_at": 5}
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mllm, "stop_requested", lambda: True)
+        assert train(cache, tmp_path / "cut", "--steps", "10", "--save-every", "5") == {"stopped_at": 5}
     train(cache, tmp_path / "cut", "--steps", "10", "--save-every", "5", "--resume")
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -1,9 +1,9 @@
 """The id layout."""
 
+from larp_mllm.vocabulary import Vocabulary
+
 import pytest
 import torch
-
-from larp_mllm.vocabulary import Vocabulary
 
 V = Vocabulary(text_size=100, codebook_size=8, tokens_per_video=3)
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from larp.data import tokens
 from larp.data.tokens import TokenCache
 from larp.prior import PriorConfig
@@ -12,6 +10,8 @@ from larp_mllm.bases import load_base
 from larp_mllm.generation import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
+
+import torch
 
 CAPTIONS = [
     "a red circle moving left",

@@ -4,9 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
 from larp.config import from_dict, load_recipe
 from larp.engine.backend import EngineConfig
 from larp.engine.optimizer import OptimizerConfig
@@ -16,6 +13,9 @@ from larp.tokenizer import LarpTokenizer, TokenizerConfig
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
 from training.train_generator import RECIPES, SamplingConfig, TrainGeneratorConfig, main, train
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="module")

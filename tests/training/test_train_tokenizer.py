@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 from larp.config import ConfigError, from_dict, load_recipe
 from larp.data.datasets import DataError
 from larp.tokenizer import LarpTokenizer
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig, main
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = """

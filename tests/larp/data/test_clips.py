@@ -1,11 +1,5 @@
 """Frames to clips and back, clip starts, and the pictures for people."""
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from PIL import Image
-
 from larp.data.clips import (
     ClipShape,
     choose_start,
@@ -15,6 +9,12 @@ from larp.data.clips import (
     resize_frames,
     side_by_side,
 )
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
 
 
 def noise(frames=3, height=24, width=32, seed=0):

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import numpy as np
-import pytest
-
 from larp.data.datasets import DataError, humanize, open_videos
 from larp.data.video import write_video
+
+import numpy as np
+import pytest
 
 PIXELS = np.zeros((2, 16, 16, 3), np.uint8)
 

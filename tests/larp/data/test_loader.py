@@ -3,14 +3,14 @@
 import itertools
 import json
 
-import numpy as np
-import pytest
-import torch
-
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet, open_videos
 from larp.data.loader import ClipLoader, iterate_once
 from larp.data.video import VideoError, read_video, write_video
+
+import numpy as np
+import pytest
+import torch
 
 SHAPE = ClipShape(frames=4, height=16, width=16)
 

@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from itertools import combinations
 
-import numpy as np
-import pytest
-
 from larp.data import shapes
 from larp.data.shapes import Attributes
 from larp.data.video import read_video
+
+import numpy as np
+import pytest
 
 TRIPLES = [(c, s, d) for c in shapes.COLOURS for s in shapes.SHAPES for d in shapes.DIRECTIONS]
 

@@ -2,10 +2,6 @@
 
 import json
 
-import numpy as np
-import pytest
-import torch
-
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.extraction import extract_tokens, repeat_last, window_starts
@@ -13,6 +9,10 @@ from larp.data.tokens import INDEX, TokenCache, TokenCacheError, batch_rows, sha
 from larp.data.video import read_video, write_video
 from larp.prior import PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
+
+import numpy as np
+import pytest
+import torch
 
 LENGTHS = (4, 9, 13, 3, 8, 5, 6, 7, 4, 4, 10)
 """Frames of the videos; the fourth is shorter than a clip of 4."""

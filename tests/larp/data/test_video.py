@@ -3,11 +3,11 @@
 import os
 import time
 
+from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video, write_video
+
 import av
 import numpy as np
 import pytest
-
-from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video, write_video
 
 
 def moving_square(frames=12, height=32, width=48):

@@ -1,11 +1,11 @@
 """One session for all engine tests: starting deepspeed costs more than all of them together."""
 
+from larp.engine import backend
+from larp.engine.backend import EngineConfig, make_engine
+
 import pytest
 import torch
 from torch import nn
-
-from larp.engine import backend
-from larp.engine.backend import EngineConfig, make_engine
 
 
 @pytest.fixture(scope="session")

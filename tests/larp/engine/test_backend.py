@@ -9,14 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from torch import nn
-
 from larp.engine import backend, signals
 from larp.engine import ranks as rank_module
 from larp.engine.backend import EngineConfig, Ranks, make_engine, micro_batch, reduce_mean, reduce_sum
 from larp.engine.schedules import lr_factor
+
+import pytest
+import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[3]
 STAGES = (0, 1, 2, 3)

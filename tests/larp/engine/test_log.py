@@ -2,11 +2,11 @@
 
 import json
 
-import pytest
-import torch
-
 from larp.engine.backend import Ranks
 from larp.engine.log import RunLog, read_metrics, write_json
+
+import pytest
+import torch
 
 
 def test_lines_hold_step_time_and_values(tmp_path, capsys):

@@ -2,9 +2,9 @@
 
 import math
 
-import pytest
-
 from larp.engine.schedules import lr_factor, ramp
+
+import pytest
 
 
 def test_cosine_warms_up_falls_and_ends_at_final():

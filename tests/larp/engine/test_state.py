@@ -4,11 +4,11 @@ import dataclasses
 import json
 import shutil
 
-import pytest
-import torch
-
 from larp.engine.backend import EngineConfig
 from larp.engine.state import SavedState, load_state, newest_state, open_run, save_state
+
+import pytest
+import torch
 
 
 def weights(engine):

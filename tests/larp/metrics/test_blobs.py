@@ -1,12 +1,12 @@
 """The analytic checker: right on rendered clips, robust to blur and noise, and silent where there is no blob."""
 
-import pytest
-import torch
-import torch.nn.functional as F
-
 from larp.data import shapes
 from larp.data.clips import pixels_to_clip
 from larp.metrics.blobs import read_blob, score
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """PSNR against its definition, SSIM against pytorch_msssim."""
 
+from larp.metrics.frames import mean_colour, psnr, ssim
+
 import pytest
 import torch
-
-from larp.metrics.frames import mean_colour, psnr, ssim
 
 
 def clip(seed: int, batch: int = 2, frames: int = 3, size: int = 24) -> torch.Tensor:

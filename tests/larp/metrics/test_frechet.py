@@ -1,10 +1,10 @@
 """Frechet distance: golden value, merging, files, and behaviour on known Gaussians."""
 
+from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
+
 import pytest
 import torch
 from safetensors.torch import load_file
-
-from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 
 
 def features(n: int, dim: int = 6, seed: int = 0, shift: float = 0.0) -> torch.Tensor:

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.i3d import I3D, PublishedI3D, RandomI3D, open_features
 from larp.metrics.weights import I3D_STYLEGANV, WeightsMissing, file_sha256
+
+import pytest
+import torch
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from larp.metrics import lpips as module
 from larp.metrics.lpips import Lpips, available
 from larp.metrics.weights import LPIPS_HEADS, VGG16, WeightsMissing, file_sha256
+
+import pytest
+import torch
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 

@@ -5,9 +5,9 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-import pytest
-
 from larp.metrics.protocols import PRESETS, draw_windows, headline, result
+
+import pytest
 
 GFVD = PRESETS["larp-ucf101-gfvd"]
 PUBLISHED = SimpleNamespace(name="fvd-i3d-styleganv", weights_hash="abc")

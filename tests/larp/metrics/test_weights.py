@@ -2,9 +2,9 @@
 
 import hashlib
 
-import pytest
-
 from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, WeightsMissing
+
+import pytest
 
 
 def published(tmp_path, content=b"weights"):
