@@ -30,7 +30,9 @@ class DiscriminatorConfig:
     def __post_init__(self):
         for axis, part in zip(("num_frames", "height", "width"), self.patch_size, strict=True):
             if getattr(self, axis) % part:
-                raise ValueError(f"discriminator: {axis} = {getattr(self, axis)} is not a multiple of its patch, {part}")
+                raise ValueError(
+                    f"discriminator: {axis} = {getattr(self, axis)} is not a multiple of its patch, {part}"
+                )
 
 
 class Discriminator(LarpModel):

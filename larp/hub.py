@@ -43,7 +43,9 @@ class LarpModel(nn.Module):
             if config["model_type"] != cls.model_type:
                 raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
             if config["larp_format"] > FORMAT:
-                raise CheckpointError(f"{folder} has format {config['larp_format']}; this version reads up to {FORMAT}: update larp")
+                raise CheckpointError(
+                    f"{folder} has format {config['larp_format']}; this version reads up to {FORMAT}: update larp"
+                )
             from larp.config import from_dict
 
             values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format")}
@@ -125,7 +127,9 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:  # safetensors raises SafetensorError, which is no ValueError
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: copy it again") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: copy it again"
+        ) from error
     return config, tensors
 
 

@@ -19,7 +19,10 @@ def smooth_targets(noise: BatchNoise) -> tuple[Tensor, Tensor]:
 def discriminator_loss(real: Tensor, fake: Tensor, noise: BatchNoise | None = None) -> Tensor:
     """Non-saturating loss of logits (B, 1) on real and fake clips, a scalar in nats; `noise` smooths the labels."""
     targets = (torch.ones_like(real), torch.zeros_like(fake)) if noise is None else smooth_targets(noise)
-    losses = [F.binary_cross_entropy_with_logits(logits.float(), t.float()) for logits, t in zip((real, fake), targets, strict=True)]
+    losses = [
+        F.binary_cross_entropy_with_logits(logits.float(), t.float())
+        for logits, t in zip((real, fake), targets, strict=True)
+    ]
     return sum(losses)
 
 

@@ -88,7 +88,9 @@ class ARPrior(nn.Module):
         """Score every code for positions 2..N: (B, N-1, K), from latents 1..N-1 and the detached normalised codebook (K, d)."""
         return self.predict(latents) @ codebook.T / self.config.temperature
 
-    def forward(self, latents: Tensor, codes: Tensor, codebook: Tensor, mix: float = 0.0, noise: BatchNoise | None = None):
+    def forward(
+        self, latents: Tensor, codes: Tensor, codebook: Tensor, mix: float = 0.0, noise: BatchNoise | None = None
+    ):
         """Return the PriorResult for quantised latents (B, N, d) of codes (B, N).
 
         Args:

@@ -49,13 +49,17 @@ def tokenizer_config(config: dict) -> TokenizerConfig:
     """Read the nested published config; numbers written as strings are cast."""
     for name, expected in FIXED.items():
         if config.get(name, expected) != expected:
-            raise CheckpointError(f"published config field {name} = {config[name]!r} is not supported (only {expected!r})")
+            raise CheckpointError(
+                f"published config field {name} = {config[name]!r} is not supported (only {expected!r})"
+            )
     bottleneck = config["bottleneck"]["args"]
     quantizer = bottleneck["regularizer"]["args"]
     prior = config.get("prior_model") or {}
     size = str(prior.get("name", "")).removeprefix("gptc-")
     if prior and size not in PRIOR_SIZES:
-        raise CheckpointError(f"prior_model.name {prior.get('name')!r} is unknown; known: {', '.join('gptc-' + s for s in PRIOR_SIZES)}")
+        raise CheckpointError(
+            f"prior_model.name {prior.get('name')!r} is unknown; known: {', '.join('gptc-' + s for s in PRIOR_SIZES)}"
+        )
     depth, heads, width = PRIOR_SIZES[size or "S"]
     patch = int(config["patch_size"])
     frames = int(config["temporal_patch_size"])
@@ -108,7 +112,9 @@ def tokenizer_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def discriminator_from_published(config: dict, tensors: dict[str, Tensor]) -> tuple[DiscriminatorConfig, dict[str, Tensor]]:
+def discriminator_from_published(
+    config: dict, tensors: dict[str, Tensor]
+) -> tuple[DiscriminatorConfig, dict[str, Tensor]]:
     """Translate a discriminator of the reference."""
     renamed = {}
     for name, tensor in tensors.items():

@@ -57,9 +57,13 @@ class TokenizerConfig:
 
     def __post_init__(self):
         for name, patch in (("patch_size", self.patch_size), ("decoder_patch_size", self.decoder_patch_size)):
-            for axis, length, part in zip(("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True):
+            for axis, length, part in zip(
+                ("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True
+            ):
                 if part < 1 or length % part:
-                    raise ValueError(f"{axis} = {length} is not a multiple of {part}, its part of {name} = {tuple(patch)}")
+                    raise ValueError(
+                        f"{axis} = {length} is not a multiple of {part}, its part of {name} = {tuple(patch)}"
+                    )
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
             if width % heads or width % 4:

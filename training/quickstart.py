@@ -40,9 +40,25 @@ def main() -> None:
     stages.run("tokenizer", [*launch("train_tokenizer.py", tokenizer), *shlex.split(arguments.tokenizer_options)])
     data = json.loads((tokenizer / "config.json").read_text())["data"]
     for split in ("train", "test"):
-        options = ["--tokenizer", tokenizer / "model", "--data", data, "--split", split, "--out", out / f"tokens-{split}"]
+        options = [
+            "--tokenizer",
+            tokenizer / "model",
+            "--data",
+            data,
+            "--split",
+            split,
+            "--out",
+            out / f"tokens-{split}",
+        ]
         stages.run(f"tokens_{split}", [sys.executable, ROOT / "training/extract_tokens.py", *options])
-    options = ["--tokens", out / "tokens-train", "--eval-tokens", out / "tokens-test", "--tokenizer", tokenizer / "model"]
+    options = [
+        "--tokens",
+        out / "tokens-train",
+        "--eval-tokens",
+        out / "tokens-test",
+        "--tokenizer",
+        tokenizer / "model",
+    ]
     stages.run("language_model", [*launch("train_mllm.py", mllm), *options, *shlex.split(arguments.mllm_options)])
     video, sheet = out / "generated.mp4", out / "generated.png"
     stages.run("generate", [sys.executable, "-c", typed(arguments.prompt, mllm / "model", video, sheet)], always=True)
@@ -50,12 +66,21 @@ def main() -> None:
     stages.run("evaluation", [sys.executable, ROOT / "eval/mllm.py", *scored])
     report = summarise(out, stages)
     print(json.dumps(report, indent=2))
-    print(f'\n"{arguments.prompt}":\n  video          {video}\n  contact sheet  {sheet}\n  report         {out / "report.json"}')
+    print(
+        f'\n"{arguments.prompt}":\n  video          {video}\n  contact sheet  {sheet}\n  report         {out / "report.json"}'
+    )
 
 
 def launch(script: str, out: Path) -> list:
     """The deepspeed command of a training script; `--resume` goes on with what an interrupted run left."""
-    command = [Path(sys.executable).parent / "deepspeed", "--log_level", "error", ROOT / "training" / script, "--out", out]
+    command = [
+        Path(sys.executable).parent / "deepspeed",
+        "--log_level",
+        "error",
+        ROOT / "training" / script,
+        "--out",
+        out,
+    ]
     return [*command, "--resume"] if (out / "config.json").exists() else command
 
 

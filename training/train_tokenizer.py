@@ -297,11 +297,15 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
             losses = train_step(trainer, batches)
             if not step % config.log_every:
                 values = backend.reduce_mean(losses)
-                log.metrics(step, values | {"lr": trainer.tokenizer.lr, "grad_norm": trainer.tokenizer.grad_norm or 0.0})
+                log.metrics(
+                    step, values | {"lr": trainer.tokenizer.lr, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
+                )
             last = step == config.steps
             stop = backend.stop_requested() if not step % 10 else False
             if not step % config.save_every or last or stop:
-                state.save_state(trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=to_dict(c))
+                state.save_state(
+                    trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=to_dict(c)
+                )
             if (not step % config.eval_every or last) and not stop:
                 report = check(trainer, test, shape, step, log)
             if stop:
@@ -324,7 +328,9 @@ def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: Ru
         result.write(str(folder / f"reconstruction-{step:06d}"), fps=8)
         report = result.metrics
         log.metrics(step, {f"test_{name}": value for name, value in report.items()})
-        told = {k: round(v, 3) for k, v in report.items() if k in ("psnr", "mean_colour_psnr", "codes_used", "prior_top1")}
+        told = {
+            k: round(v, 3) for k, v in report.items() if k in ("psnr", "mean_colour_psnr", "codes_used", "prior_top1")
+        }
         log.say(f"step {step}, {report['num_clips']} test clips: {told}")
     backend.barrier()
     return report
@@ -354,7 +360,9 @@ def announce(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> 
     for note in (*train.notes, *test.notes):
         log.say(note)
     if trainer.config.loss.lpips > 0 and trainer.perceptual is None:
-        log.say("without LPIPS: its weights are not at hand (README, 'Weights of the metrics', says where to place them)")
+        log.say(
+            "without LPIPS: its weights are not at hand (README, 'Weights of the metrics', says where to place them)"
+        )
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -35,6 +35,7 @@ class OptimizerConfig:
         if self.lr <= 0 or self.matrix_lr <= 0:
             raise ValueError(f"optimizer.lr = {self.lr} and optimizer.matrix_lr = {self.matrix_lr} must be positive")
 
+
 # Where the models keep their repeated blocks; embeddings, heads and bottlenecks are Adam's.
 _REPEATED = ("encoder.blocks.", "decoder.blocks.", "prior.blocks.", "layers.")
 

@@ -84,7 +84,9 @@ def test_a_run_leaves_a_model_a_report_and_pictures(recipe, tmp_path):
     assert model.config.num_tokens == 4
     assert json.loads((out / "report.json").read_text())["psnr"] == report["psnr"]
     assert {"psnr", "ssim", "mean_colour_psnr", "prior_top1", "codes_used", "seconds", "skipped_videos"} <= set(report)
-    assert (out / "samples/reconstruction-000006.mp4").is_file() and (out / "samples/reconstruction-000006.png").is_file()
+    assert (out / "samples/reconstruction-000006.mp4").is_file() and (
+        out / "samples/reconstruction-000006.png"
+    ).is_file()
     steps = lines(out)
     assert "quantizer" not in steps[0] and "prior" not in steps[0], "the start is continuous"
     assert {"quantizer", "prior", "prior_top1"} <= set(steps[3]) and "gan" in steps[3] and "discriminator" in steps[4]
@@ -153,7 +155,11 @@ def test_real_clips_train(recipe, tmp_path, clips_root):
     [
         (["--data", "ucf99:/x"], DataError, "ucf101"),
         (["--batch-size", "5", "--engine.accumulation", "2"], ValueError, "batch_size 5"),
-        (["--engine.zero-stage", "3", "--reset-codes-every", "0", "--optimizer.name", "adam"], ValueError, "zero_stage"),
+        (
+            ["--engine.zero-stage", "3", "--reset-codes-every", "0", "--optimizer.name", "adam"],
+            ValueError,
+            "zero_stage",
+        ),
         (["--engine.zero-stage", "1", "--reset-codes-every", "0"], ValueError, "muon"),
         (["--recipe", "tokenizer-shape32"], ConfigError, "tokenizer-shapes32"),
     ],
