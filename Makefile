@@ -1,5 +1,5 @@
 # make install      the environment, in .venv
-# make quickstart   train and run everything on the built-in captioned videos
+# make quickstart   train and run everything on the built-in captioned videos (ARGS="--fresh" starts anew, "--help" tells more)
 # make test         the tests
 PYTHON ?= python3
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -21,7 +21,7 @@ install: .venv/installed
 	touch $@
 
 quickstart: install
-	$(BIN)/python training/quickstart.py
+	$(BIN)/python training/quickstart.py $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"

@@ -129,11 +129,11 @@ class CodebookKeeper:
 
     def state_dict(self) -> dict:
         """Return what `load_state_dict` needs to go on exactly."""
-        return {"counts": self.counts, "latents": self.latents}
+        return {"counts": self.counts.clone(), "latents": self.latents}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a state of `state_dict`."""
-        self.counts, self.latents = state["counts"], state["latents"]
+        self.counts, self.latents = state["counts"].clone(), state["latents"]
 
 
 def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:

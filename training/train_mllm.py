@@ -128,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def default_recipe(argv: Sequence[str]) -> str | None:
-    """mllm-tiny, whose rates suit a base from scratch, unless the command line names a pretrained base."""
+    """mllm-shapes32, whose rates suit a base from scratch, unless the command line names a pretrained base."""
     named = re.search(r"--base[= ](\S+)", " ".join(argv))
-    return "mllm-tiny" if named is None or is_tiny(named[1]) else None
+    return "mllm-shapes32" if named is None or is_tiny(named[1]) else None
 
 
 def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:

@@ -158,10 +158,10 @@ def test_a_random_base_cannot_be_kept_frozen(cache, tmp_path, capsys):
 
 
 def test_every_recipe_is_a_config():
-    for name in ("mllm-tiny", "mllm-ucf6-64"):
+    for name in ("mllm-shapes32", "mllm-ucf64"):
         assert from_dict(TrainMllmConfig, load_recipe(name, RECIPES), name).train == "full"
 
 
 def test_pretrained_bases_do_not_get_the_rates_of_the_tiny_recipe():
-    assert default_recipe([]) == default_recipe(["--base", "tiny-llama"]) == "mllm-tiny"
+    assert default_recipe([]) == default_recipe(["--base", "tiny-llama"]) == "mllm-shapes32"
     assert default_recipe(["--base", "Qwen2-0.5B"]) is default_recipe(["--base=Qwen2-0.5B"]) is None

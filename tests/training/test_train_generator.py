@@ -118,7 +118,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
 
     tokens = str(home / "train-0")
     assert "nothing to train on: give --tokens DIR" in message()
-    assert "no recipe 'generator-tinny'" in message("--recipe", "generator-tinny")
+    assert "no recipe 'generator-shape32'" in message("--recipe", "generator-shape32")
     assert "holds no token cache" in message("--tokens", str(tmp_path))
     assert "--condition-frames 5" in message("--tokens", tokens, "--task", "frame-prediction")
     assert "condition_frames is 5, expected 0" in message("--tokens", tokens, "--eval-tokens", str(home / "test-5"))
@@ -137,7 +137,7 @@ def test_data_without_classes_says_which_data_have_them(home, tmp_path):
         train(TrainGeneratorConfig(tokenizer=str(home / "tok"), data=f"folder:{clips}", out=tmp_path))
 
 
-@pytest.mark.parametrize("name", ["generator-tiny", "generator-ucf6-64", "larp-l-long-ar"])
+@pytest.mark.parametrize("name", ["generator-shapes32", "generator-ucf64", "larp-l-long-ar"])
 def test_recipes(name):
     config = from_dict(TrainGeneratorConfig, load_recipe(name, RECIPES), name)
     assert config.size in SIZES and config.steps > config.optimizer.warmup
