@@ -3,7 +3,8 @@
 Shapes: B videos, N tokens, K codebook size.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from larp.data.clips import clip_to_frames, contact_sheet, side_by_side
@@ -24,7 +25,7 @@ class Reconstruction:
 
     metrics: psnr and ssim (means over videos), mean_colour_psnr (the baseline), codes_used and perplexity of the codes, prior_top1
         and prior_top5 (teacher-forced, greedy codes) and prior_bits (per token) if the tokenizer has a prior, num_clips.
-    codes: (n, N) int64. originals, reconstructions: uint8 (T, H, W, 3) of the first clips.
+    codes: (n, N) int64. originals, reconstructions: uint8 (T, H, W, 3) of clips from all over the set.
     """
 
     metrics: dict[str, float]
@@ -41,9 +42,7 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def reconstruct(
-    model: LarpTokenizer, batches: Iterable[dict], keep: int = 8, device="cpu", quiet=False
-) -> Reconstruction:
+def reconstruct(model: LarpTokenizer, batches: Collection[dict], keep: int = 8, device="cpu") -> Reconstruction:
     """Encode and decode every clip of `batches` (dicts with `clip`, as `larp.data.loader.iterate_once` yields them).
 
     Codes are the nearest ones and the output is clamped, as at use. The model is left in the mode it came in.
@@ -53,7 +52,10 @@ def reconstruct(
     figures: dict[str, list[Tensor]] = {}
     result = Reconstruction({}, torch.empty(0, model.num_tokens, dtype=torch.int64))
     codes = []
-    for batch in tqdm(batches, desc="reconstructing", unit="batch", delay=2, leave=False, disable=quiet):
+    # From all over the pass: a set sorted by class then shows every class.
+    shown = Counter(round(place * (len(batches) - 1) / max(1, keep - 1)) for place in range(keep))
+    bar = tqdm(batches, desc="reconstructing", unit="batch", delay=2, leave=False)
+    for number, batch in enumerate(bar):
         clip = batch["clip"].to(device)
         out = model(clip)
         again = out.reconstruction.float().clamp(0, 1)
@@ -65,7 +67,7 @@ def reconstruct(
         for name, values in rows.items():
             figures.setdefault(name, []).append(values.cpu())
         codes.append(out.quantized.codes.cpu())
-        for i in range(min(len(clip), keep - len(result.originals))):
+        for i in range(min(len(clip), shown[number])):
             result.originals.append(clip_to_frames(clip[i]))
             result.reconstructions.append(clip_to_frames(again[i]))
     model.train(training)

@@ -68,4 +68,8 @@ def test_muon_is_refused_where_matrices_are_cut_up():
     with pytest.raises(ValueError, match="zero_stage 0"):
         build_optimizer(small(), OptimizerConfig("muon"), zero_stage=1)
     with pytest.raises(ValueError, match="closure"):
-        MuonAdamW([torch.nn.Parameter(torch.ones(2, 2))], [{"params": [torch.nn.Parameter(torch.ones(2))]}], OptimizerConfig("muon")).step(lambda: 0)
+        MuonAdamW(
+            [torch.nn.Parameter(torch.ones(2, 2))],
+            [{"params": [torch.nn.Parameter(torch.ones(2))]}],
+            OptimizerConfig("muon"),
+        ).step(lambda: 0)
