@@ -314,6 +314,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         for name, reason in loader.skipped:
             log.say(f"skipped {name}: {reason}")
         report |= {"steps": config.steps, "seconds": round(time.monotonic() - began, 1)}
+        report |= {"cpu_seconds": round(time.process_time(), 1)}
         report |= {"skipped_videos": len(loader.skipped), "skipped_updates": trainer.tokenizer.skipped_count}
     return report
 
