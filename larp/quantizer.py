@@ -99,7 +99,7 @@ class CodebookKeeper:
         memory: how many recent latents are kept.
     """
 
-    def __init__(self, codebook_size: int, memory: int = 8192):
+    def __init__(self, codebook_size: int, memory: int = 16384):
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
         self.memory = memory
         self.latents = torch.empty(0)
@@ -110,6 +110,20 @@ class CodebookKeeper:
         self.latents = torch.cat([self.latents.reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
         if codes is not None:
             self.counts += torch.bincount(codes.detach().cpu().flatten(), minlength=len(self.counts))
+
+    def cluster(self, iterations: int = 10, seed: int = 0) -> Tensor:
+        """Return a fresh codebook (K, d): spherical k-means over the remembered latents, from random ones of them."""
+        generator = torch.Generator().manual_seed(seed)
+        size = len(self.counts)
+        centres = self.latents[torch.randint(len(self.latents), (size,), generator=generator)]
+        for _ in range(iterations):
+            nearest = (self.latents @ centres.T).argmax(-1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, self.latents)
+            empty = (torch.bincount(nearest, minlength=size) == 0)[:, None]
+            sums = torch.where(empty, self.latents[torch.randint(len(self.latents), (size,), generator=generator)], sums)
+            centres = F.normalize(sums, dim=-1)
+        self.counts.zero_()
+        return centres
 
     def idle(self) -> Tensor:
         """Return the codes not used since the last reset, (M,) int64."""

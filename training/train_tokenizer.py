@@ -250,10 +250,10 @@ def observe(keeper: CodebookKeeper, out: TokenizerOutput) -> None:
 
 
 def place_codes(trainer: Trainer, all_codes: bool) -> None:
-    """Give all codes, or the idle ones, new places among remembered latents; alike in every process."""
-    quantizer = trainer.tokenizer.module.quantizer
-    codes = torch.arange(trainer.config.model.codebook_size) if all_codes else trainer.keeper.idle()
-    renewed = trainer.keeper.redraw(quantizer.codebook(), codes, trainer.config.seed + trainer.tokenizer.step_count)
+    """Put all codes where the latents are, or the idle ones on some of them; alike in every process."""
+    quantizer, keeper = trainer.tokenizer.module.quantizer, trainer.keeper
+    seed = trainer.config.seed + trainer.tokenizer.step_count
+    renewed = keeper.cluster(seed=seed) if all_codes else keeper.redraw(quantizer.codebook(), keeper.idle(), seed)
     with torch.no_grad():
         quantizer.embedding.weight.copy_(renewed)
 

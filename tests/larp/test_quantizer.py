@@ -46,6 +46,19 @@ def test_keeper_moves_idle_codes_onto_latents_and_resumes():
     assert len(keeper.idle()) == 8, "counting starts anew"
 
 
+def test_clustering_fits_the_latents():
+    centres = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
+    keeper = CodebookKeeper(16, memory=4000)
+    latents = centres.repeat(100, 1) + 0.01 * torch.randn(1600, 4)
+    keeper.observe(torch.nn.functional.normalize(latents, dim=-1)[None], None)
+    codebook = keeper.cluster(seed=1)
+    torch.testing.assert_close(codebook.norm(dim=-1), torch.ones(16))
+    assert torch.equal(codebook, keeper.cluster(seed=1)), "every process makes the same choice"
+    similarity = (keeper.latents @ codebook.T).amax(-1).mean()
+    picked = (keeper.latents @ keeper.latents[:16].T).amax(-1).mean()
+    assert similarity > 0.98 and similarity >= picked - 0.02
+
+
 def test_usage():
     counted = usage(torch.tensor([[0, 1], [2, 3]]), 8)
     assert counted["codes_used"] == 0.5 and counted["perplexity"] == pytest.approx(4)
