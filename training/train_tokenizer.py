@@ -291,7 +291,6 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     with RunLog(config.out, ranks, config.steps, first, show=("loss", "psnr", "prior_top1")) as log:
         announce(trainer, train, test, log)
         batches = iter(loader)
-        report: dict = {}
         trainer.tokenizer.module.train()
         for step in range(first + 1, config.steps + 1):
             losses = train_step(trainer, batches)
@@ -306,11 +305,12 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
                 state.save_state(
                     trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=to_dict(c)
                 )
-            if (not step % config.eval_every or last) and not stop:
-                report = check(trainer, test, shape, step, log)
+            if not step % config.eval_every and not last and not stop:
+                check(trainer, test, shape, step, log)
             if stop:
                 log.say(f"stopped at step {step}, saved; go on with --resume --out {config.out}")
                 return {}
+        report = check(trainer, test, shape, config.steps, log)
         for name, reason in loader.skipped:
             log.say(f"skipped {name}: {reason}")
         report |= {"steps": config.steps, "seconds": round(time.monotonic() - began, 1)}
