@@ -22,7 +22,15 @@ from larp.engine.log import write_json
 from larp.generator import LarpGenerator
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, Window, draw_windows, headline, result
+from larp.metrics.protocols import (
+    PRESETS,
+    Protocol,
+    Window,
+    check_record_path,
+    draw_windows,
+    headline,
+    result,
+)
 from larp.quantizer import usage
 from larp.sampling import check_sampling, generate
 from larp.tokenizer import LarpTokenizer
@@ -180,6 +188,7 @@ def load_models(config: GfvdConfig) -> tuple[LarpGenerator, LarpTokenizer]:
 
 def evaluate(config: GfvdConfig) -> dict:
     """Measure a generator as `config` says, write everything, and return the content of the JSON."""
+    check_record_path(config.out)
     generator, tokenizer = load_models(config)
     features = open_features(config.features, config.i3d, config.device)
     shape = ClipShape(*tokenizer.config.clip_shape)
@@ -208,7 +217,6 @@ def evaluate(config: GfvdConfig) -> dict:
         skipped=[{"name": name, "reason": reason} for name, reason in skipped],
         config=to_dict(config),
     )
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     report["files"] = show(shown, [videos.classes[items[video].label] for video, _ in drawn], config.out)
     write_json(config.out, report)
     return report

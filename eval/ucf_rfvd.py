@@ -23,7 +23,7 @@ from larp.engine.log import write_json
 from larp.metrics import lpips
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, headline, result
+from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
 from larp.metrics.reconstruction import reconstruct
 from larp.tokenizer import LarpTokenizer, TokenizerOutput
 
@@ -132,6 +132,7 @@ def protocol_of(config: RfvdConfig, features: ClipFeatures, shape: ClipShape, vi
 
 def evaluate(config: RfvdConfig) -> dict:
     """Measure a tokenizer as `config` says, write everything, and return the content of the JSON."""
+    check_record_path(config.out)
     for name in ("tokenizer", "data"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed (see --help)")
@@ -156,7 +157,6 @@ def evaluate(config: RfvdConfig) -> dict:
         "skipped": [{"name": name, "reason": reason} for part in (once, more) for name, reason in skipped_of(part)],
         "config": to_dict(config),
     }
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     report["files"] = list(done.write(str(config.out.with_suffix("")), _FPS)) if config.show else []
     write_json(config.out, report)
     return report

@@ -302,12 +302,20 @@ def parse(
 
 
 def run_script(prog: str, main: Callable[[], Any]) -> None:
-    """Run a script's `main`; a mistake of the user (ValueError) ends it with one message and exit status 2, no traceback."""
+    """Run a script's `main`; what the user can mend ends it with one message and exit status 2, no traceback.
+
+    That is a ValueError, or an OSError that names a file: one that cannot be written, say. A training run that was told
+    to stop, and returns where in `stopped_at`, ends with 143 (as SIGTERM does), so that what follows it does not start.
+    """
     try:
-        main()
-    except ValueError as error:
+        result = main()
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(2)
+    if isinstance(result, dict) and "stopped_at" in result:
+        sys.exit(143)
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:

@@ -134,7 +134,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         saved = open_run(config.out, to_dict(config) | {"recipe": recipe}, config.resume)
         best: dict[str, float] = {}
         if saved is not None:
-            load_state({"generator": engine}, saved, to_dict(engine.module.config))
+            load_state({"generator": engine}, saved, identity(engine, cache, held_out, config))
             best = saved.extra
         finished = fit(engine, cache, held_out, config, best)
         report = {
@@ -155,7 +155,10 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
             report["samples"] = write_samples(config, held_out, ranks.device)
             report["seconds"] = round(time.time() - began, 1)
             write_json(config.out / "report.json", report)
-            print(f"held out: {best['bits_per_token']:.3f} bits per token, top-1 {best['top1']:.3f}")
+            print(
+                f"held out: {best['bits_per_token']:.3f} bits per token, top-1 {best['top1']:.3f},"
+                f" top-5 {best['top5']:.3f}"
+            )
             print(f"report: {config.out / 'report.json'}")
         backend.barrier()
         return report
@@ -242,7 +245,7 @@ def fit(
     """
     values: list[dict[str, float]] = []
     with RunLog(
-        config.out, engine.ranks, config.steps, engine.step_count, show=("loss", "bits_per_token", "top1")
+        config.out, engine.ranks, config.steps, engine.step_count, show=("loss", "bits_per_token", "top1", "top5")
     ) as log:
         while engine.step_count < config.steps:
             values.append(train_step(engine, micro_batches(cache, engine.step_count, config, engine.ranks)))
@@ -262,11 +265,26 @@ def fit(
             log.progress(step)
             stop = backend.stop_requested()
             if stop or step % config.save_every == 0 or step == config.steps:
-                save_state({"generator": engine}, config.out, step, {}, best, model=to_dict(engine.module.config))
+                same = identity(engine, cache, held_out, config)
+                save_state({"generator": engine}, config.out, step, {}, best, model=same)
             if stop and step < config.steps:
                 log.say(f"stopped at step {step}; go on with --resume")
                 return False
     return True
+
+
+def identity(engine: Engine, cache: TokenCache, held_out: TokenCache, config: TrainGeneratorConfig) -> dict:
+    """Return what must be the same when a run is resumed, as plain values.
+
+    The model; the data, seed and batch size, which say what a step trains on; and the clips that `best` is measured on.
+    """
+    return {
+        "model": to_dict(engine.module.config),
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "tokens": cache.key | {"clips": len(cache)},
+        "eval_tokens": held_out.key | {"clips": len(held_out)},
+    }
 
 
 def micro_batches(

@@ -276,17 +276,22 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     config, c, ranks = trainer.config, trainer.config.model, trainer.ranks
     shape = ClipShape(c.num_frames, c.height, c.width, config.stride)
     micro = backend.micro_batch(config.batch_size, config.engine.accumulation, ranks)
-    saved = state.open_run(config.out, to_dict(config), config.resume)
+    state.check_folder(config.out, config.resume)
+    first_pass = iterate_once(test, shape, batch=1)
+    if next(iter(first_pass), None) is None:
+        name, reason = first_pass.skipped[0]
+        raise ValueError(
+            f"{test.spec}: none of its {len(test)} test videos can be read; give others with --eval-data ({name}: {reason})"
+        )
     loader = ClipLoader(
         train, shape, config.batch_size, micro, config.seed, ranks.rank, ranks.world_size, flip=config.flip,
         workers=0 if config.in_memory else config.workers, in_memory=config.in_memory,
     )  # fmt: skip
+    saved = state.open_run(config.out, to_dict(config), config.resume)
     if saved is not None:
-        state.load_state(trainer.engines, saved, to_dict(c))
+        state.load_state(trainer.engines, saved, identity(config))
         loader.load_state_dict(saved.loader_state)
         restore(trainer, saved.extra)
-    if next(iter(iterate_once(test, shape, batch=1)), None) is None:
-        raise ValueError(f"{test.spec}: none of its {len(test)} test videos can be read; give others with --eval-data")
     began, first = time.monotonic(), trainer.tokenizer.step_count
     with RunLog(config.out, ranks, config.steps, first, show=("loss", "psnr", "prior_top1")) as log:
         announce(trainer, train, test, log)
@@ -303,19 +308,20 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
             stop = backend.stop_requested() if not step % 10 else False
             if not step % config.save_every or last or stop:
                 state.save_state(
-                    trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=to_dict(c)
+                    trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=identity(config)
                 )
             if not step % config.eval_every and not last and not stop:
                 check(trainer, test, shape, step, log)
-            if stop:
+            if stop and not last:
                 log.say(f"stopped at step {step}, saved; go on with --resume --out {config.out}")
-                return {}
+                return {"stopped_at": step}
         report = check(trainer, test, shape, config.steps, log)
-        for name, reason in loader.skipped:
+        skipped = sorted({tuple(entry) for entries in backend.gather_objects(loader.skipped) for entry in entries})
+        for name, reason in skipped:
             log.say(f"skipped {name}: {reason}")
         report |= {"steps": config.steps, "seconds": round(time.monotonic() - began, 1)}
         report |= {"cpu_seconds": round(time.process_time(), 1)}
-        report |= {"skipped_videos": len(loader.skipped), "skipped_updates": trainer.tokenizer.skipped_count}
+        report |= {"skipped_videos": len(skipped), "skipped_updates": trainer.tokenizer.skipped_count}
     return report
 
 
@@ -330,11 +336,19 @@ def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: Ru
         report = result.metrics
         log.metrics(step, {f"test_{name}": value for name, value in report.items()})
         told = {
-            k: round(v, 3) for k, v in report.items() if k in ("psnr", "mean_colour_psnr", "codes_used", "prior_top1")
+            k: round(v, 3)
+            for k, v in report.items()
+            if k in ("psnr", "mean_colour_psnr", "ssim", "codes_used", "prior_top1")
         }
         log.say(f"step {step}, {report['num_clips']} test clips: {told}")
     backend.barrier()
     return report
+
+
+def identity(config: TrainTokenizerConfig) -> dict:
+    """What must be the same when a run is resumed."""
+    adversary = to_dict(config.adversary) if config.loss.gan > 0 else {}
+    return {"model": to_dict(config.model), "adversary": {k: v for k, v in adversary.items() if k != "lr"}}
 
 
 def keep_extra(trainer: Trainer) -> dict:
@@ -380,7 +394,7 @@ def main(argv: list[str] | None = None) -> dict:
     test = open_videos(config.eval_data or config.data, "test")
     trainer = build(config, ranks)
     report = fit(trainer, train, test)
-    if report and ranks.is_main:
+    if "stopped_at" not in report and ranks.is_main:
         folder = trainer.tokenizer.module.save_pretrained(config.out / "model")
         write_json(config.out / "report.json", report)
         print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")

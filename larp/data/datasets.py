@@ -227,27 +227,30 @@ def _read_folder(root: str, split: Split, spec: str) -> VideoSet:
 
 
 def _read_csv(path: str, split: Split, spec: str) -> VideoSet:
-    with open(_file(path, spec), encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file)
+    rows = csv.DictReader(_lines(path, spec))
+    try:
         if "path" not in (rows.fieldnames or ()):
             raise DataError(
                 f"{path}, line 1: the header must name a column path (and label, caption, split), not {rows.fieldnames}"
             )
-        return _manifest([(rows.line_num, row) for row in rows], path, split, spec)
+        numbered = [(rows.line_num, row) for row in rows]
+    except csv.Error as error:
+        raise DataError(f"{path}, line {rows.line_num}: broken CSV: {error}; is a quote left open?") from None
+    return _manifest(numbered, path, split, spec)
 
 
 def _read_jsonl(path: str, split: Split, spec: str) -> VideoSet:
     rows = []
-    for number, line in enumerate(_file(path, spec).read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(_lines(path, spec), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: broken JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(row, dict):
             raise DataError(
-                f'{path}, line {number}: each line must be an object such as {{"path": ...}}, not {line[:40]}'
+                f'{path}, line {number}: each line must be an object such as {{"path": ...}}, not {line.strip()[:40]}'
             )
         rows.append((number, row))
     return _manifest(rows, path, split, spec)
@@ -258,7 +261,10 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     base = Path(path).expanduser().parent
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")
-    values = [{key: _cell(row.get(key)) for key in ("path", "label", "caption", "split")} for _, row in rows]
+    values = [
+        {key: _cell(row.get(key), f"{path}, line {number}: {key}") for key in ("path", "label", "caption", "split")}
+        for number, row in rows
+    ]
     names: dict[str, int] = {}
     for (number, _), row in zip(rows, values, strict=True):
         if not row["path"]:
@@ -348,7 +354,18 @@ def _videos_below(folder: Path) -> list[Path]:
     return found
 
 
-def _cell(value: object) -> str | None:
+def _lines(path: str, spec: str) -> list[str]:
+    """The lines of a manifest with their ends, cut at newlines only: JSON and CSV text may hold U+2028 and its like."""
+    try:
+        with open(_file(path, spec), encoding="utf-8-sig", newline="") as file:
+            return list(file)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _cell(value: object, where: str) -> str | None:
+    if value is not None and type(value) not in (str, int, float):
+        raise DataError(f"{where} must be text or a number, not {json.dumps(value, ensure_ascii=False)[:80]}")
     text = "" if value is None else str(value).strip()
     return text or None
 

@@ -67,7 +67,8 @@ def extract_tokens(
         tokenizer_name: path or hub name, noted in the cache.
         rank, world_size, barrier: the ranks that share the work, and how they wait for each other.
 
-    Raises TokenCacheError if the folder was begun with other settings or no video could be read.
+    Raises TokenCacheError if the folder was begun with other settings or cannot be written, or if no video could be
+    read; then no cache is left behind, so that the next run tries the videos again.
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     if windows < 1:
@@ -92,14 +93,20 @@ def extract_tokens(
                 bar.update()
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
     barrier()
-    if rank == 0 and not (folder / INDEX).is_file():
+    skipped = tokens.nothing_encoded(folder, len(slices))
+    barrier()  # every rank has looked, and all raise below
+    if rank == 0 and skipped:
+        tokens.discard_cache(folder, len(slices))
+    elif rank == 0 and not (folder / INDEX).is_file():
         tokens.finish_cache(folder, key, videos.classes, tokenizer_name, len(slices))
     barrier()
-    cache = TokenCache.open(folder, key)
-    if len(cache) == 0:
-        names = "; ".join(f"{name}: {reason}" for name, reason in cache.skipped[:3])
-        raise tokens.TokenCacheError(f"{videos.spec}: not one video could be encoded ({names})")
-    return cache
+    if skipped:
+        names = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        raise tokens.TokenCacheError(
+            f"{videos.spec}: not one video could be encoded ({names}); no cache was left in {folder}: mend the videos,"
+            " or give others with --data, and run again"
+        )
+    return TokenCache.open(folder, key)
 
 
 def read_windows(item: VideoItem, shape: ClipShape, windows: int) -> list[tuple[int, Tensor]]:

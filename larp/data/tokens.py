@@ -63,6 +63,8 @@ class TokenCache:
     """(name, reason) of videos that could not be read."""
     tokenizer: str
     """The path or hub name of the tokenizer, as it was given."""
+    folder: Path | None = None
+    """Where the cache was opened, for messages."""
 
     @classmethod
     def open(cls, folder: str | Path, expect: Mapping[str, Any] | None = None) -> "TokenCache":
@@ -101,6 +103,7 @@ class TokenCache:
             classes=tuple(index["classes"]),
             skipped=tuple(tuple(pair) for _, notes in shards for pair in notes["skipped"]),
             tokenizer=index["tokenizer"],
+            folder=folder,
         )
 
     def __len__(self) -> int:
@@ -158,12 +161,16 @@ class TokenCache:
             )
 
     def hold_out(self, every: int = 20) -> tuple["TokenCache", "TokenCache"]:
-        """Split off every n-th video with all its windows: (the others, the held-out ones)."""
+        """Split off every n-th video with all its windows: (the others, the held-out ones).
+
+        Raises TokenCacheError if there are too few videos for both.
+        """
         held = self.videos % every == every - 1
         if held.all() or not held.any():
             raise TokenCacheError(
-                f"a cache of {len(self.videos.unique())} videos is too small to hold out one in {every}:"
-                " give a second one to validate on"
+                f"{self.folder or 'the token cache'} holds {len(self.videos.unique())} videos, too few to hold out one"
+                f" in {every}: give a second token cache to validate on with --eval-tokens DIR"
+                " (training/extract_tokens.py makes one)"
             )
         return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
 
@@ -179,7 +186,8 @@ def token_key(
         stride, windows, flips, condition_frames: as in `larp.data.extraction.extract_tokens`.
     """
     config = tokenizer.config
-    described = [[item.name, item.label, item.caption] for item in videos.items] + [list(videos.classes)]
+    described = [[item.name, item.label, item.caption, *file_state(item.path)] for item in videos.items]
+    described.append(list(videos.classes))
     return {
         "tokenizer": tokenizer.weight_hash(),
         "num_tokens": config.num_tokens,
@@ -196,6 +204,17 @@ def token_key(
         "condition_frames": condition_frames,
         "code_version": CODE_VERSION,
     }
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Return the size in bytes and the modification time in ns of a file, both 0 if there is none."""
+    # A video replaced under its old name gives other codes. Reading every file to hash it would take as long as
+    # encoding does; size and time are what rsync and make go by.
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def check_key(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
@@ -246,13 +265,44 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
 
 
 def begin_cache(folder: Path, key: dict[str, Any]) -> None:
-    """Make the folder and note the key; TokenCacheError if the folder was begun with another key."""
-    if (folder / KEY).is_file():
-        check_key(
-            read_json(folder / KEY), key, f"{folder} was begun before and", "choose another --out, or delete the folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / KEY, key)
+    """Make the folder and note the key.
+
+    TokenCacheError if the folder was begun with another key, or cannot be made or written to.
+    """
+    try:
+        if (folder / KEY).is_file():
+            check_key(
+                read_json(folder / KEY),
+                key,
+                f"{folder} was begun before and",
+                "choose another --out, or delete the folder (`videos` stands for the names, labels, captions and files;"
+                " a file that was replaced or touched counts as another)",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / KEY, key)
+    except OSError as error:
+        raise TokenCacheError(
+            f"no token cache can be written to {folder} ({error.strerror or error}): choose another --out"
+        ) from error
+
+
+def nothing_encoded(folder: Path, shards: int) -> list[list[str]]:
+    """Return [name, reason] of all videos if all shards are there and hold no row; else an empty list."""
+    skipped: list[list[str]] = []
+    for path in (shard_path(folder, shard) for shard in range(shards)):
+        if not path.is_file():
+            return []
+        columns, notes = read_shard(path)
+        if len(columns["codes"]):
+            return []
+        skipped += notes["skipped"]
+    return skipped
+
+
+def discard_cache(folder: Path, shards: int) -> None:
+    """Remove the files of a cache; the key goes last, so that a removal that is cut short can be told from no cache."""
+    for path in (folder / INDEX, *(shard_path(folder, shard) for shard in range(shards)), folder / KEY):
+        path.unlink(missing_ok=True)
 
 
 def finish_cache(folder: Path, key: dict[str, Any], classes: tuple[str, ...], tokenizer: str, shards: int) -> None:

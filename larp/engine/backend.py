@@ -35,7 +35,9 @@ from larp.engine.ranks import (
     cores,
     current_ranks,
     fill_in_environment,
+    free_port,
     gather,
+    gather_objects,
     local_world_size,
     reduce_mean,
     reduce_sum,
@@ -55,6 +57,7 @@ __all__ = [
     "current_ranks",
     "finish",
     "gather",
+    "gather_objects",
     "make_engine",
     "micro_batch",
     "reduce_mean",
@@ -129,7 +132,7 @@ def start(seed: int) -> Ranks:
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
     set_current_ranks(ranks)
     _own_variables = own
-    signals.note_sigterm()
+    signals.note_signals()
     return ranks
 
 
@@ -184,7 +187,16 @@ def _init_distributed() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    if os.environ["WORLD_SIZE"] == "1":
+        # Nobody else comes to the launcher's port, which is the same for every job on the machine.
+        os.environ["MASTER_PORT"] = str(free_port())
+    try:
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise ValueError(
+            f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, perhaps because another job uses it: choose "
+            f"another one with `deepspeed --master_port 29501 ...` ({str(error).splitlines()[0]})"
+        ) from error
 
 
 # -------------------------------------------------------------------------------------------------------------- engines

@@ -54,11 +54,15 @@ def fill_in_environment(environment: MutableMapping[str, str]) -> tuple[str, ...
                 "`torchrun`, or unset them to train in one process"
             )
         return ()
+    environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return _RANK_VARIABLES
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return _RANK_VARIABLES
+        return probe.getsockname()[1]
 
 
 def cores() -> int:
@@ -90,6 +94,16 @@ def gather(tensor: Tensor) -> Tensor:
     parts = [torch.empty_like(tensor, device=ranks.device) for _ in range(ranks.world_size)]
     torch.distributed.all_gather(parts, tensor.detach().to(ranks.device).contiguous())
     return torch.cat(parts).to(tensor.device)
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """Every rank's object (anything picklable), in the order of the ranks."""
+    ranks = current_ranks()
+    if ranks.world_size == 1:
+        return [obj]
+    box = [None] * ranks.world_size
+    torch.distributed.all_gather_object(box, obj)
+    return box
 
 
 def reduce_mean(values: dict[str, Tensor | float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""SIGTERM becomes a flag that a trainer polls, and a rank whose launcher has died stops too instead of running on.
+"""SIGTERM and Ctrl-C become a flag that a trainer polls, and a rank whose launcher has died stops too instead of running on.
 
 SIGTERM to the `deepspeed` runner kills the runner only: neither its launcher process nor the ranks learn of it. So a
 rank watches the chain of processes that started it, and treats a break in the chain like SIGTERM.
@@ -18,12 +18,12 @@ _GRACE_SECONDS = 300.0
 
 _requested = threading.Event()
 _stop_watching: threading.Event | None = None
-_old_handler: Any = None
+_old_handlers: dict[int, Any] = {}
 
 
 def stop_flag() -> bool:
-    """True once this process got SIGTERM or lost its launcher. One rank's view: see backend.stop_requested for all
-    ranks'.
+    """True once this process got SIGTERM or Ctrl-C, or lost its launcher. One rank's view: see backend.stop_requested
+    for all ranks'.
     """
     return _requested.is_set()
 
@@ -36,23 +36,26 @@ def watch_launcher() -> None:
     threading.Thread(target=_watch, args=arguments, name="launcher-watch", daemon=True).start()
 
 
-def note_sigterm() -> None:
-    """Note SIGTERM instead of dying from it. Does nothing outside the main thread, where Python allows no handlers."""
-    global _old_handler
+def note_signals() -> None:
+    """Note SIGTERM and the first Ctrl-C instead of dying from them. Does nothing outside the main thread, where Python
+    allows no handlers.
+    """
     _requested.clear()
     if threading.current_thread() is threading.main_thread():
-        _old_handler = signal.signal(signal.SIGTERM, _note)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            _old_handlers[number] = signal.signal(number, _note)
 
 
 def restore() -> None:
-    """Give SIGTERM back to whoever had it, and end the watch."""
-    global _old_handler, _stop_watching
+    """Give the signals back to whoever had them, and end the watch."""
+    global _stop_watching
     if _stop_watching is not None:
         _stop_watching.set()
         _stop_watching = None
-    if _old_handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _old_handler)
-        _old_handler = None
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in _old_handlers.items():
+            signal.signal(number, handler)
+        _old_handlers.clear()
     _requested.clear()
 
 
@@ -67,6 +70,10 @@ def launcher_chain() -> tuple[int, ...]:
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
+    if signum == signal.SIGINT:
+        if _requested.is_set():
+            raise KeyboardInterrupt
+        os.write(2, b"\nstopping after the next steps, and saving; Ctrl-C again stops at once\n")
     _requested.set()
 
 

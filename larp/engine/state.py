@@ -52,26 +52,42 @@ class SavedState:
 # ----------------------------------------------------------------------------------------------------------- run folder
 
 
-def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool) -> SavedState | None:
-    """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
-
-    Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
-    that of a resumed one beside it as config.resumed.json. Collective. Raises ValueError on every rank if the folder
-    holds a run already and `resume` is false.
-    """
-    folder = Path(folder)
-    started = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
+def check_folder(folder: Path | str, resume: bool) -> None:
+    """Raise ValueError on every rank if the run folder holds a run already and `resume` is false. Collective."""
+    started = any((Path(folder) / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
     if backend.broadcast_object(started and not resume):
         raise ValueError(
             f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out "
             "(nothing was changed)"
         )
+
+
+def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool) -> SavedState | None:
+    """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
+
+    Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
+    that of a resumed one beside it as config.resumed.json, saying which options changed. Collective. Call it when
+    nothing else can fail for a mistake of the user. Raises ValueError as `check_folder` does.
+    """
+    folder = Path(folder)
+    check_folder(folder, resume)
     if backend.current_ranks().is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        name = "config.resumed.json" if (folder / CONFIG_FILE).exists() else CONFIG_FILE
-        write_json(folder / name, dict(config))
+        first = folder / CONFIG_FILE
+        if first.exists():
+            _say_changes(json.loads(first.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
+        write_json(folder / ("config.resumed.json" if first.exists() else CONFIG_FILE), dict(config))
     backend.barrier()
-    return newest_state(folder) if resume else None
+    state = newest_state(folder) if resume else None
+    if resume and backend.current_ranks().is_main:
+        print(f"going on from step {state.step}" if state else f"{folder} has no whole checkpoint: starting at step 0")
+    return state
+
+
+def _say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [text for text in differences(before, now) if not text.startswith(("resume ", "out "))]
+    if changed:
+        print(f"resuming with other options than the run began with: {'; '.join(changed)}")
 
 
 def newest_state(folder: Path | str) -> SavedState | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from larp.config import ConfigError, from_dict, load_recipe, parse, to_dict
+from larp.config import ConfigError, from_dict, load_recipe, parse, to_dict, run_script
 
 import pytest
 
@@ -197,3 +197,20 @@ def test_a_missing_required_key_is_named():
     sys.modules[__name__].Needy = Needy
     with pytest.raises(ConfigError, match=r"x\.json: 'data' is missing"):
         from_dict(Needy, {}, "x.json")
+
+
+def test_run_script_ends_a_mistake_with_one_message(capsys, tmp_path):
+    def mistaken():
+        raise ValueError("--data is wrong: give another")
+
+    for main, words in (
+        (mistaken, "x.py: --data is wrong"),
+        (lambda: (tmp_path / "absent" / "file").write_text(""), "absent/file"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run_script("x.py", main)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        run_script("x.py", lambda: {"stopped_at": 3})
+    assert stopped.value.code == 143
+    run_script("x.py", dict)

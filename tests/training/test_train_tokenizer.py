@@ -9,6 +9,7 @@ from pathlib import Path
 
 from larp.config import ConfigError, from_dict, load_recipe
 from larp.data.datasets import DataError
+from larp.engine.ranks import free_port
 from larp.tokenizer import LarpTokenizer
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig, main
 
@@ -106,6 +107,26 @@ def test_resume_equals_the_uninterrupted_run(recipe, tmp_path):
         assert torch.equal(left, right)
 
 
+def test_resuming_a_finished_run_loses_nothing(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    before = main(options)
+    shutil.rmtree(tmp_path / "run/model")
+    after = main([*options, "--resume"])
+    assert {name: after[name] for name in ("psnr", "prior_top1")} == {name: before[name] for name in ("psnr", "prior_top1")}
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+
+
+def test_resuming_says_what_changed_and_refuses_another_discriminator(recipe, tmp_path, capsys):
+    options = ["--recipe", str(recipe), "--out", str(tmp_path / "run")]
+    main([*options, "--steps", "3"])
+    main([*options, "--steps", "4", "--resume"])
+    assert "steps was 3, is 4" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"adversary\.hidden was 16, is 32"):
+        main([*options, "--steps", "6", "--resume", "--adversary.hidden", "32"])
+    main([*options[:-1], str(tmp_path / "new"), "--steps", "2", "--resume"])
+    assert "no whole checkpoint: starting at step 0" in capsys.readouterr().out
+
+
 def test_the_prior_is_one_option_away_from_off(recipe, tmp_path):
     out = tmp_path / "run"
     report = main(["--recipe", str(recipe), "--out", str(out), "--model.prior.no-enabled", "--steps", "3"])
@@ -124,15 +145,15 @@ def test_accumulation_gives_the_losses_of_one_batch(recipe, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("gan", ["0", "0.3"])
 def test_two_processes_train_to_the_losses_of_one(recipe, tmp_path, gan):
-    command = [Path(sys.executable).parent / "deepspeed", "--master_port", "29611"]
-    script = [ROOT / "training/train_tokenizer.py", "--recipe", recipe, "--loss.gan", gan]
+    command = [Path(sys.executable).parent / "deepspeed", "--master_port", str(free_port())]
+    script = [ROOT / "training/train_tokenizer.py", "--recipe", recipe, "--loss.gan", gan, "--steps", "30"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for processes in ("1", "2"):
         out = tmp_path / processes
         words = [str(w) for w in (*command, "--num_accelerators", processes, *script, "--out", out)]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-3)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["larp-l-long", *sorted(path.stem for path in RECIPES.glob("tokenizer-*.toml"))])
@@ -148,6 +169,7 @@ def test_real_clips_train(recipe, tmp_path, clips_root):
     assert report["skipped_videos"] > 0, "the corrupt file is skipped and counted"
     with pytest.raises(ValueError, match="--eval-data"):
         main([*options, "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists(), "a mistake leaves no run behind"
 
 
 @pytest.mark.parametrize(

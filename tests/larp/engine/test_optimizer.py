@@ -3,7 +3,7 @@
 import copy
 
 import pytest
-from larp.engine.optimizer import MuonAdamW, OptimizerConfig, build_optimizer
+from larp.engine.optimizer import Muon, MuonAdamW, OptimizerConfig, build_optimizer, orthogonalise
 from larp.generator import GeneratorConfig, LarpGenerator
 
 import torch
@@ -47,6 +47,26 @@ def test_muon_takes_the_matrices_of_the_blocks_and_follows_its_groups():
     before = [p.clone() for p in model.parameters()]
     update(model, optimizer)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_is_torchs_but_for_its_precision():
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (24, 8))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    pair = Muon(ours, lr=0.1, weight_decay=0.1), torch.optim.Muon(theirs, lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=5e-3)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 16, 48)))
+    assert 0.5 < values.min() and values.max() < 1.3
 
 
 def test_muon_resumes_exactly():
