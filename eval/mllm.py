@@ -19,9 +19,12 @@ from larp.data.clips import contact_sheet, pixels_to_clip
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
 from larp.engine.log import write_json
 from larp.metrics.blobs import read_blob, score
+from larp.metrics.protocols import versions
+from larp.metrics.weights import file_sha256
+from larp.sampling import check_sampling
 from larp_mllm.generation import Mllm
 from larp_mllm.home import find_model
-from larp_mllm.video import Video
+from larp_mllm.video import Video, check_writable
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,14 @@ class EvalMllmConfig:
     top_p: float = 1.0
     seed: int = 0
     out: Path | None = None
-    """Where the JSON goes, the contact sheet beside it; by default eval-mllm.json beside the model folder."""
+    """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json beside the model folder."""
 
     def __post_init__(self):
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
+        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        if self.out is not None and self.out.suffix.lower() == ".png":
+            raise ValueError(f"out is {self.out}, where the contact sheet goes: give the name of the .json")
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -55,6 +61,10 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def evaluate(config: EvalMllmConfig) -> dict:
     """Generate, read, score, write; returns the record."""
     folder = find_model(config.model)
+    out = config.out or folder.parent / "eval-mllm.json"
+    for path in (out, out.with_suffix(".png")):
+        check_writable(path)
+    told = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
     videos = Mllm.load(folder).generate(
@@ -71,7 +81,7 @@ def evaluate(config: EvalMllmConfig) -> dict:
     record = {
         **score(clips, expected),
         "seconds": round(seconds, 2),
-        "protocol": protocol(config, folder),
+        "protocol": told,
         "videos": [
             {
                 "prompt": prompt,
@@ -80,7 +90,6 @@ def evaluate(config: EvalMllmConfig) -> dict:
             for prompt, clip in zip(prompts, clips, strict=True)
         ],
     }
-    out = config.out or folder.parent / "eval-mllm.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, record)
     report(record, videos[:16], out)
@@ -88,7 +97,8 @@ def evaluate(config: EvalMllmConfig) -> dict:
 
 
 def protocol(config: EvalMllmConfig, folder: Path) -> dict:
-    """Everything that changes the score."""
+    """Everything that changes the score; the checkpoint by the SHA-256 of each of its files of weights."""
+    weights = sorted(folder.rglob("*.safetensors"))
     return {
         "name": config.protocol,
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
@@ -100,7 +110,8 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         "top_p": config.top_p,
         "seed": config.seed,
         "model": str(folder),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers")},
+        "checkpoint": {path.relative_to(folder).as_posix(): file_sha256(path) for path in weights},
+        "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},
     }
 
 

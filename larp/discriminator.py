@@ -6,11 +6,10 @@ Shapes: B batch, T frames, H, W pixels, P patches, D width.
 from dataclasses import dataclass
 
 from larp.hub import LarpModel
-from larp.layers import Stack, init_xavier
+from larp.layers import Stack, embed_patches, init_xavier
 from larp.positions import sincos_3d
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -55,9 +54,7 @@ class Discriminator(LarpModel):
 
     def forward(self, clip: Tensor) -> Tensor:
         """Map clips (B, 3, T, H, W) to logits (B, 1)."""
-        pt, ph, pw = self.config.patch_size
-        patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        x = nn.functional.linear(patches, self.x_embedder.weight.flatten(1), self.x_embedder.bias)
+        x = embed_patches(self.x_embedder, clip)
         x = x + self.positions[:, : x.shape[1]].to(x)
         # Full attention does not mind the order: the cls token goes last, where the stack keeps only what is asked for.
         x = self.encoder(torch.cat([x, self.cls_token.to(x).expand(len(x), -1, -1)], dim=1), last=1)

@@ -132,6 +132,14 @@ class Stack(nn.Module):
         return x
 
 
+def embed_patches(conv: nn.Conv3d, clip: Tensor) -> Tensor:
+    """Embed the patches of a clip (B, 3, T, H, W) by a convolution whose kernel is its stride: (B, P, D), t-major."""
+    pt, ph, pw = conv.kernel_size
+    patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+    # Kernel and stride are equal: the convolution is one matrix product.
+    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+
+
 def init_xavier(module: nn.Module) -> None:
     """Initialise every Linear and Conv3d below `module` as the reference does: xavier-uniform (a Conv3d as a matrix), biases 0."""
     for part in module.modules():

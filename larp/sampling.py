@@ -6,7 +6,9 @@ row index give the same clip whatever the batch size.
 Shapes: B rows, N codes, K codebook size, S new positions, H heads, P cache positions.
 """
 
-from typing import TYPE_CHECKING
+import math
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -92,15 +94,19 @@ def sample_logits(
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float = 1.0) -> None:
-    """Raise a ValueError that names the sampling option that is out of range."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest) or more")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be 0 (off) or more")
-    if not 0 < top_p <= 1:
+    """Raise a ValueError that names the sampling option that is out of range, not finite, or no number."""
+    if not (_is_finite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}; it must be a finite number: 0 (always the likeliest) or more")
+    if not isinstance(top_k, Integral) or top_k < 0:
+        raise ValueError(f"top_k is {top_k}; it must be a whole number: 0 (off) or more")
+    if not (_is_finite(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1], where 1 is off")
-    if not guidance >= 0:
-        raise ValueError(f"guidance is {guidance}; it must be 0 or more, where 1 is off")
+    if not (_is_finite(guidance) and guidance >= 0):
+        raise ValueError(f"guidance is {guidance}; it must be a finite number: 0 or more, where 1 is off")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from larp.hub import LarpModel
-from larp.layers import Stack, init_xavier
+from larp.layers import Stack, embed_patches, init_xavier
 from larp.noise import BatchNoise
 from larp.positions import sincos_1d, sincos_3d
 from larp.prior import ARPrior, PriorConfig, PriorResult
@@ -145,10 +145,7 @@ class LarpTokenizer(LarpModel):
 
     def project(self, clip: Tensor) -> Tensor:
         """Map a clip (B, 3, T', H, W) to latents (B, N, d) before normalisation; T' <= T, a multiple of the temporal patch."""
-        pt, ph, pw = self.patch
-        patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-        # Kernel and stride are equal: the convolution is one matrix product.
-        x = nn.functional.linear(patches, self.x_embedder.weight.flatten(1), self.x_embedder.bias)
+        x = embed_patches(self.x_embedder, clip)
         x = x + self.encoder_positions[:, : x.shape[1]].to(x)
         queries = self.queries.to(x).expand(len(x), -1, -1)
         return self.in_linear(self.encoder(torch.cat([x, queries], dim=1), last=self.num_tokens))

@@ -1,6 +1,7 @@
 """The `larp-mllm` command: videos from text, and text from videos."""
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"larp-mllm: {error}\n")
 
 
@@ -45,7 +46,11 @@ def _add_generate(commands) -> None:
     parser.set_defaults(run=_generate)
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')
     parser.add_argument(
-        "-o", "--out", type=Path, help=".mp4, .gif, or .png for a contact sheet (default: the prompt, .mp4)"
+        "-o",
+        "--out",
+        type=Path,
+        help=".mp4, .gif, or .png for a contact sheet; replaced if it exists (default: the prompt, .mp4; numbered "
+        "rather than replaced)",
     )
     parser.add_argument(
         "-n", "--num-videos", type=int, default=1, help="how many; they are numbered behind the name of OUT"
@@ -86,8 +91,16 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from larp_mllm.generation import generate
+    from larp_mllm.generation import check_count, generate
+    from larp_mllm.video import check_suffix, check_writable
 
+    check_count("num_videos", arguments.num_videos)
+    if arguments.scale is not None:
+        check_count("scale", arguments.scale)
+    if arguments.out is not None:
+        check_suffix(arguments.out)
+    for path in _targets(arguments):
+        check_writable(path)
     videos = generate(
         [arguments.prompt],
         arguments.num_videos,
@@ -99,13 +112,21 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
     )
-    out = arguments.out or Path(
-        f"{re.sub(r'[^a-z0-9]+', '-', arguments.prompt.lower())[:60].strip('-') or 'video'}.mp4"
-    )
     scale = max(1, 256 // videos[0].frames.shape[1]) if arguments.scale is None else arguments.scale
-    for number, video in enumerate(videos):
-        path = out if len(videos) == 1 else out.with_stem(f"{out.stem}-{number}")
+    # Asked for again: a file may have appeared in the meantime.
+    for video, path in zip(videos, _targets(arguments), strict=True):
         print(video.save(path, scale))
+
+
+def _targets(arguments: argparse.Namespace) -> list[Path]:
+    """One path for each video: OUT, numbered if there are several; without OUT the prompt, past what exists already."""
+    count, out = arguments.num_videos, arguments.out
+    if out is not None:
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+    stem = re.sub(r"[^a-z0-9]+", "-", arguments.prompt.lower())[:60].strip("-") or "video"
+    numbered = (Path(f"{stem}-{number}.mp4") for number in itertools.count())
+    names = itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered
+    return list(itertools.islice((path for path in names if not path.exists()), count))
 
 
 def _describe(arguments: argparse.Namespace) -> None:

@@ -3,9 +3,10 @@
 Shapes: B videos, R rows (2 B with guidance), S prompt length, N codes per video, K codebook size, H hidden width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 from larp.sampling import check_sampling, guide, row_uniforms, sample_logits
@@ -40,12 +41,13 @@ def generate(
     Returns a Video; a list of them, prompt by prompt, if `prompt` is a list or num_videos > 1. `options` are those of
     Mllm.generate: guidance_scale, temperature, top_k, top_p, seed, batch_size. model: a folder or a loaded Mllm; by
     default LARP_MLLM_MODEL, else the newest model trained here. Raises ValueError, which names these ways, if there is
-    none. Nothing is written or printed: save what is returned.
+    none, and before the model is loaded for a bad prompt, option or device. Nothing is written or printed: save what
+    is returned.
     """
-    mllm = _opened(model, device)
-    many = not isinstance(prompt, str) or num_videos != 1
-    videos = mllm.generate([prompt] if isinstance(prompt, str) else list(prompt), num_videos, **options)
-    return videos if many else videos[0]
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    check_request(prompts, num_videos, **options)
+    videos = _opened(model, device).generate(prompts, num_videos, **options)
+    return videos if prompts is prompt or num_videos != 1 else videos[0]
 
 
 def describe(
@@ -55,10 +57,12 @@ def describe(
     device: str | None = None,
     max_new_tokens: int = 48,
 ) -> str:
-    """The caption that the model gives to a video: a file, uint8 frames (T, H, W, 3), a clip (3, T, H, W), or a Video.
+    """The caption that the model gives to a video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip
+    (3, T, H, W) in [0, 1] of the size that the model was trained on; other arrays are a ValueError.
 
     Of a longer video the frames around its middle are read. Chooses the model as `generate` does.
     """
+    check_count("max_new_tokens", max_new_tokens)
     return _opened(model, device).describe([video], max_new_tokens)[0]
 
 
@@ -71,8 +75,12 @@ class Mllm:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None) -> "Mllm":
-        """Load a folder written by training; device: by default the GPU if there is one. ValueError if it is unfit."""
+        """Load a folder written by training (the run folder will do), see `find_model`; device: by default the GPU if
+        there is one. ValueError if folder or device are unfit.
+        """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
+        folder = find_model(folder)
         with _quiet():
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
             model = LarpMllmForCausalLM.from_pretrained(folder).to(device).eval()
@@ -100,11 +108,19 @@ class Mllm:
 
         guidance_scale: 1 is off, more follows the prompt more closely; temperature 0 takes the likeliest code; top_k
         and top_p cut the draw (0 and 1: off). The same seed and place in the list give the same video whatever
-        `batch_size`.
+        `batch_size`. ValueError for what `check_request` refuses.
         """
-        check_sampling(temperature, top_k, top_p, guidance_scale)
-        if num_videos < 1 or batch_size < 1:
-            raise ValueError(f"num_videos and batch_size must be at least 1, got {num_videos} and {batch_size}")
+        check_request(
+            prompts,
+            num_videos,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        seed = int(seed)  # numpy's integers overflow where Python's do not
         layout, processor, count = self.processor.layout, self.processor, self.processor.vocabulary.tokens_per_video
         texts = [text for text in prompts for _ in range(num_videos)]
         encoded = {text: layout.prompt(processor.encode_text(text.strip())) for text in prompts}
@@ -130,11 +146,20 @@ class Mllm:
         return videos
 
     def describe(self, videos: list, max_new_tokens: int = 48) -> list[str]:
-        """Captions of videos (files, uint8 frames, clips or Videos), the likeliest word at each step."""
-        layout = self.processor.layout
+        """Captions of videos (files, uint8 frames, clips or Videos), the likeliest word at each step.
+
+        max_new_tokens: at least 1, and what the base model has room for beside the video; else a ValueError.
+        """
+        check_count("max_new_tokens", max_new_tokens)
+        layout, positions = self.processor.layout, _positions(self.model)
+        room = positions - len(layout.question([0] * layout.vocabulary.tokens_per_video))
+        if max_new_tokens > room:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}; of the {positions} positions of the base model the video leaves "
+                f"{room}: give at most that"
+            )
         codes = self.processor.encode_videos([self._frames(video) for video in videos])
         ids = torch.tensor([layout.question(row) for row in codes], device=self.model.device)
-        check_length(ids.shape[1] + max_new_tokens, _positions(self.model), "describe: the video and max_new_tokens")
         rules = SpanRules(layout.vocabulary, video_allowed=False)
         with _sensible_threads(self.model, len(ids)):
             written = self.model.generate(
@@ -159,6 +184,59 @@ class Mllm:
         count, stride = self.processor.video_tokenizer.config.num_frames, self.model.config.frame_stride
         start = max(0, (len(frames) - (count - 1) * stride - 1) // 2)
         return frames[start::stride]
+
+
+def check_request(
+    prompts: Sequence[str],
+    num_videos: int = 1,
+    *,
+    guidance_scale: float = 2.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> None:
+    """ValueError that names what Mllm.generate cannot work with; needs no model, so nothing is loaded in vain."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError(f"a prompt must be a str, several a list of them, got {prompts!r}")
+    for prompt in prompts:
+        _check_prompt(prompt)
+    check_sampling(temperature, top_k, top_p, guidance_scale)
+    check_count("num_videos", num_videos)
+    check_count("batch_size", batch_size)
+    if not isinstance(seed, Integral):
+        raise ValueError(f"seed must be a whole number, got {seed!r}")
+
+
+def _check_prompt(prompt: str) -> None:
+    if not isinstance(prompt, str):
+        raise ValueError(f"a prompt must be a str, several a list of them, got {prompt!r}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt {prompt!r} holds half a character (a lone surrogate) at position {error.start}: remove it, or "
+            "decode the text in its own encoding"
+        ) from error
+
+
+def check_count(name: str, value: int) -> None:
+    """ValueError that names the option unless `value` is a whole number of at least 1."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_device(device: str | torch.device) -> None:
+    """ValueError unless torch can put a tensor on the device and read it back."""
+    try:
+        torch.zeros(1, device=device).tolist()
+    except Exception as error:  # a family of its own for each way in which a device can be absent
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"device {str(device)!r} cannot be used here: {reason}. Give cpu, cuda or cuda:N of a GPU that torch sees "
+            f"(it sees {torch.cuda.device_count()}), or leave it out"
+        ) from error
 
 
 @torch.no_grad()
@@ -236,6 +314,8 @@ def _positions(model: LarpMllmForCausalLM) -> int:
 def _opened(model: "str | Path | Mllm | None", device: str | None) -> Mllm:
     if isinstance(model, Mllm):
         return model
+    if device is not None:
+        check_device(device)
     folder = find_model(model).resolve()
     return _load_once(folder, (folder / "config.json").stat().st_mtime_ns, device)
 

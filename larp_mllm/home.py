@@ -6,6 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 POINTER = "newest.json"
+RUN_MODEL = "model"
+MODEL_TYPE = "larp_mllm"
 
 
 def home() -> Path:
@@ -25,23 +27,62 @@ def remember_newest(model: str | Path) -> Path:
 
 
 def find_model(model: str | Path | None = None) -> Path:
-    """The folder to load. Raises ValueError that names the three ways to choose one when there is none."""
+    """The folder to load: the model folder that was chosen, or the `model` of a run folder of train_mllm.py.
+
+    Raises ValueError that says what the chosen folder holds instead, or names the three ways to choose one.
+    """
     pointer = home() / POINTER
     if model is not None:
         chosen, by = Path(model), "model="
     elif os.environ.get("LARP_MLLM_MODEL"):
         chosen, by = Path(os.environ["LARP_MLLM_MODEL"]), "LARP_MLLM_MODEL="
     elif pointer.is_file():
-        chosen, by = Path(json.loads(pointer.read_text())["model"]), f"{pointer}: "
+        chosen, by = _read_pointer(pointer), f"{pointer}: "
     else:
         raise ValueError(f"no language model with video vocabulary was trained on this machine. {_ways()}")
-    if not (chosen / "config.json").is_file():
-        raise ValueError(f"{by}{chosen}: no model folder (config.json is missing). {_ways()}")
-    return chosen
+    for folder in (chosen, chosen / RUN_MODEL):
+        if _model_type(folder) == MODEL_TYPE:
+            return folder
+    raise ValueError(
+        f"{by}{chosen}: {_content(chosen)}. Needed is a folder whose config.json has the model_type {MODEL_TYPE}, such "
+        f"as OUT/{RUN_MODEL} of training/train_mllm.py. {_ways()}"
+    )
+
+
+def _read_pointer(pointer: Path) -> Path:
+    try:
+        return Path(json.loads(pointer.read_text())["model"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{pointer} is damaged ({type(error).__name__}: {error}): delete it. {_ways()}") from error
+
+
+def _model_type(folder: Path) -> str | None:
+    """The model_type in a folder's config.json; None without one. ValueError if the file is damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy the model folder again") from error
+    return config.get("model_type") if isinstance(config, dict) else None
+
+
+def _content(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no model folder (there is no such folder)"
+    if other := _model_type(folder):
+        return f"the folder holds a {other}"
+    if other := _model_type(folder / RUN_MODEL):
+        return f"the folder holds a run that trained a {other}"
+    if (folder / "state").is_dir():
+        return f"the folder holds a run that has not written {RUN_MODEL} yet (go on with it with --resume)"
+    missing = "has no model_type" if (folder / "config.json").is_file() else "is missing"
+    return f"no model folder (config.json {missing})"
 
 
 def _ways() -> str:
     return (
-        "Give one as model=FOLDER (--model on the command line), or in the environment variable LARP_MLLM_MODEL, or "
+        "Give a model as model=FOLDER (--model on the command line), or in the environment variable LARP_MLLM_MODEL, or "
         "train one with training/train_mllm.py, which is then found by itself; `make quickstart` trains a small one"
     )

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from larp_mllm.adapter import TokenAdapter
+from larp_mllm.home import MODEL_TYPE
 from larp_mllm.vocabulary import Vocabulary
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
@@ -27,7 +29,7 @@ class LarpMllmConfig(PreTrainedConfig):
     tokenizer whose codes the model speaks, `fps` and `frame_stride` describe the clips it was trained on.
     """
 
-    model_type = "larp_mllm"
+    model_type = MODEL_TYPE
     sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="qwen2")}
 
     text_config: Any = None
@@ -123,8 +125,17 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load strictly: a missing, unknown or misshapen tensor is a ValueError, not a silent random weight."""
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        """Load strictly: a missing, unknown or misshapen tensor is a ValueError, not a silent random weight.
+
+        So is a file of weights that is truncated or absent; the message names it.
+        """
+        try:
+            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}/model.safetensors cannot be read ({error}); it may be missing or truncated: copy the model "
+                "folder again, or write it again with training/train_mllm.py --resume"
+            ) from error
         wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
         if wrong:
             raise ValueError(

@@ -62,18 +62,28 @@ class LarpMllmProcessor:
         return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
 
     def encode_videos(self, videos: list[np.ndarray | Tensor]) -> list[list[int]]:
-        """Videos -> their codes. Each: uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1]."""
+        """Videos -> their codes. Each: uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1].
+
+        Arrays and tensors alike; frames are resized and of a longer video the middle is read, a clip is taken as it is.
+        ValueError for other shapes, dtypes or ranges, and for clips of different shapes in one call.
+        """
         config = self.video_tokenizer.config
         clips = [self._clip(video, config) for video in videos]
+        if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
+            raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
         return self.video_tokenizer.encode(torch.stack(clips).to(device)).tolist() if clips else []
 
     def _clip(self, video: np.ndarray | Tensor, config: Any) -> Tensor:
         from larp.data.clips import frames_to_clip
 
-        if isinstance(video, Tensor) and video.is_floating_point():
-            return video
-        frames = np.asarray(video)
+        pixels = video.detach().cpu() if isinstance(video, Tensor) else torch.from_numpy(_array(video))
+        if pixels.is_floating_point() and pixels.ndim == 4 and pixels.shape[0] == 3:
+            self.video_tokenizer.check_clip(pixels[None])
+            return pixels.float()
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+            raise ValueError(_not_a_video(f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"))
+        frames = pixels.numpy()
         if len(frames) < config.num_frames:
             raise ValueError(
                 f"the video has {len(frames)} frames, the video tokenizer reads {config.num_frames}: give a longer one"
@@ -123,7 +133,14 @@ class LarpMllmProcessor:
         from transformers import AutoTokenizer
 
         config = LarpMllmConfig.from_pretrained(folder)
-        text_tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            text_tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:  # transformers and tokenizers raise families of their own
+            state = "is damaged" if (Path(folder) / "tokenizer.json").is_file() else "is missing"
+            raise ValueError(
+                f"{folder}: the text tokenizer cannot be loaded, tokenizer.json {state}: copy the model folder again, "
+                f"or take the file from the base model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+            ) from error
         video_tokenizer = LarpTokenizer.from_pretrained(Path(folder) / VIDEO_TOKENIZER, device=device)
         check_tokenizers(config, text_tokenizer, video_tokenizer, str(folder))
         return cls(text_tokenizer, video_tokenizer, config.vocabulary)
@@ -143,6 +160,24 @@ def check_tokenizers(config, text_tokenizer, video_tokenizer: LarpTokenizer, whe
             f"{where}: the video tokenizer has weight hash {found[:12]}, the model was trained with "
             f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Restore that one"
         )
+
+
+def _array(video: Any) -> np.ndarray:
+    try:
+        array = np.asarray(video)
+        known = array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)
+    except ValueError as error:  # frames of different sizes
+        raise ValueError(_not_a_video(str(error))) from error
+    if not known:
+        raise ValueError(_not_a_video(f"{array.dtype} {array.shape}" if array.ndim else repr(video)))
+    return np.require(array, requirements=("C", "W"))  # as torch shares it
+
+
+def _not_a_video(found: str) -> str:
+    return (
+        "a video must be uint8 frames (T, H, W, 3) of 0..255, or a float clip (3, T, H, W) in [0, 1], "
+        f"got {found}: convert it"
+    )
 
 
 def _pattern_of_added_tokens(text_tokenizer) -> re.Pattern | None:

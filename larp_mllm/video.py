@@ -1,9 +1,17 @@
-"""Video: what generate returns."""
+"""Video: what generate returns, and whether it could be written to a file."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+
+# What libx264 fits into, a GIF, and a contact sheet.
+SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"),
+    *(".gif", ".png"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,11 +27,12 @@ class Video:
         """Write the video by its suffix: .mp4 (or another container), .gif, or .png for a contact sheet of its frames.
 
         `scale` repeats each pixel that many times along both sides, so that tiny videos can be seen. Returns the path.
-        Raises larp.data.video.VideoError if no encoder is at hand.
+        Raises ValueError for another suffix, larp.data.video.VideoError if no encoder is at hand.
         """
         if scale < 1:
             raise ValueError(f"scale must be at least 1, got {scale}")
         path = Path(path)
+        check_suffix(path)
         frames = self.frames.repeat(scale, axis=1).repeat(scale, axis=2)
         if path.suffix.lower() == ".png":
             from larp.data.clips import contact_sheet
@@ -40,3 +49,31 @@ class Video:
         about = f" of {self.prompt!r}" if self.prompt else ""
         size = f"{count} frames of {width}x{height} at {self.fps:g} fps"
         return f"<Video{about}: {size}; .save('x.mp4' | 'x.gif' | 'x.png') writes it>"
+
+
+def check_suffix(path: Path) -> None:
+    """ValueError unless `Video.save` can write a file with the suffix of `path`."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{path}: no video can be written with the suffix {path.suffix!r}; choose one of {', '.join(SUFFIXES)}"
+        )
+
+
+def check_writable(path: Path) -> None:
+    """ValueError unless a file can be written to `path`, missing folders made; nothing stays behind from the check.
+
+    An existing file counts as writable: it is replaced. For use before long work whose result goes there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file, such as {path / 'NAME'}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written: {folder} is a file, not a folder: choose another place")
+    try:
+        # Tried, not asked: of /proc or a read-only disk the permissions tell another story.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {folder} takes no files ({error.strerror}): choose another place"
+        ) from error

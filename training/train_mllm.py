@@ -6,12 +6,14 @@
 Needs a token cache (training/extract_tokens.py); leaves OUT/model for larp_mllm.generate, OUT/samples, OUT/report.json.
 """
 
+import hashlib
+import json
 import math
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -145,8 +147,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     # Counted before the engine may shard them.
     trained = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
     engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, ranks)
-    model_key = {name: getattr(config, name) for name in ("base", "train", "adapter")}
-    model_key["vocabulary"] = mllm.model.vocabulary.size
+    model_key = model_identity(config, mllm)
     state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume)
     if state is not None:
         load_state({"model": engine}, state, model_key)
@@ -193,6 +194,21 @@ def build(config: TrainMllmConfig, cache: TokenCache, tokenizer: LarpTokenizer, 
     return Mllm(model.to(ranks.device), LarpMllmProcessor(text_tokenizer, tokenizer.to(ranks.device), model.vocabulary))
 
 
+def model_identity(config: TrainMllmConfig, mllm: Mllm) -> dict:
+    """What a checkpoint must agree in to be resumed: everything that decides the shapes or the meaning of the ids."""
+    words = sorted(mllm.processor.text_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return {
+        "base": config.base,
+        "train": config.train,
+        "adapter": config.adapter,
+        "vocabulary": mllm.model.vocabulary.size,
+        "video_tokenizer": mllm.model.config.video_tokenizer_hash[:16],
+        "text_tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16],
+        **({"tiny": asdict(config.tiny)} if is_tiny(config.base) else {}),
+        **({"lora_rank": config.lora_rank} if config.train == "lora" else {}),
+    }
+
+
 def dataset(cache: TokenCache, mllm: Mllm) -> CaptionedVideos:
     """The cache as sequences for this model."""
     positions = mllm.model.config.text_config.max_position_embeddings
@@ -202,7 +218,11 @@ def dataset(cache: TokenCache, mllm: Mllm) -> CaptionedVideos:
 def loop(
     config: TrainMllmConfig, engine: Engine, data: CaptionedVideos, ranks: Ranks, log: RunLog, model_key: dict
 ) -> bool:
-    """Train to the last step; True if asked to stop before it. The position in the data is the step alone."""
+    """Train to the last step, which is always saved; True if asked to stop before it.
+
+    The position in the data is the step alone. Asked to stop at the last step, the run goes on to its end: what is
+    left takes little, and killed in it, `--resume` repeats that and trains nothing.
+    """
     tally = torch.zeros(len(TALLY), dtype=torch.float64)
     engine.module.train()
     while engine.step_count < config.steps:
@@ -213,7 +233,7 @@ def loop(
             log.metrics(step, {**rates(reduce_sum(tally)), "lr": engine.lr, "grad_norm": engine.grad_norm or 0.0})
             tally.zero_()
         stop = step % config.log_every == 0 and stop_requested()
-        if stop or step % config.save_every == 0:
+        if stop or step % config.save_every == 0 or step == config.steps:
             save_state({"model": engine}, config.out, step, {"step": step}, model=model_key)
         if stop and step < config.steps:
             return True

@@ -152,6 +152,24 @@ def test_mistakes_end_in_one_line(world, gfvd, tmp_path, extra, message):
         gfvd.main([*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), *extra])
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("g.png", "is the name of a picture"),
+        ("g.MP4", "is the name of a picture"),
+        ("", "is a folder: give the name of a file"),
+        ("file/g.json", "cannot be written (Not a directory): choose another"),
+    ],
+)
+@pytest.mark.parametrize("which", ["ucf_rfvd", "ucf_gfvd"])
+def test_a_bad_out_is_refused_before_anything_is_loaded(tmp_path, which, name, message):
+    (tmp_path / "file").write_text("mine")
+    arguments = ["--tokenizer", "nowhere", "--data", "nowhere"]
+    with pytest.raises(ValueError, match=re.escape(f"--out {tmp_path / name} {message}")):
+        script(which).main([*arguments, "--out", str(tmp_path / name)])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_too_many_clips_for_one_of_each_video(world, rfvd, tmp_path):
     with pytest.raises(ValueError, match="num_clips=20"):
         rfvd.main([*common(world, tmp_path / "r.json"), "--num-clips", "20"])

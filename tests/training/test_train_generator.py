@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 from larp.config import from_dict, load_recipe
@@ -45,6 +46,14 @@ def home(tmp_path_factory) -> Path:
     return folder
 
 
+def four_videos(home: Path, folder: Path) -> Path:
+    """A folder of four of the built-in videos."""
+    (folder / "four").mkdir()
+    for path in sorted((home / "data").rglob("*.mp4"))[:4]:
+        (folder / "four" / path.name).symlink_to(path)
+    return folder / "four"
+
+
 def tiny_run(home: Path, out: Path, **changes) -> TrainGeneratorConfig:
     settings = dict(
         tokens=home / "train-0", eval_tokens=home / "test-0", out=out, steps=6, batch_size=8, eval_every=3, log_every=1
@@ -57,10 +66,11 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_class_run_ends_with_a_model_a_report_and_samples(home, tmp_path):
+def test_class_run_ends_with_a_model_a_report_and_samples(home, tmp_path, capsys):
     report = train(tiny_run(home, tmp_path, sampling=SamplingConfig(clips=2, guidance=2.0)))
     assert report["bits_per_token"] < report["uniform_bits_per_token"] == 5
     assert report == json.loads((tmp_path / "report.json").read_text())
+    assert f"top-1 {report['top1']:.3f}, top-5 {report['top5']:.3f}" in capsys.readouterr().out
     assert report["bits_per_clip"] == pytest.approx(6 * report["bits_per_token"]) and report["top1"] <= report["top5"]
     model = LarpGenerator.from_pretrained(tmp_path / "model")
     assert model.config.class_names[:2] == ("red circle", "red square")
@@ -82,6 +92,25 @@ def test_a_resumed_run_takes_the_same_steps(home, tmp_path):
         train(half)
     train(dataclasses.replace(half, resume=True))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "parts")) == 6
+
+
+def test_resuming_refuses_other_data_but_not_another_learning_rate(home, tmp_path, capsys):
+    half = tiny_run(home, tmp_path, steps=3)
+    train(half)
+    half = dataclasses.replace(half, resume=True, steps=4)
+    seen = losses(tmp_path)
+    changes = {
+        "tokens.condition_frames was 0, is 5": dict(tokens=home / "train-5", eval_tokens=home / "test-5"),
+        "eval_tokens.split was test, is train": dict(eval_tokens=None),
+        "seed was 0, is 1": dict(seed=1),
+        "batch_size was 8, is 4": dict(batch_size=4),
+    }
+    for words, change in changes.items():
+        with pytest.raises(ValueError, match=words):
+            train(dataclasses.replace(half, **change))
+    assert losses(tmp_path) == seen
+    train(dataclasses.replace(half, optimizer=OptimizerConfig("adamw", lr=1e-3, warmup=1)))
+    assert "optimizer.lr was 0.01, is 0.001" in capsys.readouterr().out and len(losses(tmp_path)) == 4
 
 
 def test_accumulation_changes_nothing_but_memory(home, tmp_path):
@@ -124,10 +153,16 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     assert "condition_frames is 5, expected 0" in message("--tokens", tokens, "--eval-tokens", str(home / "test-5"))
     assert "unknown generator size 'huge'" in message("--tokens", tokens, "--size", "huge")
     assert not (tmp_path / "run" / "config.json").exists(), "a mistake leaves no run behind"
+    small = tmp_path / "small"
+    extract(ExtractTokensConfig(str(home / "tok"), f"folder:{four_videos(home, tmp_path)}", "all", small))
+    assert re.search(f"{small} holds 4 videos.*--eval-tokens DIR", message("--tokens", str(small)))
     with pytest.raises(ValueError, match="zero_stage 3"):
         tiny_run(home, tmp_path, engine=EngineConfig(zero_stage=3))
     with pytest.raises(ValueError, match="no such folder"):
         extract_main(["--tokenizer", str(tmp_path / "absent")])
+    data = ["--data", f"folder:{tmp_path / 'four'}", "--split", "all"]
+    with pytest.raises(ValueError, match="no token cache can be written to .*config.json"):
+        extract_main(["--tokenizer", str(home / "tok"), *data, "--out", str(home / "tok" / "config.json")])
 
 
 def test_data_without_classes_says_which_data_have_them(home, tmp_path):

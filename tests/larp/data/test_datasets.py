@@ -119,6 +119,25 @@ def test_manifests(tmp_path):
     )
 
 
+def test_text_of_manifests_may_hold_unicode_line_separators(tmp_path):
+    touch(tmp_path / "a.mp4"), touch(tmp_path / "b.mp4")
+    caption = "one\u2028two\u0085three\x1cfour"
+    (tmp_path / "m.csv").write_text(f'path,caption\r\na.mp4,{caption}\r\nb.mp4,"two\nlines"\r\n', "utf-8-sig")
+    assert [item.caption for item in open_videos(f"csv:{tmp_path / 'm.csv'}", "all").items] == [caption, "two\nlines"]
+    caption = "one\u2028two\u0085three"
+    row = json.dumps({"path": "a.mp4", "caption": caption}, ensure_ascii=False)
+    (tmp_path / "m.jsonl").write_text(row + "\r\n\n" + row.replace("a.mp4", "b.mp4"), encoding="utf-8-sig")
+    assert [item.caption for item in open_videos(f"jsonl:{tmp_path / 'm.jsonl'}", "all").items] == [caption] * 2
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_a_manifest_in_another_encoding_is_named(tmp_path, name):
+    texts = {"m.csv": "path,caption\na.mp4,caf\u00e9\n", "m.jsonl": '{"path": "a.mp4", "caption": "caf\u00e9"}\n'}
+    (tmp_path / name).write_text(texts[name], encoding="latin-1")
+    with pytest.raises(DataError, match=rf"{tmp_path / name}: not UTF-8 text .*save it as UTF-8"):
+        open_videos(str(tmp_path / name), "all")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -133,6 +152,10 @@ def test_manifests(tmp_path):
         ("m.jsonl", "", "the manifest lists no video"),
         ("m.csv", "file,label\na.mp4,1\n", "line 1: the header must name a column path"),
         ("m.csv", "path,label\na.mp4,1\n,2\n", "line 3: no path"),
+        ("m.csv", 'path,caption\na.mp4,one\nb.mp4,"' + "x" * 140_000, "m.csv, line 3: broken CSV: field larger.*quote"),
+        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4", "caption": ["c"]}', r'line 2: caption must be text.*\["c"\]'),
+        ("m.jsonl", '{"path": "a.mp4", "label": {"a": 1}}', "m.jsonl, line 1: label must be text or a number"),
+        ("m.jsonl", '{"path": ["a.mp4"]}', "m.jsonl, line 1: path must be text or a number"),
     ],
 )
 def test_broken_manifests_name_the_line(tmp_path, name, text, message):

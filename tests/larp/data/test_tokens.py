@@ -1,6 +1,10 @@
 """The token cache and the extraction that fills it, on small rendered videos and a tiny tokenizer."""
 
 import json
+import os
+import shutil
+import threading
+from dataclasses import replace
 
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
@@ -113,10 +117,62 @@ def test_a_cache_of_something_else_is_refused(tokenizer, videos, tmp_path):
         TokenCache.open(tmp_path)
 
 
-def test_nothing_readable_is_an_error_that_says_why(tokenizer, videos, tmp_path):
-    broken = VideoSet(videos.items[-1:], (), "test:")
-    with pytest.raises(TokenCacheError, match=r"not one video could be encoded.*broken"):
-        extract_tokens(tokenizer, broken, "train", tmp_path)
+def test_a_replaced_video_makes_another_cache(tokenizer, videos, tmp_path):
+    path = tmp_path / "v.mp4"
+    shutil.copy(videos.items[0].path, path)
+    one = VideoSet((replace(videos.items[0], path=path),), videos.classes, "test:")
+    old = extract_tokens(tokenizer, one, "train", tmp_path / "cache")
+    assert torch.equal(extract_tokens(tokenizer, one, "train", tmp_path / "cache").codes, old.codes)
+    times = path.stat()
+    shutil.copy(videos.items[1].path, path)
+    with pytest.raises(TokenCacheError, match=r"videos is '1 videos .*choose another --out, or delete.*replaced"):
+        extract_tokens(tokenizer, one, "train", tmp_path / "cache")
+    assert not torch.equal(extract_tokens(tokenizer, one, "train", tmp_path / "new").codes, old.codes)
+    shutil.copy(videos.items[0].path, path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 1))
+    with pytest.raises(TokenCacheError, match="replaced or touched"):
+        extract_tokens(tokenizer, one, "train", tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(TokenCacheError, match="replaced or touched"):
+        extract_tokens(tokenizer, one, "train", tmp_path / "cache")
+
+
+def test_nothing_readable_says_why_and_mended_videos_are_tried_again(tokenizer, videos, tmp_path):
+    path, folder = tmp_path / "broken.mp4", tmp_path / "cache"
+    shutil.copy(videos.items[-1].path, path)
+    broken = VideoSet((replace(videos.items[-1], path=path),), (), "test:")
+    for _ in range(2):
+        with pytest.raises(TokenCacheError, match=rf"not one video could be encoded.*broken.*left in {folder}: mend"):
+            extract_tokens(tokenizer, broken, "train", folder)
+        assert not list(folder.iterdir())
+    shutil.copy(videos.items[0].path, path)
+    assert extract_tokens(tokenizer, broken, "train", folder).names == ("broken",)
+
+
+def test_every_rank_learns_that_nothing_was_readable(tokenizer, videos, tmp_path):
+    broken = VideoSet(tuple(replace(videos.items[-1], name=f"b{k}") for k in range(16)), (), "test:")
+    ranks, errors = threading.Barrier(2), []
+
+    def work(rank: int) -> None:
+        try:
+            extract_tokens(tokenizer, broken, "train", tmp_path, rank=rank, world_size=2, barrier=ranks.wait)
+        except TokenCacheError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert len(errors) == 2 and errors[0] == errors[1] and "not one video" in errors[0]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tokenizer, videos, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(TokenCacheError, match=rf"no token cache can be written to {folder} .*choose another --out"):
+            extract_tokens(tokenizer, videos, "train", folder)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +189,9 @@ def test_hold_out_keeps_videos_whole(tokenizer, videos, tmp_path):
     train, held = cache.hold_out(every=3)
     assert len(train) + len(held) == len(cache) and set(held.names) == {"v2", "v5", "v8"}
     assert not set(train.names) & set(held.names) and train.codes.shape[0] == len(train.captions) == len(train.labels)
-    with pytest.raises(TokenCacheError, match="too small to hold out one in 50"):
+    with pytest.raises(
+        TokenCacheError, match=rf"{tmp_path} holds 10 videos, too few .* one in 50: .*--eval-tokens DIR"
+    ):
         cache.hold_out(50)
 
 
