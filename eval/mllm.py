@@ -32,7 +32,7 @@ class EvalMllmConfig:
     """Score videos that a language model generates for prompts it was not trained on."""
 
     model: Path | None = None
-    """Folder of the model; by default LARP_MLLM_MODEL, else the newest one trained here."""
+    """Folder of the model, or of the run that trained it; by default LARP_MLLM_MODEL, else the newest one trained here."""
     protocol: Literal["shapes"] = "shapes"
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
@@ -62,8 +62,8 @@ def evaluate(config: EvalMllmConfig) -> dict:
     """Generate, read, score, write; returns the record."""
     folder = find_model(config.model)
     out = config.out or folder.parent / "eval-mllm.json"
-    for path in (out, out.with_suffix(".png")):
-        check_writable(path)
+    check_writable(out)
+    check_writable(out.with_suffix(".png"))
     told = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)

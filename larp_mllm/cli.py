@@ -79,7 +79,9 @@ def _add_describe(commands) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="folder of a trained model (default: see larp-mllm --help)")
+    parser.add_argument(
+        "--model", type=Path, help="folder of a trained model or of its run (default: see larp-mllm --help)"
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
 
 

@@ -141,7 +141,7 @@ class LarpMllmProcessor:
                 f"{folder}: the text tokenizer cannot be loaded, tokenizer.json {state}: copy the model folder again, "
                 f"or take the file from the base model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
             ) from error
-        video_tokenizer = LarpTokenizer.from_pretrained(Path(folder) / VIDEO_TOKENIZER, device=device)
+        video_tokenizer = LarpTokenizer.from_pretrained((Path(folder) / VIDEO_TOKENIZER).resolve(), device=device)
         check_tokenizers(config, text_tokenizer, video_tokenizer, str(folder))
         return cls(text_tokenizer, video_tokenizer, config.vocabulary)
 

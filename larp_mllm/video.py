@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-
 # What libx264 fits into, a GIF, and a contact sheet.
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"),

@@ -235,7 +235,8 @@ def _read_csv(path: str, split: Split, spec: str) -> VideoSet:
             )
         numbered = [(rows.line_num, row) for row in rows]
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num}: broken CSV: {error}; is a quote left open?") from None
+        where = f"{path}, line {rows.reader.line_num}"
+        raise DataError(f"{where}: broken CSV: {error}; is a quote left open there or above?") from None
     return _manifest(numbered, path, split, spec)
 
 

@@ -281,9 +281,7 @@ def begin_cache(folder: Path, key: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / KEY, key)
     except OSError as error:
-        raise TokenCacheError(
-            f"no token cache can be written to {folder} ({error.strerror or error}): choose another --out"
-        ) from error
+        raise TokenCacheError(f"no token cache can be written to {folder} ({error}): choose another --out") from error
 
 
 def nothing_encoded(folder: Path, shards: int) -> list[list[str]]:

@@ -215,7 +215,7 @@ def check_record_path(out: Path) -> None:
         # Permissions alone do not tell: file systems are mounted read-only, or full
         tempfile.TemporaryFile(dir=out.parent).close()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror or error}): choose another") from error
+        raise ValueError(f"--out {out} cannot be written ({error}): choose another") from error
 
 
 def versions() -> dict[str, str]:

@@ -118,7 +118,14 @@ def test_guide_mixes_the_two_halves():
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": float("nan")}, "top_p is nan"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"temperature": "1"}, "temperature is 1; it must be a finite number"),
         ({"guidance": -0.5}, "guidance is -0.5"),
+        ({"guidance": float("inf")}, "guidance is inf; it must be a finite number"),
+        ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
+        ({"guidance": None}, "guidance is None"),
     ],
 )
 def test_bad_options(options, words):

@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import larp_mllm
+from larp.data.video import probe
 from larp_mllm.generation import SpanRules, draw_codes
 from larp_mllm.home import find_model, remember_newest
+from larp_mllm.video import SUFFIXES
 
 import numpy as np
 import pytest
@@ -117,10 +119,65 @@ def test_options_change_the_result(qwen):
     assert first.codes == base and second.codes != base
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_p": 0}, {"num_videos": 0}, {"batch_size": 0}])
-def test_bad_options_are_named(qwen, wrong):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
+BAD_OPTIONS = [
+    {"temperature": -1},
+    {"temperature": float("nan")},
+    {"top_p": 0},
+    {"top_p": float("nan")},
+    {"guidance_scale": float("inf")},
+    {"guidance_scale": float("nan")},
+    {"num_videos": 0},
+    {"num_videos": 1.5},
+    {"batch_size": 0},
+    {"seed": 1.5},
+    {"seed": None},
+]
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Fail the test if a model is looked for."""
+    monkeypatch.setattr(larp_mllm.generation, "find_model", lambda *_: pytest.fail("a model was looked for"))
+
+
+@pytest.mark.parametrize("wrong", BAD_OPTIONS)
+def test_bad_options_are_named_before_a_model_is_loaded(qwen, wrong, nothing_loads):
+    name = next(iter(wrong)).removesuffix("_scale")
+    with pytest.raises(ValueError, match=name):
         qwen.generate(["surfing"], **wrong)
+    with pytest.raises(ValueError, match=name):
+        larp_mllm.generate("surfing", **wrong)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["surfing", None], b"surfing"])
+def test_a_prompt_that_is_no_text_is_refused(prompt, nothing_loads):
+    with pytest.raises(ValueError, match="must be a str, several a list of them, got"):
+        larp_mllm.generate(prompt)
+
+
+def test_half_a_character_in_a_prompt_is_refused(nothing_loads):
+    with pytest.raises(ValueError, match=r"'surf\\ud83c'.*position 4: remove it"):
+        larp_mllm.generate("surf\ud83c")
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])
+def test_an_absent_device_is_named_before_a_model_is_loaded(device, nothing_loads):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here.*Give cpu"):
+        larp_mllm.generate("surfing", device=device)
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here.*Give cpu"):
+        larp_mllm.describe("clip.mp4", device=device)
+
+
+def test_seeds_of_numpy_are_seeds(qwen):
+    assert qwen.generate(["surfing"], seed=np.int64(2**40))[0].codes == qwen.generate(["surfing"], seed=2**40)[0].codes
+
+
+def test_captions_longer_than_the_base_are_refused_by_name(qwen):
+    frames = np.zeros((4, 16, 16, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"max_new_tokens is 2000; of the 1024 positions .* leaves 1018"):
+        qwen.describe([frames], max_new_tokens=2000)
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 1, got 0"):
+        larp_mllm.describe(frames, max_new_tokens=0)
 
 
 def test_a_prompt_too_long_for_the_base(qwen):
@@ -155,15 +212,22 @@ def test_describe_writes_text_only(mllm):
     assert together[0] == mllm.describe([frames], max_new_tokens=6)[0]
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_videos_are_saved_by_their_suffix(qwen, tmp_path, suffix):
     path = qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}", scale=2)
     assert path.stat().st_size > 100
-    if suffix == ".mp4":
-        from larp.data.video import probe
-
+    if suffix not in (".png", ".gif"):  # a GIF merges equal frames, which random weights make
         info = probe(path)
-        assert (info.width, info.height, info.frames, info.fps) == (32, 32, 4, 8.0)
+        assert (info.width, info.height, info.frames) == (32, 32, 4)
+    if suffix == ".mp4":
+        assert info.fps == 8.0
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".jpg", ".xyz", ""])
+def test_other_suffixes_are_refused(qwen, tmp_path, suffix):
+    with pytest.raises(ValueError, match=r"choose one of \.mp4"):
+        qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}")
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_the_package_is_light():

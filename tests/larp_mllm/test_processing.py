@@ -52,6 +52,44 @@ def test_frames_of_another_size_are_resized_and_short_videos_refused(qwen):
         qwen.processor.encode_videos([frames[:3]])
 
 
+def test_arrays_and_tensors_say_the_same(qwen):
+    encode = qwen.processor.encode_videos
+    clip = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert encode([clip.numpy()]) == encode([clip.numpy().astype(np.float64)]) == encode([clip])
+    frames = clip_to_frames(clip)
+    frames.flags.writeable = False
+    assert encode([torch.tensor(frames)]) == encode([list(frames)]) == encode([frames])
+
+
+FRAMES = np.zeros((4, 16, 16, 3))
+
+
+@pytest.mark.parametrize(
+    "wrong, found",
+    [
+        (FRAMES.astype(np.float32), r"float32 \(4, 16, 16, 3\)"),
+        (FRAMES.astype(np.int64), r"int64 \(4, 16, 16, 3\)"),
+        (torch.zeros(4, 16, 16, 3, dtype=torch.int32), r"int32 \(4, 16, 16, 3\)"),
+        (FRAMES[..., 0].astype(np.uint8), r"uint8 \(4, 16, 16\)"),
+        (FRAMES[:0].astype(np.uint8), r"uint8 \(0, 16, 16, 3\)"),
+        (None, "got None"),
+        (3, "got 3"),
+    ],
+)
+def test_what_is_neither_frames_nor_a_clip_is_refused(qwen, wrong, found):
+    with pytest.raises(ValueError, match=rf"uint8 frames \(T, H, W, 3\).*float clip \(3, T, H, W\).*{found}"):
+        qwen.describe([wrong])
+
+
+def test_clips_of_another_range_size_or_mixture_are_refused(qwen):
+    clip = np.full((3, 4, 16, 16), 0.5, np.float32)
+    for wrong, words in ((clip * 255, r"in \[0, 1\]"), (clip * np.nan, "nan"), (clip[..., :8], r"16, 16\), got shape")):
+        with pytest.raises(ValueError, match=words):
+            qwen.describe([wrong])
+    with pytest.raises(ValueError, match="one shape"):
+        qwen.processor.encode_videos([clip, clip[:, :2]])
+
+
 def test_more_videos_than_placeholders(qwen):
     with pytest.raises(ValueError, match="0 <video> placeholders but 1 videos"):
         qwen.processor("no placeholder", [torch.rand(3, 4, 16, 16)])

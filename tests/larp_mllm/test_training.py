@@ -75,6 +75,55 @@ def test_resume_equals_the_uninterrupted_run(cache, tmp_path, monkeypatch):
         train(cache, tmp_path / "cut", "--steps", "10")
 
 
+def test_another_model_is_not_resumed_and_the_difference_is_named(cache, tmp_path):
+    train(cache, tmp_path / "run", "--steps", "3")
+    before = weights(tmp_path / "run")
+    other = tiny_cache(tmp_path, seed=7)
+    for tokens, options, words in (
+        (other, (), "video_tokenizer was .{16}, is .{16}"),
+        (cache, ("--tiny.layers", "2"), "tiny.layers was 1, is 2"),
+        (tiny_cache(tmp_path / "a", captions=["zebras"]), (), "text_tokenizer was .{16}, is .{16}"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint of another model: .*{words}"):
+            train(tokens, tmp_path / "run", "--steps", "4", "--resume", *options)
+    after = weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_lora_of_another_rank_is_not_resumed(qwen, cache, tmp_path):
+    base = tmp_path / "base"
+    qwen.model.base.save_pretrained(base)
+    qwen.processor.text_tokenizer.save_pretrained(base)
+    options = ("--base", str(base), "--train", "lora", "--steps", "3")
+    train(cache, tmp_path / "run", *options, "--lora-rank", "2")
+    with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
+        train(cache, tmp_path / "run", *options, "--lora-rank", "4", "--resume")
+    # The size of tiny bases means nothing here.
+    train(cache, tmp_path / "run", *options, "--lora-rank", "2", "--tiny.layers", "3", "--resume")
+
+
+@pytest.mark.parametrize("log_every", ["3", "10"])
+def test_killed_after_the_last_step_a_run_repeats_nothing(cache, tmp_path, monkeypatch, log_every):
+    options = ("--steps", "3", "--save-every", "2", "--log-every", log_every)
+    train(cache, tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_mllm, "evaluate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(cache, tmp_path / "cut", *options)
+    monkeypatch.setattr(train_mllm, "train_step", lambda *_: pytest.fail("trained again"))
+    for _ in range(2):  # a run that ended in full is no different
+        assert train(cache, tmp_path / "cut", *options, "--resume")["steps"] == 3
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert lines(tmp_path / "cut")[-1]["step"] == 3
+
+
+def test_asked_to_stop_at_the_last_step_a_run_ends_in_full(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_mllm, "stop_requested", lambda: True)
+    assert train(cache, tmp_path / "run", "--steps", "5")["steps"] == 5
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_zero_stages_train_to_the_same_losses(cache, tmp_path, stage):
     train(cache, tmp_path / "0", "--steps", "5")

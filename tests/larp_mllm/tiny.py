@@ -1,5 +1,6 @@
 """Makers of tiny random models, for the tests of the plugin."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from larp.data import tokens
@@ -46,12 +47,22 @@ def tiny_mllm(base: str = "tiny-qwen2", adapter: str = "codebook") -> Mllm:
     return Mllm(model, LarpMllmProcessor(text_tokenizer, video_tokenizer, model.vocabulary))
 
 
-def tiny_cache(folder: Path, rows: int = 80, classes: tuple[str, ...] = (), key: dict | None = None) -> Path:
-    """A token cache whose codes follow from the caption (or class), made without videos; returns its folder."""
-    video_tokenizer = tiny_video_tokenizer()
+def tiny_cache(
+    folder: Path,
+    rows: int = 80,
+    classes: tuple[str, ...] = (),
+    key: dict | None = None,
+    seed: int = 0,
+    captions: Sequence[str] = CAPTIONS,
+) -> Path:
+    """A token cache whose codes follow from the caption (or class), made without videos; returns its folder.
+
+    seed: of the video tokenizer.
+    """
+    video_tokenizer = tiny_video_tokenizer(seed)
     where = str(video_tokenizer.save_pretrained(folder / "tokenizer"))
     number = torch.arange(rows)
-    kinds = len(classes) or len(CAPTIONS)
+    kinds = len(classes) or len(captions)
     kind = number % kinds
     columns = {
         "codes": ((kind[:, None] * 3 + torch.arange(N)) % K).to(torch.int16),
@@ -60,10 +71,10 @@ def tiny_cache(folder: Path, rows: int = 80, classes: tuple[str, ...] = (), key:
         "starts": torch.zeros(rows, dtype=torch.int64),
         "flipped": torch.zeros(rows, dtype=torch.bool),
     }
-    captions = [None if classes else CAPTIONS[i] for i in kind.tolist()]
+    texts = [None if classes else captions[i] for i in kind.tolist()]
     key = {"tokenizer": video_tokenizer.weight_hash(), "num_tokens": N, "codebook_size": K, "stride": 1} | (key or {})
     tokens.begin_cache(folder / "cache", key)
-    notes = [[i, f"video{i}", captions[i]] for i in range(rows)]
+    notes = [[i, f"video{i}", texts[i]] for i in range(rows)]
     tokens.write_shard(tokens.shard_path(folder / "cache", 0), columns, notes, [])
     tokens.finish_cache(folder / "cache", key, classes, where, 1)
     return folder / "cache"

@@ -161,7 +161,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         extract_main(["--tokenizer", str(tmp_path / "absent")])
     data = ["--data", f"folder:{tmp_path / 'four'}", "--split", "all"]
-    with pytest.raises(ValueError, match="no token cache can be written to .*config.json"):
+    with pytest.raises(ValueError, match=r"no token cache can be written to .*config.json"):
         extract_main(["--tokenizer", str(home / "tok"), *data, "--out", str(home / "tok" / "config.json")])
 
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 from dataclasses import replace
 
+from larp.data import tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.extraction import extract_tokens, repeat_last, window_starts
@@ -149,7 +150,14 @@ def test_nothing_readable_says_why_and_mended_videos_are_tried_again(tokenizer, 
     assert extract_tokens(tokenizer, broken, "train", folder).names == ("broken",)
 
 
-def test_every_rank_learns_that_nothing_was_readable(tokenizer, videos, tmp_path):
+def test_every_rank_learns_that_nothing_was_readable(tokenizer, videos, tmp_path, monkeypatch):
+    lock, write = threading.Lock(), tokens.write_json
+
+    def write_alone(*arguments) -> None:  # real ranks have a process id each, by which they keep apart
+        with lock:
+            write(*arguments)
+
+    monkeypatch.setattr(tokens, "write_json", write_alone)
     broken = VideoSet(tuple(replace(videos.items[-1], name=f"b{k}") for k in range(16)), (), "test:")
     ranks, errors = threading.Barrier(2), []
 
