@@ -245,7 +245,7 @@ def _check_model(state: SavedState, model: Mapping[str, Any] | None) -> None:
     changed = differences(state.model, json.loads(json.dumps(model or {})))
     if changed:
         raise ValueError(
-            f"{state.folder} is a checkpoint of another model: {'; '.join(changed)}. Give the options of the first run "
+            f"{state.folder} does not fit this run: {'; '.join(changed)}. Give the options of the first run "
             f"(in {state.folder.parent.parent / CONFIG_FILE}), or start a new run with another --out"
         )
 

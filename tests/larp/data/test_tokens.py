@@ -159,7 +159,7 @@ def test_every_rank_learns_that_nothing_was_readable(tokenizer, videos, tmp_path
 
     monkeypatch.setattr(tokens, "write_json", write_alone)
     broken = VideoSet(tuple(replace(videos.items[-1], name=f"b{k}") for k in range(16)), (), "test:")
-    ranks, errors = threading.Barrier(2), []
+    ranks, errors = threading.Barrier(2, timeout=20), []
 
     def work(rank: int) -> None:
         try:
