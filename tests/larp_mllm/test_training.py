@@ -84,7 +84,7 @@ def test_another_model_is_not_resumed_and_the_difference_is_named(cache, tmp_pat
         (cache, ("--tiny.layers", "2"), "tiny.layers was 1, is 2"),
         (tiny_cache(tmp_path / "a", captions=["zebras"]), (), "text_tokenizer was .{16}, is .{16}"),
     ):
-        with pytest.raises(ValueError, match=f"checkpoint of another model: .*{words}"):
+        with pytest.raises(ValueError, match=f"does not fit this run: .*{words}"):
             train(tokens, tmp_path / "run", "--steps", "4", "--resume", *options)
     after = weights(tmp_path / "run")
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -104,7 +104,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_differs(new_engine, tmp_path):
     save_state({"model": engine}, tmp_path, 1, {}, model={"tokens": {"count": 16}, "width": 8})
     state = newest_state(tmp_path)
     with pytest.raises(
-        ValueError, match=r"another model: tokens\.count was 16, is 32; depth was \(absent\), is 2\..*--out"
+        ValueError, match=r"does not fit this run: tokens\.count was 16, is 32; depth was \(absent\), is 2\..*--out"
     ):
         load_state({"model": engine}, state, {"tokens": {"count": 32}, "width": 8, "depth": 2})
     with pytest.raises(ValueError, match="holds model, but this run trains critic, model"):
