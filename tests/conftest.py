@@ -5,6 +5,7 @@ from pathlib import Path
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,12 @@ def golden_root() -> Path:
 def clips_root() -> Path:
     """Real video clips."""
     return beside("clips")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Let a test draw the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
