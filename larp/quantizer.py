@@ -120,7 +120,9 @@ class CodebookKeeper:
             nearest = (self.latents @ centres.T).argmax(-1)
             sums = torch.zeros_like(centres).index_add_(0, nearest, self.latents)
             empty = (torch.bincount(nearest, minlength=size) == 0)[:, None]
-            sums = torch.where(empty, self.latents[torch.randint(len(self.latents), (size,), generator=generator)], sums)
+            sums = torch.where(
+                empty, self.latents[torch.randint(len(self.latents), (size,), generator=generator)], sums
+            )
             centres = F.normalize(sums, dim=-1)
         self.counts.zero_()
         return centres

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from larp.config import ConfigError, from_dict, load_recipe, parse, to_dict, run_script
+from larp.config import ConfigError, from_dict, load_recipe, parse, run_script, to_dict
 
 import pytest
 

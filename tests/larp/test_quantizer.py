@@ -1,9 +1,9 @@
 """The drawing of codes, the bookkeeping of a codebook, and the noise of a batch."""
 
-import pytest
 from larp.noise import BatchNoise
 from larp.quantizer import CodebookKeeper, VectorQuantizer, draw, usage
 
+import pytest
 import torch
 
 

@@ -112,7 +112,9 @@ def test_resuming_a_finished_run_loses_nothing(recipe, tmp_path):
     before = main(options)
     shutil.rmtree(tmp_path / "run/model")
     after = main([*options, "--resume"])
-    assert {name: after[name] for name in ("psnr", "prior_top1")} == {name: before[name] for name in ("psnr", "prior_top1")}
+    assert {name: after[name] for name in ("psnr", "prior_top1")} == {
+        name: before[name] for name in ("psnr", "prior_top1")
+    }
     assert (tmp_path / "run/model/model.safetensors").is_file()
 
 
