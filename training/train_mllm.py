@@ -35,6 +35,7 @@ from larp.engine.backend import (
 from larp.engine.log import RunLog, write_json
 from larp.engine.schedules import lr_factor
 from larp.engine.state import load_state, open_run, save_state
+from larp.hub import CheckpointError
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.bases import is_tiny, load_base
 from larp_mllm.collate import collate
@@ -168,7 +169,14 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
 def open_tokens(config: TrainMllmConfig) -> tuple[TokenCache, TokenCache, LarpTokenizer]:
     """The caches to train and evaluate on, and the tokenizer that made both; ValueError if they do not fit together."""
     cache = TokenCache.open(config.tokens)
-    tokenizer = LarpTokenizer.from_pretrained(config.tokenizer or cache.tokenizer)
+    try:
+        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer or cache.tokenizer)
+    except CheckpointError as error:
+        if config.tokenizer:
+            raise
+        raise ValueError(
+            f"{config.tokens} names its tokenizer as it was typed then: {error}; give --tokenizer"
+        ) from error
     same = {"tokenizer": tokenizer.weight_hash()}
     remedy = "give the --tokenizer that it was made with, or extract the tokens again"
     check_key(cache.key, same, f"the token cache {config.tokens}", remedy)
