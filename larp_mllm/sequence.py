@@ -60,7 +60,9 @@ def encode(segments: SequenceOf[Segment], layout: Layout) -> TokenSequence:
     """Segments in order -> begin id, the segments, end id.
 
     Scored are the contents of segments with `loss`; the video_start that ends a text (the decision to show a video);
-    and the end id after a last segment with `loss`. video_end never is: it always follows the N-th code.
+    and the end id after a last text with `loss`, or after a record that is learned whole. video_end never is: it always
+    follows the N-th code. Nor is the end after a video drawn for a given text: `generate` stops there by itself, and learned
+    from most sequences it would answer for the caption that `describe` asks for after a video.
     """
     ids: list[int] = layout._begin()
     labels: list[int] = [IGNORE] * len(ids)
@@ -78,7 +80,9 @@ def encode(segments: SequenceOf[Segment], layout: Layout) -> TokenSequence:
         after_text = False
     if layout.eos is not None:
         ids.append(layout.eos)
-        labels.append(layout.eos if segments and segments[-1].loss else IGNORE)
+        last = segments[-1] if segments else None
+        ended = last is not None and last.loss and (last.kind == "text" or all(segment.loss for segment in segments))
+        labels.append(layout.eos if ended else IGNORE)
     return TokenSequence(torch.tensor(ids, dtype=torch.int64), torch.tensor(labels, dtype=torch.int64))
 
 

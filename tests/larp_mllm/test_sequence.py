@@ -25,14 +25,14 @@ C = V.code_to_id
 def test_text_to_video_scores_the_decision_and_the_codes():
     sequence = encode(text_to_video([5, 6], [3, 4]), FULL)
     assert sequence.ids.tolist() == [1, 5, 6, START, C(3), C(4), END, 2]
-    assert sequence.labels.tolist() == [IGNORE, IGNORE, IGNORE, START, C(3), C(4), IGNORE, 2]
-    assert sequence.targets == 4
+    assert sequence.labels.tolist() == [IGNORE, IGNORE, IGNORE, START, C(3), C(4), IGNORE, IGNORE]
+    assert sequence.targets == 3
 
 
 def test_a_dropped_caption_is_the_unconditional_prompt():
     sequence = encode(text_to_video([], [3, 4]), FULL)
     assert sequence.ids.tolist()[:2] == FULL.prompt([]) == [1, START]
-    assert sequence.labels.tolist() == [IGNORE, IGNORE, C(3), C(4), IGNORE, 2]
+    assert sequence.labels.tolist() == [IGNORE, IGNORE, C(3), C(4), IGNORE, IGNORE]
 
 
 def test_video_to_text_scores_the_caption_only():
@@ -59,6 +59,7 @@ def test_interleaved_records_keep_their_order():
         Segment("video", (3, 4), True),
     ]
     assert encode(segments, BARE).ids.tolist() == [2, *V.span([1, 2]), 2, *V.span([3, 4])]
+    assert encode(segments, FULL).labels[-1] == FULL.eos, "a record that is learned whole teaches where it ends"
 
 
 def test_placeholders_and_videos_must_match():
