@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 import types
@@ -316,6 +317,12 @@ def run_script(prog: str, main: Callable[[], Any]) -> None:
         sys.exit(2)
     if isinstance(result, dict) and "stopped_at" in result:
         sys.exit(143)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # All is written. Leaving at once spares the interpreter's long goodbye, in which communication threads whose peers are
+        # gone abort now and then (seen once in a dozen runs), and a launcher takes that for a failed training.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:

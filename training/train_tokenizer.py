@@ -398,6 +398,8 @@ def main(argv: list[str] | None = None) -> dict:
         folder = trainer.tokenizer.module.save_pretrained(config.out / "model")
         write_json(config.out / "report.json", report)
         print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")
+    # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
+    backend.barrier()
     backend.finish()
     return report
 
