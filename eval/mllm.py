@@ -17,14 +17,14 @@ from typing import Literal
 from larp.config import parse, run_script
 from larp.data.clips import contact_sheet, pixels_to_clip
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
-from larp.engine.log import write_json
+from larp.engine.log import check_writable, write_json
 from larp.metrics.blobs import read_blob, score
 from larp.metrics.protocols import versions
 from larp.metrics.weights import file_sha256
 from larp.sampling import check_sampling
 from larp_mllm.generation import Mllm
 from larp_mllm.home import find_model
-from larp_mllm.video import Video, check_writable
+from larp_mllm.video import Video
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,9 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from larp.engine.log import check_writable
     from larp_mllm.generation import check_count, generate
-    from larp_mllm.video import check_suffix, check_writable
+    from larp_mllm.video import check_suffix
 
     check_count("num_videos", arguments.num_videos)
     if arguments.scale is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,26 @@ def write_text(path: Path | str, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def check_writable(path: Path) -> None:
+    """ValueError unless a file can be written to `path`, missing folders made; nothing stays behind from the check.
+
+    An existing file counts as writable: it is replaced. For use before long work whose result goes there.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the name of a file, such as {path / 'NAME'}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise ValueError(f"{path} cannot be written ({folder} is a file, not a folder): choose another place")
+    try:
+        # Tried, not asked: of /proc or a read-only disk the permissions tell another story.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({folder} takes no files: {error.strerror}): choose another place"
+        ) from error
 
 
 class RunLog:

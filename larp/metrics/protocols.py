@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import platform
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from larp.engine.log import check_writable
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures
 
 import torch
@@ -200,7 +200,7 @@ def result(
 
 
 def check_record_path(out: Path) -> None:
-    """Raise ValueError unless a record can be written to `out` and pictures beside it, under its name; makes its folder.
+    """Raise ValueError unless a record can be written to `out` and pictures beside it, under its name.
 
     To be called before anything is computed, which may take hours.
     """
@@ -208,14 +208,10 @@ def check_record_path(out: Path) -> None:
         raise ValueError(
             f"--out {out} is the name of a picture, which would overwrite the figures: give one that ends in .json"
         )
-    if out.is_dir():
-        raise ValueError(f"--out {out} is a folder: give the name of a file, such as {out / 'results.json'}")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Permissions alone do not tell: file systems are mounted read-only, or full
-        tempfile.TemporaryFile(dir=out.parent).close()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error}): choose another") from error
+        check_writable(out)
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from error
 
 
 def versions() -> dict[str, str]:
