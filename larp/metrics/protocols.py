@@ -200,7 +200,7 @@ def result(
 
 
 def check_record_path(out: Path) -> None:
-    """Raise ValueError unless a record can be written to `out` and pictures beside it, under its name.
+    """Raise ValueError unless a record can be written to `out` and pictures beside it, under its name; makes its folder.
 
     To be called before anything is computed, which may take hours.
     """
@@ -212,6 +212,7 @@ def check_record_path(out: Path) -> None:
         check_writable(out)
     except ValueError as error:
         raise ValueError(f"--out {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
 def versions() -> dict[str, str]:

@@ -104,10 +104,10 @@ def test_rfvd_measures_writes_and_repeats(world, rfvd, tmp_path, capsys):
     assert (tmp_path / "results.mp4").stat().st_size > 0 and (tmp_path / "results.png").stat().st_size > 0
     printed = capsys.readouterr().out
     assert "frechet-random-i3d" in printed and "NOT comparable" in printed and "skipped v99.mp4" in printed
-    again = tmp_path / "again.json"
+    again = tmp_path / "new" / "folder" / "again.json"
     assert rfvd.main([*common(world, again), "--show", "0", "--batch-size", "5"])["frechet"]
     assert json.loads(again.read_text())["frechet"]["value"] == pytest.approx(figure["value"], rel=1e-6)
-    assert not (tmp_path / "again.mp4").exists()
+    assert not again.with_suffix(".mp4").exists()
 
 
 def test_rfvd_takes_a_seeded_part_of_the_videos(world, rfvd, tmp_path):
