@@ -45,9 +45,9 @@ class VectorQuantizer(nn.Module):
         """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
         return F.normalize(latents.float(), dim=-1) @ self.codebook().T
 
-    def probabilities(self, latents: Tensor) -> Tensor:
-        """Return softmax(cosine / temperature), (B, N, K) float32."""
-        return (self.similarities(latents) / self.temperature).softmax(-1)
+    def probabilities(self, latents: Tensor, temperature: float | None = None) -> Tensor:
+        """Return softmax(cosine / temperature), (B, N, K) float32; `temperature` in place of the quantizer's own."""
+        return (self.similarities(latents) / (temperature or self.temperature)).softmax(-1)
 
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that."""
@@ -55,18 +55,19 @@ class VectorQuantizer(nn.Module):
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
-    def forward(self, latents: Tensor, uniform: Tensor | None = None) -> Quantized:
+    def forward(self, latents: Tensor, uniform: Tensor | None = None, temperature: float | None = None) -> Quantized:
         """Quantize projected latents (B, N, d).
 
         Args:
             uniform: (B, N) values of U[0, 1) that draw the codes by inverse CDF; None takes the nearest code.
+            temperature: of these draws, in place of the quantizer's own.
 
         The losses are mean squared errors between normalised vectors, the gradient of the codebook loss reaching the
         codebook only and that of the commitment loss the latents only.
         """
         normal = F.normalize(latents.float(), dim=-1)
         with torch.no_grad():
-            codes = self.nearest(normal) if uniform is None else draw(self.probabilities(normal), uniform)
+            codes = self.nearest(normal) if uniform is None else draw(self.probabilities(normal, temperature), uniform)
         chosen = self.lookup(codes)
         return Quantized(
             latents=normal + (chosen - normal).detach(),
@@ -154,7 +155,11 @@ class CodebookKeeper:
 
 def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
     """Return {"codes_used": share of the codebook seen, "perplexity": exp of the entropy of the code histogram} for any codes."""
-    share = torch.bincount(codes.flatten(), minlength=codebook_size).double()
-    share = share / share.sum()
+    return usage_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size))
+
+
+def usage_of_counts(counts: Tensor) -> dict[str, float]:
+    """Return what `usage` returns for codes that were seen `counts` (K,) times."""
+    share = counts.double() / counts.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-300).log()).sum()
     return {"codes_used": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()}

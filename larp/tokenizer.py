@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from larp.hub import LarpModel
 from larp.layers import Stack, embed_patches, init_xavier
+from larp.metrics.frames import psnr
 from larp.noise import BatchNoise
 from larp.positions import sincos_1d, sincos_3d
 from larp.prior import ARPrior, PriorConfig, PriorResult
@@ -52,6 +53,8 @@ class TokenizerConfig:
     """Of the softmax that codes are drawn from."""
     init: Literal["published", "balanced"] = "published"
     """`balanced` starts small trainings: queries of the patches' scale, latents of the decoder positions' scale."""
+    nested: bool = False
+    """Any prefix of the codes decodes: a learned mask latent stands for those left out."""
     prior: PriorConfig = field(default_factory=PriorConfig)
     """The AR prior, used in training only."""
 
@@ -124,6 +127,8 @@ class LarpTokenizer(LarpModel):
         if balanced:
             # A unit latent comes out with the root-mean-square of a sin-cos table, sqrt(1/2).
             nn.init.normal_(self.out_linear.weight, std=0.5**0.5)
+        # As long as the unit latents that it stands among.
+        self.mask_latent = nn.Parameter(nn.functional.normalize(torch.randn(c.code_dim), dim=0)) if c.nested else None
         self.register_buffer("encoder_positions", sincos_3d(c.grid(self.patch), c.encoder_width)[None])
         self.register_buffer("decoder_positions", sincos_3d(c.grid(self.unpatch), c.decoder_width)[None])
         self.register_buffer("latent_positions", sincos_1d(c.num_tokens, c.decoder_width)[None])
@@ -150,8 +155,18 @@ class LarpTokenizer(LarpModel):
         queries = self.queries.to(x).expand(len(x), -1, -1)
         return self.in_linear(self.encoder(torch.cat([x, queries], dim=1), last=self.num_tokens))
 
+    def mask(self, latents: Tensor, keep: Tensor) -> Tensor:
+        """Put the mask latent in place of all but the first `keep` (B,) latents of each row of (B, N, d); nested only."""
+        kept = torch.arange(latents.shape[1], device=latents.device) < keep.to(latents.device)[:, None]
+        return torch.where(kept[..., None], latents, self.mask_latent.to(latents))
+
     def render(self, latents: Tensor, num_frames: int | None = None) -> Tensor:
-        """Map quantised latents (B, N, d) to an unclamped clip (B, 3, num_frames, H, W); by default T frames."""
+        """Map quantised latents (B, n, d) to an unclamped clip (B, 3, num_frames, H, W); by default T frames.
+
+        Where n < N the mask latent stands for the rest.
+        """
+        if missing := self.num_tokens - latents.shape[1]:
+            latents = torch.cat([latents, self.mask_latent.to(latents).expand(len(latents), missing, -1)], dim=1)
         t, h, w = self.config.grid(self.unpatch)
         pt, ph, pw = self.unpatch
         t = t if num_frames is None else num_frames // pt
@@ -165,7 +180,13 @@ class LarpTokenizer(LarpModel):
         )
 
     def forward(
-        self, clip: Tensor, noise: BatchNoise | None = None, mix: float = 0.0, quantize: bool = True
+        self,
+        clip: Tensor,
+        noise: BatchNoise | None = None,
+        mix: float = 0.0,
+        quantize: bool = True,
+        keep: Tensor | None = None,
+        temperature: float | None = None,
     ) -> TokenizerOutput:
         """Run a training pass over clips (B, 3, T, H, W).
 
@@ -173,35 +194,73 @@ class LarpTokenizer(LarpModel):
             noise: the stochastic draws of this batch; None takes the nearest codes.
             mix: scheduled-sampling share of the prior (see `ARPrior.forward`).
             quantize: False passes normalised continuous latents on: a start that small trainings need.
+            keep: (B,) int64 in 1..N, how many latents of each clip the decoder sees (nested dropout; nested models only). The
+                prior sees them all.
+            temperature: of the draws, in place of the config's.
         """
         latents = self.project(clip)
-        if not quantize:
-            latents = nn.functional.normalize(latents.float(), dim=-1)
-            return TokenizerOutput(self.render(latents, clip.shape[2]), latents, None, None)
-        uniform = noise.uniform(self.num_tokens) if noise is not None and self.config.stochastic else None
-        quantized = self.quantizer(latents, uniform)
-        prior = None
-        if self.prior is not None:
-            prior = self.prior(quantized.latents, quantized.codes, self.codebook, mix, noise)
-        return TokenizerOutput(self.render(quantized.latents, clip.shape[2]), latents, quantized, prior)
+        quantized = prior = None
+        if quantize:
+            uniform = noise.uniform(self.num_tokens) if noise is not None and self.config.stochastic else None
+            quantized = self.quantizer(latents, uniform, temperature)
+            seen = quantized.latents
+            if self.prior is not None:
+                prior = self.prior(quantized.latents, quantized.codes, self.codebook, mix, noise)
+        else:
+            seen = latents = nn.functional.normalize(latents.float(), dim=-1)
+        if keep is not None:
+            seen = self.mask(seen, keep)
+        return TokenizerOutput(self.render(seen, clip.shape[2]), latents, quantized, prior)
 
     @torch.inference_mode()
-    def encode(self, clip: Tensor) -> Tensor:
-        """Map clips (B, 3, T, H, W), float in [0, 1], to codes (B, N) int64.
+    def encode(self, clip: Tensor, num_tokens: int | None = None, target_psnr: float | None = None) -> Tensor:
+        """Map clips (B, 3, T, H, W), float in [0, 1], to codes (B, n) int64; by default all N.
 
-        A clip may have fewer frames than T, in whole temporal patches. Raises ValueError for a wrong shape, dtype or range and for NaN.
+        A clip may have fewer frames than T, in whole temporal patches; a single image (T = 1) is repeated to one temporal patch.
+        Raises ValueError for a wrong shape, dtype or range and for NaN.
+
+        Args:
+            num_tokens: keep the first so many codes (nested models only).
+            target_psnr: keep the fewest codes with which every clip of the batch is given back at this PSNR in dB (nested models
+                only); all N where that is out of reach. See `shortest_prefix`.
         """
-        self.check_clip(clip)
-        return self.quantizer.nearest(self.project(clip.to(self.x_embedder.weight)))
+        if num_tokens is not None and target_psnr is not None:
+            raise ValueError("give num_tokens or target_psnr, not both")
+        clip = self.check_clip(clip)
+        codes = self.quantizer.nearest(self.project(clip))
+        if target_psnr is not None:
+            num_tokens = int(self.shortest_prefix(clip, codes, target_psnr).max())
+        return codes if num_tokens is None else codes[:, : self.check_length(num_tokens)]
+
+    @torch.inference_mode()
+    def shortest_prefix(self, clip: Tensor, codes: Tensor, target_psnr: float) -> Tensor:
+        """Return how many of its codes (B, N) each clip needs to be given back at `target_psnr` dB: (B,) int64, N where none do.
+
+        Bisection with log2(N) decodings: exact where more codes never make a clip worse.
+        """
+        self.check_length(1)
+        if not target_psnr > 0:
+            raise ValueError(f"target_psnr is in dB and positive, got {target_psnr}")
+        latents = self.quantizer.lookup(codes)
+        low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
+        high = torch.full_like(low, self.num_tokens)
+        while bool((low < high).any()):
+            middle = (low + high) // 2
+            again = self.render(self.mask(latents, middle), clip.shape[2]).float().clamp(0, 1)
+            reached = psnr(clip.float(), again) >= target_psnr
+            high = torch.where(reached, middle, high)
+            low = torch.where(reached, low, torch.minimum(middle + 1, high))
+        return high
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
-        """Map codes (B, N), integers in [0, K), to clips (B, 3, num_frames, H, W), float32 clamped to [0, 1].
+        """Map codes (B, n), integers in [0, K), to clips (B, 3, num_frames, H, W), float32 clamped to [0, 1]; T frames by default.
 
-        Raises ValueError for a wrong shape or dtype, for codes out of range, and for num_frames that are not whole patches.
+        n is N, or less for a nested model. Raises ValueError for a wrong shape or dtype, for codes out of range, and for num_frames
+        that are not whole patches.
         """
         self.check_codes(codes)
-        self.check_frames(num_frames or self.config.num_frames, self.unpatch[0])
+        self.check_frames(self.config.num_frames if num_frames is None else num_frames, self.unpatch[0])
         latents = self.quantizer.lookup(codes.long().to(self.queries.device))
         return self.render(latents, num_frames).float().clamp(0, 1)
 
@@ -212,22 +271,36 @@ class LarpTokenizer(LarpModel):
                 f"{frames} frames do not fit: this tokenizer takes multiples of {patch} up to {self.config.num_frames}"
             )
 
-    def check_clip(self, clip: Tensor) -> None:
-        """Raise ValueError unless `clip` is a float (B, 3, T', H, W) in [0, 1]."""
+    def check_length(self, length: int) -> int:
+        """Return `length`; ValueError unless so many codes can stand for a clip."""
+        if not 1 <= length <= self.num_tokens:
+            raise ValueError(f"{length} codes: this tokenizer has 1 to {self.num_tokens} for a clip")
+        if length < self.num_tokens and not self.config.nested:
+            raise ValueError(
+                f"{length} codes: this tokenizer always takes {self.num_tokens}; prefixes need one trained with --model.nested"
+            )
+        return length
+
+    def check_clip(self, clip: Tensor) -> Tensor:
+        """Return `clip` where the weights are, an image repeated; ValueError unless it is a float (B, 3, T', H, W) in [0, 1]."""
         _, h, w = self.config.clip_shape
         if clip.ndim != 5 or clip.shape[1] != 3 or tuple(clip.shape[3:]) != (h, w):
             raise ValueError(f"expected a clip (B, 3, T, {h}, {w}), got shape {tuple(clip.shape)}")
         if not clip.is_floating_point():
             raise ValueError(f"expected a float clip in [0, 1], got {clip.dtype}; divide uint8 frames by 255")
+        if clip.shape[2] == 1:
+            clip = clip.expand(-1, -1, self.patch[0], -1, -1)
         self.check_frames(clip.shape[2], self.patch[0])
         low, high = clip.amin().item(), clip.amax().item()
         if not (low >= 0 and high <= 1):
             raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
+        return clip.to(self.x_embedder.weight)
 
     def check_codes(self, codes: Tensor) -> None:
-        """Raise ValueError unless `codes` is an integer (B, N) in [0, K)."""
-        if codes.ndim != 2 or codes.shape[1] != self.num_tokens:
+        """Raise ValueError unless `codes` is an integer (B, N) in [0, K), or (B, n) for a nested model."""
+        if codes.ndim != 2:
             raise ValueError(f"expected codes (B, {self.num_tokens}), got shape {tuple(codes.shape)}")
+        self.check_length(codes.shape[1])
         if codes.is_floating_point() or codes.dtype == torch.bool:
             raise ValueError(f"expected integer codes, got {codes.dtype}")
         if codes.numel() and not 0 <= codes.amin().item() <= codes.amax().item() < self.codebook_size:
@@ -241,3 +314,12 @@ class LarpTokenizer(LarpModel):
         from larp.published import tokenizer_from_published
 
         return tokenizer_from_published(config, tensors)
+
+
+def draw_prefixes(noise: BatchNoise, share: float, shortest: int, longest: int) -> Tensor:
+    """Draw how many codes each clip of a batch keeps in nested dropout: (B,) int64.
+
+    With probability `share` a length uniform in shortest..longest, otherwise `longest`.
+    """
+    drawn = shortest + (noise.uniform() * (longest - shortest + 1)).long()
+    return torch.where(noise.uniform() < share, drawn, longest)

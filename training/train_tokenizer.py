@@ -15,18 +15,18 @@ from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import ClipLoader, iterate_once
-from larp.discriminator import Discriminator, DiscriminatorConfig
+from larp.discriminator import Discriminator
 from larp.engine import backend, state
 from larp.engine.backend import Engine, EngineConfig, Ranks
 from larp.engine.log import RunLog, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.engine.schedules import lr_factor, ramp
-from larp.losses import LeCam, discriminator_loss, generator_loss
 from larp.metrics import lpips
 from larp.metrics.reconstruction import Reconstruction, reconstruct
 from larp.noise import BatchNoise
-from larp.quantizer import CodebookKeeper
-from larp.tokenizer import LarpTokenizer, TokenizerConfig, TokenizerOutput
+from larp.objective import Adversary, AdversaryConfig, LossConfig, tokenizer_loss
+from larp.quantizer import CodebookKeeper, usage_of_counts
+from larp.tokenizer import LarpTokenizer, TokenizerConfig, TokenizerOutput, draw_prefixes
 
 import torch
 import torch.nn.functional as F
@@ -34,37 +34,6 @@ from torch import Tensor
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tokenizer-shapes32"
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Weights of the losses; the defaults are the published ones."""
-
-    l1: float = 1.0
-    l2: float = 0.0
-    lpips: float = 1.0
-    """Used where its weights are at hand; a run without them says so."""
-    quantizer: float = 0.1
-    """On codebook loss + 0.25 commitment loss."""
-    commitment: float = 0.25
-    prior: float = 0.06
-    gan: float = 0.3
-    """0 trains without a discriminator."""
-    gan_start: int = 0
-    """First step with the discriminator."""
-    gan_every: int = 5
-    """The discriminator is updated every so many steps."""
-    lecam: float = 1e-6
-
-
-@dataclass(frozen=True)
-class AdversaryConfig:
-    """Size and learning rate of the discriminator."""
-
-    hidden: int = 512
-    depth: int = 12
-    heads: int = 8
-    lr: float = 3e-5
 
 
 @dataclass(frozen=True)
@@ -87,6 +56,14 @@ class TrainTokenizerConfig:
     """Share of the run that starts without quantisation (small budgets need it)."""
     reset_codes_every: int = 0
     """Give codes unused for so many steps new places among recent latents; 0 is off."""
+    temperature_start: float | None = None
+    """Temperature of the stochastic codes at the first quantised step, from where it falls or rises to model.temperature; None: fixed."""
+    temperature_ramp: float = 0.5
+    """Share of the quantised steps over which it does, by a constant factor a step."""
+    prefix_share: float = 0.5
+    """Share of the clips of which a random prefix of the codes is kept (model.nested only)."""
+    prefix_shortest: int = 1
+    """Shortest such prefix; lengths are uniform up to num_tokens."""
     mix_peak: float = 0.5
     """Scheduled-sampling share of the prior after its ramp."""
     mix_ramp: float = 0.3
@@ -113,8 +90,17 @@ class TrainTokenizerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.continuous < 1:
             raise ValueError(f"continuous = {self.continuous} is a share of the run, 0 up to less than 1")
-        if self.steps < 1 or min(self.log_every, self.eval_every, self.save_every, self.loss.gan_every) < 1:
-            raise ValueError("steps, log_every, eval_every, save_every and loss.gan_every must be at least 1")
+        if min(self.steps, self.log_every, self.eval_every, self.save_every) < 1:
+            raise ValueError("steps, log_every, eval_every and save_every must be at least 1")
+        if not 0 < self.prefix_share <= 1 or not 1 <= self.prefix_shortest <= self.model.num_tokens:
+            raise ValueError(
+                f"prefix_share = {self.prefix_share} must lie in (0, 1], and prefix_shortest = {self.prefix_shortest} in "
+                f"1..{self.model.num_tokens} (model.num_tokens)"
+            )
+        if self.temperature_start is not None and not self.model.stochastic:
+            raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
+        if self.temperature_start is not None and (self.temperature_start <= 0 or not 0 < self.temperature_ramp <= 1):
+            raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
         if self.reset_codes_every and self.engine.zero_stage:
             raise ValueError("reset_codes_every writes into the codebook: use engine.zero_stage 0 with it")
 
@@ -122,6 +108,12 @@ class TrainTokenizerConfig:
     def quantized_from(self) -> int:
         """The first step with the quantizer."""
         return round(self.continuous * self.steps)
+
+    def temperature(self, step: int) -> float:
+        """The temperature of the codes drawn at a step."""
+        start, end = self.temperature_start or self.model.temperature, self.model.temperature
+        done = ramp(max(0, step - self.quantized_from), self.steps - self.quantized_from, self.temperature_ramp, 1.0)
+        return start * (end / start) ** done
 
 
 @dataclass
@@ -131,15 +123,16 @@ class Trainer:
     config: TrainTokenizerConfig
     ranks: Ranks
     tokenizer: Engine
-    adversary: Engine | None
+    adversary: Adversary | None
     perceptual: lpips.Lpips | None
-    lecam: LeCam = field(default_factory=LeCam)
-    keeper: CodebookKeeper | None = None
+    keeper: CodebookKeeper | None
+    counts: Tensor
+    """How often each code was drawn since the last line of the log, by this process."""
 
     @property
     def engines(self) -> dict[str, Engine]:
         """In the order in which they are saved: the tokenizer is the commit."""
-        return ({"discriminator": self.adversary} if self.adversary else {}) | {"tokenizer": self.tokenizer}
+        return ({"discriminator": self.adversary.engine} if self.adversary else {}) | {"tokenizer": self.tokenizer}
 
 
 def build(config: TrainTokenizerConfig, ranks: Ranks) -> Trainer:
@@ -154,45 +147,18 @@ def build(config: TrainTokenizerConfig, ranks: Ranks) -> Trainer:
     )
     adversary = None
     if config.loss.gan > 0:
-        a = config.adversary
-        model = Discriminator(
-            DiscriminatorConfig(c.num_frames, c.height, c.width, c.patch_size, a.hidden, a.depth, a.heads)
-        ).to(ranks.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=a.lr, betas=(0.5, 0.9))
+        model = Discriminator(config.adversary.discriminator(c)).to(ranks.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=config.adversary.lr, betas=(0.5, 0.9))
         # Its learning rate follows the tokenizer's schedule, read at the tokenizer's steps.
-        adversary = backend.make_engine(
+        judge = backend.make_engine(
             model, optimizer, lambda _: factor(engine.step_count), config.engine, config.batch_size, ranks,
             name="discriminator", max_zero_stage=2,
         )  # fmt: skip
+        adversary = Adversary(judge, config.loss)
     perceptual = lpips.Lpips.load().to(ranks.device) if config.loss.lpips > 0 and lpips.available() else None
     keeper = CodebookKeeper(c.codebook_size) if config.reset_codes_every or config.continuous else None
-    return Trainer(config, ranks, engine, adversary, perceptual, keeper=keeper)
-
-
-def reconstruction_loss(trainer: Trainer, clip: Tensor, out: TokenizerOutput) -> tuple[Tensor, dict[str, Tensor]]:
-    """The tokenizer's loss but for the adversarial part, and its parts by name."""
-    weights = trainer.config.loss
-    error = out.reconstruction.float() - clip
-    parts = {"l1": error.abs().mean(), "l2": error.square().mean()}
-    total = weights.l1 * parts["l1"] + weights.l2 * parts["l2"]
-    if trainer.perceptual is not None:
-        parts["lpips"] = trainer.perceptual(out.reconstruction.float(), clip).mean()
-        total = total + weights.lpips * parts["lpips"]
-    if out.quantized is not None:
-        parts["quantizer"] = out.quantized.codebook_loss + weights.commitment * out.quantized.commitment_loss
-        total = total + weights.quantizer * parts["quantizer"]
-    if out.prior is not None:
-        parts |= {"prior": out.prior.loss, "prior_top1": out.prior.top1, "prior_top5": out.prior.top5}
-        total = total + weights.prior * out.prior.loss
-    return total, parts
-
-
-def adversarial_loss(discriminator: Discriminator, reconstruction: Tensor) -> Tensor:
-    """The tokenizer's adversarial loss, through the raw discriminator held fixed for this pass."""
-    discriminator.requires_grad_(False)
-    loss = generator_loss(discriminator(reconstruction))
-    discriminator.requires_grad_(True)
-    return loss
+    counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
+    return Trainer(config, ranks, engine, adversary, perceptual, keeper, counts)
 
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
@@ -201,8 +167,7 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
     quantize = step >= config.quantized_from
     if quantize and step == config.quantized_from and config.continuous:
         place_codes(trainer, all_codes=True)
-    adversary = trainer.adversary if step >= config.loss.gan_start else None
-    judged = adversary is not None and step % config.loss.gan_every == 0
+    adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(step) else None
     mix = ramp(step, config.steps, config.mix_ramp, config.mix_peak)
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.accumulation):
@@ -211,18 +176,19 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
         noise = BatchNoise(
             config.seed, step, config.batch_size, batch["sample_offset"], len(clip), trainer.ranks.device
         )
-        out = trainer.tokenizer(clip, noise, mix, quantize)
-        loss, parts = reconstruction_loss(trainer, clip, out)
+        keep = None
+        if config.model.nested:
+            keep = draw_prefixes(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
+        out = trainer.tokenizer(clip, noise, mix, quantize, keep, config.temperature(step))
+        loss, parts = tokenizer_loss(config.loss, clip, out, trainer.perceptual)
         if adversary is not None:
-            with adversary.autocast():
-                parts["gan"] = adversarial_loss(adversary.module, out.reconstruction)
+            parts["gan"] = adversary.judge(out.reconstruction)
             loss = loss + config.loss.gan * parts["gan"]
         trainer.tokenizer.backward(loss)
         trainer.tokenizer.step()
-        if judged:
-            parts["discriminator"] = judge(trainer, adversary, clip, out.reconstruction.detach(), noise)
-        if trainer.keeper is not None:
-            observe(trainer.keeper, out)
+        if adversary is not None and adversary.learns(step):
+            parts["discriminator"] = adversary.learn(clip, out.reconstruction.detach(), noise)
+        observe(trainer, out)
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.engine.accumulation
     if quantize and config.reset_codes_every and step % config.reset_codes_every == 0 and step < 0.9 * config.steps:
@@ -230,23 +196,21 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
     return sums
 
 
-def judge(trainer: Trainer, adversary: Engine, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
-    """Train the discriminator on one micro batch and return its loss."""
-    # One pass for both sides: an engine's forward runs once for each backward.
-    real, fake = adversary(torch.cat([clip, reconstruction])).chunk(2)
-    penalty = trainer.lecam(real, fake)
-    loss = discriminator_loss(real, fake, noise) + trainer.config.loss.lecam * penalty
-    adversary.backward(loss)
-    adversary.step()
-    means = backend.reduce_mean({"real": real.detach().mean(), "fake": fake.detach().mean()})
-    trainer.lecam.update(means["real"], means["fake"])
-    return loss
+def observe(trainer: Trainer, out: TokenizerOutput) -> None:
+    """Count the codes of a micro batch, and show the keeper the latents and codes of the global one."""
+    codes = None if out.quantized is None else out.quantized.codes
+    if codes is not None:
+        trainer.counts += torch.bincount(codes.flatten(), minlength=len(trainer.counts))
+    if trainer.keeper is not None:
+        latents = backend.gather(F.normalize(out.latents.detach().float(), dim=-1))
+        trainer.keeper.observe(latents, None if codes is None else backend.gather(codes))
 
 
-def observe(keeper: CodebookKeeper, out: TokenizerOutput) -> None:
-    """Show the keeper the latents and codes of the global micro batch."""
-    latents = backend.gather(F.normalize(out.latents.detach().float(), dim=-1))
-    keeper.observe(latents, None if out.quantized is None else backend.gather(out.quantized.codes))
+def count_codes(trainer: Trainer) -> dict[str, float]:
+    """Share of the codebook in use and perplexity of the codes of all processes since the last call; nothing before the quantizer."""
+    counts = backend.reduce_sum(trainer.counts)
+    trainer.counts.zero_()
+    return usage_of_counts(counts) if counts.sum() else {}
 
 
 def place_codes(trainer: Trainer, all_codes: bool) -> None:
@@ -300,10 +264,11 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         for step in range(first + 1, config.steps + 1):
             losses = train_step(trainer, batches)
             if not step % config.log_every:
-                values = backend.reduce_mean(losses)
-                log.metrics(
-                    step, values | {"lr": trainer.tokenizer.lr, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
-                )
+                values = backend.reduce_mean(losses) | count_codes(trainer)
+                values |= {"lr": trainer.tokenizer.lr, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
+                if config.temperature_start is not None:
+                    values["temperature"] = config.temperature(step - 1)
+                log.metrics(step, values)
             last = step == config.steps
             stop = backend.stop_requested() if not step % 10 else False
             if not step % config.save_every or last or stop:
@@ -352,14 +317,18 @@ def identity(config: TrainTokenizerConfig) -> dict:
 
 
 def keep_extra(trainer: Trainer) -> dict:
-    """What a checkpoint holds beside the engines."""
+    """What a checkpoint holds beside the engines; every process calls it."""
     keeper = trainer.keeper.state_dict() if trainer.keeper else {}
-    return {"lecam": [trainer.lecam.real, trainer.lecam.fake], "keeper": keeper}
+    adversary = trainer.adversary.state_dict() if trainer.adversary else {}
+    return {"adversary": adversary, "keeper": keeper, "counts": backend.reduce_sum(trainer.counts).cpu()}
 
 
 def restore(trainer: Trainer, extra: dict) -> None:
     """Take up `keep_extra`."""
-    trainer.lecam.real, trainer.lecam.fake = extra["lecam"]
+    if trainer.adversary is not None:
+        trainer.adversary.load_state_dict(extra["adversary"])
+    if trainer.ranks.is_main:
+        trainer.counts.copy_(extra["counts"])
     if trainer.keeper is not None:
         trainer.keeper.load_state_dict(extra["keeper"])
 

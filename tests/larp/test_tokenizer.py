@@ -1,9 +1,10 @@
 """LarpTokenizer against the reference's golden values, and what a user may rely on."""
 
 from larp.hub import CheckpointError
+from larp.metrics.frames import psnr
 from larp.noise import BatchNoise
 from larp.prior import PriorConfig, cross_entropy
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig, draw_prefixes
 
 import pytest
 import torch
@@ -123,6 +124,81 @@ def test_without_prior_and_without_quantizer():
     assert model(torch.rand(1, 3, 4, 16, 24), quantize=False).quantized is None
 
 
+def nested_model(**changes) -> LarpTokenizer:
+    model = LarpTokenizer(tiny(nested=True, **changes)).eval()
+    torch.nn.init.normal_(model.head.weight, std=0.05)
+    torch.nn.init.normal_(model.out_linear.weight)
+    return model
+
+
+def test_any_prefix_of_a_nested_model_encodes_and_decodes():
+    model, clip = nested_model(), torch.rand(2, 3, 4, 16, 24)
+    codes = model.encode(clip)
+    for length in range(1, 7):
+        assert torch.equal(model.encode(clip, num_tokens=length), codes[:, :length])
+        shorter = model.decode(codes[:, :length])
+        with torch.no_grad():
+            seen = model.mask(model.quantizer.lookup(codes), torch.tensor([length, length]))
+            torch.testing.assert_close(shorter, model.render(seen).clamp(0, 1))
+    assert not torch.equal(model.decode(codes[:, :5]), model.decode(codes))
+    with pytest.raises(ValueError, match="not both"):
+        model.encode(clip, num_tokens=3, target_psnr=20.0)
+    for length in (0, 7):
+        with pytest.raises(ValueError, match="1 to 6"):
+            model.encode(clip, num_tokens=length)
+    with pytest.raises(ValueError, match="nested"):
+        LarpTokenizer(tiny()).encode(clip, num_tokens=3)
+    with pytest.raises(ValueError, match="nested"):
+        LarpTokenizer(tiny()).encode(clip, target_psnr=20.0)
+    with pytest.raises(ValueError, match="positive"):
+        model.encode(clip, target_psnr=-3.0)
+
+
+def test_the_target_psnr_is_reached_by_the_fewest_codes():
+    model, clip = nested_model(), torch.rand(4, 3, 4, 16, 24)
+    codes = model.encode(clip)
+    with torch.no_grad():
+        reached = torch.stack([psnr(clip, model.decode(codes[:, :n])) for n in range(1, 7)])
+    # Without training a longer prefix may be worse: what bisection promises is a crossing.
+    target = reached[3, 0].item()
+    needed = model.shortest_prefix(clip, codes, target)
+    for row, n in enumerate(needed.tolist()):
+        assert n == 6 or reached[n - 1, row] >= target
+        assert n == 1 or reached[n - 2, row] < target
+    assert model.encode(clip, target_psnr=target).shape == (4, int(needed.max()))
+    assert model.encode(clip, target_psnr=1000.0).shape == (4, 6), "out of reach: all of them"
+    assert model.encode(clip, target_psnr=0.01).shape == (4, 1)
+
+
+def test_nested_dropout_keeps_prefixes_and_trains_the_mask():
+    keep = draw_prefixes(BatchNoise(0, 0, 4000), 0.5, 2, 6)
+    counts = torch.bincount(keep, minlength=7) / 4000
+    assert counts[:2].sum() == 0 and (counts[2:6] - 0.1).abs().max() < 0.02 and abs(counts[6] - 0.6) < 0.03
+    model, clip = nested_model(), torch.rand(2, 3, 4, 16, 24)
+    out = model(clip, keep=torch.tensor([2, 6]))
+    codes = model.encode(clip)
+    torch.testing.assert_close(out.reconstruction[:1].clamp(0, 1), model.decode(codes[:1, :2]))
+    torch.testing.assert_close(out.reconstruction[1:].clamp(0, 1), model.decode(codes[1:]))
+    out.reconstruction.sum().backward()
+    assert model.mask_latent.grad.abs().sum() > 0
+    assert "mask_latent" not in LarpTokenizer(tiny()).state_dict()
+
+
+def test_an_image_is_a_clip_of_one_temporal_patch():
+    model = LarpTokenizer(tiny())
+    image = torch.rand(2, 3, 1, 16, 24)
+    codes = model.encode(image)
+    assert torch.equal(codes, model.encode(image.expand(-1, -1, 2, -1, -1)))
+    assert model.decode(codes, num_frames=2).shape == (2, 3, 2, 16, 24)
+
+
+def test_the_temperature_of_the_draws_can_be_given():
+    model, clip = LarpTokenizer(tiny(temperature=5.0)), torch.rand(8, 3, 4, 16, 24)
+    nearest = model.encode(clip)
+    drawn, cold = (model(clip, BatchNoise(0, 0, 8), temperature=t).quantized.codes for t in (None, 1e-4))
+    assert (drawn == nearest).float().mean() < 0.5 < (cold == nearest).float().mean()
+
+
 @pytest.mark.parametrize(
     "clip, words",
     [
@@ -142,7 +218,9 @@ def test_bad_clips(clip, words):
 @pytest.mark.parametrize(
     "codes, words",
     [
-        (torch.zeros(1, 5, dtype=torch.long), "shape"),
+        (torch.zeros(5, dtype=torch.long), "shape"),
+        (torch.zeros(1, 5, dtype=torch.long), "5 codes.*--model.nested"),
+        (torch.zeros(1, 7, dtype=torch.long), "7 codes"),
         (torch.zeros(1, 6), "integer"),
         (torch.full((1, 6), 32), "0..31"),
         (torch.full((1, 6), -1), "-1"),

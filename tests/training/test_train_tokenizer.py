@@ -135,6 +135,24 @@ def test_the_prior_is_one_option_away_from_off(recipe, tmp_path):
     assert "prior_top1" not in report and LarpTokenizer.from_pretrained(out / "model").prior is None
 
 
+def test_nested_tokens_train_and_decode_from_any_prefix(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--steps", "4", "--model.nested", "--prefix-share", "1"]
+    main([*options, "--out", str(tmp_path / "run")])
+    model = LarpTokenizer.from_pretrained(tmp_path / "run/model")
+    assert model.config.nested and model.decode(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 3, 16, 16, 16)
+    main(["--recipe", str(recipe), "--steps", "4", "--out", str(tmp_path / "fixed")])
+    assert losses(tmp_path / "run") != losses(tmp_path / "fixed")
+
+
+def test_the_temperature_falls_as_scheduled_and_usage_is_logged(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--temperature-start", "0.3", "--temperature-ramp", "0.5", "--out"]
+    main([*options, str(tmp_path / "run")])
+    steps = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert [line["temperature"] for line in steps] == pytest.approx([0.3, 0.3, 0.3, 0.3 * 0.1**0.5, 0.03, 0.03])
+    assert all(1 <= line["perplexity"] <= 16 and 0 < line["codes_used"] <= 1 for line in steps[2:])
+    assert "perplexity" not in steps[0], "the start is continuous"
+
+
 def test_accumulation_gives_the_losses_of_one_batch(recipe, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Without the discriminator: its LeCam means move once for each micro batch.
@@ -185,6 +203,8 @@ def test_real_clips_train(recipe, tmp_path, clips_root):
             "zero_stage",
         ),
         (["--engine.zero-stage", "1", "--reset-codes-every", "0"], ValueError, "muon"),
+        (["--prefix-share", "0"], SystemExit, "2"),
+        (["--temperature-start", "0.1", "--model.no-stochastic"], SystemExit, "2"),
         (["--recipe", "tokenizer-shape32"], ConfigError, "tokenizer-shapes32"),
     ],
 )

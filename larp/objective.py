@@ -1,0 +1,130 @@
+"""What a tokenizer is trained for: LARP's weighted losses, and the discriminator that takes part in them (arXiv 2410.21264, 4.1).
+
+Shapes: B batch, T frames, H, W pixels.
+"""
+
+from dataclasses import dataclass
+
+from larp.discriminator import Discriminator, DiscriminatorConfig
+from larp.engine import backend
+from larp.engine.backend import Engine
+from larp.losses import LeCam, discriminator_loss, generator_loss
+from larp.metrics.lpips import Lpips
+from larp.noise import BatchNoise
+from larp.tokenizer import TokenizerConfig, TokenizerOutput
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the losses; the defaults are the published ones."""
+
+    l1: float = 1.0
+    l2: float = 0.0
+    lpips: float = 1.0
+    """Used where its weights are at hand; a run without them says so."""
+    quantizer: float = 0.1
+    """On codebook loss + 0.25 commitment loss."""
+    commitment: float = 0.25
+    prior: float = 0.06
+    gan: float = 0.3
+    """0 trains without a discriminator."""
+    gan_start: int = 0
+    """First step with the discriminator."""
+    gan_every: int = 5
+    """The discriminator is updated every so many steps."""
+    lecam: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.gan_every < 1:
+            raise ValueError(f"gan_every must be at least 1, got {self.gan_every}")
+
+
+@dataclass(frozen=True)
+class AdversaryConfig:
+    """Size and learning rate of the discriminator."""
+
+    hidden: int = 512
+    depth: int = 12
+    heads: int = 8
+    lr: float = 3e-5
+
+    def discriminator(self, model: TokenizerConfig) -> DiscriminatorConfig:
+        """The discriminator for the clips of a tokenizer."""
+        return DiscriminatorConfig(*model.clip_shape, model.patch_size, self.hidden, self.depth, self.heads)
+
+
+def tokenizer_loss(
+    weights: LossConfig, clip: Tensor, out: TokenizerOutput, perceptual: Lpips | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the tokenizer's loss but for its adversarial part, a scalar, and its unweighted parts by name.
+
+    The reconstruction is taken as it is, unclamped: a clamp would stop gradients where it errs most.
+    """
+    error = out.reconstruction.float() - clip
+    parts = {"l1": error.abs().mean(), "l2": error.square().mean()}
+    total = weights.l1 * parts["l1"] + weights.l2 * parts["l2"]
+    if perceptual is not None:
+        parts["lpips"] = perceptual(out.reconstruction.float(), clip).mean()
+        total = total + weights.lpips * parts["lpips"]
+    if out.quantized is not None:
+        parts["quantizer"] = out.quantized.codebook_loss + weights.commitment * out.quantized.commitment_loss
+        total = total + weights.quantizer * parts["quantizer"]
+    if out.prior is not None:
+        parts |= {"prior": out.prior.loss, "prior_top1": out.prior.top1, "prior_top5": out.prior.top5}
+        total = total + weights.prior * out.prior.loss
+    return total, parts
+
+
+class Adversary:
+    """A discriminator in its own engine, which learns to tell reconstructions from clips, and judges them for the tokenizer.
+
+    Args:
+        engine: of a `Discriminator`, at zero_stage 0 to 2: at stage 3 the raw module gives wrong gradients in silence.
+    """
+
+    def __init__(self, engine: Engine, weights: LossConfig):
+        self.engine, self.weights = engine, weights
+        self.lecam = LeCam()
+
+    @property
+    def discriminator(self) -> Discriminator:
+        """The raw module."""
+        return self.engine.module
+
+    def takes_part(self, step: int) -> bool:
+        """Whether the tokenizer feels the discriminator at this step."""
+        return step >= self.weights.gan_start
+
+    def learns(self, step: int) -> bool:
+        """Whether the discriminator is updated at this step."""
+        return self.takes_part(step) and step % self.weights.gan_every == 0
+
+    def judge(self, reconstruction: Tensor) -> Tensor:
+        """Return the tokenizer's adversarial loss, a scalar, through the raw discriminator held fixed for this pass."""
+        self.discriminator.requires_grad_(False)
+        with self.engine.autocast():
+            loss = generator_loss(self.discriminator(reconstruction))
+        self.discriminator.requires_grad_(True)
+        return loss
+
+    def learn(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
+        """Train the discriminator on clips and detached reconstructions (B, 3, T, H, W); return its loss, a scalar."""
+        # One pass for both sides: an engine's forward runs once for each backward.
+        real, fake = self.engine(torch.cat([clip, reconstruction])).chunk(2)
+        loss = discriminator_loss(real, fake, noise) + self.weights.lecam * self.lecam(real, fake)
+        self.engine.backward(loss)
+        self.engine.step()
+        means = backend.reduce_mean({"real": real.detach().mean(), "fake": fake.detach().mean()})
+        self.lecam.update(means["real"], means["fake"])
+        return loss
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint holds beside the engine."""
+        return {"lecam_real": self.lecam.real, "lecam_fake": self.lecam.fake}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take up a `state_dict`."""
+        self.lecam.real, self.lecam.fake = state["lecam_real"], state["lecam_fake"]
