@@ -90,7 +90,16 @@ def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float
     stage(run / "rfvd.json", "eval/ucf_rfvd.py", *common, "--split", "test", "--out", run / "rfvd.json")
     windows = {"train": ["--windows", config.windows, "--flips"], "test": ["--windows", 2]}
     for split, folder in tokens.items():
-        stage(folder / "index.json", "training/extract_tokens.py", *common, "--split", split, *windows[split], "--out", folder)
+        stage(
+            folder / "index.json",
+            "training/extract_tokens.py",
+            *common,
+            "--split",
+            split,
+            *windows[split],
+            "--out",
+            folder,
+        )
     stage(run / "generator/report.json", "training/train_generator.py", "--task", "class", "--recipe", config.generator_recipe,
           "--tokens", tokens["train"], "--eval-tokens", tokens["test"], "--steps", config.generator_steps, "--seed", seed,
           "--sampling.clips", 0, "--out", run / "generator", resumes=True)  # fmt: skip
@@ -157,7 +166,9 @@ def describe(summary: dict[str, dict]) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    config, _ = parse(AblationConfig, sys.argv[1:] if argv is None else argv, ROOT / "eval/recipes", "tokenizer_ablation.py")
+    config, _ = parse(
+        AblationConfig, sys.argv[1:] if argv is None else argv, ROOT / "eval/recipes", "tokenizer_ablation.py"
+    )
     if not config.data:
         raise ValueError("--data is needed (see --help)")
     check_record_path(config.out)

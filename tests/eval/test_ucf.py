@@ -1,11 +1,9 @@
 """eval/ucf_rfvd.py and eval/ucf_gfvd.py, from the command line to the files, with tiny random models."""
 
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
+from eval import ucf_gfvd, ucf_rfvd
 from larp.data.video import write_video
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.i3d import RandomI3D
@@ -16,16 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-EVAL = Path(__file__).resolve().parents[2] / "eval"
 VIDEOS, FRAMES = 12, 13
 _SHRINK = dict(encoder_width=32, encoder_depth=1, encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"eval_{name}", EVAL / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +48,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def rfvd(monkeypatch):
-    return with_small_features(script("ucf_rfvd"), monkeypatch)
+    return with_small_features(ucf_rfvd, monkeypatch)
 
 
 @pytest.fixture
 def gfvd(monkeypatch):
-    return with_small_features(script("ucf_gfvd"), monkeypatch)
+    return with_small_features(ucf_gfvd, monkeypatch)
 
 
 def with_small_features(module, monkeypatch):
@@ -161,12 +151,12 @@ def test_mistakes_end_in_one_line(world, gfvd, tmp_path, extra, message):
         ("file/g.json", "cannot be written ("),
     ],
 )
-@pytest.mark.parametrize("which", ["ucf_rfvd", "ucf_gfvd"])
-def test_a_bad_out_is_refused_before_anything_is_loaded(tmp_path, which, name, message):
+@pytest.mark.parametrize("evaluator", [ucf_rfvd, ucf_gfvd])
+def test_a_bad_out_is_refused_before_anything_is_loaded(tmp_path, evaluator, name, message):
     (tmp_path / "file").write_text("mine")
     arguments = ["--tokenizer", "nowhere", "--data", "nowhere"]
     with pytest.raises(ValueError, match=re.escape(f"--out {tmp_path / name} {message}")):
-        script(which).main([*arguments, "--out", str(tmp_path / name)])
+        evaluator.main([*arguments, "--out", str(tmp_path / name)])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
