@@ -6,6 +6,7 @@ Also under `deepspeed` or `torchrun`: every process encodes its share of the vid
 started again.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,19 +28,24 @@ class ExtractTokensConfig:
 
     tokenizer: str = "runs/tokenizer/model"
     """Folder of a trained tokenizer (runs/NAME/model), or a hub name."""
+    variant: Literal["ema"] | None = None
+    """ema: the averaged weights of the tokenizer, where training kept them."""
     data: str = "shapes:"
-    """Data spec: ucf101:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
-    split: Literal["train", "test", "all"] = "train"
+    """Data spec: ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
+    split: Literal["train", "validation", "test", "all"] = "train"
     out: Path = Path("runs/tokens")
     """Folder of the cache."""
     windows: int = 1
     """Clips of a video at most; they never overlap and are evenly spaced, one lies in the middle."""
+    hop: int | None = None
+    """Frames of a video from the start of one clip to the start of the next, the first at frame 0, in place of even spacing."""
     stride: int = 1
     """Every n-th frame of a video is a frame of a clip."""
     flips: bool = False
     """Encode every clip mirrored as well."""
     condition_frames: int = 0
-    """For frame prediction: how many first frames of a clip are given (the paper: 5); their codes are stored beside."""
+    """For frame prediction: how many first frames of a clip are given, 1 to T - 1 (the paper: 5); their codes are stored
+    beside."""
     batch_size: int = 16
     """Clips in one pass of the tokenizer."""
     workers: int = 2
@@ -56,19 +62,24 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
     """Extract as `config` says, on every rank; return the whole cache."""
     ranks = backend.start(seed=0)
     try:
-        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device)
+        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device, variant=config.variant)
+        videos = open_videos(config.data, config.split)
+        for note in videos.notes if ranks.is_main else ():
+            print(note)
         cache = extract_tokens(
             tokenizer,
-            open_videos(config.data, config.split),
+            videos,
             config.split,
             config.out,
             stride=config.stride,
             windows=config.windows,
+            hop=config.hop,
             flips=config.flips,
             condition_frames=config.condition_frames,
             batch_size=config.batch_size,
             workers=config.workers,
             tokenizer_name=config.tokenizer,
+            variant=config.variant,
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=backend.barrier,
@@ -84,7 +95,7 @@ def report(cache: TokenCache, folder: Path) -> None:
     """Print what a cache holds, and which videos are missing from it and why."""
     used = len(cache.codes.unique())
     print(f"{folder}: {len(cache)} clips of {len(set(cache.names))} videos, {cache.num_tokens} codes each; ", end="")
-    print(f"{used} of {cache.codebook_size} codes are in use")
+    print(f"{used} of {cache.codebook_size} codes are in use; {cache.frame_rate(math.nan):g} frames per second")
     if cache.skipped:
         print(f"{len(cache.skipped)} videos were skipped:")
         for name, reason in cache.skipped:

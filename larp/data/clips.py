@@ -49,25 +49,31 @@ def choose_start(frames: int, shape: ClipShape, u: float | None = None) -> int:
     return room // 2 if u is None else min(int(u * (room + 1)), room)
 
 
-def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 (T, H, W, 3) frames so that they just cover height x width, then crop the centre; uint8 in and out.
+def scale_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 (T, H, W, 3) frames to height x width, whatever their aspect ratio; uint8 in and out.
 
-    Bilinear and antialiased, computed in float32, rounded to 8 bits at the end; the aspect ratio is kept.
+    Bilinear and antialiased, computed in float32, rounded to 8 bits at the end.
     """
-    old_height, old_width = frames.shape[1:3]
-    if (old_height, old_width) == (height, width):
+    if frames.shape[1:3] == (height, width):
         return np.ascontiguousarray(frames)
-    scale = max(height / old_height, width / old_width)
-    new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
-    top, left = (new[0] - height) // 2, (new[1] - width) // 2
     parts = []
     for first in range(0, len(frames), _CHUNK):
         part = torch.from_numpy(np.ascontiguousarray(frames[first : first + _CHUNK])).permute(0, 3, 1, 2).float()
-        if new != (old_height, old_width):
-            part = F.interpolate(part, size=new, mode="bilinear", antialias=True, align_corners=False)
-        part = part[:, :, top : top + height, left : left + width]
+        part = F.interpolate(part, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
         parts.append(part.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy())
     return np.concatenate(parts)
+
+
+def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize uint8 (T, H, W, 3) frames so that they just cover height x width, then crop the centre; uint8 in and out.
+
+    See `scale_frames`; the aspect ratio is kept.
+    """
+    old_height, old_width = frames.shape[1:3]
+    scale = max(height / old_height, width / old_width)
+    new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    top, left = (new[0] - height) // 2, (new[1] - width) // 2
+    return np.ascontiguousarray(scale_frames(frames, *new)[:, top : top + height, left : left + width])
 
 
 def pixels_to_clip(frames: np.ndarray) -> torch.Tensor:

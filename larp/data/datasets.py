@@ -1,7 +1,8 @@
 """Data specs -> lists of videos with labels and captions. One grammar for every script:
 
     ucf101:ROOT[,fold=1]    the published UCF-101 layout with its split lists
-    csv:FILE  jsonl:FILE    a manifest: path, and label and/or caption, and optionally split (train or test)
+    k600:ROOT[,videos=DIR][,test=validation]   Kinetics-600: its annotation files, or lists of (path, label)
+    csv:FILE  jsonl:FILE    a manifest: path, and label and/or caption, and optionally split (train, validation or test)
     folder:DIR              every video below a folder
     shapes:[count=4096,seed=0,size=32,frames=16]   the built-in captioned videos
     PATH                    a folder, or a .csv / .jsonl manifest
@@ -11,73 +12,59 @@ Specs joined with + are read one after the other and their classes are merged by
 
 from __future__ import annotations
 
-import csv
 import difflib
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from larp.data import shapes
+from larp.data.kinetics import read_kinetics
+from larp.data.listing import (
+    DataError,
+    NoSplitError,
+    Split,
+    VideoItem,
+    VideoSet,
+    as_folder,
+    cell,
+    csv_rows,
+    hash_split,
+    humanize,
+    no_split,
+    ordered_classes,
+    spoken,
+    text_lines,
+    videos_below,
+)
 from larp.data.video import VIDEO_SUFFIXES
 
-Split = Literal["train", "test", "all"]
-
-
-class DataError(ValueError):
-    """A data spec, folder or manifest that cannot be used; the message says where and what to do."""
-
-
-@dataclass(frozen=True)
-class VideoItem:
-    """One video file: where it lies, its unique name within the set, its class index and its caption (None: none)."""
-
-    path: Path
-    name: str
-    label: int | None = None
-    caption: str | None = None
-
-
-@dataclass(frozen=True)
-class VideoSet:
-    """The videos that a spec names; `classes[item.label]` is an item's class, and `notes` are lines for the user."""
-
-    items: tuple[VideoItem, ...]
-    classes: tuple[str, ...]
-    spec: str
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-def humanize(class_name: str) -> str:
-    """Turn a class name into words: "BasketballDunk" -> "basketball dunk"; the caption of videos without one."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]+", " ", class_name)
-    return " ".join(words.lower().split())
+_SPLITS = ("train", "validation", "test")
+_UCF101 = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}
+"""Videos of the published train and test lists, by fold."""
 
 
 def open_videos(spec: str, split: Split = "train") -> VideoSet:
     """List the videos of a spec that belong to a split; labels mean the same class in every split.
 
-    UCF-101 splits by its official lists, `shapes:` holds out attribute triples, manifests go by their split column;
-    everything else puts a video into test if a hash of its name says so (about one in ten), whatever else lies beside
-    it. Raises DataError (a ValueError) that names the spec and the remedy.
+    UCF-101 and Kinetics-600 split by their official lists, `shapes:` holds out attribute triples, manifests go by their
+    split column; everything else puts a video into test if a hash of its name says so (about one in ten), whatever else
+    lies beside it. Raises DataError (a ValueError) that names the spec and the remedy; NoSplitError, a kind of it, where
+    the data have no such split ("validation" is rare).
     """
-    if split not in ("train", "test", "all"):
-        raise DataError(f"unknown split {split!r}; choose train, test or all")
-    sets = [_open_one(part, split) for part in _split_specs(spec)]
+    if split not in (*_SPLITS, "all"):
+        raise DataError(f"unknown split {split!r}; choose train, test or all, or validation where the data have it")
+    sets = [_open_one(part, split) for part in split_specs(spec)]
     return sets[0] if len(sets) == 1 else _merge(sets, spec)
 
 
 # The grammar
 
 
-def _split_specs(spec: str) -> list[str]:
+def split_specs(spec: str) -> list[str]:
+    """Return the parts of a data spec that are joined with +; DataError if it is empty."""
     if not spec.strip():
         raise DataError(f"the data spec is empty; give one of {_known()}, or the path of a folder or manifest")
     parts: list[str] = []
@@ -124,7 +111,7 @@ def _kind_of_path(spec: str) -> str:
     raise DataError(f"data spec {spec!r} is neither a path that exists nor one of the kinds {_known()}{hint}")
 
 
-def _typed(options: dict[str, str], defaults: dict[str, int], spec: str) -> dict[str, int]:
+def _typed(options: dict[str, str], defaults: dict[str, int | str], spec: str) -> dict[str, int | str]:
     for name, value in options.items():
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
@@ -132,9 +119,9 @@ def _typed(options: dict[str, str], defaults: dict[str, int], spec: str) -> dict
             raise DataError(
                 f"{spec}: unknown option {name!r}; known: {known}" + (f"; did you mean {near[0]}?" if near else "")
             )
-        if not re.fullmatch(r"\d+", value):
+        if isinstance(defaults[name], int) and not re.fullmatch(r"\d+", value):
             raise DataError(f"{spec}: option {name}={value!r} must be a whole number")
-    return {**defaults, **{name: int(value) for name, value in options.items()}}
+    return {**defaults, **{name: type(defaults[name])(value) for name, value in options.items()}}
 
 
 def _merge(sets: list[VideoSet], spec: str) -> VideoSet:
@@ -147,31 +134,38 @@ def _merge(sets: list[VideoSet], spec: str) -> VideoSet:
             taken.add(name)
             label = None if item.label is None else classes.index(videos.classes[item.label])
             items.append(replace(item, name=name, label=label))
-    return VideoSet(tuple(items), classes, spec, tuple(note for videos in sets for note in videos.notes))
+    notes, missing = (tuple(x for videos in sets for x in getattr(videos, field)) for field in ("notes", "missing"))
+    return VideoSet(tuple(items), classes, spec, notes, missing)
 
 
 # The kinds
 
 
 def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
-    base = _folder(root, spec)
+    base = as_folder(root, spec)
+    if fold not in _UCF101:
+        raise DataError(f"{spec}: fold={fold}; UCF-101 has the folds 1, 2 and 3")
+    if split == "validation":
+        raise no_split(spec, split, "train, test")
     home = next((base / name for name in ("UCF-101", "UCF101") if (base / name).is_dir()), base)
-    found = {f.name: _videos_below(f) for f in sorted(home.iterdir()) if f.is_dir() and f.name != "ucfTrainTestlist"}
+    found = {f.name: videos_below(f) for f in sorted(home.iterdir()) if f.is_dir() and f.name != "ucfTrainTestlist"}
     classes = tuple(name for name, files in found.items() if files)
     if not classes:
         raise DataError(f"{spec}: no class folder with videos in {home}; expected Class/v_Class_gXX_cYY.avi there")
     files = [(path, name) for name in classes for path in found[name]]
-    notes: tuple[str, ...] = ()
+    notes, missing, whole = (), (), sum(_UCF101[fold])
     if split != "all":
-        files, notes = _official_split(spec, base, home, classes, files, split, fold)
+        files, notes, missing = _official_split(spec, base, home, classes, files, split, fold)
+        whole = _UCF101[fold][split == "test"]
     items = [VideoItem(p, f"{name}/{p.stem}", classes.index(name), humanize(name)) for p, name in files]
-    return VideoSet(tuple(items), classes, spec, notes)
+    return VideoSet(tuple(items), classes, spec, notes, missing, (whole, 101))
 
 
 def _official_split(spec: str, base: Path, home: Path, classes, files, split: str, fold: int):
-    """Keep the files that the official list of a split names; absent classes are normal, unknown ones are not."""
-    if fold not in (1, 2, 3):
-        raise DataError(f"{spec}: fold={fold}; UCF-101 has the folds 1, 2 and 3")
+    """Keep the files that the official list of a split names, with notes and the names of those that are missing.
+
+    Absent classes are normal, unknown ones are not.
+    """
     places = [place / "ucfTrainTestlist" for place in (base, home, home.parent, base.parent)]
     lists = next((place for place in places if place.is_dir()), None)
     if lists is None:
@@ -204,9 +198,9 @@ def _official_split(spec: str, base: Path, home: Path, classes, files, split: st
     here = {f"{name}/{path.stem}" for path, name in files}
     if extra := sorted(here - train - test):
         notes.append(f"{spec}: {len(extra)} files are in no list of fold {fold} and left out, such as {extra[0]}")
-    if missing := sum(1 for name in keep - here if name.split("/")[0] not in absent):
-        notes.append(f"{spec}: {missing} listed {split} files of the classes here are missing")
-    return chosen, tuple(notes)
+    if missing := sorted(name for name in keep - here if name.split("/")[0] not in absent):
+        notes.append(f"{spec}: {len(missing)} listed {split} files of the classes here are missing")
+    return chosen, tuple(notes), tuple(missing)
 
 
 def _stems(path: Path, spec: str) -> set[str]:
@@ -217,32 +211,27 @@ def _stems(path: Path, spec: str) -> set[str]:
 
 
 def _read_folder(root: str, split: Split, spec: str) -> VideoSet:
-    base = _folder(root, spec)
-    files = _videos_below(base)
+    base = as_folder(root, spec)
+    files = videos_below(base)
     if not files:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
         raise DataError(f"{spec}: no video below {base}; looked for files ending in {suffixes}")
     items = [VideoItem(path, path.relative_to(base).as_posix()) for path in files]
-    return VideoSet(_hash_split(items, split, spec), (), spec)
+    return VideoSet(hash_split(items, split, spec), (), spec)
 
 
 def _read_csv(path: str, split: Split, spec: str) -> VideoSet:
-    rows = csv.DictReader(_lines(path, spec))
-    try:
-        if "path" not in (rows.fieldnames or ()):
-            raise DataError(
-                f"{path}, line 1: the header must name a column path (and label, caption, split), not {rows.fieldnames}"
-            )
-        numbered = [(rows.line_num, row) for row in rows]
-    except csv.Error as error:
-        where = f"{path}, line {rows.reader.line_num}"
-        raise DataError(f"{where}: broken CSV: {error}; is a quote left open there or above?") from None
+    columns, numbered = csv_rows(path, text_lines(path, spec))
+    if "path" not in columns:
+        raise DataError(
+            f"{path}, line 1: the header must name a column path (and label, caption, split), not {columns}"
+        )
     return _manifest(numbered, path, split, spec)
 
 
 def _read_jsonl(path: str, split: Split, spec: str) -> VideoSet:
     rows = []
-    for number, line in enumerate(_lines(path, spec), 1):
+    for number, line in enumerate(text_lines(path, spec), 1):
         if not line.strip():
             continue
         try:
@@ -263,7 +252,7 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")
     values = [
-        {key: _cell(row.get(key), f"{path}, line {number}: {key}") for key in ("path", "label", "caption", "split")}
+        {key: cell(row.get(key), f"{path}, line {number}: {key}") for key in ("path", "label", "caption", "split")}
         for number, row in rows
     ]
     names: dict[str, int] = {}
@@ -273,15 +262,16 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
         if row["path"] in names:
             raise DataError(f"{path}, line {number}: lists {row['path']} again (first in line {names[row['path']]})")
         names[row["path"]] = number
-        if row["split"] not in (None, "train", "test"):
-            raise DataError(f"{path}, line {number}: split is {row['split']!r}; it must be train or test")
+        if row["split"] not in (None, *_SPLITS):
+            raise DataError(
+                f"{path}, line {number}: split is {row['split']!r}; it must be train or test (or validation)"
+            )
         if (row["split"] is None) != (values[0]["split"] is None):
             raise DataError(f"{path}, line {number}: some lines have a split and others do not; give all or none")
-    labels = {row["label"] for row in values} - {None}
-    classes = tuple(sorted(labels, key=int if all(label.isdecimal() for label in labels) else None))
+    classes = ordered_classes(row["label"] for row in values)
     index = {name: k for k, name in enumerate(classes)}
     items = [
-        VideoItem(base / row["path"], row["path"], index.get(row["label"]), row["caption"] or _spoken(row["label"]))
+        VideoItem(base / row["path"], row["path"], index.get(row["label"]), row["caption"] or spoken(row["label"]))
         for row in values
     ]
     if not any(item.path.is_file() for item in items):
@@ -290,16 +280,18 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
             "paths are relative to the manifest"
         )
     if values[0]["split"] is None:
-        return VideoSet(_hash_split(items, split, spec), classes, spec)
+        return VideoSet(hash_split(items, split, spec), classes, spec)
     chosen = tuple(item for item, row in zip(items, values, strict=True) if split in ("all", row["split"]))
     if not chosen:
-        raise DataError(f"{path}: no line has split {split}")
+        raise NoSplitError(f"{path}: no line has split {split}")
     return VideoSet(chosen, classes, spec)
 
 
 def _read_shapes(rest: str, split: Split, spec: str, **options: int) -> VideoSet:
     if rest:
         raise DataError(f"{spec}: shapes: takes only options, such as shapes:count=4096,seed=0; {rest!r} is none")
+    if split == "validation":
+        raise no_split(spec, split, "train, test")
     parts = ("train", "test") if split == "all" else (split,)
     classes = tuple(f"{colour} {shape}" for colour in shapes.COLOURS for shape in shapes.SHAPES)
     items = []
@@ -312,8 +304,9 @@ def _read_shapes(rest: str, split: Split, spec: str, **options: int) -> VideoSet
     return VideoSet(tuple(items), classes, spec)
 
 
-_READERS: dict[str, tuple[Callable[..., VideoSet], dict[str, int]]] = {
+_READERS: dict[str, tuple[Callable[..., VideoSet], dict[str, int | str]]] = {
     "ucf101": (_read_ucf101, {"fold": 1}),
+    "k600": (read_kinetics, {"videos": "", "test": "test"}),
     "csv": (_read_csv, {}),
     "jsonl": (_read_jsonl, {}),
     "folder": (_read_folder, {}),
@@ -321,73 +314,5 @@ _READERS: dict[str, tuple[Callable[..., VideoSet], dict[str, int]]] = {
 }
 
 
-# Helpers
-
-
 def _known() -> str:
     return ", ".join(f"{kind}:" for kind in _READERS)
-
-
-def _folder(root: str, spec: str) -> Path:
-    path = Path(root).expanduser()
-    if not root or not path.is_dir():
-        raise DataError(
-            f"{spec}: there is no folder {root!r}" if root else f"{spec}: the path is missing after the colon"
-        )
-    return path
-
-
-def _file(path: str, spec: str) -> Path:
-    if not Path(path).expanduser().is_file():
-        raise DataError(
-            f"{spec}: there is no file {path!r}" if path else f"{spec}: the path is missing after the colon"
-        )
-    return Path(path).expanduser()
-
-
-def _videos_below(folder: Path) -> list[Path]:
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root) / f for f in sorted(files) if os.path.splitext(f)[1].lower() in VIDEO_SUFFIXES and f[0] != "."
-        ]
-    return found
-
-
-def _lines(path: str, spec: str) -> list[str]:
-    """The lines of a manifest with their ends, cut at newlines only: JSON and CSV text may hold U+2028 and its like."""
-    try:
-        with open(_file(path, spec), encoding="utf-8-sig", newline="") as file:
-            return list(file)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from None
-
-
-def _cell(value: object, where: str) -> str | None:
-    if value is not None and type(value) not in (str, int, float):
-        raise DataError(f"{where} must be text or a number, not {json.dumps(value, ensure_ascii=False)[:80]}")
-    text = "" if value is None else str(value).strip()
-    return text or None
-
-
-def _spoken(label: str | None) -> str | None:
-    return None if label is None or label.isdecimal() else humanize(label)
-
-
-def _hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[VideoItem, ...]:
-    """Put about one video in ten into test by a hash of its name, so that a growing folder moves no test video."""
-    items = tuple(items)
-    if split == "all":
-        return items
-    order = {item.name: int(hashlib.sha256(item.name.encode()).hexdigest()[:8], 16) for item in items}
-    test = {name for name, value in order.items() if value % 10 == 0}
-    # a handful of videos may hash to one side only; each split then still gets one
-    if len(items) > 1 and not test:
-        test = {min(order, key=order.get)}
-    if len(items) > 1 and len(test) == len(items):
-        test.remove(max(order, key=order.get))
-    chosen = tuple(item for item in items if (item.name in test) == (split == "test"))
-    if not chosen:
-        raise DataError(f"{spec}: one video cannot be split into train and test; add videos, or use split all")
-    return chosen

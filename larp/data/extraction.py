@@ -3,31 +3,45 @@
 Shapes: N codes of a clip, T frames.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from larp.data import tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
+from larp.data.loader import ClipLoader
+from larp.data.threads import in_order
 from larp.data.tokens import INDEX, TokenCache, token_key
-from larp.data.video import ShortVideoError, VideoError, count_frames, read_video
+from larp.data.video import ShortVideoError, VideoError, VideoInfo, iter_frames, probe, read_video
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-READ_AHEAD = 8
-"""Videos decoded before they are needed; bounds the memory."""
+
+class Window(NamedTuple):
+    """A clip of a video."""
+
+    start: int
+    """Its first frame in the file."""
+    clip: Tensor
+    """float32 (3, T, H, W)."""
+    fps: float
+    """Its frames per second."""
 
 
-def window_starts(frames: int, shape: ClipShape, most: int = 1) -> list[int]:
+def window_starts(frames: int, shape: ClipShape, most: int = 1, hop: int | None = None) -> list[int]:
     """Return the first frames of the clips that are taken from a video of `frames` frames.
 
     As many windows as fit without overlap, but at most `most`, with equal gaps before, between and after them: a single
-    window lies in the middle. A video shorter than one window has none.
+    window lies in the middle. With `hop` they begin at the frames 0, hop, 2 * hop, ... instead. A video shorter than one
+    window has none.
     """
+    if hop is not None:
+        return list(range(0, frames - shape.span + 1, hop))[:most]
     count = min(most, frames // shape.span)
     slack = frames - count * shape.span
     return [index * shape.span + slack * (index + 1) // (count + 1) for index in range(count)]
@@ -41,11 +55,13 @@ def extract_tokens(
     *,
     stride: int = 1,
     windows: int = 1,
+    hop: int | None = None,
     flips: bool = False,
     condition_frames: int = 0,
     batch_size: int = 16,
     workers: int = 2,
     tokenizer_name: str = "",
+    variant: str | None = None,
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -59,12 +75,12 @@ def extract_tokens(
         tokenizer: a LarpTokenizer, on the device that it should run on.
         videos, split: the data, and the name of the split for the key.
         stride: every n-th frame of the video is a frame of the clip.
-        windows: clips of a video at most, see `window_starts`.
+        windows, hop: clips of a video at most, and frames from the start of one to the next, see `window_starts`.
         flips: take each window mirrored as well.
         condition_frames: 0, or how many first frames of a window are the given ones of frame prediction: their clip,
             filled up with copies of the last given frame, is encoded beside.
         batch_size, workers: clips in one pass of the tokenizer, threads that decode.
-        tokenizer_name: path or hub name, noted in the cache.
+        tokenizer_name, variant: path or hub name, and which weights of it, noted in the cache.
         rank, world_size, barrier: the ranks that share the work, and how they wait for each other.
 
     Raises TokenCacheError if the folder was begun with other settings or cannot be written, or if no video could be
@@ -73,22 +89,21 @@ def extract_tokens(
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     if windows < 1:
         raise ValueError(f"windows is {windows}; at least one clip of each video is needed")
-    if not 0 <= condition_frames < shape.frames:
-        raise ValueError(
-            f"condition_frames is {condition_frames}; it must be 0 (none) to {shape.frames - 1},"
-            f" because clips have {shape.frames} frames"
-        )
+    if hop is not None and hop < shape.span:
+        raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
+    _check_given(condition_frames, 0, shape.frames)
     folder = Path(folder)
-    key = token_key(tokenizer, videos, split, stride, windows, flips, condition_frames)
+    key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames)
     tokens.begin_cache(folder, key)
     slices = tokens.shard_slices(len(videos.items))
     own = [shard for shard in range(rank, len(slices), world_size) if not tokens.shard_path(folder, shard).is_file()]
     bar = tqdm(total=sum(len(slices[shard]) for shard in own), desc="encoding videos", unit="video", disable=rank > 0)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool:
+    with bar:
         for shard in own:
-            items = [(number, videos.items[number]) for number in slices[shard]]
+            items = videos.items[slices[shard].start : slices[shard].stop]
             rows = _Rows(tokenizer, flips, condition_frames, batch_size)
-            for number, item, clips in _read_ahead(pool, items, shape, windows):
+            found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
+            for number, item, clips in zip(slices[shard], items, found, strict=True):
                 rows.add(number, item, clips)
                 bar.update()
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
@@ -98,7 +113,7 @@ def extract_tokens(
     if rank == 0 and skipped:
         tokens.discard_cache(folder, len(slices))
     elif rank == 0 and not (folder / INDEX).is_file():
-        tokens.finish_cache(folder, key, videos.classes, tokenizer_name, len(slices))
+        tokens.finish_cache(folder, key, videos.classes, tokenizer_name, len(slices), variant)
     barrier()
     if skipped:
         names = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
@@ -109,47 +124,85 @@ def extract_tokens(
     return TokenCache.open(folder, key)
 
 
-def read_windows(item: VideoItem, shape: ClipShape, windows: int) -> list[tuple[int, Tensor]]:
-    """Read the windows of a video: (first frame, clip float32 (3, T, H, W)) of each. Raises VideoError."""
-    promised = count_frames(item.path)
+def live_batches(
+    tokenizer, loader: ClipLoader, task: str, condition_frames: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield codes int64 (b, N) and the generator's condition of a loader's micro batches, encoded as they are asked for.
+
+    What `TokenCache.batch` returns, without a cache: other windows in each epoch, and the tokenizer's time in each step.
+    The loader resumes and shares out the work; `condition_frames` are for the task "frame-prediction". Raises
+    ValueError for a number of them that no clip has, and for a video without a class where the task is "class".
+    """
+    if task != "class":
+        _check_given(condition_frames, 1, tokenizer.config.num_frames)
+    device = next(tokenizer.parameters()).device
+    for batch in loader:
+        clips = batch["clip"].to(device)
+        codes = tokenizer.encode(clips)
+        if task == "class":
+            if (batch["label"] < 0).any():
+                raise ValueError("a video has no class: train with --task frame-prediction, or give a label to each")
+            yield codes, batch["label"].to(device)
+        else:
+            given = tokenizer.encode(repeat_last(clips, condition_frames))
+            yield codes, tokens.with_separator(given, tokenizer.codebook_size)
+
+
+def _check_given(condition_frames: int, least: int, frames: int) -> None:
+    if not least <= condition_frames < frames:
+        none = "0 (none)" if least == 0 else str(least)
+        raise ValueError(
+            f"condition_frames is {condition_frames}; it must be {none} to {frames - 1}, because clips have {frames} frames"
+        )
+
+
+def read_windows(item: VideoItem, shape: ClipShape, windows: int, hop: int | None = None) -> list[Window]:
+    """Read the windows of a video that `window_starts` chooses. Raises VideoError."""
+    info = probe(item.path)
     try:
-        return _cut(item, shape, window_starts(promised, shape, windows), promised)
+        return _cut(item, shape, window_starts(info.frames, shape, windows, hop), info)
     except ShortVideoError as error:
         # Headers promise too many frames now and then; what decodes decides.
-        if error.frames >= promised:
+        if error.frames >= info.frames:
             raise
-        return _cut(item, shape, window_starts(error.frames, shape, windows), error.frames)
+        held = replace(info, frames=error.frames)
+        return _cut(item, shape, window_starts(held.frames, shape, windows, hop), held)
 
 
-def _cut(item: VideoItem, shape: ClipShape, starts: list[int], frames: int) -> list[tuple[int, Tensor]]:
+def _cut(item: VideoItem, shape: ClipShape, starts: list[int], info: VideoInfo) -> list[Window]:
     if not starts:
-        raise ShortVideoError(f"{item.path}: has {frames} frames, the clip needs {shape.span}", frames)
-    pictures, _ = read_video(item.path, starts[0], starts[-1] + shape.span - starts[0])
-    chosen = [pictures[start - starts[0] :][: shape.span : shape.stride] for start in starts]
+        raise ShortVideoError(f"{item.path}: has {info.frames} frames, the clip needs {shape.span}", info.frames)
+    if len(starts) == 1:
+        pictures = [read_video(item.path, starts[0], shape.frames, shape.stride)[0]]
+    else:
+        pictures = _stream(item.path, shape, starts)
     return [
-        (start, frames_to_clip(part, shape.height, shape.width)) for start, part in zip(starts, chosen, strict=True)
+        Window(start, frames_to_clip(part, shape.height, shape.width), info.fps / shape.stride)
+        for start, part in zip(starts, pictures, strict=True)
     ]
 
 
-def _read_ahead(
-    pool: ThreadPoolExecutor, items: Sequence[tuple[int, VideoItem]], shape: ClipShape, windows: int
-) -> Iterator[tuple]:
-    """Yield (number, item, windows or VideoError) in order, while threads decode a few videos ahead."""
+def _stream(path: Path, shape: ClipShape, starts: list[int]) -> Iterator[np.ndarray]:
+    """Yield the frames of windows, uint8 (T, H, W, 3), in one pass that holds one window at a time."""
+    ahead, part = iter(starts), []
+    start = next(ahead)
+    for index, frame in enumerate(iter_frames(path)):
+        if index >= start and (index - start) % shape.stride == 0:
+            part.append(frame)
+        if len(part) == shape.frames:
+            yield np.stack(part)
+            start, part = next(ahead, None), []
+            if start is None:
+                return
+    held = index + 1
+    raise ShortVideoError(f"{path}: a window begins at frame {start}, but the video holds {held} frames", held)
 
-    def read(item: VideoItem) -> list | VideoError:
-        try:
-            return read_windows(item, shape, windows)
-        except VideoError as error:
-            return error
 
-    pending: deque = deque()
-    for number, item in items:
-        pending.append((number, item, pool.submit(read, item)))
-        if len(pending) > READ_AHEAD:
-            number, item, future = pending.popleft()
-            yield number, item, future.result()
-    for number, item, future in pending:
-        yield number, item, future.result()
+def _windows_or_error(item: VideoItem, shape: ClipShape, windows: int, hop: int | None) -> list[Window] | VideoError:
+    try:
+        return read_windows(item, shape, windows, hop)
+    except VideoError as error:
+        return error
 
 
 class _Rows:
@@ -161,20 +214,22 @@ class _Rows:
         self.codes: list[Tensor] = []
         self.conditions: list[Tensor] = []
         self.rows: list[tuple[int, int, int, bool]] = []
+        self.fps: list[float] = []
         self.videos: list[list] = []
         self.skipped: list[list[str]] = []
 
-    def add(self, number: int, item: VideoItem, windows: list | VideoError) -> None:
+    def add(self, number: int, item: VideoItem, windows: list[Window] | VideoError) -> None:
         """Take the windows of a video, or note why it has none."""
         if isinstance(windows, VideoError):
             self.skipped.append([item.name, str(windows)])
             return
         self.videos.append([number, item.name, item.caption])
         label = -1 if item.label is None else item.label
-        for start, clip in windows:
+        for window in windows:
             for flipped in (False, True) if self.flips else (False,):
-                self.rows.append((label, number, start, flipped))
-                self.waiting.append(clip.flip(-1) if flipped else clip)
+                self.rows.append((label, number, window.start, flipped))
+                self.fps.append(window.fps)
+                self.waiting.append(window.clip.flip(-1) if flipped else window.clip)
                 if len(self.waiting) == self.batch_size:
                     self._encode()
 
@@ -193,6 +248,7 @@ class _Rows:
         empty = torch.empty(0, self.tokenizer.num_tokens, dtype=torch.int64)
         numbers = torch.tensor(self.rows, dtype=torch.int64).reshape(-1, 4).unbind(1)
         columns = dict(zip(("labels", "videos", "starts"), numbers, strict=False)) | {"flipped": numbers[3].bool()}
+        columns["fps"] = torch.tensor(self.fps, dtype=torch.float64)
         columns["codes"] = torch.cat([empty, *self.codes]).to(small)
         if self.given:
             columns["conditions"] = torch.cat([empty, *self.conditions]).to(small)

@@ -20,6 +20,7 @@ from larp.data.datasets import VideoSet
 from larp.engine.log import write_json
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -28,7 +29,7 @@ from tqdm import tqdm
 CODE_VERSION = 1
 """Raised whenever a change of this code base changes the codes that a tokenizer gives for a video."""
 KEY, INDEX = "key.json", "index.json"
-COLUMNS = ("codes", "conditions", "labels", "videos", "starts", "flipped")
+COLUMNS = ("codes", "conditions", "labels", "videos", "starts", "flipped", "fps")
 
 
 class TokenCacheError(ValueError):
@@ -53,6 +54,8 @@ class TokenCache:
     """int64 (M,), the first frame of the window."""
     flipped: Tensor
     """bool (M,), mirrored left to right."""
+    fps: Tensor
+    """float64 (M,), frames per second of the clip: those of its file over the stride; NaN in caches older than this."""
     names: tuple[str, ...]
     """Names of the videos, one for each row."""
     captions: tuple[str | None, ...]
@@ -63,6 +66,8 @@ class TokenCache:
     """(name, reason) of videos that could not be read."""
     tokenizer: str
     """The path or hub name of the tokenizer, as it was given."""
+    variant: str | None = None
+    """Which of its weights, see `larp.hub.LarpModel.from_pretrained`."""
     folder: Path | None = None
     """Where the cache was opened, for messages."""
 
@@ -74,7 +79,8 @@ class TokenCache:
             folder: where `larp.data.extraction` wrote it.
             expect: parts of the key that must hold, for example {"tokenizer": tokenizer.weight_hash()}.
 
-        Raises TokenCacheError if the cache is absent, unfinished or damaged, or differs from `expect`; it says in what.
+        Raises TokenCacheError if the cache is absent, unfinished or damaged, or differs from `expect`, or was made by a
+        version of this code that gave other codes; it says in what.
         """
         folder = Path(folder)
         if not (folder / INDEX).is_file():
@@ -83,12 +89,17 @@ class TokenCache:
             raise TokenCacheError(f"{folder} holds no token cache: make one with training/extract_tokens.py")
         index = read_json(folder / INDEX)
         check_key(
-            index["key"], expect or {}, f"the token cache {folder}", "extract the tokens again, into another folder"
+            {"code_version": 1} | index["key"],
+            {"code_version": CODE_VERSION} | dict(expect or {}),
+            f"the token cache {folder}",
+            "extract the tokens again, into another folder",
         )
         shards = [
             read_shard(folder / name)
             for name in tqdm(index["shards"], desc="tokens", disable=len(index["shards"]) < 200)
         ]
+        for tensors, _ in shards:
+            tensors.setdefault("fps", torch.full((len(tensors["codes"]),), torch.nan, dtype=torch.float64))
         columns = {
             name: torch.cat([tensors[name] for tensors, _ in shards]) for name in COLUMNS if name in shards[0][0]
         }
@@ -103,6 +114,7 @@ class TokenCache:
             classes=tuple(index["classes"]),
             skipped=tuple(tuple(pair) for _, notes in shards for pair in notes["skipped"]),
             tokenizer=index["tokenizer"],
+            variant=index.get("variant"),
             folder=folder,
         )
 
@@ -120,6 +132,36 @@ class TokenCache:
         """K."""
         return self.key["codebook_size"]
 
+    def frame_rate(self, default: float) -> float:
+        """Return the frames per second that most clips have; `default` for an old cache, which does not know it."""
+        known = self.fps[~self.fps.isnan()]
+        return known.mode().values.item() if len(known) else default
+
+    def load_tokenizer(self, path: str | Path | None = None, device: torch.device | str = "cpu"):
+        """Load the LarpTokenizer that made the codes, in its variant, from `path` or from where it lay then.
+
+        Raises CheckpointError if `path` holds none; TokenCacheError if another one lies there, or none where it lay.
+        """
+        from larp.hub import CheckpointError
+        from larp.tokenizer import LarpTokenizer
+
+        where = self.folder or "the token cache"
+        try:
+            tokenizer = LarpTokenizer.from_pretrained(path or self.tokenizer, device=device, variant=self.variant)
+        except CheckpointError as error:
+            if path:
+                raise
+            raise TokenCacheError(
+                f"{where} names its tokenizer as it was typed then: {error}; give --tokenizer"
+            ) from error
+        check_key(
+            self.key,
+            {"tokenizer": tokenizer.weight_hash()},
+            f"the token cache {where}",
+            "give the --tokenizer that it was made with, or extract the tokens again",
+        )
+        return tokenizer
+
     def select(self, rows: Tensor) -> "TokenCache":
         """Return the cache of some rows, int64 (m,)."""
         chosen = rows.tolist()
@@ -135,8 +177,7 @@ class TokenCache:
         codes = self.codes[rows].long().to(device)
         if task == "class":
             return codes, self.labels[rows].to(device)
-        separator = torch.full((len(rows), 1), self.codebook_size)
-        return codes, torch.cat([self.conditions[rows].long(), separator], dim=1).to(device)
+        return codes, with_separator(self.conditions[rows].long().to(device), self.codebook_size)
 
     def require(self, task: str, where: str, classes: tuple[str, ...] | None = None) -> None:
         """Raise TokenCacheError if the cache lacks what a generator's task needs: a class for each clip, or conditions.
@@ -150,8 +191,8 @@ class TokenCache:
         lacking = int((self.labels < 0).sum())
         if lacking or not self.classes:
             raise TokenCacheError(
-                f"{where}: {lacking} of {len(self)} clips have no class. Data with classes: ucf101:ROOT, shapes:, and"
-                " csv: or jsonl: manifests with a label for every video; or train with --task frame-prediction"
+                f"{where}: {lacking} of {len(self)} clips have no class. Data with classes: ucf101:ROOT, shapes:, k600:"
+                " and csv: or jsonl: manifests with a label for every video; or train with --task frame-prediction"
             )
         if classes is not None and self.classes != classes:
             missing, extra = sorted(set(classes) - set(self.classes))[:5], sorted(set(self.classes) - set(classes))[:5]
@@ -175,15 +216,27 @@ class TokenCache:
         return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
 
 
+def with_separator(given: Tensor, codebook_size: int) -> Tensor:
+    """Return the condition of frame prediction: codes (b, N) of given frames and the separator, (b, N + 1)."""
+    return F.pad(given, (0, 1), value=codebook_size)
+
+
 def token_key(
-    tokenizer, videos: VideoSet, split: str, stride: int, windows: int, flips: bool, condition_frames: int
+    tokenizer,
+    videos: VideoSet,
+    split: str,
+    stride: int,
+    windows: int,
+    hop: int | None,
+    flips: bool,
+    condition_frames: int,
 ) -> dict[str, Any]:
     """Return everything that changes a code, as plain values: two caches with equal keys hold equal codes.
 
     Args:
         tokenizer: a LarpTokenizer.
         videos, split: the data and the split that it was opened with.
-        stride, windows, flips, condition_frames: as in `larp.data.extraction.extract_tokens`.
+        stride, windows, hop, flips, condition_frames: as in `larp.data.extraction.extract_tokens`.
     """
     config = tokenizer.config
     described = [[item.name, item.label, item.caption, *file_state(item.path)] for item in videos.items]
@@ -200,6 +253,7 @@ def token_key(
         "width": config.width,
         "stride": stride,
         "windows": windows,
+        "hop": hop,
         "flips": flips,
         "condition_frames": condition_frames,
         "code_version": CODE_VERSION,
@@ -303,7 +357,14 @@ def discard_cache(folder: Path, shards: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def finish_cache(folder: Path, key: dict[str, Any], classes: tuple[str, ...], tokenizer: str, shards: int) -> None:
+def finish_cache(
+    folder: Path,
+    key: dict[str, Any],
+    classes: tuple[str, ...],
+    tokenizer: str,
+    shards: int,
+    variant: str | None = None,
+) -> None:
     """Write the index, which marks the cache as complete; every shard must be there."""
     paths = [shard_path(folder, shard) for shard in range(shards)]
     missing = [path.name for path in paths if not path.is_file()]
@@ -311,8 +372,8 @@ def finish_cache(folder: Path, key: dict[str, Any], classes: tuple[str, ...], to
         raise TokenCacheError(
             f"{folder}: {len(missing)} shards are missing ({missing[0]}, ...): run the extraction again"
         )
-    index = {"key": key, "classes": list(classes), "tokenizer": tokenizer, "shards": [path.name for path in paths]}
-    write_json(folder / INDEX, index)
+    index = {"key": key, "classes": list(classes), "tokenizer": tokenizer, "variant": variant}
+    write_json(folder / INDEX, index | {"shards": [path.name for path in paths]})
 
 
 def read_json(path: Path) -> dict[str, Any]:

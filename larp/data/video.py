@@ -1,9 +1,7 @@
-"""Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else.
+"""Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else. A PNG or JPEG picture reads as one frame.
 
-Every file is treated as hostile: the demuxer is chosen from the file's first bytes (so playlists, which open other
-files, are refused), the picture size is checked before a frame is decoded, and every failure is a `VideoError` that
-names the file. FFmpeg may end early in silence, so the number of frames that came out is compared with the number that
-was asked for.
+Files are opened by larp/data/container.py, and every failure is a `VideoError` that names the file. FFmpeg may end early
+in silence, so the number of frames that came out is compared with the number that was asked for.
 """
 
 from __future__ import annotations
@@ -15,38 +13,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, opened
 
 import av
 import numpy as np
 
-MAX_PIXELS = 4096 * 4096
+if TYPE_CHECKING:
+    from larp.data.audio import AudioTrack
+
 MAX_BYTES = 8 * 2**30
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
 )
 
-# What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and
-# PermissionError).
-_DECODE_ERRORS = (
-    av.error.FFmpegError,
-    OSError,
-    IndexError,
-    UnicodeDecodeError,
-    MemoryError,
-    EOFError,
-    ValueError,
-    RuntimeError,
-)
-_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")
 _ENCODER_CHOICES = ("libx264", "libopenh264", "mpeg4", "libx265", "libvpx-vp9", "mjpeg")
-
-av.logging.set_level(
-    av.logging.PANIC
-)  # FFmpeg's own lines would tear the progress bars; what matters reaches VideoError
-
-
-class VideoError(ValueError):
-    """A video file that cannot be read or written; the message names the file and the reason."""
 
 
 class ShortVideoError(VideoError):
@@ -59,7 +41,10 @@ class ShortVideoError(VideoError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` tells about a video file: display size in pixels, frames, frames per second, codec."""
+    """What `probe` tells about a video file: display size in pixels, frames, frames per second, codec.
+
+    `even`: the frames come at one rate; where they do not, `fps` is their average.
+    """
 
     width: int
     height: int
@@ -67,6 +52,7 @@ class VideoInfo:
     fps: float
     codec: str
     duration_s: float
+    even: bool = True
 
 
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
@@ -74,7 +60,7 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
 
     `frames` is the header's promise, so decoding may find fewer. Raises VideoError.
     """
-    with _opened(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         frames = stream.frames or _count_packets(container, stream)
         if stream.frames == 0:
             container.seek(0)
@@ -83,12 +69,13 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
             raise VideoError(f"{path}: holds no video frame")
         height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
         fps = _fps(stream)
-        return VideoInfo(width, height, frames, fps, stream.codec_context.name, frames / fps)
+        even = stream.base_rate is None or abs(float(stream.base_rate) / fps - 1) < 0.01
+        return VideoInfo(width, height, frames, fps, stream.codec_context.name, frames / fps, even)
 
 
 def count_frames(path: str | Path) -> int:
     """Return how many frames a video file's header or packets promise, without decoding. Raises VideoError."""
-    with _opened(path, MAX_PIXELS) as (container, stream):
+    with opened(path) as (container, stream):
         return stream.frames or _count_packets(container, stream)
 
 
@@ -103,7 +90,7 @@ def read_video(
     before the header says.
     """
     frames: list[np.ndarray] = []
-    with _opened(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         fps, decoded = _fps(stream), _Decoded(stream.frames)
         for frame in _pictures(path, container, stream, decoded, start, count, stride):
             frames.append(frame)
@@ -117,104 +104,120 @@ def read_video(
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
     """Yield every frame of a video file as uint8 (H, W, 3), in bounded memory. Raises VideoError."""
-    with _opened(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream):
         decoded = _Decoded(stream.frames)
         yield from _pictures(path, container, stream, decoded, 0, None, 1)
     _check_promise(path, 0, None, 1, decoded.frames, decoded)
 
 
-def write_video(
-    path: str | Path,
-    frames: np.ndarray,
-    fps: float,
-    codec: str = "libx264",
-    quality: int = 18,
-    pixel_format: str = "yuv420p",
-    preset: str = "medium",
-) -> None:
+class VideoWriter:
+    """A video file written piece by piece, for videos too long to be held in memory; a context manager.
+
+    The file appears under its name, whole, when the block ends well; after an exception there is nothing new at all.
+
+        with AudioTrack("in.mp4") as audio, VideoWriter("out.mp4", fps=25, audio=audio) as writer:
+            for frames in pieces:  # uint8 (T, H, W, 3)
+                writer.write(frames)
+
+    The suffix chooses the container; a .gif becomes an animated GIF, and is held in memory (a GIF is one palette and
+    a list). `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays
+    everywhere but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row
+    or column. "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed
+    setting, ignored by other codecs. `audio` goes along as it is; where the container cannot hold it, it is left out
+    and `audio.notes` says why. Raises VideoError, with the encoders at hand if `codec` is missing.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        fps: float,
+        *,
+        codec: str = "libx264",
+        quality: int = 18,
+        pixel_format: str = "yuv420p",
+        preset: str = "medium",
+        audio: AudioTrack | None = None,
+    ):
+        self.path = Path(path)
+        self._rate, self._audio = _rational(fps), audio
+        self._encoding = _Encoding(codec, quality, pixel_format, preset)
+        self._size: tuple[int, ...] | None = None
+        self._sink: _Movie | _Gif | None = None
+
+    def __enter__(self) -> VideoWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self._temporary = tempfile.mkstemp(
+            prefix=".writing-", suffix=self.path.suffix or ".mp4", dir=self.path.parent
+        )
+        os.close(handle)
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append uint8 (T, H, W, 3) RGB frames, T > 0, all of one size."""
+        frames = np.asarray(frames)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+            raise VideoError(
+                f"{self.path}: frames must be uint8 (T, H, W, 3) with T > 0, not {frames.dtype} {frames.shape}"
+            )
+        self._size = self._size or frames.shape[1:]
+        if frames.shape[1:] != self._size:
+            raise VideoError(f"{self.path}: frames of {frames.shape[1:]} after frames of {self._size}; need one size")
+        with self._errors():
+            self._sink = self._sink or self._open()
+            self._sink.add(frames)
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None:
+                if self._sink is None:
+                    raise VideoError(f"{self.path}: no frame was written")
+                with self._errors():
+                    self._sink.finish()
+                os.chmod(self._temporary, 0o644)
+                os.replace(self._temporary, self.path)
+        finally:
+            if isinstance(self._sink, _Movie):
+                self._sink.close()
+            with suppress(FileNotFoundError):
+                os.unlink(self._temporary)
+
+    def _open(self) -> _Movie | _Gif:
+        audio = self._audio if self._audio is not None and self._audio.stream is not None else None
+        if self.path.suffix.lower() == ".gif":
+            if audio is not None:
+                audio.notes.append("the sound was left out: a .gif holds none")
+            return _Gif(self._temporary, self._rate)
+        _check_encoder(self.path, self._encoding.codec)
+        if audio is not None:
+            try:
+                return _Movie(self._temporary, self._rate, self._size, self._encoding, audio)
+            except DECODE_ERRORS:
+                audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
+        return _Movie(self._temporary, self._rate, self._size, self._encoding, None)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except VideoError:
+            raise
+        except DECODE_ERRORS as error:
+            raise VideoError(
+                f"{self.path}: cannot be written with codec {self._encoding.codec!r}, pixel format "
+                f"{self._encoding.pixel_format!r}: {error}"
+            ) from error
+
+
+def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) -> None:
     """Write uint8 (T, H, W, 3) RGB frames to a video file, or to an animated GIF if the suffix is .gif; atomic.
 
-    `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays everywhere
-    but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row or column.
-    "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed setting,
-    ignored by other codecs. Raises VideoError, with the encoders at hand if `codec` is missing.
+    `encoding` is what `VideoWriter` takes: codec, quality, pixel_format, preset, audio. Raises VideoError.
     """
-    path, frames = Path(path), np.asarray(frames)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise VideoError(f"{path}: frames must be uint8 (T, H, W, 3) with T > 0, not {frames.dtype} {frames.shape}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=path.suffix or ".mp4", dir=path.parent)
-    os.close(handle)
-    try:
-        if path.suffix.lower() == ".gif":
-            _write_gif(temporary, frames, fps)
-        else:
-            _encode(path, temporary, frames, fps, codec, quality, pixel_format, preset)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
+    with VideoWriter(path, fps, **encoding) as writer:
+        writer.write(frames)
 
 
 # Reading
-
-
-def _container_format(path: str | Path, head: bytes) -> str:
-    """Choose FFmpeg's demuxer from a file's first bytes; a playlist or an unknown file is a VideoError."""
-    if not head:
-        raise VideoError(f"{path}: the file is empty")
-    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
-        return "mov"
-    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
-        return "avi"
-    if head[0] == 0x47 and head[188:189] == b"\x47":
-        return "mpegts"
-    for magic, name in (
-        (b"\x1a\x45\xdf\xa3", "matroska"), (b"GIF8", "gif"), (b"FLV\x01", "flv"), (b"OggS", "ogg"), (b"DKIF", "ivf"),
-        (b"\x30\x26\xb2\x75", "asf"), (b"\x00\x00\x01\xba", "mpeg"), (b"\x00\x00\x01\xb3", "mpegvideo"),
-    ):  # fmt: skip
-        if head.startswith(magic):
-            return name
-    if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(_PLAYLISTS):
-        raise VideoError(f"{path}: is a playlist, which may open other files; give the video files themselves")
-    raise VideoError(
-        f"{path}: does not begin like a video file (mp4, mov, avi, mkv, webm, gif, flv, ogg, ivf, wmv, mpeg)"
-    )
-
-
-@contextmanager
-def _opened(path: str | Path, max_pixels: int) -> Iterator[tuple]:
-    """Open a file's first video stream, bounded; FFmpeg's many exceptions inside the block become VideoError."""
-    try:
-        with open(path, "rb") as file:
-            name = _container_format(path, file.read(256))
-            file.seek(0)
-            # A file object rather than a name: names that begin with a dash or hold a colon mean something to FFmpeg.
-            with av.open(file, format=name, metadata_errors="replace") as container:
-                if not container.streams.video:
-                    raise VideoError(f"{path}: holds no video stream")
-                stream = container.streams.video[0]
-                codec = stream.codec_context
-                if codec is None:
-                    raise VideoError(f"{path}: its video codec is not known to this FFmpeg")
-                if codec.width * codec.height > max_pixels:
-                    raise VideoError(
-                        f"{path}: {codec.width}x{codec.height} pixels per frame is over max_pixels={max_pixels}"
-                    )
-                codec.options = {"max_pixels": str(max_pixels)}
-                codec.thread_type, codec.thread_count = (
-                    "SLICE",
-                    1,
-                )  # frame threads hide truncation, and loaders bring their own
-                yield container, stream
-    except VideoError:
-        raise
-    except FileNotFoundError:
-        raise VideoError(f"{path}: no such file") from None
-    except _DECODE_ERRORS as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise VideoError(f"{path}: cannot be decoded: {reason}") from error
 
 
 @dataclass
@@ -273,28 +276,89 @@ def _fps(stream) -> float:
 # Writing
 
 
-def _encode(
-    path: Path, target: str, frames: np.ndarray, fps: float, codec, quality: int, pixel_format: str, preset
-) -> None:
+@dataclass(frozen=True)
+class _Encoding:
+    codec: str
+    quality: int
+    pixel_format: str
+    preset: str
+
+
+class _Movie:
+    """A container with one video stream, and an audio track whose packets are written as their time comes."""
+
+    def __init__(
+        self, target: str, rate: Fraction, size: tuple[int, ...], encoding: _Encoding, audio: AudioTrack | None
+    ):
+        self.padding = [(0, 0)] * 4
+        height, width = size[:2]
+        if "420" in encoding.pixel_format:
+            self.padding = [(0, 0), (0, height % 2), (0, width % 2), (0, 0)]
+        self.rate, self.audio, self.frames, self.sound = rate, audio, 0, None
+        self.container = av.open(target, "w")
+        try:
+            options = _encoder_options(encoding.codec, encoding.quality, encoding.preset)
+            self.stream = self.container.add_stream(encoding.codec, rate=rate, options=options)
+            self.stream.height, self.stream.width = height + self.padding[1][1], width + self.padding[2][1]
+            self.stream.pix_fmt, self.stream.thread_count = encoding.pixel_format, 1
+            if audio is not None:
+                self.sound = self.container.add_stream_from_template(audio.stream)
+            self.container.start_encoding()
+        except BaseException:
+            self.close()
+            raise
+
+    def add(self, frames: np.ndarray) -> None:
+        if any(sum(pair) for pair in self.padding):
+            frames = np.pad(frames, self.padding, mode="edge")
+        for frame in frames:
+            self._mux_sound(self.frames / self.rate)
+            self.frames += 1
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self.container.mux(self.stream.encode(picture))
+
+    def finish(self) -> None:
+        self._mux_sound(None)
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+    def close(self) -> None:
+        with suppress(*DECODE_ERRORS):
+            self.container.close()
+
+    def _mux_sound(self, until: Fraction | None) -> None:
+        if self.sound is not None:
+            for packet in self.audio.packets(until):
+                packet.stream = self.sound
+                self.container.mux(packet)
+
+
+class _Gif:
+    """An animated GIF, which Pillow writes all at once."""
+
+    def __init__(self, target: str, rate: Fraction):
+        self.target, self.pictures, self.bytes = target, [], 0
+        # A GIF counts in hundredths of a second, and players slow down anything under two of them
+        self.duration = max(20, round(100 / float(rate)) * 10)
+
+    def add(self, frames: np.ndarray) -> None:
+        from PIL import Image
+
+        self.pictures += [Image.fromarray(frame) for frame in frames]
+        self.bytes += frames.nbytes
+        if self.bytes > MAX_BYTES:
+            raise VideoError(f"a .gif of more than {MAX_BYTES >> 30} GiB of frames is not written: choose an .mp4")
+
+    def finish(self) -> None:
+        first, *others = self.pictures
+        first.save(self.target, save_all=True, append_images=others, duration=self.duration, loop=0, disposal=1)
+
+
+def _check_encoder(path: Path, codec: str) -> None:
     try:
         av.codec.Codec(codec, "w")
     except ValueError:
         raise VideoError(_missing_encoder(path, codec)) from None
-    if "420" in pixel_format:
-        height, width = frames.shape[1:3]
-        frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    try:
-        with av.open(target, "w") as container:
-            stream = container.add_stream(codec, rate=_rational(fps), options=_encoder_options(codec, quality, preset))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt, stream.thread_count = pixel_format, 1
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-            container.mux(stream.encode())
-    except _DECODE_ERRORS as error:
-        raise VideoError(
-            f"{path}: cannot be written with codec {codec!r}, pixel format {pixel_format!r}: {error}"
-        ) from error
 
 
 def _encoder_options(codec: str, quality: int, preset: str) -> dict[str, str]:
@@ -326,12 +390,3 @@ def _rational(fps: float) -> Fraction:
     if not 0 < fps <= 1000:
         raise VideoError(f"fps must be in (0, 1000], not {fps}")
     return Fraction(fps).limit_denominator(1001)
-
-
-def _write_gif(target: str, frames: np.ndarray, fps: float) -> None:
-    from PIL import Image
-
-    pictures = [Image.fromarray(frame) for frame in frames]
-    # A GIF counts in hundredths of a second, and players slow down anything under two of them
-    duration = max(20, round(100 / float(_rational(fps))) * 10)
-    pictures[0].save(target, save_all=True, append_images=pictures[1:], duration=duration, loop=0, disposal=1)

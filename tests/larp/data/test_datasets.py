@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from larp.data.datasets import DataError, humanize, open_videos
+from larp.data.datasets import DataError, NoSplitError, humanize, open_videos
 from larp.data.video import write_video
 
 import numpy as np
@@ -200,7 +200,7 @@ def test_a_plus_or_comma_in_a_path_is_part_of_it(tmp_path):
         ("", "the data spec is empty; give one of ucf101:"),
         (
             "ucf11:/data",
-            r"unknown data spec 'ucf11:/data': the kinds are ucf101:, csv:, .*, shapes:; did you mean ucf101:\?",
+            r"unknown data spec 'ucf11:/data': the kinds are ucf101:, k600:, csv:, .*, shapes:; did you mean ucf101:\?",
         ),
         ("shape", r"neither a path that exists nor one of the kinds .*did you mean shapes:\?"),
         ("/no/such/path", "neither a path that exists"),
@@ -221,6 +221,18 @@ def test_an_empty_folder_and_a_single_file_are_refused(tmp_path):
         open_videos(str(touch(tmp_path / "a.mp4")))
     with pytest.raises(DataError, match=r"unknown split 'val'; choose train, test or all"):
         open_videos(str(tmp_path), "val")
+
+
+def test_splits_that_the_data_do_not_have(tmp_path):
+    for name in "ab":
+        touch(tmp_path / "v" / f"{name}.mp4")
+    (tmp_path / "m.csv").write_text("path,split\nv/a.mp4,train\nv/b.mp4,validation\n")
+    assert [i.name for i in open_videos(str(tmp_path / "m.csv"), "validation").items] == ["v/b.mp4"]
+    for spec in (f"folder:{tmp_path}", "shapes:", f"ucf101:{make_ucf101(tmp_path / 'ucf')}"):
+        with pytest.raises(NoSplitError, match=r"has no validation split; choose train, test, or all"):
+            open_videos(spec, "validation")
+    with pytest.raises(NoSplitError, match="no line has split test"):
+        open_videos(str(tmp_path / "m.csv"), "test")
 
 
 @pytest.mark.parametrize(

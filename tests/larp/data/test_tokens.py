@@ -5,13 +5,16 @@ import os
 import shutil
 import threading
 from dataclasses import replace
+from itertools import islice
 
-from larp.data import tokens
+from larp.data import extraction, tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
-from larp.data.extraction import extract_tokens, repeat_last, window_starts
+from larp.data.extraction import extract_tokens, live_batches, repeat_last, window_starts
+from larp.data.loader import ClipLoader
 from larp.data.tokens import INDEX, TokenCache, TokenCacheError, batch_rows, shard_slices
 from larp.data.video import read_video, write_video
+from larp.hub import CheckpointError
 from larp.prior import PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
@@ -59,6 +62,13 @@ def test_windows_never_overlap_and_are_evenly_spaced():
         assert gaps.min() >= 0 and gaps.max() - gaps.min() <= 1, (frames, starts)
 
 
+def test_windows_at_a_hop_begin_at_the_first_frame():
+    shape = ClipShape(4, 8, 8, stride=2)
+    assert window_starts(40, shape, most=9, hop=7) == [0, 7, 14, 21, 28]
+    assert window_starts(40, shape, most=2, hop=16) == [0, 16] and window_starts(39, shape, 9, hop=16) == [0, 16, 32]
+    assert window_starts(38, shape, 9, hop=16) == [0, 16] and window_starts(6, shape, 9, hop=16) == []
+
+
 def test_extraction_encodes_the_windows(tokenizer, videos, tmp_path):
     cache = extract_tokens(
         tokenizer,
@@ -82,6 +92,64 @@ def test_extraction_encodes_the_windows(tokenizer, videos, tmp_path):
         clip = clip.flip(-1) if cache.flipped[row] else clip
         assert torch.equal(tokenizer.encode(clip)[0], cache.codes[row].long())
         assert torch.equal(tokenizer.encode(repeat_last(clip, 2))[0], cache.conditions[row].long())
+
+
+def test_a_hop_is_taken_and_tells_caches_apart(tokenizer, videos, tmp_path):
+    cache = extract_tokens(tokenizer, videos, "train", tmp_path, windows=9, hop=5)
+    assert cache.starts[cache.videos == 2].tolist() == [0, 5] and cache.starts[cache.videos == 0].tolist() == [0]
+    with pytest.raises(TokenCacheError, match="hop is 5, expected 6"):
+        extract_tokens(tokenizer, videos, "train", tmp_path, windows=9, hop=6)
+
+
+@pytest.mark.parametrize("windows", [1, 2, 3])
+def test_a_header_that_promises_too_much_is_not_believed(videos, windows, monkeypatch):
+    info = extraction.probe(videos.items[2].path)
+    assert info.frames == 13
+    monkeypatch.setattr(extraction, "probe", lambda path: replace(info, frames=20))
+    found = extraction.read_windows(videos.items[2], ClipShape(4, 16, 16), windows)
+    pixels = read_video(videos.items[2].path)[0]
+    assert [window.start for window in found] == window_starts(
+        20 if windows == 1 else 13, ClipShape(4, 16, 16), windows
+    )
+    for window in found:
+        assert torch.equal(window.clip, frames_to_clip(pixels[window.start : window.start + 4], 16, 16))
+
+
+def test_clips_know_their_frame_rate_and_old_caches_say_that_they_do_not(tokenizer, videos, tmp_path):
+    write_video(tmp_path / "fast.mp4", np.zeros((8, 16, 16, 3), np.uint8), fps=30000 / 1001)
+    some = replace(videos, items=(*videos.items[1:3], VideoItem(tmp_path / "fast.mp4", "fast")))
+    cache = extract_tokens(tokenizer, some, "train", tmp_path / "cache", stride=2)
+    assert cache.fps.tolist() == pytest.approx([4, 4, 15 / 1.001]) and cache.frame_rate(default=12) == 4
+    assert cache.select(torch.tensor([2])).frame_rate(default=12) == pytest.approx(15 / 1.001)
+    shard = tmp_path / "cache" / "shard-00000.safetensors"
+    columns, notes = tokens.read_shard(shard)
+    del columns["fps"]
+    tokens.write_shard(shard, columns, notes["videos"], notes["skipped"])
+    old = TokenCache.open(tmp_path / "cache")
+    assert old.fps.isnan().all() and old.frame_rate(default=12) == 12 and torch.equal(old.codes, cache.codes)
+
+
+def test_a_cache_loads_the_tokenizer_and_variant_that_made_it(tokenizer, videos, tmp_path):
+    torch.manual_seed(1)
+    average = LarpTokenizer(tokenizer.config).eval()
+    assert average.weight_hash() != tokenizer.weight_hash()
+    home = str(tokenizer.save_pretrained(tmp_path / "tok", ema=average))
+    settings = dict(tokenizer_name=home, variant="ema")
+    cache = extract_tokens(average, videos, "train", tmp_path / "cache", **settings)
+    assert cache.variant == "ema" and cache.load_tokenizer().weight_hash() == average.weight_hash()
+    assert cache.load_tokenizer(home).weight_hash() == average.weight_hash()
+    plain = extract_tokens(tokenizer, videos, "train", tmp_path / "plain", tokenizer_name=home)
+    assert plain.variant is None and plain.load_tokenizer().weight_hash() == tokenizer.weight_hash()
+    with pytest.raises(CheckpointError, match="absent"):
+        cache.load_tokenizer(tmp_path / "absent")
+    tokenizer.save_pretrained(tmp_path / "tok")
+    with pytest.raises(TokenCacheError, match=r"cache names its tokenizer as it was typed then: .*give --tokenizer"):
+        cache.load_tokenizer()
+    average.save_pretrained(tmp_path / "tok")
+    with pytest.raises(
+        TokenCacheError, match=r"plain was made from something else: tokenizer is .* give the --tokenizer"
+    ):
+        plain.load_tokenizer()
 
 
 def test_ranks_share_the_work_and_a_stopped_extraction_goes_on(tokenizer, videos, tmp_path, monkeypatch):
@@ -109,6 +177,11 @@ def test_a_cache_of_something_else_is_refused(tokenizer, videos, tmp_path):
         extract_tokens(tokenizer, videos, "test", tmp_path)
     with pytest.raises(TokenCacheError, match=r"holds no token cache: make one with"):
         TokenCache.open(tmp_path / "absent")
+    index = json.loads((tmp_path / INDEX).read_text())
+    (tmp_path / INDEX).write_text(json.dumps(index | {"key": index["key"] | {"code_version": 0}}))
+    with pytest.raises(TokenCacheError, match=r"code_version is 0, expected 1.*extract the tokens again"):
+        TokenCache.open(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(index))
     shard = tmp_path / "shard-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(TokenCacheError, match=r"shard-00000.*delete this file"):
@@ -185,11 +258,38 @@ def test_a_folder_that_cannot_be_written_is_named(tokenizer, videos, tmp_path):
 
 @pytest.mark.parametrize(
     "option, words",
-    [({"windows": 0}, "windows is 0"), ({"stride": 0}, "stride"), ({"condition_frames": 4}, "0 .none. to 3")],
+    [
+        ({"windows": 0}, "windows is 0"),
+        ({"stride": 0}, "stride"),
+        ({"hop": 3}, "hop is 3: windows reach over 4 frames and would overlap"),
+        ({"condition_frames": 4}, "0 .none. to 3"),
+    ],
 )
 def test_bad_options(tokenizer, videos, tmp_path, option, words):
     with pytest.raises(ValueError, match=words):
         extract_tokens(tokenizer, videos, "train", tmp_path, **option)
+
+
+def test_live_batches_are_what_a_cache_would_hold_of_these_clips(tokenizer, videos):
+    def loader(rank=0, world_size=1) -> ClipLoader:
+        shape = ClipShape(4, 16, 16)
+        return ClipLoader(videos, shape, 8, 4, seed=3, rank=rank, world_size=world_size, flip=True)
+
+    live = live_batches(tokenizer, loader(), "frame-prediction", condition_frames=2)
+    for clips, (codes, condition) in zip(islice(loader(), 6), live, strict=False):
+        assert torch.equal(codes, tokenizer.encode(clips["clip"]))
+        assert torch.equal(condition[:, :-1], tokenizer.encode(repeat_last(clips["clip"], 2)))
+        assert (condition[:, -1] == tokenizer.codebook_size).all()
+    one = list(islice(live_batches(tokenizer, loader(), "class"), 4))
+    two = [list(islice(live_batches(tokenizer, loader(rank, 2), "class"), 2)) for rank in (0, 1)]
+    for whole, part in zip(one, (two[0][0], two[1][0], two[0][1], two[1][1]), strict=True):
+        assert torch.equal(whole[0], part[0]) and torch.equal(whole[1], part[1])
+    assert not torch.equal(torch.cat([codes for codes, _ in one[:2]]), torch.cat([codes for codes, _ in one[2:]]))
+    with pytest.raises(ValueError, match="condition_frames is 0; it must be 1 to 3"):
+        next(live_batches(tokenizer, loader(), "frame-prediction"))
+    unlabelled = replace(videos, items=tuple(replace(item, label=None) for item in videos.items))
+    with pytest.raises(ValueError, match="has no class"):
+        next(live_batches(tokenizer, ClipLoader(unlabelled, ClipShape(4, 16, 16), 4, 4, seed=0), "class"))
 
 
 def test_hold_out_keeps_videos_whole(tokenizer, videos, tmp_path):

@@ -3,11 +3,22 @@
 import os
 import time
 
-from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video, write_video
+from larp.data.video import (
+    ShortVideoError,
+    VideoError,
+    VideoWriter,
+    count_frames,
+    iter_frames,
+    probe,
+    read_video,
+    write_video,
+)
+from tests.larp.data.odd_videos import write_unevenly
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 
 def moving_square(frames=12, height=32, width=48):
@@ -86,6 +97,42 @@ def test_gif(tmp_path):
     assert np.abs(video.astype(int) - moving_square()).mean() < 3
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif"])
+def test_written_in_pieces_it_is_the_same_file(tmp_path, name):
+    whole, pieces = tmp_path / name, tmp_path / f"pieces-{name}"
+    write_video(whole, moving_square(), 10)
+    with VideoWriter(pieces, 10) as writer:
+        for start, stop in ((0, 1), (1, 8), (8, 12)):
+            writer.write(moving_square()[start:stop])
+        assert not pieces.exists()
+    assert pieces.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, clip, error):
+    before = clip.read_bytes()
+    with pytest.raises(error), VideoWriter(clip, 10) as writer:
+        writer.write(moving_square())
+        raise error
+    assert clip.read_bytes() == before and os.listdir(tmp_path) == ["clip.mp4"]
+
+
+def test_pieces_must_have_one_size_and_there_must_be_one(tmp_path):
+    with pytest.raises(VideoError, match=r"a.mp4.*need one size"), VideoWriter(tmp_path / "a.mp4", 10) as writer:
+        writer.write(moving_square())
+        writer.write(moving_square(height=16))
+    with pytest.raises(VideoError, match=r"a.mp4: no frame was written"), VideoWriter(tmp_path / "a.mp4", 10):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_gif_beyond_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("larp.data.video.MAX_BYTES", 10_000)
+    with pytest.raises(VideoError, match=r"choose an .mp4"):
+        write_video(tmp_path / "a.gif", moving_square(), 10)
+    assert os.listdir(tmp_path) == []
+
+
 def test_missing_encoder_names_the_remedy_and_leaves_nothing(tmp_path):
     with pytest.raises(VideoError, match=r"out.mp4: this FFmpeg has no encoder 'libx999'.*mpeg4.*\.gif"):
         write_video(tmp_path / "out.mp4", moving_square(), 10, codec="libx999")
@@ -133,6 +180,23 @@ def test_missing_files_and_folders_are_video_errors(tmp_path):
         read_video(tmp_path / "none.mp4")
     with pytest.raises(VideoError, match=tmp_path.name):
         read_video(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg"])
+def test_a_picture_is_a_video_of_one_frame(tmp_path, suffix):
+    picture = Image.fromarray(moving_square()[0, :31])
+    turned = picture.getexif()
+    turned[0x0112] = 6
+    picture.save(tmp_path / f"a{suffix}", quality=95, **({"exif": turned} if suffix == ".jpg" else {}))
+    frames, _ = read_video(tmp_path / f"a{suffix}")
+    want = np.rot90(moving_square()[0, :31], -1) if suffix == ".jpg" else moving_square()[0, :31]
+    assert frames.shape == (1, *want.shape) and np.abs(frames[0].astype(int) - want).mean() < 3
+    info = probe(tmp_path / f"a{suffix}")
+    assert (info.height, info.width, info.frames) == (*want.shape[:2], 1)
+
+
+def test_a_varying_frame_rate_is_noticed(tmp_path, clip):
+    assert probe(clip).even and not probe(write_unevenly(tmp_path / "a.mp4", moving_square())).even
 
 
 def test_frames_over_max_pixels_are_refused_before_decoding(clip):

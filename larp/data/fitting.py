@@ -1,0 +1,78 @@
+"""How pictures of any size go into a tokenizer's frame, and back: crop, stretch or pad.
+
+Frames are uint8 (T, H, W, 3).
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from larp.data.clips import resize_frames, scale_frames
+from larp.data.container import MAX_PIXELS
+
+import numpy as np
+
+Fit = Literal["crop", "stretch", "pad"]
+FITS = get_args(Fit)
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The way from pictures of one size into frames of another, and back.
+
+    crop: resized so that the frame is just covered, then the centre is cut out, as in training; the aspect ratio is
+    kept, the edges of the longer side are lost. stretch: everything is kept but the aspect ratio. pad: everything is
+    kept, with black bars around it. ValueError for sizes that cannot be fitted.
+    """
+
+    fit: Fit
+    source: Size
+    """Height and width of the pictures."""
+    frame: Size
+    """Height and width of the tokenizer's frame."""
+
+    def __post_init__(self):
+        if self.fit not in FITS:
+            raise ValueError(f"fit must be one of {', '.join(FITS)}, not {self.fit!r}")
+        for name, size in (("source", self.source), ("frame", self.frame)):
+            if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(f"{name}: {size[1]}x{size[0]} pixels are not between 1 and {MAX_PIXELS}")
+        covering = max(new / old for new, old in zip(self.frame, self.source, strict=True))
+        if self.fit == "crop" and self.source[0] * self.source[1] * covering**2 > MAX_PIXELS:
+            raise ValueError(f"{self.source[1]}x{self.source[0]} pixels are too narrow to crop: choose stretch or pad")
+
+    @property
+    def picture(self) -> tuple[int, int, int, int]:
+        """Top, left, height and width of the picture in the frame: all of it but for the bars of `pad`."""
+        (height, width), (old_height, old_width) = self.frame, self.source
+        if self.fit != "pad":
+            return 0, 0, height, width
+        scale = min(height / old_height, width / old_width)
+        new = max(1, min(height, round(old_height * scale))), max(1, min(width, round(old_width * scale)))
+        return (height - new[0]) // 2, (width - new[1]) // 2, *new
+
+    @property
+    def kept(self) -> Size:
+        """Height and width of the part of the source that the frame shows, in pixels of the source."""
+        if self.fit != "crop":
+            return self.source
+        scale = max(new / old for new, old in zip(self.frame, self.source, strict=True))
+        height, width = (max(1, min(old, round(new / scale))) for new, old in zip(self.frame, self.source, strict=True))
+        return height, width
+
+    def apply(self, frames: np.ndarray) -> np.ndarray:
+        """Bring frames of the source's size into the tokenizer's."""
+        if self.fit == "crop":
+            return resize_frames(frames, *self.frame)
+        top, left, height, width = self.picture
+        bars = (top, self.frame[0] - top - height), (left, self.frame[1] - left - width)
+        return np.pad(scale_frames(frames, height, width), ((0, 0), *bars, (0, 0)))
+
+    def undo(self, frames: np.ndarray) -> np.ndarray:
+        """Bring frames of the tokenizer's size back to `kept`: bars cut off, then scaled; a crop's edges stay lost."""
+        return scale_frames(self.cut(frames), *self.kept)
+
+    def cut(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (..., H, W, C) without bars."""
+        top, left, height, width = self.picture
+        return frames[..., top : top + height, left : left + width, :]
