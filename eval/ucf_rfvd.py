@@ -24,8 +24,8 @@ from larp.metrics import lpips
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
 from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
-from larp.metrics.reconstruction import reconstruct
-from larp.tokenizer import LarpTokenizer, TokenizerOutput
+from larp.metrics.reconstruction import Watch, reconstruct
+from larp.tokenizer import LarpTokenizer
 
 import torch
 from torch import Tensor
@@ -69,26 +69,6 @@ class RfvdConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.repeats < 2 or self.show < 0:
             raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
-
-
-class Watch:
-    """Looks on while a tokenizer reconstructs, and keeps what the set's figures need.
-
-    features: of real and of decoded clips, (n, D) each. lpips: (n,), or empty without its weights.
-    """
-
-    def __init__(self, features: ClipFeatures, perceptual: lpips.Lpips | None):
-        self.extract, self.perceptual = features, perceptual
-        self.real, self.decoded, self.distances = [], [], []
-
-    @torch.no_grad()
-    def __call__(self, module: LarpTokenizer, arguments: tuple[Tensor, ...], output: TokenizerOutput) -> None:
-        """Forward hook of the tokenizer."""
-        clip, again = arguments[0], output.reconstruction.float().clamp(0, 1)
-        self.real.append(self.extract(clip))
-        self.decoded.append(self.extract(again))
-        if self.perceptual is not None:
-            self.distances.append(self.perceptual(clip, again).cpu())
 
 
 def choose_videos(config: RfvdConfig) -> tuple[VideoSet, VideoSet, int]:
@@ -142,15 +122,12 @@ def evaluate(config: RfvdConfig) -> dict:
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos, others, in_split = choose_videos(config)
     watch, once, more = Watch(features, perceptual), one_pass(videos, config, shape), one_pass(others, config, shape)
-    hook = tokenizer.register_forward_hook(watch)
-    done = reconstruct(tokenizer, once, keep=config.show, device=config.device)
-    hook.remove()
+    done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=watch)
     spare = [features(batch["clip"]) for batch in tqdm(more, desc="real clips", unit="batch", delay=2)]
     protocol = protocol_of(config, features, shape, in_split, len(done.codes))
-    distances = {"lpips": float(torch.cat(watch.distances).mean())} if watch.distances else {}
     report = {
-        **done.metrics,
-        **distances,
+        # The Frechet distance stands under its own name, with its protocol.
+        **{name: value for name, value in done.metrics.items() if not name.startswith("rfvd")},
         "psnr_above_mean_colour": done.metrics["psnr"] - done.metrics["mean_colour_psnr"],
         "tokens_per_clip": tokenizer.num_tokens,
         "frechet": frechet_record(protocol, watch, spare, config, {"tokenizer": tokenizer.weight_hash()}),
@@ -172,7 +149,7 @@ def frechet_record(
         frechet_distance(Moments.of(real), Moments.of(decoded)),
         bootstrap_deviation(real, decoded, config.repeats, config.seed, paired=True),
         real_floor(torch.cat([real, *spare]), len(real), config.seed),
-        watch.extract,
+        watch.features,
         checkpoints,
     )
 

@@ -5,7 +5,7 @@ Not huggingface_hub's model mixin: it drops unknown configuration keys in silenc
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+EMA = "ema"
+"""The variant of a checkpoint that holds the averaged weights of its training."""
+
+
+def weights_file(variant: str | None = None) -> str:
+    """Return the name of a variant's file in a model folder, as diffusers names it: model.safetensors, model.ema.safetensors."""
+    return WEIGHTS if variant is None else f"model.{variant}.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -32,13 +39,16 @@ class LarpModel(nn.Module):
         raise CheckpointError(f"no published layout of {cls.model_type} is known")
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, revision: str | None = None, device="cpu"):
+    def from_pretrained(
+        cls, path: str | Path, *, revision: str | None = None, device="cpu", variant: str | None = None
+    ):
         """Load a model in evaluation mode from a local folder or a hub repository, in our layout or the published one.
 
-        Raises CheckpointError that names the files, keys or tensors at fault. No pickle is ever read.
+        `variant="ema"` takes the averaged weights. Raises CheckpointError that names the files, keys or tensors at fault.
+        No pickle is ever read.
         """
-        folder = resolve(path, revision)
-        config, tensors = read(folder)
+        folder = resolve(path, revision, variant)
+        config, tensors = read(folder, variant)
         if "model_type" in config and config.get("larp_format") is not None:
             if config["model_type"] != cls.model_type:
                 raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
@@ -56,23 +66,37 @@ class LarpModel(nn.Module):
         load_strictly(model, tensors, str(folder))
         return model.eval().to(device)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all, and return the folder."""
+    def save_pretrained(self, folder: str | Path, *, ema: "LarpModel | None" = None) -> Path:
+        """Write config.json and model.safetensors into `folder`, each whole or not at all, and return the folder.
+
+        `ema`, the same model with averaged weights, goes beside it as model.ema.safetensors; without it the folder holds none,
+        since an older one would belong to other weights. Raises ValueError if the two differ in their config.
+        """
+        if ema is not None and ema.config != self.config:
+            raise ValueError("the averaged model has another config than the model: save it into a folder of its own")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Positions are functions of the config, but stored: a checkpoint then explains itself.
-        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        (folder / weights_file(EMA)).unlink(missing_ok=True)
+        self._write_weights(folder / WEIGHTS)
+        if ema is not None:
+            ema._write_weights(folder / weights_file(EMA))
         config = {"model_type": self.model_type, "larp_format": FORMAT, **asdict(self.config)}
-        part = folder / (WEIGHTS + ".part")
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.replace(folder / WEIGHTS)
         part = folder / (CONFIG + ".part")
         part.write_text(json.dumps(config, indent=2) + "\n")
         part.replace(folder / CONFIG)
         return folder
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the checkpoint to a hub repository, made if it does not exist, and return its address."""
+    def _write_weights(self, path: Path) -> None:
+        # Positions are functions of the config, but stored: a checkpoint then explains itself.
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, metadata={"format": "pt"})
+        part.replace(path)
+
+    def push_to_hub(
+        self, repo_id: str, *, ema: "LarpModel | None" = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to a hub repository, made if it does not exist, and return its address."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -80,12 +104,19 @@ class LarpModel(nn.Module):
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            api.upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(folder))
+            # What is uploaded is kept all the same: this takes away the averaged weights of an earlier upload only.
+            api.upload_folder(
+                repo_id=repo_id, folder_path=self.save_pretrained(folder, ema=ema), delete_patterns=[weights_file(EMA)]
+            )
         return str(url)
 
     def weight_hash(self) -> str:
-        """Return the SHA-256 (hex) of the config and all tensors: the name under which codes of this model are cached."""
-        digest = hashlib.sha256(json.dumps(asdict(self.config), sort_keys=True).encode())
+        """Return the SHA-256 (hex) of the config and all tensors: the name under which codes of this model are cached.
+
+        Of the config what differs from the defaults counts: a field that a later version adds, with a default that changes nothing,
+        leaves the names of older models as they are.
+        """
+        digest = hashlib.sha256(json.dumps(changed(self.config), sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -96,8 +127,24 @@ class LarpModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def resolve(path: str | Path, revision: str | None = None) -> Path:
-    """Return the local folder of `path`: itself if it is one, else a snapshot of the hub repository of that name."""
+def changed(config) -> dict:
+    """Return what of a config dataclass differs from its defaults, groups as dicts of the same kind."""
+    values = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            if inside := changed(value):
+                values[field.name] = inside
+        elif field.default is MISSING or value != field.default:
+            values[field.name] = value
+    return values
+
+
+def resolve(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+    """Return the local folder of `path`: itself if it is one, else a snapshot of the hub repository of that name.
+
+    Of a repository only the config and the weights of `variant` are fetched.
+    """
     if Path(path).is_dir():
         return Path(path)
     name = str(path)
@@ -107,7 +154,7 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, weights_file(variant)]))
     except Exception as error:  # the hub raises a family of its own, httpx another
         raise CheckpointError(
             f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
@@ -115,9 +162,15 @@ def resolve(path: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """Read config.json and model.safetensors of a folder."""
-    for name in (CONFIG, WEIGHTS):
+def read(folder: Path, variant: str | None = None) -> tuple[dict, dict[str, Tensor]]:
+    """Read config.json and the weights of a folder."""
+    weights = weights_file(variant)
+    if variant is not None and (folder / CONFIG).is_file() and not (folder / weights).is_file():
+        raise CheckpointError(
+            f"{folder} holds no variant '{variant}': {weights} is missing; load it without a variant, or train the model "
+            "with its average (train_tokenizer.py --ema 0.999)"
+        )
+    for name in (CONFIG, weights):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is no checkpoint: {name} is missing")
     try:
@@ -125,10 +178,10 @@ def read(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from error
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = load_file(folder / weights)
     except Exception as error:  # safetensors raises SafetensorError, which is no ValueError
         raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read ({error}); it may be truncated: copy it again"
+            f"{folder / weights} cannot be read ({error}); it may be truncated: copy it again"
         ) from error
     return config, tensors
 

@@ -1,13 +1,18 @@
 """The adversarial losses of LARP; reconstruction losses are torch's own, LPIPS is in `larp.metrics.lpips`.
 
-Shapes: B batch.
+Shapes: B batch, T frames, H, W pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from larp.layers import Repeated
 from larp.noise import BatchNoise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def smooth_targets(noise: BatchNoise) -> tuple[Tensor, Tensor]:
@@ -29,6 +34,43 @@ def discriminator_loss(real: Tensor, fake: Tensor, noise: BatchNoise | None = No
 def generator_loss(fake: Tensor) -> Tensor:
     """Non-saturating loss of the tokenizer for the discriminator's logits (B, 1) on its reconstructions, a scalar."""
     return F.softplus(-fake.float()).mean()
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Hinge loss of logits (B, 1) on real and fake clips, the mean of both sides, a scalar."""
+    return (F.relu(1 - real.float()).mean() + F.relu(1 + fake.float()).mean()) / 2
+
+
+def hinge_generator_loss(fake: Tensor) -> Tensor:
+    """The tokenizer's side of the hinge loss: the mean of the logits (B, 1) on its reconstructions, negated, a scalar."""
+    return -fake.float().mean()
+
+
+def r1_penalty(discriminator: nn.Module, clip: Tensor) -> Tensor:
+    """R1 regularisation: the squared norm of the gradient of a clip's logit by its pixels, mean over clips, a scalar.
+
+    clip (B, 3, T, H, W): real ones. To be differentiated once more: its gradient reaches the discriminator and nothing else. Takes
+    the raw module, not an engine. Needs several times the memory of a usual pass. Source: Mescheder et al. 2018.
+    """
+    clip = clip.detach().float().requires_grad_()
+    # In 16 bits squares of small gradients underflow.
+    with torch.autocast(clip.device.type, enabled=False), _twice_differentiable(discriminator):
+        (gradient,) = torch.autograd.grad(discriminator(clip).sum(), clip, create_graph=True)
+    return gradient.square().flatten(1).sum(dim=1).mean()
+
+
+@contextmanager
+def _twice_differentiable(module: nn.Module) -> Iterator[None]:
+    """Do without what has no second derivative: fused attention kernels, compiled blocks, and blocks computed twice."""
+    blocks = [part for part in module.modules() if isinstance(part, Repeated) and part.checkpointing]
+    for block in blocks:
+        block.checkpointing = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for block in blocks:
+            block.checkpointing = True
 
 
 class LeCam:

@@ -3,12 +3,22 @@
 Shapes: B batch, T frames, H, W pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 from larp.discriminator import Discriminator, DiscriminatorConfig
 from larp.engine import backend
 from larp.engine.backend import Engine
-from larp.losses import LeCam, discriminator_loss, generator_loss
+from larp.losses import (
+    LeCam,
+    discriminator_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    r1_penalty,
+)
 from larp.metrics.lpips import Lpips
 from larp.noise import BatchNoise
 from larp.tokenizer import TokenizerConfig, TokenizerOutput
@@ -24,7 +34,7 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     lpips: float = 1.0
-    """Used where its weights are at hand; a run without them says so."""
+    """Needs its published weights (README, 'Weights of the metrics'); 0 does without."""
     quantizer: float = 0.1
     """On codebook loss + 0.25 commitment loss."""
     commitment: float = 0.25
@@ -35,11 +45,25 @@ class LossConfig:
     """First step with the discriminator."""
     gan_every: int = 5
     """The discriminator is updated every so many steps."""
+    gan_kind: Literal["smooth", "plain", "hinge"] = "smooth"
+    """`smooth`: non-saturating with smoothed labels; `plain`: with labels 0 and 1; `hinge`."""
     lecam: float = 1e-6
+    r1: float = 0.0
+    """Of the R1 regularisation of the discriminator; 0 is off (published). It takes several times an update's memory."""
+    r1_every: int = 16
+    """R1 is computed at every so manieth update of the discriminator, with so many times its weight."""
 
     def __post_init__(self) -> None:
-        if self.gan_every < 1:
-            raise ValueError(f"gan_every must be at least 1, got {self.gan_every}")
+        for name in ("gan_every", "r1_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loss.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("l1", "l2", "lpips", "quantizer", "commitment", "prior", "gan", "lecam", "r1"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} = {getattr(self, name)} is a weight: 0 or more")
+        if self.r1 and not self.gan:
+            raise ValueError(
+                f"loss.r1 = {self.r1} regularises the discriminator, which loss.gan = 0 leaves out: set one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,24 +126,46 @@ class Adversary:
         """Whether the discriminator is updated at this step."""
         return self.takes_part(step) and step % self.weights.gan_every == 0
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the discriminator fixed: around `judge` and the backward pass of its loss, where checkpointed blocks run again."""
+        free = [p for p in self.discriminator.parameters() if p.requires_grad]
+        for p in free:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in free:
+                p.requires_grad_(True)
+
     def judge(self, reconstruction: Tensor) -> Tensor:
         """Return the tokenizer's adversarial loss, a scalar, through the raw discriminator held fixed for this pass."""
-        self.discriminator.requires_grad_(False)
-        with self.engine.autocast():
-            loss = generator_loss(self.discriminator(reconstruction))
-        self.discriminator.requires_grad_(True)
-        return loss
+        with self.held(), self.engine.autocast():
+            fake = self.discriminator(reconstruction)
+        return hinge_generator_loss(fake) if self.weights.gan_kind == "hinge" else generator_loss(fake)
 
     def learn(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
-        """Train the discriminator on clips and detached reconstructions (B, 3, T, H, W); return its loss, a scalar."""
+        """Train the discriminator on clips and detached reconstructions (B, 3, T, H, W); return its loss, a scalar.
+
+        To be called for each micro batch of a step. The loss is all of it: LeCam and, where it is due, R1 included.
+        """
         # One pass for both sides: an engine's forward runs once for each backward.
         real, fake = self.engine(torch.cat([clip, reconstruction])).chunk(2)
-        loss = discriminator_loss(real, fake, noise) + self.weights.lecam * self.lecam(real, fake)
+        loss = self.verdict(real, fake, noise) + self.weights.lecam * self.lecam(real, fake)
+        if self.weights.r1 and self.engine.step_count % self.weights.r1_every == 0:
+            # The same backward pass takes both: an engine counts one for each micro batch.
+            loss = loss + self.weights.r1 * self.weights.r1_every * r1_penalty(self.discriminator, clip)
         self.engine.backward(loss)
         self.engine.step()
         means = backend.reduce_mean({"real": real.detach().mean(), "fake": fake.detach().mean()})
         self.lecam.update(means["real"], means["fake"])
         return loss
+
+    def verdict(self, real: Tensor, fake: Tensor, noise: BatchNoise) -> Tensor:
+        """Return the discriminator's adversarial loss for logits (B, 1), a scalar."""
+        if self.weights.gan_kind == "hinge":
+            return hinge_discriminator_loss(real, fake)
+        return discriminator_loss(real, fake, noise if self.weights.gan_kind == "smooth" else None)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint holds beside the engine."""

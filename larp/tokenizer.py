@@ -4,7 +4,7 @@ Shapes: B batch, T frames, H, W pixels, P patches, N tokens, K codebook size, d 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from larp.hub import LarpModel
 from larp.layers import Stack, embed_patches, init_xavier
@@ -19,6 +19,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 Patch = tuple[int, int, int]
+
+# (blocks, heads, width) of the encoder and of the decoder alike. S, B and L are the paper's; of these only L has published weights
+# (S and B: hywang66/LARP, issue 11).
+TOKENIZER_SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (6, 8, 512),
+    "B": (8, 12, 768),
+    "L": (12, 12, 768),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,16 @@ class TokenizerConfig:
             raise ValueError(f"prior.positions = {self.prior.positions} is less than num_tokens = {self.num_tokens}")
         if self.prior.enabled and self.num_tokens < 2:
             raise ValueError("the prior needs num_tokens of at least 2; turn it off with --model.prior.no-enabled")
+
+    @classmethod
+    def of_size(cls, size: str, **fields: Any) -> "TokenizerConfig":
+        """Return the configuration of a row of `TOKENIZER_SIZES`, with the other fields given by name."""
+        if size not in TOKENIZER_SIZES:
+            raise ValueError(f"unknown tokenizer size {size!r}; the sizes are {', '.join(TOKENIZER_SIZES)}")
+        depth, heads, width = TOKENIZER_SIZES[size]
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
+                 for name, value in (("depth", depth), ("heads", heads), ("width", width))}  # fmt: skip
+        return cls(**sides | fields)
 
     @property
     def clip_shape(self) -> tuple[int, int, int]:

@@ -21,9 +21,8 @@ from larp.data.tokens import TokenCache, batch_rows
 from larp.data.video import write_video
 from larp.engine import backend
 from larp.engine.backend import Engine, EngineConfig, Ranks, make_engine
-from larp.engine.log import RunLog, write_json
+from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.engine.schedules import lr_factor
 from larp.engine.state import load_state, open_run, save_state
 from larp.generator import GeneratorConfig, LarpGenerator, Task, code_loss
 from larp.noise import BatchNoise
@@ -98,6 +97,8 @@ class TrainGeneratorConfig:
     seed: int = 0
     resume: bool = False
     """Go on from the newest checkpoint of the run folder."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("adamw", lr=6e-4, weight_decay=0.05, warmup=50)
@@ -130,6 +131,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
     try:
         cache, held_out = open_caches(config, ranks)
         engine = make_generator_engine(config, cache, ranks)
+        check_wandb(config.wandb)
         # Last, so that a mistake in the options leaves no run folder behind.
         saved = open_run(config.out, to_dict(config) | {"recipe": recipe}, config.resume)
         best: dict[str, float] = {}
@@ -182,8 +184,7 @@ def make_generator_engine(config: TrainGeneratorConfig, cache: TokenCache, ranks
         )
     )
     optimizer = build_optimizer(model, config.optimizer, config.engine.zero_stage)
-    settings = config.optimizer
-    factor = lr_factor(settings.schedule, config.steps, settings.warmup, settings.final)
+    factor = config.optimizer.lr_factor(config.steps, steps_per_epoch=len(cache) / config.batch_size)
     engine = make_engine(model, optimizer, factor, config.engine, config.batch_size, ranks, name="generator")
     # From here on dropout differs between ranks; the weights above had to be the same.
     torch.manual_seed(config.seed * 1000 + ranks.rank)
@@ -201,10 +202,9 @@ def open_caches(config: TrainGeneratorConfig, ranks: Ranks) -> tuple[TokenCache,
         cache = extract_split(config, ranks, config.data, "train")
         held_out = extract_split(config, ranks, config.eval_data or config.data, "test")
     else:
-        expect = {}
+        cache = TokenCache.open(config.tokens)
         if config.tokenizer:
-            expect["tokenizer"] = LarpTokenizer.from_pretrained(config.tokenizer).weight_hash()
-        cache = TokenCache.open(config.tokens, expect)
+            cache.load_tokenizer(config.tokenizer)
         if config.eval_tokens is None:
             cache, held_out = cache.hold_out()
         else:
@@ -244,9 +244,8 @@ def fit(
     `best` takes the step and the scores of the weights that model/ holds, and goes into the checkpoints.
     """
     values: list[dict[str, float]] = []
-    with RunLog(
-        config.out, engine.ranks, config.steps, engine.step_count, show=("loss", "bits_per_token", "top1", "top5")
-    ) as log:
+    shown = ("loss", "bits_per_token", "top1", "top5")
+    with RunLog(config.out, engine.ranks, config.steps, engine.step_count, shown, config.wandb, to_dict(config)) as log:
         while engine.step_count < config.steps:
             values.append(train_step(engine, micro_batches(cache, engine.step_count, config, engine.ranks)))
             step, scores = engine.step_count, {}
@@ -259,7 +258,10 @@ def fit(
             if scores or step % config.log_every == 0:
                 mean = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
                 log.metrics(
-                    step, backend.reduce_mean(mean) | scores | {"lr": engine.lr, "grad_norm": engine.grad_norm or 0.0}
+                    step,
+                    backend.reduce_mean(mean)
+                    | scores
+                    | {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0},
                 )
                 values = []
             log.progress(step)
@@ -353,10 +355,10 @@ def write_samples(config: TrainGeneratorConfig, held_out: TokenCache, device: to
         return None
     model = LarpGenerator.from_pretrained(config.out / "model", device=device)
     try:
-        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer or held_out.tokenizer, device=device)
+        tokenizer = held_out.load_tokenizer(config.tokenizer, device)
         model.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
     except ValueError as error:
-        print(f"no samples: {error}; give --tokenizer")
+        print(f"no samples: {error}")
         return None
     names, condition = sample_conditions(config, model, held_out)
     sampling, videos = config.sampling, []

@@ -19,7 +19,7 @@ from typing import Literal
 
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import contact_sheet
-from larp.data.tokens import TokenCache, check_key
+from larp.data.tokens import TokenCache
 from larp.engine.backend import (
     Engine,
     EngineConfig,
@@ -32,10 +32,9 @@ from larp.engine.backend import (
     start,
     stop_requested,
 )
-from larp.engine.log import RunLog, write_json
+from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.schedules import lr_factor
 from larp.engine.state import load_state, open_run, save_state
-from larp.hub import CheckpointError
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.bases import is_tiny, load_base
 from larp_mllm.collate import collate
@@ -105,6 +104,8 @@ class TrainMllmConfig:
     seed: int = 0
     resume: bool = False
     """Go on with the run in `out`."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
     tasks: Tasks = field(default_factory=Tasks)
     tiny: TinyConfig = field(default_factory=TinyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -149,11 +150,12 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     trained = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
     engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, ranks)
     model_key = model_identity(config, mllm)
+    check_wandb(config.wandb)
     state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume)
     if state is not None:
         load_state({"model": engine}, state, model_key)
     shown = ("video_bits", "video_accuracy", "text_nll")
-    with RunLog(config.out, ranks, config.steps, engine.step_count, shown) as log:
+    with RunLog(config.out, ranks, config.steps, engine.step_count, shown, config.wandb, to_dict(config)) as log:
         log.say(
             f"{config.base}, {trained:,} parameters trained, on {len(train_set)} clips of {train_cache.num_tokens} codes"
         )
@@ -169,20 +171,10 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
 def open_tokens(config: TrainMllmConfig) -> tuple[TokenCache, TokenCache, LarpTokenizer]:
     """The caches to train and evaluate on, and the tokenizer that made both; ValueError if they do not fit together."""
     cache = TokenCache.open(config.tokens)
-    try:
-        tokenizer = LarpTokenizer.from_pretrained(config.tokenizer or cache.tokenizer)
-    except CheckpointError as error:
-        if config.tokenizer:
-            raise
-        raise ValueError(
-            f"{config.tokens} names its tokenizer as it was typed then: {error}; give --tokenizer"
-        ) from error
-    same = {"tokenizer": tokenizer.weight_hash()}
-    remedy = "give the --tokenizer that it was made with, or extract the tokens again"
-    check_key(cache.key, same, f"the token cache {config.tokens}", remedy)
+    tokenizer = cache.load_tokenizer(config.tokenizer)
     if config.eval_tokens is None:
         return (*cache.hold_out(), tokenizer)
-    return cache, TokenCache.open(config.eval_tokens, same), tokenizer
+    return cache, TokenCache.open(config.eval_tokens, {"tokenizer": cache.key["tokenizer"]}), tokenizer
 
 
 def build(config: TrainMllmConfig, cache: TokenCache, tokenizer: LarpTokenizer, ranks: Ranks) -> Mllm:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from larp.data.loader import ClipLoader, iterate_once
 from larp.discriminator import Discriminator
 from larp.engine import backend, state
 from larp.engine.backend import Engine, EngineConfig, Ranks
-from larp.engine.log import RunLog, write_json
+from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.engine.schedules import lr_factor, ramp
+from larp.engine.schedules import ramp
 from larp.metrics import lpips
-from larp.metrics.reconstruction import Reconstruction, reconstruct
+from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
+from larp.metrics.weights import WeightsMissing
 from larp.noise import BatchNoise
 from larp.objective import Adversary, AdversaryConfig, LossConfig, tokenizer_loss
 from larp.quantizer import CodebookKeeper, usage_of_counts
@@ -48,10 +50,16 @@ class TrainTokenizerConfig:
     """Run folder."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
-    steps: int = 150_000
+    steps: int | None = None
+    """Optimizer steps; 150,000 where `epochs` does not say it."""
+    epochs: float | None = None
+    """The length of the run in passes over the training videos, in place of `steps`."""
     batch_size: int = 128
     """Clips of one step over all processes."""
     seed: int = 0
+    ema: float = 0.0
+    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count,
+    which should be much less than the run. 0: none."""
     continuous: float = 0.0
     """Share of the run that starts without quantisation (small budgets need it)."""
     reset_codes_every: int = 0
@@ -81,6 +89,8 @@ class TrainTokenizerConfig:
     eval_clips: int = 256
     """Clips of the validation set that are used."""
     save_every: int = 1000
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", 1e-4, betas=(0.5, 0.9)))
@@ -90,8 +100,14 @@ class TrainTokenizerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.continuous < 1:
             raise ValueError(f"continuous = {self.continuous} is a share of the run, 0 up to less than 1")
-        if min(self.steps, self.log_every, self.eval_every, self.save_every) < 1:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs} are both given: set one of them to None, such as --steps None"
+            )
+        if min(self.steps or 1, self.log_every, self.eval_every, self.save_every) < 1 or self.steps == 0:
             raise ValueError("steps, log_every, eval_every and save_every must be at least 1")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs = {self.epochs} must be positive")
         if not 0 < self.prefix_share <= 1 or not 1 <= self.prefix_shortest <= self.model.num_tokens:
             raise ValueError(
                 f"prefix_share = {self.prefix_share} must lie in (0, 1], and prefix_shortest = {self.prefix_shortest} in "
@@ -101,8 +117,13 @@ class TrainTokenizerConfig:
             raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
         if self.temperature_start is not None and (self.temperature_start <= 0 or not 0 < self.temperature_ramp <= 1):
             raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
-        if self.reset_codes_every and self.engine.zero_stage:
-            raise ValueError("reset_codes_every writes into the codebook: use engine.zero_stage 0 with it")
+
+    def in_steps(self, videos: int) -> TrainTokenizerConfig:
+        """The same config with the length of the run in steps, for a training set of so many videos."""
+        if self.steps is not None:
+            return self
+        steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+        return replace(self, steps=steps, epochs=None)
 
     @property
     def quantized_from(self) -> int:
@@ -125,6 +146,8 @@ class Trainer:
     tokenizer: Engine
     adversary: Adversary | None
     perceptual: lpips.Lpips | None
+    watch: Watch
+    """LPIPS and rFVD of validation, where their weights are at hand."""
     keeper: CodebookKeeper | None
     counts: Tensor
     """How often each code was drawn since the last line of the log, by this process."""
@@ -135,16 +158,17 @@ class Trainer:
         return ({"discriminator": self.adversary.engine} if self.adversary else {}) | {"tokenizer": self.tokenizer}
 
 
-def build(config: TrainTokenizerConfig, ranks: Ranks) -> Trainer:
-    """Make the models, optimizers and engines of a run."""
+def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
+    """Make the models, optimizers and engines of a run on so many training videos."""
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     c, o = config.model, config.optimizer
-    factor = lr_factor(o.schedule, config.steps, o.warmup, o.final)
+    factor = o.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size)
     optimizer = build_optimizer(tokenizer, o, config.engine.zero_stage)
     engine = backend.make_engine(
-        tokenizer, optimizer, factor, config.engine, config.batch_size, ranks, name="tokenizer", max_zero_stage=2
-    )
+        tokenizer, optimizer, factor, config.engine, config.batch_size, ranks,
+        name="tokenizer", max_zero_stage=2, ema=config.ema,
+    )  # fmt: skip
     adversary = None
     if config.loss.gan > 0:
         model = Discriminator(config.adversary.discriminator(c)).to(ranks.device)
@@ -155,10 +179,19 @@ def build(config: TrainTokenizerConfig, ranks: Ranks) -> Trainer:
             name="discriminator", max_zero_stage=2,
         )  # fmt: skip
         adversary = Adversary(judge, config.loss)
-    perceptual = lpips.Lpips.load().to(ranks.device) if config.loss.lpips > 0 and lpips.available() else None
+    perceptual = load_lpips().to(ranks.device) if config.loss.lpips > 0 else None
     keeper = CodebookKeeper(c.codebook_size) if config.reset_codes_every or config.continuous else None
     counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
-    return Trainer(config, ranks, engine, adversary, perceptual, keeper, counts)
+    watch = Watch.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else Watch()
+    return Trainer(config, ranks, engine, adversary, perceptual, watch, keeper, counts)
+
+
+def load_lpips() -> lpips.Lpips:
+    """LPIPS with its published weights; ValueError that names the files and the way out, since a run without is another run."""
+    try:
+        return lpips.Lpips.load()
+    except WeightsMissing as error:
+        raise WeightsMissing(f"{error} Or train without LPIPS: --loss.lpips 0") from error
 
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
@@ -181,10 +214,11 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
             keep = draw_prefixes(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
         out = trainer.tokenizer(clip, noise, mix, quantize, keep, config.temperature(step))
         loss, parts = tokenizer_loss(config.loss, clip, out, trainer.perceptual)
-        if adversary is not None:
-            parts["gan"] = adversary.judge(out.reconstruction)
-            loss = loss + config.loss.gan * parts["gan"]
-        trainer.tokenizer.backward(loss)
+        with nullcontext() if adversary is None else adversary.held():
+            if adversary is not None:
+                parts["gan"] = adversary.judge(out.reconstruction)
+                loss = loss + config.loss.gan * parts["gan"]
+            trainer.tokenizer.backward(loss)
         trainer.tokenizer.step()
         if adversary is not None and adversary.learns(step):
             parts["discriminator"] = adversary.learn(clip, out.reconstruction.detach(), noise)
@@ -217,17 +251,21 @@ def place_codes(trainer: Trainer, all_codes: bool) -> None:
     """Put all codes where the latents are, or the idle ones on some of them; alike in every process."""
     quantizer, keeper = trainer.tokenizer.module.quantizer, trainer.keeper
     seed = trainer.config.seed + trainer.tokenizer.step_count
-    renewed = keeper.cluster(seed=seed) if all_codes else keeper.redraw(quantizer.codebook(), keeper.idle(), seed)
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(renewed)
+    moved = torch.arange(len(trainer.counts)) if all_codes else keeper.idle()
+    renewed = keeper.cluster(seed=seed) if all_codes else keeper.redraw(quantizer.codebook(), moved, seed)
+    trainer.tokenizer.overwrite(quantizer.embedding.weight, renewed)
+    if trainer.tokenizer.average is not None:
+        # A code in a new place is another code: the average of the two places would be neither.
+        table = trainer.tokenizer.average.module.quantizer.embedding.weight
+        table[moved] = renewed[moved].to(table)
 
 
-def validate(trainer: Trainer, videos: VideoSet, shape: ClipShape) -> Reconstruction:
+def validate(trainer: Trainer, model: LarpTokenizer, videos: VideoSet, shape: ClipShape) -> Reconstruction:
     """Reconstruct the first validation clips (centres of the videos), the same ones each time, with this process alone."""
     chosen = replace(videos, items=spread(videos.items, trainer.config.eval_clips))
     batches = iterate_once(chosen, shape, batch=16, workers=trainer.config.workers)
     with trainer.tokenizer.autocast():
-        return reconstruct(trainer.tokenizer.module, batches, device=trainer.ranks.device)
+        return reconstruct(model, batches, device=trainer.ranks.device, watch=trainer.watch)
 
 
 def spread(items: tuple, count: int) -> tuple:
@@ -241,6 +279,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     shape = ClipShape(c.num_frames, c.height, c.width, config.stride)
     micro = backend.micro_batch(config.batch_size, config.engine.accumulation, ranks)
     state.check_folder(config.out, config.resume)
+    check_wandb(config.wandb)
     first_pass = iterate_once(test, shape, batch=1)
     if next(iter(first_pass), None) is None:
         name, reason = first_pass.skipped[0]
@@ -257,7 +296,8 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         loader.load_state_dict(saved.loader_state)
         restore(trainer, saved.extra)
     began, first = time.monotonic(), trainer.tokenizer.step_count
-    with RunLog(config.out, ranks, config.steps, first, show=("loss", "psnr", "prior_top1")) as log:
+    shown = ("loss", "psnr", "prior_top1")
+    with RunLog(config.out, ranks, config.steps, first, shown, config.wandb, to_dict(config)) as log:
         announce(trainer, train, test, log)
         batches = iter(loader)
         trainer.tokenizer.module.train()
@@ -265,7 +305,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
             losses = train_step(trainer, batches)
             if not step % config.log_every:
                 values = backend.reduce_mean(losses) | count_codes(trainer)
-                values |= {"lr": trainer.tokenizer.lr, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
+                values |= {**trainer.tokenizer.learning_rates, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
                 if config.temperature_start is not None:
                     values["temperature"] = config.temperature(step - 1)
                 log.metrics(step, values)
@@ -294,16 +334,19 @@ def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: Ru
     """Validate on the main process, write pictures, and return the figures."""
     report: dict = {}
     if trainer.ranks.is_main:
-        result = validate(trainer, test, shape)
+        result = validate(trainer, trainer.tokenizer.module, test, shape)
         folder = trainer.config.out / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         result.write(str(folder / f"reconstruction-{step:06d}"), fps=8)
         report = result.metrics
+        if trainer.tokenizer.average is not None:
+            averaged = validate(trainer, trainer.tokenizer.average.module, test, shape)
+            report["ema_psnr"] = averaged.metrics["psnr"]
         log.metrics(step, {f"test_{name}": value for name, value in report.items()})
         told = {
             k: round(v, 3)
             for k, v in report.items()
-            if k in ("psnr", "mean_colour_psnr", "ssim", "codes_used", "prior_top1")
+            if k in ("psnr", "ema_psnr", "mean_colour_psnr", "ssim", "lpips", "rfvd", "codes_used", "prior_top1")
         }
         log.say(f"step {step}, {report['num_clips']} test clips: {told}")
     backend.barrier()
@@ -313,7 +356,9 @@ def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: Ru
 def identity(config: TrainTokenizerConfig) -> dict:
     """What must be the same when a run is resumed."""
     adversary = to_dict(config.adversary) if config.loss.gan > 0 else {}
-    return {"model": to_dict(config.model), "adversary": {k: v for k, v in adversary.items() if k != "lr"}}
+    # The optimizer's parameter groups, and with them its state, are others where the prior has a rate of its own.
+    own_rate = {"optimizer": {"prior_lr": "the prior's own"}} if config.optimizer.prior_lr is not None else {}
+    return {"model": to_dict(config.model), "adversary": {k: v for k, v in adversary.items() if k != "lr"}, **own_rate}
 
 
 def keep_extra(trainer: Trainer) -> dict:
@@ -339,14 +384,11 @@ def announce(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> 
     prior = sum(p.numel() for p in model.prior.parameters()) if model.prior is not None else 0
     log.say(
         f"tokenizer of {(model.num_parameters() - prior) / 1e6:.1f} M parameters, prior {prior / 1e6:.1f} M, "
-        f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es)"
+        f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
+        f"{trainer.config.steps} steps or {trainer.config.steps * trainer.config.batch_size / len(train):.1f} epochs"
     )
-    for note in (*train.notes, *test.notes):
+    for note in (*train.notes, *test.notes, *trainer.watch.notes):
         log.say(note)
-    if trainer.config.loss.lpips > 0 and trainer.perceptual is None:
-        log.say(
-            "without LPIPS: its weights are not at hand (README, 'Weights of the metrics', says where to place them)"
-        )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -361,10 +403,12 @@ def main(argv: list[str] | None = None) -> dict:
         )
     train = open_videos(config.data, "train")
     test = open_videos(config.eval_data or config.data, "test")
-    trainer = build(config, ranks)
+    config = config.in_steps(len(train))
+    trainer = build(config, ranks, len(train))
     report = fit(trainer, train, test)
     if "stopped_at" not in report and ranks.is_main:
-        folder = trainer.tokenizer.module.save_pretrained(config.out / "model")
+        average = trainer.tokenizer.average
+        folder = trainer.tokenizer.module.save_pretrained(config.out / "model", ema=average and average.module)
         write_json(config.out / "report.json", report)
         print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")
     # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.

@@ -23,11 +23,12 @@ import os
 import random
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from larp.engine import signals
+from larp.engine.averaging import WeightAverage
+from larp.engine.blocks import checkpoint_activations, compile_blocks
 from larp.engine.ranks import (
     Ranks,
     barrier,
@@ -43,6 +44,7 @@ from larp.engine.ranks import (
     reduce_sum,
     set_current_ranks,
 )
+from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, deepspeed_settings, micro_batch
 
 import numpy as np
 import torch
@@ -65,38 +67,6 @@ __all__ = [
     "start",
     "stop_requested",
 ]
-
-_AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_LARGEST_BUCKET = 200_000_000
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """How a model is trained: sharding, precision, accumulation, clipping. ValueError for values that cannot work."""
-
-    zero_stage: int = 0
-    """ZeRO stage: 0 keeps a copy of everything on each rank, 1 shards optimizer states, 2 gradients, 3 parameters."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the forward pass; weights and gradients stay float32. fp16 works at zero_stage 0 only."""
-    accumulation: int = 1
-    """Micro batches per rank that make one optimizer step."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"zero_stage is {self.zero_stage}, expected 0, 1, 2 or 3")
-        if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is '{self.precision}', expected fp32, bf16 or fp16")
-        if self.precision == "fp16" and self.zero_stage > 0:
-            raise ValueError(
-                f"precision fp16 works at zero_stage 0 only, not {self.zero_stage}: deepspeed's loss scale never falls "
-                "after an overflow with sharded optimizers; use bf16, or zero_stage 0"
-            )
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation is {self.accumulation}, expected at least 1")
-        if self.clip_grad < 0:
-            raise ValueError(f"clip_grad is {self.clip_grad}, expected a positive number, or 0 for no clipping")
 
 
 # ----------------------------------------------------------------------------------------------------- start and finish
@@ -202,18 +172,6 @@ def _init_distributed() -> None:
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
-def micro_batch(global_batch: int, accumulation: int, ranks: Ranks) -> int:
-    """Clips per rank and micro batch: global_batch / (accumulation * world_size); ValueError if that is not whole."""
-    parts = accumulation * ranks.world_size
-    nearest = max(1, round(global_batch / parts)) * parts
-    if global_batch < 1 or global_batch % parts:
-        raise ValueError(
-            f"batch_size {global_batch} cannot be split into {accumulation} micro batches (accumulation) on "
-            f"{ranks.world_size} ranks: it must be a multiple of {parts}, for example {nearest}"
-        )
-    return global_batch // parts
-
-
 def make_engine(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -225,13 +183,14 @@ def make_engine(
     name: str = "model",
     max_zero_stage: int = 3,
     max_skipped: int = 10,
+    ema: float = 0.0,
 ) -> Engine:
     """Hand a module and its torch optimizer to DeepSpeed. Call it once for each of several models (a GAN has two).
 
     The learning rate of each parameter group is the rate it has now times `lr_factor(step)`. `name` is used in
-    messages. `max_zero_stage=2` is for a model whose raw module takes part in another model's loss. All weights must
-    be float32. Raises ValueError for a stage above that, an optimizer without trainable parameters, and a batch that
-    does not divide.
+    messages. `max_zero_stage=2` is for a model whose raw module takes part in another model's loss. `ema` is the decay
+    of an average of the weights (0: none), for zero_stage 0 to 2. All weights must be float32. Raises ValueError for a
+    stage above these, an optimizer without trainable parameters, and a batch that does not divide.
     """
     # From here on each rank draws its own dropout masks; the first keeps the stream that one process would have.
     torch.manual_seed(torch.initial_seed() + ranks.rank)
@@ -240,6 +199,10 @@ def make_engine(
             f"zero_stage {config.zero_stage} is not possible for the {name}: its raw module takes part in the "
             "loss of another model, and with the sharded parameters of stage 3 that gives silently wrong gradients; "
             f"use zero_stage 0 to {max_zero_stage}"
+        )
+    if ema and config.zero_stage > 2:
+        raise ValueError(
+            f"ema = {ema} averages whole weights, and zero_stage 3 cuts those of the {name} up: use zero_stage 0 to 2"
         )
     if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(
@@ -250,7 +213,13 @@ def make_engine(
         raise ValueError(
             f"the {name} has weights in {', '.join(others)}: load it in float32, `precision` decides the rest"
         )
-    return Engine(module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped)
+    # Copied before anything is put on the module.
+    average = WeightAverage(module, ema) if ema else None
+    if config.activation_checkpointing:
+        checkpoint_activations(module, name)
+    if config.compile:
+        compile_blocks(module, ranks.device)
+    return Engine(module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average)
 
 
 class Engine:
@@ -259,14 +228,15 @@ class Engine:
     step_count: global batches done, skipped updates included, so that it stays in step with the data.
     skipped_count: how many of them were skipped.
     grad_norm: global norm before clipping at the last step, inf if it was skipped, None before the first.
+    average: of the weights after each update, or None; skipped ones do not count.
     """
 
-    def __init__(self, module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped) -> None:
+    def __init__(self, module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average) -> None:
         import deepspeed
 
-        self.name, self.config, self.ranks = name, config, ranks
+        self.name, self.config, self.ranks, self.average = name, config, ranks, average
         self._lr_factor, self._max_skipped = lr_factor, max_skipped
-        settings = _deepspeed_settings(module, config, global_batch, ranks)
+        settings = deepspeed_settings(module, config, global_batch, ranks)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
@@ -287,13 +257,19 @@ class Engine:
         """The first parameter group's learning rate at the last step, or at the first one to come."""
         return self._engine.basic_optimizer.param_groups[0]["lr"]
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The same of every part that has a name of its own (`lr_name` of the parameter groups): lr, prior_lr, ..."""
+        groups = self._engine.basic_optimizer.param_groups
+        return {group.get("lr_name", "lr"): group["lr"] for group in groups}
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward under the engine's autocast."""
         return self._engine(*args, **kwargs)
 
     def autocast(self) -> torch.autocast:
         """The engine's autocast, for passes through the raw module (another model's loss, validation)."""
-        dtype = _AUTOCAST_TYPES.get(self.config.precision)
+        dtype = AUTOCAST_TYPES.get(self.config.precision)
         return torch.autocast(self.ranks.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
@@ -313,6 +289,8 @@ class Engine:
         applied = self._guarded_step() if self.config.zero_stage == 0 else self._sharded_step()
         self.step_count += 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
+        if applied and self.average is not None:
+            self.average.update(self.module)
         if not applied:
             self.skipped_count += 1
             self.grad_norm = math.inf
@@ -347,6 +325,16 @@ class Engine:
         self.grad_norm = None if norm is None else float(norm)
         return self._engine.was_step_applied()
 
+    @torch.no_grad()
+    def overwrite(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Put a value into a parameter between steps, the same on every rank; for zero_stage 0 to 2."""
+        parameter.copy_(value)
+        if self.config.zero_stage > 0:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            # Sharded optimizers keep a copy of their own, with which the next step would undo this.
+            safe_set_full_fp32_param(parameter, parameter)
+
     def _apply_lr(self) -> None:
         # Always by way of the optimizer: loading a checkpoint puts new group objects there.
         factor = self._lr_factor(self.step_count)
@@ -380,31 +368,3 @@ class Engine:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(own["scaler"])
         self._apply_lr()
         return state["larp"]["client"]
-
-
-def _deepspeed_settings(module: nn.Module, config: EngineConfig, global_batch: int, ranks: Ranks) -> dict[str, Any]:
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    # The default buckets are buffers of 2 GB each, however small the model is.
-    # Even, because the sharded optimizers align them to two elements.
-    bucket = min(_LARGEST_BUCKET, max(trainable, 2) // 2 * 2)
-    settings: dict[str, Any] = {
-        "train_batch_size": global_batch,
-        "train_micro_batch_size_per_gpu": micro_batch(global_batch, config.accumulation, ranks),
-        "gradient_accumulation_steps": config.accumulation,
-        # Stage 0 clips in Engine._guarded_step, which has to know the norm anyway.
-        "gradient_clipping": config.clip_grad if config.zero_stage > 0 else 0.0,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-        },
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
-    if config.zero_stage == 3:
-        settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
-    if config.precision != "fp32":
-        dtype = str(_AUTOCAST_TYPES[config.precision]).removeprefix("torch.")
-        # An empty list of "safe" modules keeps the gradients float32 while they travel between ranks.
-        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
-    return settings

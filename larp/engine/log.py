@@ -1,9 +1,10 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard if it is installed, a progress bar. Only the main rank
-writes.
+"""What a run says while it trains: metrics.jsonl, TensorBoard if it is installed, Weights & Biases if asked for, a
+progress bar. Only the main rank writes.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from larp.engine.backend import Ranks
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+_WANDB_ID = "wandb-id.txt"
 
 
 def write_json(path: Path | str, obj: Any) -> None:
@@ -57,19 +59,37 @@ def check_writable(path: Path) -> None:
         ) from error
 
 
+def check_wandb(project: str | None) -> None:
+    """Raise ValueError if a project of Weights & Biases is named, but its package is not installed."""
+    if project is not None and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"wandb = {project!r} asks for Weights & Biases, which is not installed: pip install 'larp-mllm[wandb]', or "
+            "leave the option out"
+        )
+
+
 class RunLog:
     """Metrics and progress of one run; a context manager.
 
     folder: the run folder (created). total_steps: length of the progress bar. resume_step: the step that training
     goes on from; lines of metrics.jsonl beyond it are cut, so that the file has one line for each step however often
     the run was resumed. show: names of the metrics to put behind the progress bar (empty: all of them, up to four).
+    wandb: the project of Weights & Biases that gets the same numbers, and `config`, the run's options as plain values;
+    its own settings (WANDB_MODE=offline, WANDB_ENTITY, ...) are honoured. Raises ValueError if it does not start.
     """
 
     def __init__(
-        self, folder: Path | str, ranks: Ranks, total_steps: int, resume_step: int = 0, show: Sequence[str] = ()
+        self,
+        folder: Path | str,
+        ranks: Ranks,
+        total_steps: int,
+        resume_step: int = 0,
+        show: Sequence[str] = (),
+        wandb: str | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self._show, self._main = Path(folder), tuple(show), ranks.is_main
-        self._file = self._board = None
+        self._file = self._board = self._wandb = None
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step,
@@ -84,6 +104,7 @@ class RunLog:
             _cut(path, resume_step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
             self._board = _open_tensorboard(self.folder / "tensorboard", resume_step)
+            self._wandb = _open_wandb(wandb, self.folder, config or {}) if wandb is not None else None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Append {"step", "time" (Unix seconds), **values} and move the bar to `step`; not finite becomes null."""
@@ -96,6 +117,8 @@ class RunLog:
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
         shown = [name for name in self._show if name in numbers] if self._show else list(numbers)[:4]
         self._bar.set_postfix({name: f"{numbers[name]:.4g}" for name in shown}, refresh=False)
         self.progress(step)
@@ -114,9 +137,11 @@ class RunLog:
         self._bar.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._file is not None:
             self._file.close()
-        self._file = self._board = None
+        self._file = self._board = self._wandb = None
 
     def __enter__(self) -> RunLog:
         return self
@@ -158,3 +183,23 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any:
         return None
     # What an interrupted run wrote beyond its last checkpoint is hidden, as in metrics.jsonl.
     return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+
+
+def _open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
+    check_wandb(project)
+    import wandb
+
+    # A resumed run goes on with the same curves: steps that it repeats, wandb has already.
+    remembered = folder / _WANDB_ID
+    identity = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else None
+    try:
+        run = wandb.init(
+            project=project, name=folder.name, dir=str(folder), config=dict(config), id=identity, resume="allow"
+        )
+    except wandb.errors.Error as error:
+        raise ValueError(
+            f"Weights & Biases does not start ({error}): log in with `wandb login`, set WANDB_MODE=offline, or leave the "
+            "option wandb out"
+        ) from error
+    write_text(remembered, run.id + "\n")
+    return run

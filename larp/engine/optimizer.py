@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from larp.engine.schedules import lr_factor
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,8 @@ class OptimizerConfig:
     """Peak learning rate of Adam's part."""
     matrix_lr: float = 0.02
     """Peak learning rate of Muon's part; unused by the others."""
+    prior_lr: float | None = None
+    """Peak learning rate of a tokenizer's prior, by default `lr`. Under muon its matrices follow: matrix_lr * prior_lr / lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of Adam's part."""
     weight_decay: float = 0.0
@@ -28,16 +33,37 @@ class OptimizerConfig:
     """What the learning rate does after the warm-up."""
     warmup: int = 0
     """Steps of linear warm-up."""
+    warmup_epochs: float | None = None
+    """The same in epochs (passes over the training data), in place of `warmup`."""
     final: float = 0.01
     """Learning rate at the end, as a share of the peak."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Where schedule `step` lowers the learning rate, as shares of the run."""
+    gamma: float | None = None
+    """What schedule `step` multiplies it by there; by default what ends at `final`."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.matrix_lr <= 0:
-            raise ValueError(f"optimizer.lr = {self.lr} and optimizer.matrix_lr = {self.matrix_lr} must be positive")
+        for name in ("lr", "matrix_lr", "prior_lr"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"optimizer.{name} = {getattr(self, name)} must be positive")
+        if self.warmup_epochs is not None and self.warmup:
+            raise ValueError(
+                f"optimizer.warmup = {self.warmup} (steps) and optimizer.warmup_epochs = {self.warmup_epochs} are both given: "
+                "set one of them to 0 or None"
+            )
+        if self.warmup_epochs is not None and self.warmup_epochs < 0:
+            raise ValueError(f"optimizer.warmup_epochs = {self.warmup_epochs} must not be negative")
+
+    def lr_factor(self, steps: int, steps_per_epoch: float) -> Callable[[int], float]:
+        """Return the factor on the learning rates at each step of a run of `steps`; see `larp.engine.schedules.lr_factor`."""
+        epochs = self.warmup_epochs
+        warmup = self.warmup if epochs is None else round(epochs * steps_per_epoch)
+        return lr_factor(self.schedule, steps, warmup, self.final, self.milestones, self.gamma)
 
 
 # Where the models keep their repeated blocks; embeddings, heads and bottlenecks are Adam's.
 _REPEATED = ("encoder.blocks.", "decoder.blocks.", "prior.blocks.", "layers.")
+_PRIOR = "prior."
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -61,10 +87,16 @@ class Muon(Optimizer):
     bit of a gradient into 0.4 % of an update, so that two processes drift from one, and it takes the matrices one by one.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
-        if any(p.ndim != 2 for p in matrices):
-            raise ValueError("Muon trains matrices; give other parameters to another optimizer")
+    def __init__(
+        self,
+        matrices: list[nn.Parameter] | list[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
+            raise ValueError("Muon trains matrices; give other parameters to another optimizer")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -90,13 +122,13 @@ class Muon(Optimizer):
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers behind one face: Muon for `matrices`, torch's AdamW for `others` (parameter groups).
+    """Two optimizers behind one face: Muon for `matrices`, torch's AdamW for `others` (both parameter groups).
 
     On small budgets Muon leaves the plateau where every clip is painted in its mean colour several times sooner than AdamW
     (LOG.md). Learning rates are set through `param_groups`, which are those of the two.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[dict[str, Any]], config: OptimizerConfig) -> None:
+    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], config: OptimizerConfig) -> None:
         self.muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay)
         self.adam = torch.optim.AdamW(others, lr=config.lr, betas=config.betas)
         super().__init__([*self.muon.param_groups, *self.adam.param_groups], {})
@@ -124,21 +156,56 @@ class MuonAdamW(Optimizer):
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int = 0) -> Optimizer:
-    """Make the optimizer for a module's trainable parameters; ValueError for Muon with sharded parameters."""
+    """Make the optimizer for a module's trainable parameters.
+
+    Each parameter group carries its own peak rate as `lr`, and as `lr_name` the name of that rate in the log: lr, matrix_lr,
+    prior_lr, prior_matrix_lr. The prior's groups exist only where `prior_lr` is given. Raises ValueError for Muon with sharded
+    parameters, and for a `prior_lr` without a prior.
+    """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    parts = {"": named}
+    if config.prior_lr is not None:
+        parts = {
+            "": [(name, p) for name, p in named if not name.startswith(_PRIOR)],
+            _PRIOR: [(name, p) for name, p in named if name.startswith(_PRIOR)],
+        }
+        if not parts[_PRIOR]:
+            raise ValueError(
+                f"optimizer.prior_lr = {config.prior_lr} is given, but there is no prior to train: leave it out"
+            )
+    groups = [group for prefix, part in parts.items() for group in _groups(module, config, prefix, part)]
     if config.name == "adam":
-        return torch.optim.Adam([p for _, p in named], lr=config.lr, betas=config.betas)
-    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d)}
-    muon = config.name == "muon"
-    inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_REPEATED)}
-    decayed = [p for _, p in named if id(p) in linear and id(p) not in inside]
-    rest = [p for _, p in named if id(p) not in linear and id(p) not in inside]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
     if zero_stage:
         raise ValueError(
             f"optimizer muon needs whole matrices, which zero_stage {zero_stage} cuts up: use zero_stage 0, or adamw"
         )
-    return MuonAdamW([p for _, p in named if id(p) in inside], groups, config)
+    matrices = [group for group in groups if group["lr_name"].endswith("matrix_lr")]
+    others = [group for group in groups if not group["lr_name"].endswith("matrix_lr")]
+    return MuonAdamW(matrices, others, config)
+
+
+def _groups(
+    module: nn.Module, config: OptimizerConfig, prefix: str, named: list[tuple[str, nn.Parameter]]
+) -> list[dict[str, Any]]:
+    """The parameter groups of one part of a module: the prior, or all the rest."""
+    lr = config.prior_lr if prefix else config.lr
+    own = {"lr": lr, "lr_name": "prior_lr" if prefix else "lr"}
+    if config.name == "adam":
+        return [{"params": [p for _, p in named], **own}]
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d)}
+    muon = config.name == "muon"
+    inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_REPEATED)}
+    matrices = {"lr": config.matrix_lr * (lr / config.lr), "lr_name": "prior_matrix_lr" if prefix else "matrix_lr"}
+    groups = [
+        {"params": [p for _, p in named if id(p) in inside], "weight_decay": config.weight_decay, **matrices},
+        {
+            "params": [p for _, p in named if id(p) in linear and id(p) not in inside],
+            "weight_decay": config.weight_decay,
+            **own,
+        },
+        {"params": [p for _, p in named if id(p) not in linear], "weight_decay": 0.0, **own},
+    ]
+    return [group for group in groups if group["params"]]

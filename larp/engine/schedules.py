@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 SCHEDULES = ("cosine", "constant", "step")
 
 
-def lr_factor(name: str, total: int, warmup: int, final: float) -> Callable[[int], float]:
+def lr_factor(
+    name: str,
+    total: int,
+    warmup: int,
+    final: float,
+    milestones: Sequence[float] = (0.5, 0.75),
+    gamma: float | None = None,
+) -> Callable[[int], float]:
     """The factor in (0, 1] on the learning rate of step 0, 1, ... total - 1: linear warm-up over `warmup` steps, then
     `name`.
 
-    "cosine" falls along half a cosine to `final` at the last step; "step" drops to sqrt(final) at half of the run and
-    to `final` at three quarters; "constant" stays at 1. Steps beyond the end keep the last factor. Raises ValueError
-    for an unknown name, a warm-up that is not shorter than the run, or a `final` outside [0, 1].
+    "cosine" falls along half a cosine to `final` at the last step; "step" is multiplied by `gamma` at each of the
+    `milestones` (shares of the run; without a gamma by what leads to `final` at the last of them); "constant" stays at 1.
+    Steps beyond the end keep the last factor. Raises ValueError for an unknown name, a warm-up that is not shorter than
+    the run, a `final` outside [0, 1], milestones that do not rise within (0, 1), or a gamma outside (0, 1].
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule '{name}', expected one of {', '.join(SCHEDULES)}")
@@ -25,6 +33,10 @@ def lr_factor(name: str, total: int, warmup: int, final: float) -> Callable[[int
         )
     if not 0 <= final <= 1:
         raise ValueError(f"the final learning-rate factor is {final}, expected 0 to 1")
+    starts = [share * total for share in _check_milestones(milestones)]
+    if gamma is not None and not 0 < gamma <= 1:
+        raise ValueError(f"gamma is {gamma}, expected more than 0, up to 1 (--optimizer.gamma)")
+    at_each = (final, 1 / len(starts)) if gamma is None else (gamma, 1)
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -33,10 +45,20 @@ def lr_factor(name: str, total: int, warmup: int, final: float) -> Callable[[int
         if name == "cosine":
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if name == "step":
-            return 1.0 if step < total * 0.5 else math.sqrt(final) if step < total * 0.75 else final
+            base, power = at_each
+            return base ** (power * sum(step >= start for start in starts))
         return 1.0
 
     return factor
+
+
+def _check_milestones(milestones: Sequence[float]) -> Sequence[float]:
+    if not milestones or list(milestones) != sorted(set(milestones)) or not 0 < milestones[0] <= milestones[-1] < 1:
+        raise ValueError(
+            f"milestones are {tuple(milestones)}, expected shares of the run that rise between 0 and 1, such as 0.5 0.75 "
+            "(--optimizer.milestones)"
+        )
+    return milestones
 
 
 def ramp(step: int, total: int, fraction: float, peak: float) -> float:

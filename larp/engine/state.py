@@ -3,6 +3,7 @@
     runs/NAME/config.json                        what the run was started with
     runs/NAME/metrics.jsonl, tensorboard/        see log.py
     runs/NAME/state/step-00000100/ENGINE/        what deepspeed writes for one engine, in place and without syncing
+    runs/NAME/state/step-00000100/ENGINE.ema.pt  the average of its weights, where it has one
     runs/NAME/state/step-00000100/extra.pt       the trainer's own tensors (moving averages)
     runs/NAME/state/step-00000100/random-0.pt    random state of rank 0, and so on
     runs/NAME/state/step-00000100/state.json     the marker, written last: without it a checkpoint is torn, and ignored
@@ -30,6 +31,7 @@ import torch
 CONFIG_FILE = "config.json"
 _STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"
 _UNIVERSAL = "-universal"
+_AVERAGE = ".ema.pt"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ def save_state(
         engine.save(target, name, {})
     _save_random_state(target / f"random-{ranks.rank}.pt")
     if ranks.is_main:
+        for name, engine in engines.items():
+            if engine.average is not None:
+                torch.save(engine.average.state_dict(), target / (name + _AVERAGE))
         torch.save(dict(extra or {}), target / _EXTRA)
     backend.barrier()
     if ranks.is_main:
@@ -207,9 +212,10 @@ def load_state(
     *,
     restore_random: bool = True,
 ) -> None:
-    """Put a checkpoint into the engines: weights, optimizers, counters, and the random state of each rank. Collective.
+    """Put a checkpoint into the engines: weights and their averages, optimizers, counters, and the random state of each
+    rank. Collective.
 
-    engines, model: as for save_state. Raises ValueError, before anything is loaded, if the model config, the engines,
+    engines, model: as for save_state. An average that the checkpoint has not begins with its weights. Raises ValueError, before anything is loaded, if the model config, the engines,
     a ZeRO stage or (at stages 1 to 3) the number of ranks differ from the checkpoint's; the text names what differs
     and the way out.
     """
@@ -221,11 +227,21 @@ def load_state(
             engine.load(state.folder, name + _UNIVERSAL, universal=True)
         else:
             engine.load(state.folder, name)
+        _load_average(engine, state.folder / (name + _AVERAGE))
     if restore_random and ranks.world_size == state.world_size:
         saved = torch.load(state.folder / f"random-{ranks.rank}.pt", weights_only=True)
         torch.set_rng_state(saved["cpu"])
         if saved["cuda"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["cuda"])
+
+
+def _load_average(engine: Engine, path: Path) -> None:
+    if engine.average is None:
+        return
+    if path.exists():
+        engine.average.load_state_dict(torch.load(path, map_location=engine.ranks.device, weights_only=True))
+    else:
+        engine.average.update(engine.module)
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 _VGG16_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
 # Index in `features` of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, with the channels there.
 _TAPS = {3: 64, 8: 128, 15: 256, 22: 512, 29: 512}
-_SMALLEST = 16
+SMALLEST = 16
+"""Pixels of the shorter side of a frame that still gives every layer a feature map."""
 REMEDY = (
     f"place {VGG16.filename} and {LPIPS_HEADS.filename} in ~/.cache/larp, or set {VGG16.variable} and "
     f"{LPIPS_HEADS.variable} to their paths, or run `python -m larp.metrics.weights` to fetch both"
@@ -97,8 +98,8 @@ class Lpips(nn.Module):
         differ or frames smaller than 16x16.
         """
         check_pair(a, b, "lpips")
-        if min(a.shape[-2:]) < _SMALLEST:
-            raise ValueError(f"lpips: frames of {a.shape[-2]}x{a.shape[-1]} are smaller than {_SMALLEST}x{_SMALLEST}")
+        if min(a.shape[-2:]) < SMALLEST:
+            raise ValueError(f"lpips: frames of {a.shape[-2]}x{a.shape[-1]} are smaller than {SMALLEST}x{SMALLEST}")
         batch, frames = a.shape[0], a.shape[2]
         x, y = (self._normalised(clip) for clip in (a, b))
         total = torch.zeros(len(x), device=x.device)

@@ -80,7 +80,10 @@ class WeightFile:
         """Download the file into `folder`, verified, with a progress bar; an existing verified file is kept."""
         target = folder / self.filename
         if target.is_file():
-            self.verify(target)
+            try:
+                self.verify(target)
+            except ValueError as error:
+                raise ValueError(f"{error} A damaged file is not replaced: delete it first.") from error
             return target
         folder.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
@@ -90,7 +93,11 @@ class WeightFile:
                 while block := response.read(1 << 20):
                     file.write(block)
                     bar.update(len(block))
-        self.verify(partial)
+        try:
+            self.verify(partial)
+        except ValueError:
+            partial.unlink()
+            raise
         partial.replace(target)
         return target
 
@@ -133,7 +140,10 @@ def main() -> int:
     for weights in (I3D_STYLEGANV, VGG16, LPIPS_HEADS):
         try:
             print(weights.fetch(cache_folder()))
-        except (OSError, ValueError) as error:
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            failed = 1
+        except OSError as error:
             print(f"{weights.filename}: {error}. {weights.remedy}", file=sys.stderr)
             failed = 1
     return failed

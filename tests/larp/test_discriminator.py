@@ -1,7 +1,14 @@
 """Discriminator and adversarial losses against the reference's golden values."""
 
 from larp.discriminator import Discriminator
-from larp.losses import LeCam, discriminator_loss, generator_loss, smooth_targets
+from larp.losses import (
+    LeCam,
+    discriminator_loss,
+    generator_loss,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    smooth_targets,
+)
 from larp.noise import BatchNoise
 
 import pytest
@@ -23,6 +30,8 @@ def test_golden_logits_and_losses(golden):
     torch.testing.assert_close(fake, want["logits_fake"], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(discriminator_loss(real, fake), want["ns_d"][0], rtol=1e-5, atol=0)
     torch.testing.assert_close(generator_loss(fake), want["ns_g"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinge_discriminator_loss(real, fake), want["hinge_d"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(hinge_generator_loss(fake), want["hinge_g"][0], rtol=1e-5, atol=0)
     lecam = LeCam()
     lecam.real, lecam.fake = want["lecam_ema_real"].item(), want["lecam_ema_fake"].item()
     torch.testing.assert_close(lecam(real, fake), want["lecam"][0], rtol=1e-5, atol=1e-7)

@@ -66,13 +66,22 @@ def test_golden_shorter_clip(golden):
     close(model(want["short_clip"]).reconstruction, want["short_reconstruction"])
 
 
-def test_published_size():
+@pytest.mark.parametrize(("size", "millions"), [("S", 39.3), ("B", 115.5), ("L", 172.2)])
+def test_named_sizes_hold_the_parameters_that_the_readme_says(size, millions):
+    """Learned numbers without the prior; the paper prints 173 M for L, whose fixed position tables are 0.8 M each."""
     with torch.device("meta"):
-        model = LarpTokenizer(TokenizerConfig())
+        model = LarpTokenizer(TokenizerConfig.of_size(size))
     prior = sum(p.numel() for p in model.prior.parameters())
     assert round(prior / 1e6, 1) == 21.7
-    # 172.2 M learned numbers; the paper prints 173 M.
-    assert abs((model.num_parameters() - prior) / 173e6 - 1) < 0.006
+    assert round((model.num_parameters() - prior) / 1e6, 1) == millions
+    assert TokenizerConfig.of_size("L") == TokenizerConfig()
+
+
+def test_a_size_takes_other_fields_and_an_unknown_one_is_named():
+    config = TokenizerConfig.of_size("S", num_tokens=256, decoder_depth=3)
+    assert (config.num_tokens, config.encoder_depth, config.decoder_depth, config.encoder_width) == (256, 6, 3, 512)
+    with pytest.raises(ValueError, match="unknown tokenizer size 'XL'; the sizes are S, B, L"):
+        TokenizerConfig.of_size("XL")
 
 
 def test_save_load_round_trip(tmp_path):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from larp.config import from_dict, load_recipe
+from larp.data.tokens import TokenCache
 from larp.engine.backend import EngineConfig
 from larp.engine.optimizer import OptimizerConfig
 from larp.generator import SIZES, LarpGenerator
@@ -40,7 +41,11 @@ def home(tmp_path_factory) -> Path:
                 out = folder / f"{split}-{given}"
                 extract(
                     ExtractTokensConfig(
-                        str(folder / "tok"), "shapes:count=48,size=16", split, out, condition_frames=given
+                        tokenizer=str(folder / "tok"),
+                        data="shapes:count=48,size=16",
+                        split=split,
+                        out=out,
+                        condition_frames=given,
                     )
                 )
     return folder
@@ -113,6 +118,25 @@ def test_resuming_refuses_other_data_but_not_another_learning_rate(home, tmp_pat
     assert "optimizer.lr was 0.01, is 0.001" in capsys.readouterr().out and len(losses(tmp_path)) == 4
 
 
+def test_checkpointed_activations_change_nothing(home, tmp_path):
+    kept = tiny_run(home, tmp_path / "kept")
+    train(kept)
+    engine = dataclasses.replace(kept.engine, activation_checkpointing=True)
+    train(dataclasses.replace(kept, out=tmp_path / "again", engine=engine))
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+
+
+def test_a_warm_up_in_epochs_counts_the_clips_of_the_cache(home, tmp_path):
+    clips = len(TokenCache.open(home / "train-0"))
+    settings = OptimizerConfig("adamw", lr=1e-2, schedule="constant", warmup_epochs=16 / clips)
+    train(tiny_run(home, tmp_path, optimizer=settings))
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rates == pytest.approx([1e-2 / 3, 2e-2 / 3, *[1e-2] * 4])
+    with pytest.raises(ValueError, match=r"optimizer\.prior_lr.*no prior"):
+        train(tiny_run(home, tmp_path / "other", optimizer=dataclasses.replace(settings, prior_lr=1e-3)))
+    assert not (tmp_path / "other").exists()
+
+
 def test_accumulation_changes_nothing_but_memory(home, tmp_path):
     once = tiny_run(home, tmp_path / "once", dropout=0.0)
     train(once)
@@ -154,7 +178,8 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     assert "unknown generator size 'huge'" in message("--tokens", tokens, "--size", "huge")
     assert not (tmp_path / "run" / "config.json").exists(), "a mistake leaves no run behind"
     small = tmp_path / "small"
-    extract(ExtractTokensConfig(str(home / "tok"), f"folder:{four_videos(home, tmp_path)}", "all", small))
+    data = f"folder:{four_videos(home, tmp_path)}"
+    extract(ExtractTokensConfig(tokenizer=str(home / "tok"), data=data, split="all", out=small))
     assert re.search(f"{small} holds 4 videos.*--eval-tokens DIR", message("--tokens", str(small)))
     with pytest.raises(ValueError, match="zero_stage 3"):
         tiny_run(home, tmp_path, engine=EngineConfig(zero_stage=3))

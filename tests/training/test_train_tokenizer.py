@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 from larp.config import ConfigError, from_dict, load_recipe
-from larp.data.datasets import DataError
+from larp.data.datasets import DataError, open_videos
 from larp.engine.ranks import free_port
+from larp.metrics.lpips import Lpips
+from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, file_sha256
 from larp.tokenizer import LarpTokenizer
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig, main
 
@@ -162,6 +164,138 @@ def test_accumulation_gives_the_losses_of_one_batch(recipe, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
 
 
+def same_weights(first: Path, second: Path, variant: str | None = None) -> bool:
+    left, right = (LarpTokenizer.from_pretrained(out / "model", variant=variant) for out in (first, second))
+    return left.weight_hash() == right.weight_hash()
+
+
+def test_the_average_is_validated_saved_and_resumed(recipe, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    report = main(["--recipe", str(recipe), "--out", str(whole), "--ema", "0.5"])
+    assert report["ema_psnr"] != report["psnr"] and lines(whole)[-1]["test_ema_psnr"] == report["ema_psnr"]
+    last, averaged = (LarpTokenizer.from_pretrained(whole / "model", variant=v) for v in (None, "ema"))
+    assert last.weight_hash() != averaged.weight_hash()
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "state/step-00000006")
+    shutil.rmtree(cut / "model")
+    again = main(["--recipe", str(recipe), "--out", str(cut), "--ema", "0.5", "--resume"])
+    assert again["ema_psnr"] == report["ema_psnr"]
+    assert same_weights(whole, cut) and same_weights(whole, cut, "ema")
+
+
+def test_the_average_follows_codes_to_their_new_places(recipe, tmp_path):
+    out = tmp_path / "run"
+    main(["--recipe", str(recipe), "--out", str(out), "--ema", "0.999", "--steps", "9"])
+    last, averaged = (LarpTokenizer.from_pretrained(out / "model", variant=v).codebook for v in (None, "ema"))
+    assert (last * averaged).sum(-1).min() > 0.99, "some code is averaged over two places"
+
+
+def test_without_an_average_there_is_none(recipe, tmp_path):
+    report = main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--steps", "3"])
+    assert "ema_psnr" not in report and not (tmp_path / "run/model/model.ema.safetensors").exists()
+
+
+def test_epochs_are_passes_over_the_training_videos(recipe, tmp_path):
+    out, options = tmp_path / "run", ["--steps", "None", "--epochs", "0.5", "--optimizer.warmup-epochs", "0.25"]
+    videos = len(open_videos("shapes:count=24,size=16", "train"))
+    report = main(["--recipe", str(recipe), "--out", str(out), *options, "--optimizer.schedule", "constant"])
+    assert report["steps"] == round(0.5 * videos / 4) >= 2
+    rates = [line["lr"] for line in lines(out) if "lr" in line]
+    warm = round(0.25 * videos / 4)
+    assert max(rates[:warm]) < rates[warm] == rates[-1] == 1e-3
+
+
+def test_a_length_in_steps_and_in_epochs_is_refused(recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--epochs", "2"])
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "steps = 6 and epochs = 2.0 are both given" in told and "--steps None" in told
+    with pytest.raises(ConfigError, match="epochs = -1"):
+        from_dict(TrainTokenizerConfig, {"epochs": -1.0}, where="here")
+    assert from_dict(TrainTokenizerConfig, {}, where="here").in_steps(100).steps == 150_000
+
+
+def test_the_priors_own_rate_is_in_the_log(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--optimizer.prior-lr", "1e-4"]
+    main([*options, "--optimizer.schedule", "constant", "--steps", "3"])
+    rates = {name: lines(tmp_path / "run")[0][name] for name in ("lr", "prior_lr", "matrix_lr", "prior_matrix_lr")}
+    assert rates == pytest.approx({"lr": 1e-3, "prior_lr": 1e-4, "matrix_lr": 0.02, "prior_matrix_lr": 0.002})
+    with pytest.raises(ValueError, match=r"optimizer.* does not fit|does not fit.*optimizer"):
+        main([*options[:-2], "--steps", "6", "--resume"])
+
+
+def test_checkpointed_activations_change_no_loss(recipe, tmp_path):
+    for name, option in (
+        ("kept", "--engine.no-activation-checkpointing"),
+        ("again", "--engine.activation-checkpointing"),
+    ):
+        main(["--recipe", str(recipe), "--out", str(tmp_path / name), option])
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept") and same_weights(
+        tmp_path / "kept", tmp_path / "again"
+    )
+
+
+@pytest.mark.parametrize(("stage", "precision", "accumulation"), [("1", "fp32", "1"), ("2", "bf16", "2")])
+def test_sharded_engines_train_to_the_losses_of_whole_ones(recipe, tmp_path, stage, precision, accumulation):
+    """Tokenizer and discriminator, a continuous start, codes that are moved, and the average."""
+    common = ["--recipe", str(recipe), "--optimizer.name", "adamw", "--ema", "0.5", "--engine.precision", precision]
+    reports = {}
+    for sharding in ("0", stage):
+        out = tmp_path / sharding
+        options = ["--engine.zero-stage", sharding, "--engine.accumulation", accumulation, "--out", str(out)]
+        reports[sharding] = main([*common, *options])
+    for name in ("loss", "gan", "discriminator", "quantizer", "grad_norm"):
+        whole, sharded = ([line[name] for line in lines(tmp_path / s) if name in line] for s in ("0", stage))
+        assert whole and sharded == pytest.approx(whole, rel=1e-4 if precision == "fp32" else 2e-2), name
+    for name in ("psnr", "ema_psnr"):
+        assert reports[stage][name] == pytest.approx(reports["0"][name], abs=0.01)
+
+
+def test_sharded_engines_resume_exactly(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--optimizer.name", "adamw", "--engine.zero-stage", "2", "--ema", "0.9"]
+    options += ["--engine.precision", "bf16", "--engine.accumulation", "2"]
+    main([*options, "--out", str(tmp_path / "whole")])
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/state/step-00000006")
+    main([*options, "--out", str(tmp_path / "cut"), "--resume"])
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert all(same_weights(tmp_path / "whole", tmp_path / "cut", variant) for variant in (None, "ema"))
+
+
+def test_wandb_that_is_asked_for_but_absent_leaves_no_run(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb = 'larp'.*pip install"):
+        main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--wandb", "larp"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_shard_average_and_resume_like_one(recipe, tmp_path):
+    """ZeRO 2 for both engines, bf16, accumulation and the average, interrupted once."""
+    options = ["--recipe", str(recipe), "--optimizer.name", "adamw", "--engine.zero-stage", "2", "--ema", "0.9"]
+    options += ["--engine.precision", "bf16", "--engine.accumulation", "2"]
+    one = main([*options, "--out", str(tmp_path / "1")])
+    command = [Path(sys.executable).parent / "deepspeed", "--master_port", str(free_port()), "--num_accelerators", "2"]
+
+    def launch(*more):
+        words = [str(w) for w in (*command, ROOT / "training/train_tokenizer.py", *options, *more)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    launch("--out", tmp_path / "2")
+    two = json.loads((tmp_path / "2/report.json").read_text())
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=2e-2)
+    assert {name: two[name] for name in ("psnr", "ema_psnr")} == pytest.approx(
+        {name: one[name] for name in ("psnr", "ema_psnr")}, abs=0.02
+    )
+    shutil.copytree(tmp_path / "2", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/state/step-00000006")
+    launch("--out", tmp_path / "cut", "--resume")
+    assert losses(tmp_path / "cut") == losses(tmp_path / "2")
+    assert all(same_weights(tmp_path / "cut", tmp_path / "2", variant) for variant in (None, "ema"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gan", ["0", "0.3"])
 def test_two_processes_train_to_the_losses_of_one(recipe, tmp_path, gan):
@@ -222,3 +356,40 @@ def test_a_run_is_not_overwritten(recipe, tmp_path):
     with pytest.raises(ValueError, match="num_tokens"):
         main(["--recipe", str(recipe), "--out", str(out), "--steps", "9", "--resume", "--model.num-tokens", "3"])
     assert (out / "metrics.jsonl").read_text() == before
+
+
+class FakeI3D(torch.nn.Module):
+    """Answers like the published file: with the mean colour of each frame."""
+
+    def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False):
+        return torch.nn.functional.pad(x.mean(dim=(3, 4)).flatten(1), (0, 352))
+
+
+def test_validation_takes_lpips_and_rfvd_where_their_weights_are_at_hand(recipe, tmp_path, monkeypatch, capsys):
+    for source in (VGG16, LPIPS_HEADS, I3D_STYLEGANV):
+        monkeypatch.delenv(source.variable, raising=False)
+    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    options = ["--recipe", str(recipe), "--steps", "2"]
+    assert {"lpips", "rfvd"}.isdisjoint(main([*options, "--out", str(tmp_path / "without")]))
+    assert capsys.readouterr().out.count("validation without rFVD: i3d_torchscript.pt") == 1
+    state = Lpips().state_dict()
+    torch.save({key: value for key, value in state.items() if key.startswith("features")}, tmp_path / "vgg.pth")
+    torch.save({f"lin{i}.model.1.weight": state[f"heads.{i}"] for i in range(5)}, tmp_path / "heads.pth")
+    torch.jit.script(FakeI3D()).save(str(tmp_path / "i3d.pt"))
+    for source, name in ((VGG16, "vgg.pth"), (LPIPS_HEADS, "heads.pth"), (I3D_STYLEGANV, "i3d.pt")):
+        monkeypatch.setenv(source.variable, str(tmp_path / name))
+    monkeypatch.setattr(WeightFile, "verify", lambda self, path: file_sha256(path))
+    report = main([*options, "--out", str(tmp_path / "with")])
+    assert report["lpips"] > 0 and report["rfvd"] > report["rfvd_floor"] > 0
+    assert {"test_lpips", "test_rfvd", "test_rfvd_floor"} <= set(lines(tmp_path / "with")[-1])
+    main([*options, "--out", str(tmp_path / "trained"), "--loss.lpips", "0.1"])
+    assert all(line["lpips"] > 0 for line in lines(tmp_path / "trained") if "loss" in line)
+
+
+def test_a_run_with_lpips_in_its_loss_needs_the_weights(recipe, tmp_path, monkeypatch):
+    for source in (VGG16, LPIPS_HEADS):
+        monkeypatch.delenv(source.variable, raising=False)
+    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*--loss\.lpips 0"):
+        main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--loss.lpips", "1"])
+    assert not (tmp_path / "run").exists()

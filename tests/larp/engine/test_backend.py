@@ -192,6 +192,23 @@ def test_two_engines_train_against_each_other(new_engine, stage):
     assert not torch.equal(weights(critic)["weight"], before["weight"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_overwritten_weight_stays_until_it_is_trained(new_engine, train, tmp_path, stage, precision):
+    config = EngineConfig(zero_stage=stage, precision=precision)
+    first = new_engine(config)
+    train(first, 0, 1)
+    first.save(tmp_path, "one", {})
+    engine = new_engine(config, factor=lambda step: 0.0)
+    engine.load(tmp_path, "one")
+    value = torch.full((8, 4), 0.3)
+    engine.overwrite(engine.module[0].weight, value)
+    before = weights(engine)
+    train(engine, 1, 2)
+    assert all(torch.equal(after, before[name]) for name, after in weights(engine).items())
+    assert torch.equal(engine.module[0].weight, value)
+
+
 def test_settings_that_cannot_work_are_refused(new_engine):
     with pytest.raises(ValueError, match=r"discriminator.*another model.*wrong gradients.*0 to 2"):
         new_engine(EngineConfig(zero_stage=3), name="discriminator", max_zero_stage=2)

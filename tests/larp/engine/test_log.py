@@ -1,9 +1,12 @@
 """metrics.jsonl, the progress bar and TensorBoard."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 from larp.engine.backend import Ranks
-from larp.engine.log import RunLog, read_metrics, write_json
+from larp.engine.log import RunLog, check_wandb, read_metrics, write_json
 
 import pytest
 import torch
@@ -48,6 +51,65 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     with RunLog(tmp_path, Ranks(), 10) as log:
         log.metrics(1, {"loss": 0.5})
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Weights & Biases, as far as a log sees of it."""
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
+    fake.runs = []
+
+    class Run:
+        def __init__(self, settings):
+            self.settings, self.lines, self.finished = settings, [], False
+            self.id = settings["id"] or "abc"
+
+        def log(self, values, step):
+            self.lines.append((step, values))
+
+        def finish(self):
+            self.finished = True
+
+    def init(**settings):
+        fake.runs.append(Run(settings))
+        return fake.runs[-1]
+
+    fake.init = init
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_gets_the_same_numbers_and_a_resumed_run_goes_on_there(tmp_path, wandb):
+    for resume_step in (0, 1):
+        with RunLog(tmp_path / "run", Ranks(), 10, resume_step, wandb="larp", config={"steps": 10}) as log:
+            log.metrics(resume_step + 1, {"loss": torch.tensor(0.5)})
+    first, second = wandb.runs
+    assert first.settings["project"] == "larp" and first.settings["name"] == "run"
+    assert first.settings["config"] == {"steps": 10} and first.settings["dir"] == str(tmp_path / "run")
+    assert first.lines == [(1, {"loss": 0.5})] and second.lines == [(2, {"loss": 0.5})]
+    assert (first.settings["id"], second.settings["id"]) == (None, "abc") and first.finished
+
+
+def test_wandb_is_used_only_where_asked_and_by_the_main_rank(tmp_path, wandb):
+    with RunLog(tmp_path, Ranks(), 10) as log:
+        log.metrics(1, {"loss": 0.5})
+    RunLog(tmp_path, Ranks(rank=1, world_size=2), 10, wandb="larp").close()
+    assert wandb.runs == [] and not (tmp_path / "wandb-id.txt").exists()
+
+
+def test_wandb_that_is_absent_or_does_not_start_says_what_to_do(tmp_path, wandb, monkeypatch):
+    def init(**settings):
+        raise wandb.errors.Error("no API key")
+
+    wandb.init = init
+    with pytest.raises(ValueError, match=r"does not start \(no API key\).*wandb login.*WANDB_MODE=offline"):
+        RunLog(tmp_path, Ranks(), 10, wandb="larp")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"wandb = 'larp'.*not installed: pip install 'larp-mllm\[wandb\]'"):
+        check_wandb("larp")
+    check_wandb(None)
 
 
 def test_write_json_replaces_whole_files(tmp_path):

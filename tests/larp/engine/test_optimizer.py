@@ -2,8 +2,11 @@
 
 import copy
 
+from larp.engine.backend import EngineConfig, make_engine
 from larp.engine.optimizer import Muon, MuonAdamW, OptimizerConfig, build_optimizer, orthogonalise
 from larp.generator import GeneratorConfig, LarpGenerator
+from larp.prior import PriorConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
 import pytest
 import torch
@@ -27,6 +30,65 @@ def test_every_parameter_is_trained_once(name):
     optimizer = build_optimizer(model, OptimizerConfig(name))
     ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def tokenizer() -> LarpTokenizer:
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": 2 for side in ("encoder", "decoder") for name in ("depth", "heads")}
+    widths = {"encoder_width": 16, "decoder_width": 16}
+    prior = PriorConfig(depth=1, heads=2, width=16, positions=4)
+    return LarpTokenizer(
+        TokenizerConfig(4, 8, 8, (4, 8, 8), num_tokens=4, codebook_size=8, code_dim=4, prior=prior, **widths, **sides)
+    )
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
+def test_the_prior_moves_at_its_own_rate_and_the_rest_does_not_notice(name):
+    before = tokenizer()
+    moved = {}
+    for prior_lr in (None, 1e-3, 1e-4):
+        model = tokenizer()
+        update(model, build_optimizer(model, OptimizerConfig(name, lr=1e-3, prior_lr=prior_lr, weight_decay=0.1)))
+        pairs = zip(model.named_parameters(), before.parameters(), strict=True)
+        moved[prior_lr] = {key: (p - q).detach() for (key, p), q in pairs}
+    for key, step in moved[1e-3].items():
+        torch.testing.assert_close(moved[None][key], step)
+        # A tenth of the rate is a tenth of the way, matrices and all.
+        torch.testing.assert_close(
+            moved[1e-4][key], step * (0.1 if key.startswith("prior.") else 1), atol=1e-6, rtol=1e-2
+        )
+
+
+@pytest.mark.parametrize(("name", "stage"), [("adam", 0), ("adamw", 1), ("adamw", 2), ("muon", 0)])
+def test_the_priors_rate_keeps_its_peak_through_the_schedule(ranks, name, stage):
+    model = tokenizer()
+    config = OptimizerConfig(name, lr=1e-3, matrix_lr=0.02, prior_lr=1e-4, weight_decay=0.0)
+    optimizer = build_optimizer(model, config, stage)
+    engine = make_engine(model, optimizer, lambda step: float(step == 1), EngineConfig(zero_stage=stage), 2, ranks)
+    before = {}
+    for step in range(2):
+        before = {key: p.detach().clone() for key, p in model.named_parameters()}
+        # A loss that every parameter takes part in.
+        outputs = engine(torch.rand(2, 3, 4, 8, 8))
+        engine.backward((outputs.reconstruction - 1).square().mean() + outputs.prior.loss)
+        engine.step()
+        if step == 0:
+            assert all(torch.equal(p, before[key]) for key, p in model.named_parameters())
+    largest = {key: (p - before[key]).abs().max().item() for key, p in model.named_parameters()}
+    assert largest["prior.head.bias"] == pytest.approx(1e-4, rel=0.2) and largest["head.bias"] == pytest.approx(
+        1e-3, rel=0.2
+    )
+    expected = {"lr": 1e-3, "prior_lr": 1e-4}
+    if name == "muon":
+        expected |= {"matrix_lr": 0.02, "prior_matrix_lr": 0.002}
+    assert engine.learning_rates == pytest.approx(expected)
+
+
+def test_a_rate_for_a_prior_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"optimizer\.prior_lr = 0\.1 is given, but there is no prior"):
+        build_optimizer(small(), OptimizerConfig("adamw", prior_lr=0.1))
+    with pytest.raises(ValueError, match=r"optimizer\.prior_lr = -1 must be positive"):
+        OptimizerConfig(prior_lr=-1)
 
 
 def test_decay_is_on_linear_weights_only():
@@ -89,7 +151,7 @@ def test_muon_is_refused_where_matrices_are_cut_up():
         build_optimizer(small(), OptimizerConfig("muon"), zero_stage=1)
     with pytest.raises(ValueError, match="closure"):
         MuonAdamW(
-            [torch.nn.Parameter(torch.ones(2, 2))],
+            [{"params": [torch.nn.Parameter(torch.ones(2, 2))]}],
             [{"params": [torch.nn.Parameter(torch.ones(2))]}],
             OptimizerConfig("muon"),
         ).step(lambda: 0)

@@ -38,6 +38,30 @@ def test_distance_is_per_video_zero_for_equal_and_symmetric(model):
     assert model(a, mixed)[0] == 0 and model(a, mixed)[1] > 0
 
 
+def test_distance_is_the_published_formula():
+    """Written out from LPIPS 0.1 (lpips.LPIPS(net="vgg")), which gives these very numbers for the same weights."""
+    torch.manual_seed(3)
+    model = Lpips()
+    weights = model.state_dict()
+    for head in model.heads:
+        head.copy_(torch.rand_like(head))
+    a, b = clip(0, frames=3, size=32), clip(1, frames=3, size=32)
+    shift = torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1)
+    scale = torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1)
+    x, y = (((2 * side - 1).transpose(1, 2).flatten(0, 1) - shift) / scale for side in (a, b))
+    total, heads = torch.zeros(6), iter(model.heads)
+    # Two or three convolutions between poolings; each stage ends in a feature map that is compared.
+    for stage in ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28)):
+        if stage[0]:
+            x, y = (torch.nn.functional.max_pool2d(side, 2) for side in (x, y))
+        for n in stage:
+            weight, bias = weights[f"features.{n}.weight"], weights[f"features.{n}.bias"]
+            x, y = (torch.nn.functional.conv2d(side, weight, bias, padding=1).relu() for side in (x, y))
+        unit = [side / (side.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for side in (x, y)]
+        total += torch.nn.functional.conv2d((unit[0] - unit[1]).square(), next(heads)).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(model(a, b), total.view(2, 3).mean(dim=1), rtol=1e-5, atol=0)
+
+
 def test_differentiable_in_the_clip_with_frozen_weights(model):
     a = clip(0).requires_grad_()
     model(a, clip(1)).sum().backward()

@@ -1,0 +1,105 @@
+"""Model folders: averaged weights beside the last ones, on disk and on the hub."""
+
+import fnmatch
+import shutil
+from dataclasses import replace
+
+from larp.discriminator import Discriminator, DiscriminatorConfig
+from larp.hub import CheckpointError, changed
+from larp.prior import PriorConfig
+from larp.tokenizer import TokenizerConfig
+
+import huggingface_hub
+import pytest
+import torch
+
+
+def small(seed: int = 0, hidden: int = 16) -> Discriminator:
+    torch.manual_seed(seed)
+    return Discriminator(DiscriminatorConfig(4, 8, 8, (4, 8, 8), hidden=hidden, depth=1, heads=2))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub in a folder; returns the folder of its repository."""
+    repository = tmp_path / "hub"
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            repository.mkdir(exist_ok=True)
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, delete_patterns):
+            for path in repository.iterdir():
+                if any(fnmatch.fnmatch(path.name, pattern) for pattern in delete_patterns):
+                    path.unlink()
+            shutil.copytree(folder_path, repository, dirs_exist_ok=True)
+
+    def snapshot_download(name, revision, allow_patterns):
+        fetched = tmp_path / "fetched"
+        shutil.rmtree(fetched, ignore_errors=True)
+        fetched.mkdir()
+        for pattern in allow_patterns:
+            if (repository / pattern).exists():
+                shutil.copy(repository / pattern, fetched)
+        return fetched
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return repository
+
+
+def test_the_variant_chooses_the_averaged_weights(tmp_path):
+    last, averaged = small(0), small(1)
+    folder = last.save_pretrained(tmp_path / "m", ema=averaged)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model.ema.safetensors",
+        "model.safetensors",
+    ]
+    assert Discriminator.from_pretrained(folder).weight_hash() == last.weight_hash()
+    loaded = Discriminator.from_pretrained(folder, variant="ema")
+    assert loaded.weight_hash() == averaged.weight_hash() != last.weight_hash() and not loaded.training
+
+
+def test_an_average_of_other_weights_does_not_stay_behind(tmp_path):
+    small(0).save_pretrained(tmp_path / "m", ema=small(1))
+    folder = small(2).save_pretrained(tmp_path / "m")
+    with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors is missing; load it without a variant.*--ema"):
+        Discriminator.from_pretrained(folder, variant="ema")
+
+
+def test_an_average_of_another_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="another config"):
+        small().save_pretrained(tmp_path / "m", ema=small(hidden=32))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_damaged_variant_is_named(tmp_path):
+    folder = small().save_pretrained(tmp_path / "m", ema=small(1))
+    (folder / "model.ema.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors cannot be read"):
+        Discriminator.from_pretrained(folder, variant="ema")
+    Discriminator.from_pretrained(folder)
+
+
+def test_the_hub_carries_both(hub):
+    last, averaged = small(0), small(1)
+    assert last.push_to_hub("me/judge", ema=averaged) == "https://hub/me/judge"
+    assert Discriminator.from_pretrained("me/judge").weight_hash() == last.weight_hash()
+    assert Discriminator.from_pretrained("me/judge", variant="ema").weight_hash() == averaged.weight_hash()
+    small(2).push_to_hub("me/judge")
+    with pytest.raises(CheckpointError, match=r"holds no variant 'ema': model\.ema\.safetensors"):
+        Discriminator.from_pretrained("me/judge", variant="ema")
+
+
+def test_the_hash_names_what_differs_from_the_defaults():
+    assert changed(TokenizerConfig()) == {}
+    deeper = TokenizerConfig(prior=PriorConfig(depth=2), code_dim=8)
+    assert changed(deeper) == {"code_dim": 8, "prior": {"depth": 2}}
+    first, same, other = small(0), small(0), small(0)
+    other.config = replace(other.config, heads=1)
+    assert first.weight_hash() == same.weight_hash() != other.weight_hash()
