@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from larp.hub import CheckpointError, LarpModel
-from larp.layers import RMSNorm, SwiGLU
-from larp.sampling import KeyValueCache
+from larp.layers import Repeated, RMSNorm, SwiGLU
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +58,9 @@ class GeneratorConfig:
     """Factor on the SwiGLU width of 8/3 D."""
     ffn_multiple: int = 256
     """The SwiGLU width is rounded up to a multiple of this."""
+    null_condition: bool = False
+    """Frame prediction: a learned "no given frames", shown in training now and then, which guidance needs; published
+    checkpoints have none. Class conditions always have their own."""
     dropout: float = 0.1
     """On the input embeddings, the attention output and the feed-forward output, while training."""
     norm_eps: float = 1e-5
@@ -71,6 +73,10 @@ class GeneratorConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.null_condition and self.task == "class":
+            raise ValueError(
+                "null_condition is for frame prediction: a class condition always has its unconditional class"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
         if self.class_names and len(self.class_names) != self.num_classes:
@@ -102,7 +108,7 @@ class GeneratorConfig:
 
 
 class CausalAttention(nn.Module):
-    """Causal self-attention without biases; keys and values of earlier positions come from a cache, if one is given."""
+    """Causal self-attention without biases."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -110,18 +116,15 @@ class CausalAttention(nn.Module):
         self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        """Map (B, S, D) to (B, S, D). With a cache that already holds positions, S is 1."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, S, D) to (B, S, D)."""
         rows, length, width = x.shape
         query, key, value = self.wqkv(x).view(rows, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            key, value = cache.append(layer, key, value)
-        assert length == key.shape[2] or length == 1, "several positions at once fit an empty cache only"
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=length > 1)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return self.wo(mixed.transpose(1, 2).reshape(rows, length, width))
 
 
-class GeneratorBlock(nn.Module):
+class GeneratorBlock(Repeated):
     """Pre-norm block: RMSNorm and attention, RMSNorm and SwiGLU, each added to the stream."""
 
     def __init__(self, config: GeneratorConfig):
@@ -132,9 +135,9 @@ class GeneratorBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Map (B, S, D) to (B, S, D)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), cache, layer))
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
         return x + self.dropout(self.feed_forward(self.ffn_norm(x)))
 
 
@@ -168,10 +171,11 @@ class LarpGenerator(LarpModel):
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
-        separator = 0 if config.task == "class" else 1
+        # Ids behind the codebook: the separator, and what stands in the place of given codes where there are none.
+        more_ids = 0 if config.task == "class" else 1 + config.null_condition
         if config.task == "class":
             self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
-        self.tok_embeddings = nn.Embedding(config.codebook_size + separator, config.width)
+        self.tok_embeddings = nn.Embedding(config.codebook_size + more_ids, config.width)
         self.abs_pe = nn.Parameter(torch.empty(1, config.positions, config.width))
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(GeneratorBlock(config) for _ in range(config.depth))
@@ -194,30 +198,10 @@ class LarpGenerator(LarpModel):
         if codes.shape[1] != self.config.num_tokens:
             raise ValueError(f"clips have {codes.shape[1]} codes, but this generator writes {self.config.num_tokens}")
         x = torch.cat([self.embed_condition(condition), self.tok_embeddings(codes[:, :-1])], dim=1)
-        return self.output(self.transform(x)[:, self.config.condition_length - 1 :])
-
-    def prefill(self, condition: Tensor, cache: KeyValueCache) -> Tensor:
-        """Read the condition into an empty cache; return the float32 logits (B, K) of the first code."""
-        return self.output(self.transform(self.embed_condition(condition), cache)[:, -1]).float()
-
-    def decode_one(self, codes: Tensor, cache: KeyValueCache) -> Tensor:
-        """Read one more code of each row, int64 (B,); return the float32 logits (B, K) of the next."""
-        return self.output(self.transform(self.tok_embeddings(codes)[:, None], cache)[:, -1]).float()
-
-    def transform(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Map embeddings (B, S, D), which follow the positions in the cache, to normalised hidden states (B, S, D)."""
-        start = 0 if cache is None else cache.filled
-        end = start + x.shape[1]
-        if end > self.config.positions:
-            raise ValueError(
-                f"this generator has {self.config.positions} positions, {end} are asked for: the clip is complete"
-            )
-        x = self.dropout(x) + self.abs_pe[:, start:end]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cache, index)
-        if cache is not None:
-            cache.advance(x.shape[1])
-        return self.norm(x)
+        x = self.dropout(x) + self.abs_pe
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(self.norm(x)[:, self.config.condition_length - 1 :])
 
     def embed_condition(self, condition: Tensor) -> Tensor:
         """Map a condition (see the class) to embeddings (B, C, D)."""
@@ -233,10 +217,19 @@ class LarpGenerator(LarpModel):
         return torch.cat([codes, separator], dim=1)
 
     def unconditional(self, condition: Tensor) -> Tensor:
-        """Return the condition "no class" in the shape of `condition`; ValueError for frame prediction."""
-        if self.config.task != "class":
-            raise ValueError("frame prediction has no unconditional rows: use guidance 1.0")
-        return torch.full_like(condition, self.config.num_classes)
+        """Return the condition "no class" or "no given frames" in the shape of `condition`.
+
+        Raises ValueError for a frame prediction without `null_condition`.
+        """
+        config = self.config
+        if config.task == "class":
+            return torch.full_like(condition, config.num_classes)
+        if not config.null_condition:
+            raise ValueError(
+                "this generator has never seen a frame prediction without given frames, so it has no unconditional rows: "
+                "use guidance 1.0, or train one with null_condition and condition dropout"
+            )
+        return self.frame_condition(torch.full_like(condition[:, :-1], config.codebook_size + 1))
 
     def class_labels(self, classes: Sequence[str | int]) -> Tensor:
         """Return labels int64 (B,) for class names or numbers; ValueError names the nearest to an unknown one."""

@@ -3,6 +3,8 @@
 Shapes: B batch, S sequence, D width.
 """
 
+from larp.products import attention, linear
+
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -25,14 +27,22 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` by the library that is fastest on this machine (see `larp.products`)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return linear(x, self.weight, self.bias)
+
+
 class SwiGLU(nn.Module):
     """LLaMA's feed-forward `w2(silu(w1 x) * w3 x)` without biases."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
@@ -54,8 +64,8 @@ class Attention(nn.Module):
         if dim % heads:
             raise ValueError(f"heads = {heads} does not divide the width {dim}")
         self.heads, self.causal, self.dropout = heads, causal, dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), or to (B, last, D): only the last positions ask, all positions answer."""
@@ -66,12 +76,12 @@ class Attention(nn.Module):
                 raise ValueError("`last` serves full attention only")
             dim = x.shape[-1]
             w, b = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, -last:], w[:dim], None if b is None else b[:dim])
+            q = linear(x[:, -last:], w[:dim], None if b is None else b[:dim])
             q = rearrange(q, "b s (h d) -> b h s d", h=self.heads)
-            kv = F.linear(x, w[dim:], None if b is None else b[dim:])
+            kv = linear(x, w[dim:], None if b is None else b[dim:])
             k, v = rearrange(kv, "b s (two h d) -> two b h s d", two=2, h=self.heads)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, dropout_p=dropout)
+        out = attention(q, k, v, self.causal, dropout)
         return F.dropout(self.proj(rearrange(out, "b h s d -> b s (h d)")), self.dropout, self.training)
 
 
@@ -80,8 +90,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +99,20 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class Repeated(nn.Module):
+    """Base of the blocks that stacks are made of: what an engine checkpoints or compiles, from outside the models."""
+
+    checkpointing = False
+    """Keep only the block's input for the gradient, and compute the rest again: less memory, the same numbers."""
+
+    def __call__(self, *args, **kwargs):
+        """Run `forward`."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+
+class Block(Repeated):
     """A pre-norm transformer block: `x + attention(norm1 x)`, then `x + mlp(norm2 x)`, MLP ratio 4; `eps` is the LayerNorms'."""
 
     def __init__(
@@ -118,17 +141,12 @@ class Stack(nn.Module):
         super().__init__()
         # 1e-6 is what the reference's outputs show: with 1e-5 its golden values are missed by 1.5e-5.
         self.blocks = nn.ModuleList(Block(dim, heads, eps=1e-6) for _ in range(depth))
-        self.checkpointing = False
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Map (B, S, D) to (B, last, D); `last` None keeps all positions."""
         final = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
-            wanted = last if i == final else None
-            if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, wanted, use_reentrant=False)
-            else:
-                x = block(x, wanted)
+            x = block(x, last if i == final else None)
         return x
 
 
@@ -137,7 +155,7 @@ def embed_patches(conv: nn.Conv3d, clip: Tensor) -> Tensor:
     pt, ph, pw = conv.kernel_size
     patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
     # Kernel and stride are equal: the convolution is one matrix product.
-    return F.linear(patches, conv.weight.flatten(1), conv.bias)
+    return linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def init_xavier(module: nn.Module) -> None:

@@ -7,8 +7,9 @@ It is not used at inference. Shapes: B batch, N tokens, K codebook size, d code 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from larp.layers import Block
+from larp.layers import Block, Linear
 from larp.noise import BatchNoise
+from larp.products import linear
 from larp.quantizer import draw
 
 import torch
@@ -67,14 +68,14 @@ class ARPrior(nn.Module):
     def __init__(self, config: PriorConfig, dim: int):
         super().__init__()
         self.config = config
-        self.input_proj = nn.Linear(dim, config.width)
+        self.input_proj = Linear(dim, config.width)
         self.pos_emb = nn.Parameter(torch.empty(1, config.positions, config.width).normal_(std=0.02))
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, eps=1e-5, qkv_bias=True, causal=True, dropout=config.dropout)
             for _ in range(config.depth)
         )
         self.ln_f = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, dim)
+        self.head = Linear(config.width, dim)
 
     def predict(self, latents: Tensor) -> Tensor:
         """Map latents 1..N-1 (B, N-1, d) to normalised predictions of latents 2..N (B, N-1, d)."""
@@ -86,7 +87,8 @@ class ARPrior(nn.Module):
 
     def logits(self, latents: Tensor, codebook: Tensor) -> Tensor:
         """Score every code for positions 2..N: (B, N-1, K), from latents 1..N-1 and the detached normalised codebook (K, d)."""
-        return self.predict(latents) @ codebook.T / self.config.temperature
+        # The temperature divides the predictions: (B, N, K) numbers are held once.
+        return linear(self.predict(latents) / self.config.temperature, codebook)
 
     def forward(
         self, latents: Tensor, codes: Tensor, codebook: Tensor, mix: float = 0.0, noise: BatchNoise | None = None

@@ -5,9 +5,14 @@ Shapes: B batch, N tokens, K codebook size, d code dimension.
 
 from typing import NamedTuple
 
+from larp.products import linear
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Latents that are compared with the codebook at a time: 16 MB of cosines for 8192 codes.
+_ROWS = 512
 
 
 class Quantized(NamedTuple):
@@ -43,15 +48,24 @@ class VectorQuantizer(nn.Module):
 
     def similarities(self, latents: Tensor) -> Tensor:
         """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
-        return F.normalize(latents.float(), dim=-1) @ self.codebook().T
+        return linear(F.normalize(latents.float(), dim=-1), self.codebook())
 
     def probabilities(self, latents: Tensor, temperature: float | None = None) -> Tensor:
         """Return softmax(cosine / temperature), (B, N, K) float32; `temperature` in place of the quantizer's own."""
         return (self.similarities(latents) / (temperature or self.temperature)).softmax(-1)
 
+    @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that."""
-        return self.similarities(latents).argmax(-1)
+        """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that, nor a (B, N, K) tensor."""
+        rows = latents.flatten(0, -2).split(_ROWS)
+        return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
+
+    @torch.no_grad()
+    def drawn(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
+        """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
+        parts = zip(latents.flatten(0, -2).split(_ROWS), uniform.flatten().split(_ROWS), strict=True)
+        codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
+        return torch.cat(codes).view(latents.shape[:-1])
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -66,8 +80,7 @@ class VectorQuantizer(nn.Module):
         codebook only and that of the commitment loss the latents only.
         """
         normal = F.normalize(latents.float(), dim=-1)
-        with torch.no_grad():
-            codes = self.nearest(normal) if uniform is None else draw(self.probabilities(normal, temperature), uniform)
+        codes = self.nearest(normal) if uniform is None else self.drawn(normal, uniform, temperature)
         chosen = self.lookup(codes)
         return Quantized(
             latents=normal + (chosen - normal).detach(),

@@ -1,63 +1,68 @@
-"""Sampling codes from an autoregressive model: prefill the condition, decode one code, decode the other codes.
+"""Sampling codes from an autoregressive model: what a draw may choose from, guidance, and the clips for a condition.
 
-The cache is an object that the caller sees, and every random number belongs to a row of the batch: the same seed and
-row index give the same clip whatever the batch size.
+Every random number belongs to a row of the batch: the same seed and row index give the same clip whatever the batch
+size. The decoding itself is in larp.decoding.
 
-Shapes: B rows, N codes, K codebook size, S new positions, H heads, P cache positions.
+Shapes: B rows, N codes, K codebook size.
 """
 
 import math
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from larp.decoding import Decoder
+from larp.packing import Weights, threads
+
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 if TYPE_CHECKING:
     from larp.generator import LarpGenerator
 
 
-class KeyValueCache:
-    """Keys and values of the positions read so far, preallocated for the length that one generation needs.
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance over the codes of a clip; a ValueError names what is out of range."""
 
-    Args:
-        layers, rows, heads, length, head_dim: the shape of the keys, and of the values.
-        dtype, device: those of the keys that will be appended.
-    """
+    scale: float = 1.0
+    """s of `unconditional + s * (conditional - unconditional)`; 1 is off."""
+    final: float | None = None
+    """Scale of the last guided code, to which it changes in a straight line; None keeps `scale`."""
+    start: float = 0.0
+    """Codes before this share of the clip are not guided."""
+    stop: float = 1.0
+    """Codes from this share of the clip on are not guided."""
 
-    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device):
-        self.keys = torch.empty(layers, rows, heads, length, head_dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.filled = 0
+    def __post_init__(self):
+        for name, value in (
+            ("guidance", self.scale),
+            ("final guidance", self.scale if self.final is None else self.final),
+        ):
+            if not (_is_finite(value) and value >= 0):
+                raise ValueError(f"{name} is {value}; it must be a finite number: 0 or more, where 1 is off")
+        if not (_is_finite(self.start) and _is_finite(self.stop) and 0 <= self.start < self.stop <= 1):
+            raise ValueError(
+                f"guidance runs from {self.start} to {self.stop}; these are shares of the clip: 0 <= start < stop <= 1"
+            )
 
-    @classmethod
-    def for_generator(cls, model: "LarpGenerator", rows: int) -> "KeyValueCache":
-        """Allocate the cache for one pass of `rows` rows through all positions of a generator."""
-        config, like = model.config, model.tok_embeddings.weight
-        return cls(
-            config.depth, rows, config.heads, config.positions, config.width // config.heads, like.dtype, like.device
-        )
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write keys and values (B, H, S, head_dim) of a layer behind the filled part; return all of that layer so far.
-
-        The new positions count as filled only after `advance`, once all layers have appended theirs.
-        """
-        end = self.filled + key.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions, {end} are needed: allocate a longer one")
-        self.keys[layer, :, :, self.filled : end] = key
-        self.values[layer, :, :, self.filled : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-    def advance(self, positions: int) -> None:
-        """Count `positions` more as filled."""
-        self.filled += positions
+    def scales(self, count: int) -> Tensor:
+        """Return the scale of each of `count` codes, float32; 1 where it is off."""
+        # A little less, because 0.7 of 10 is 7.000000000000001 in floating point.
+        first, last = (math.ceil(share * count - 1e-6) for share in (self.start, self.stop))
+        scales = torch.ones(count)
+        final = self.scale if self.final is None else self.final
+        scales[first:last] = torch.linspace(self.scale, final, last - first)
+        return scales
 
 
 def sample_logits(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, uniform: Tensor | None = None
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    uniform: Tensor | None = None,
+    min_p: float = 0.0,
 ) -> Tensor:
     """Draw one id for each row of logits (B, K) by inverting the distribution function at a given uniform number.
 
@@ -67,11 +72,12 @@ def sample_logits(
         top_k: keep the k likeliest ids; 0 keeps all, 1 takes the largest.
         top_p: then keep the likeliest ids that together reach this probability, at least one; 1.0 keeps all.
         uniform: (B,) in [0, 1), one number for each row; not needed when the largest is taken.
+        min_p: then keep the ids that have at least this share of the likeliest one's probability; 0 keeps all.
 
     Returns:
         int64 (B,). Everything stays on the device of the logits.
     """
-    check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p, min_p=min_p)
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1)
     if uniform is None:
@@ -86,6 +92,9 @@ def sample_logits(
         before = ordered.values.cumsum(dim=-1) - ordered.values
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, ordered.indices, before >= top_p)
         probabilities = probabilities.masked_fill(dropped, 0.0)
+    if min_p > 0:
+        least = min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     total = cumulative[:, -1:]
     # Strictly below the total, so that rounding never chooses an id of probability zero behind the last possible one.
@@ -93,7 +102,9 @@ def sample_logits(
     return torch.searchsorted(cumulative, level, right=True)[:, 0]
 
 
-def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float = 1.0) -> None:
+def check_sampling(
+    temperature: float, top_k: int, top_p: float, guidance: float | Guidance = 1.0, min_p: float = 0.0
+) -> None:
     """Raise a ValueError that names the sampling option that is out of range, not finite, or no number."""
     if not (_is_finite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}; it must be a finite number: 0 (always the likeliest) or more")
@@ -101,8 +112,13 @@ def check_sampling(temperature: float, top_k: int, top_p: float, guidance: float
         raise ValueError(f"top_k is {top_k}; it must be a whole number: 0 (off) or more")
     if not (_is_finite(top_p) and 0 < top_p <= 1):
         raise ValueError(f"top_p is {top_p}; it must lie in (0, 1], where 1 is off")
-    if not (_is_finite(guidance) and guidance >= 0):
-        raise ValueError(f"guidance is {guidance}; it must be a finite number: 0 or more, where 1 is off")
+    if not (_is_finite(min_p) and 0 <= min_p <= 1):
+        raise ValueError(f"min_p is {min_p}; it must lie in [0, 1], where 0 is off")
+    _as_guidance(guidance)
+
+
+def _as_guidance(guidance: float | Guidance) -> Guidance:
+    return guidance if isinstance(guidance, Guidance) else Guidance(guidance)
 
 
 def _is_finite(value: Any) -> bool:
@@ -125,64 +141,62 @@ def generate(
     model: "LarpGenerator",
     condition: Tensor,
     *,
-    guidance: float = 1.0,
+    guidance: float | Guidance = 1.0,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     seed: int = 0,
     first_row: int = 0,
+    weights: Weights = "auto",
+    dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Write the codes of one clip for each row of the condition.
+    """Write the codes of one clip for each row of the condition, with the weights that the model has now.
 
     Args:
-        model: the generator; it is switched to evaluation mode for the call and back.
+        model: the generator; it is left as it is, and dropout does not act whatever its mode.
         condition: class labels int64 (B,), or given codes and separator (B, N + 1).
-        guidance: scale s of `unconditional + s * (conditional - unconditional)`; 1.0 runs the conditional rows alone.
-        temperature, top_k, top_p: as in `sample_logits`.
+        guidance: a scale for all codes, or a `Guidance`; 1.0 runs the conditional rows alone.
+        temperature, top_k, top_p, min_p: as in `sample_logits`.
         seed, first_row: row i takes the random numbers of (seed, first_row + i): a long list can be made in batches.
+        weights, dtype: as in `larp.decoding.Decoder`.
         progress: show a bar over the codes.
 
     Returns:
         codes int64 (B, N) on the device of the model.
+
+    Raises ValueError for an option out of range, a condition that the model does not know, and guidance of a frame
+    prediction that was trained without.
     """
-    check_sampling(temperature, top_k, top_p, guidance)
+    check_sampling(temperature, top_k, top_p, guidance, min_p)
     check_condition(model, condition)
     device, rows, count = model.tok_embeddings.weight.device, condition.shape[0], model.config.num_tokens
-    condition = condition.to(device)
-    guided = guidance != 1.0
+    condition, scales = condition.to(device), _as_guidance(guidance).scales(count)
+    guided = bool((scales != 1).any())
     if guided:
         condition = torch.cat([condition, model.unconditional(condition)])
-    uniforms = row_uniforms(seed, first_row, rows, count).to(device)
-    cache = KeyValueCache.for_generator(model, condition.shape[0])
+    uniforms, scales = row_uniforms(seed, first_row, rows, count).to(device), scales.to(device)
 
-    def choose(logits: Tensor, index: int) -> Tensor:
-        logits = guide(logits, guidance) if guided else logits
-        return sample_logits(logits, temperature, top_k, top_p, uniforms[:, index])
+    def choose(logits: Tensor, index: Tensor) -> Tensor:
+        logits = guide(logits, scales.index_select(0, index)) if guided else logits
+        return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
 
-    was_training = model.training
-    model.eval()
-    try:
-        codes = torch.empty(rows, count, dtype=torch.int64, device=device)
-        codes[:, 0] = choose(model.prefill(condition, cache), 0)
-        decode_n(model, codes, cache, choose, progress)
-    finally:
-        model.train(was_training)
+    decoder = Decoder(model, condition.shape[0], weights=weights, dtype=dtype)
+    codes = torch.empty(rows, count, dtype=torch.int64, device=device)
+    with threads(decoder.best_threads()):
+        codes[:, 0] = choose(decoder.prefill(condition), torch.zeros(1, dtype=torch.int64, device=device))
+        decoder.decode_n(codes, choose, progress)
     return codes
 
 
-def decode_n(model: "LarpGenerator", codes: Tensor, cache: KeyValueCache, choose, progress: bool = False) -> None:
-    """Fill codes (B, N) from position 1 on, in place; `choose(logits, index)` picks the codes (B,) of a position."""
-    copies = cache.keys.shape[1] // codes.shape[0]
-    for index in tqdm(range(1, codes.shape[1]), desc="codes", disable=not progress, leave=False):
-        logits = model.decode_one(codes[:, index - 1].repeat(copies), cache)
-        codes[:, index] = choose(logits, index)
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Mix logits (2 B, K), conditional first, to `unconditional + scale * (conditional - unconditional)` (B, K).
 
-
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Mix logits (2 B, K), conditional first, to `unconditional + scale * (conditional - unconditional)` (B, K)."""
+    A scale of 1 gives the conditional logits bit for bit.
+    """
     conditional, unconditional = logits.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+    return torch.lerp(unconditional, conditional, scale)
 
 
 def check_condition(model: "LarpGenerator", condition: Tensor) -> None:
@@ -191,7 +205,7 @@ def check_condition(model: "LarpGenerator", condition: Tensor) -> None:
     if condition.numel() == 0:
         raise ValueError("the condition has no rows: ask for at least one clip")
     low, high = int(condition.min()), int(condition.max())
-    limit = config.num_classes if config.task == "class" else config.codebook_size
+    limit = config.num_classes if config.task == "class" else config.codebook_size + config.null_condition
     if low < 0 or high > limit:
         kind = "class labels" if config.task == "class" else "condition codes"
         raise ValueError(f"{kind} run from {low} to {high}; this generator knows 0 to {limit}")

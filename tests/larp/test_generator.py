@@ -4,6 +4,7 @@ import json
 
 from larp.generator import SIZES, GeneratorConfig, LarpGenerator, code_loss, config_from_published
 from larp.hub import CheckpointError
+from larp.packing import Packed
 from larp.sampling import generate
 
 import pytest
@@ -39,7 +40,9 @@ def test_golden(golden_root, name):
         else {1.0: "greedy", 1.25: "greedy_cfg_1.25", 3.0: "greedy_cfg_3.0"}
     )
     for guidance, key in guidances.items():
-        assert torch.equal(generate(model, want["condition"], guidance=guidance, top_k=1), want[key]), key
+        for weights in ("plain", "packed" if Packed.serves(model.output.weight) else "auto"):
+            codes = generate(model, want["condition"], guidance=guidance, top_k=1, weights=weights)
+            assert torch.equal(codes, want[key]), (key, weights)
 
 
 def test_published_sizes():
@@ -61,6 +64,23 @@ def test_training_starts_at_log_k_and_reaches_every_weight():
     torch.nn.init.normal_(model.output.weight, std=0.02)
     code_loss(model(codes, model.frame_condition(codes)), codes).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_no_given_frames_is_a_condition_of_its_own(tmp_path):
+    published, model = drawn(task="frame-prediction"), drawn(task="frame-prediction", null_condition=True)
+    assert published.tok_embeddings.weight.shape[0] == 33, "the published layout: the codes and the separator"
+    codes = torch.randint(32, (1, 6))
+    nothing = model.unconditional(model.frame_condition(codes))
+    assert nothing.tolist() == [[33] * 6 + [32]]
+    assert not torch.allclose(model(codes, nothing), model(codes, model.frame_condition(codes)))
+    again = LarpGenerator.from_pretrained(model.save_pretrained(tmp_path))
+    assert torch.equal(again(codes, nothing), model(codes, nothing))
+    with pytest.raises(ValueError, match=r"use guidance 1\.0, or train one with null_condition"):
+        published.unconditional(published.frame_condition(codes))
+    with pytest.raises(ValueError, match="33; this generator knows 0 to 32"):
+        generate(published, nothing)
+    with pytest.raises(ValueError, match="null_condition is for frame prediction"):
+        tiny(null_condition=True)
 
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])

@@ -1,19 +1,16 @@
-"""The sampler: cached decoding against the plain forward pass, reproducible draws, honest distributions."""
+"""Sampling: guidance against a naive loop, reproducible draws, honest distributions; the decoding is in test_decoding."""
 
 from larp.generator import GeneratorConfig, LarpGenerator
-from larp.sampling import KeyValueCache, generate, guide, row_uniforms, sample_logits
+from larp.sampling import Guidance, generate, guide, row_uniforms, sample_logits
 
 import pytest
 import torch
 
 
-def drawn(task="class") -> LarpGenerator:
+def drawn(task="class", **fields) -> LarpGenerator:
     torch.manual_seed(1)
-    model = LarpGenerator(
-        GeneratorConfig(
-            task, num_tokens=7, codebook_size=20, depth=2, heads=2, width=16, num_classes=3, ffn_multiple=16
-        )
-    )
+    shape = dict(num_tokens=7, codebook_size=20, depth=2, heads=2, width=16, num_classes=3, ffn_multiple=16)
+    model = LarpGenerator(GeneratorConfig(task, **shape | fields))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return model.eval()
@@ -27,35 +24,30 @@ def condition_of(model, rows):
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
-def test_cached_decoding_gives_the_logits_of_the_plain_forward_at_every_step(task):
-    model = drawn(task)
-    condition, codes = condition_of(model, 3), torch.randint(20, (3, 7))
-    plain = model(codes, condition)
-    cache = KeyValueCache.for_generator(model, rows=3)
-    steps = [model.prefill(condition, cache)]
-    assert cache.filled == model.config.condition_length
-    steps += [model.decode_one(codes[:, index], cache) for index in range(6)]
-    assert cache.filled == cache.keys.shape[3] == model.config.positions, "preallocated to what is needed, and no more"
-    for index, logits in enumerate(steps):
-        torch.testing.assert_close(logits, plain[:, index], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="the clip is complete"):
-        model.decode_one(codes[:, 6], cache)
-    with pytest.raises(ValueError, match="allocate a longer one"):
-        cache.append(0, *torch.zeros(2, 3, 2, 1, 8))
-
-
-@torch.no_grad()
-def test_guided_sampling_agrees_with_a_naive_loop():
-    model = drawn()
-    labels, nobody = torch.tensor([0, 2]), torch.tensor([3, 3])
+def test_guided_sampling_agrees_with_a_naive_loop(task):
+    model = drawn(task, null_condition=task != "class")
+    given = condition_of(model, 2)
+    nothing = torch.tensor([3, 3]) if task == "class" else torch.tensor([[21] * 7 + [20]] * 2)
+    scales = [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 1.0]
+    options = dict(temperature=0.9, top_k=15, top_p=0.9, min_p=0.01)
     uniforms = row_uniforms(9, 0, 2, 7)
     codes = torch.zeros(2, 7, dtype=torch.int64)
     for index in range(7):
-        conditional, unconditional = model(codes, labels)[:, index], model(codes, nobody)[:, index]
-        logits = unconditional + 1.7 * (conditional - unconditional)
-        codes[:, index] = sample_logits(logits, 0.9, 10, 0.8, uniforms[:, index])
-    assert torch.equal(generate(model, labels, guidance=1.7, temperature=0.9, top_k=10, top_p=0.8, seed=9), codes)
-    assert not torch.equal(generate(model, labels, temperature=0.9, top_k=10, top_p=0.8, seed=9), codes)
+        conditional, unconditional = model(codes, given)[:, index], model(codes, nothing)[:, index]
+        logits = unconditional + scales[index] * (conditional - unconditional)
+        codes[:, index] = sample_logits(logits, uniform=uniforms[:, index], **options)
+    guidance = Guidance(1.5, final=3.0, start=0.2, stop=0.85)
+    assert torch.equal(generate(model, given, guidance=guidance, seed=9, **options), codes)
+    assert not torch.equal(generate(model, given, guidance=1.5, seed=9, **options), codes)
+    assert not torch.equal(generate(model, given, seed=9, **options), codes)
+
+
+def test_guidance_ramps_and_is_off_outside_its_interval():
+    assert Guidance(2.0).scales(4).tolist() == [2.0] * 4
+    assert Guidance(1.0, final=4.0).scales(4).tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert Guidance(3.0, final=2.0, start=0.25, stop=0.75).scales(4).tolist() == [1.0, 3.0, 2.0, 1.0]
+    assert Guidance(3.0, start=0.7).scales(10).tolist() == [1.0] * 7 + [3.0] * 3
+    assert Guidance(3.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 3.0, 1.0]
 
 
 def test_a_row_depends_on_seed_and_index_only():
@@ -68,10 +60,18 @@ def test_a_row_depends_on_seed_and_index_only():
     assert len({tuple(row) for row in generate(model, torch.zeros(5, dtype=torch.int64)).tolist()}) > 1
 
 
+def test_clips_of_a_batch_may_differ_in_class():
+    model = drawn()
+    mixed = generate(model, torch.tensor([0, 2, 0]), guidance=2.0, seed=1)
+    alone = generate(model, torch.tensor([2]), guidance=2.0, seed=1, first_row=1)
+    assert torch.equal(mixed[1:2], alone) and not torch.equal(mixed[0], mixed[2])
+
+
 def test_generation_leaves_the_model_as_it_was():
     model = drawn().train()
     first, second = (generate(model, torch.tensor([1]), seed=2) for _ in range(2))
     assert model.training and torch.equal(first, second), "dropout is off while sampling"
+    assert torch.equal(first, generate(model.eval(), torch.tensor([1]), seed=2))
     assert model.tok_embeddings(first).requires_grad
 
 
@@ -84,7 +84,7 @@ def test_frequencies_follow_the_softmax():
         torch.testing.assert_close(frequencies, (logits / temperature).softmax(0), atol=2e-4, rtol=0)
 
 
-def test_top_k_and_top_p():
+def test_top_k_top_p_and_min_p():
     probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3])
     logits = probabilities.log().expand(1000, 4)
     uniform = torch.linspace(0, 1, 1001)[:1000]
@@ -96,6 +96,8 @@ def test_top_k_and_top_p():
     assert kept(top_k=2) == {1, 3} and kept(top_k=1) == {1} and kept(top_k=9) == {0, 1, 2, 3}
     assert kept(top_p=0.5) == {1} and kept(top_p=0.6) == {1, 3} and kept(top_p=0.01) == {1}
     assert kept(top_k=3, top_p=0.9) == {1, 3, 2}
+    assert kept(min_p=0.2) == {1, 3, 2} and kept(min_p=0.5) == {1, 3} and kept(min_p=1.0) == {1}
+    assert kept(top_k=3, min_p=0.5) == {1, 3} and kept(top_p=0.5, min_p=0.1) == {1}
     assert kept(temperature=0) == {1}
 
 
@@ -109,6 +111,8 @@ def test_excluded_ids_are_never_drawn_even_at_the_edges():
 def test_guide_mixes_the_two_halves():
     mixed = guide(torch.tensor([[1.0, 3.0], [0.0, 1.0]]), 3.0)
     assert mixed.tolist() == [[3.0, 7.0]]
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(guide(logits, 1.0), logits[:1]), "a scale of 1 is no guidance, to the last bit"
 
 
 @pytest.mark.parametrize(
@@ -122,6 +126,10 @@ def test_guide_mixes_the_two_halves():
         ({"top_p": float("nan")}, "top_p is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": "1"}, "temperature is 1; it must be a finite number"),
+        ({"min_p": 1.5}, "min_p is 1.5; it must lie in"),
+        ({"min_p": None}, "min_p is None"),
+        ({"weights": "fast"}, "weights is 'fast'; it must be 'auto', 'plain' or 'packed'"),
+        ({"weights": "packed", "dtype": torch.float64}, "packed' needs float32 or bfloat16.*not torch.float64"),
         ({"guidance": -0.5}, "guidance is -0.5"),
         ({"guidance": float("inf")}, "guidance is inf; it must be a finite number"),
         ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
@@ -131,6 +139,19 @@ def test_guide_mixes_the_two_halves():
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
         generate(drawn(), torch.tensor([0]), **options)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"final": -1.0}, "final guidance is -1.0"),
+        ({"start": 0.5, "stop": 0.5}, "guidance runs from 0.5 to 0.5"),
+        ({"stop": 1.5}, "0 <= start < stop <= 1"),
+    ],
+)
+def test_bad_guidance(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Guidance(2.0, **fields)
 
 
 def test_bad_conditions():

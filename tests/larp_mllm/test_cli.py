@@ -2,13 +2,14 @@
 
 import larp_mllm.generation
 import larp_mllm.video
-from larp_mllm.cli import main
+from larp_mllm.cli import COMMANDS, main
 
 import pytest
 
 
 def test_generate_then_describe(qwen, tmp_path, capsys):
     qwen.save(tmp_path / "model")
+    capsys.readouterr()  # saving makes transformers import deepspeed, which says so once in a process
     out = tmp_path / "clip.mp4"
     main(["generate", "a red circle", "-o", str(out), "-n", "2", "--model", str(tmp_path / "model"), "--device", "cpu"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "clip-0.mp4"), str(tmp_path / "clip-1.mp4")]
@@ -16,12 +17,23 @@ def test_generate_then_describe(qwen, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["describe"]])
+@pytest.mark.parametrize("command", [[], *([command.__name__.split(".")[-1]] for command in COMMANDS)])
 def test_help_says_what_to_type(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
-    assert "--model" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: {' '.join(['larp-mllm', *command])} ") and "options:" in said
+
+
+def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, tmp_path, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(larp_mllm.generation, "generate", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "a red circle", "-o", str(tmp_path / "x.mp4")])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "larp-mllm: stopped\n"
 
 
 @pytest.fixture

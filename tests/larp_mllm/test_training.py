@@ -16,6 +16,7 @@ from training.train_mllm import RECIPES, TrainMllmConfig, default_recipe
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 SMALL = [
     "--tiny.layers=1",
@@ -61,6 +62,17 @@ def test_accumulation_changes_nothing(cache, tmp_path):
     one, four = lines(tmp_path / "one")[-1], lines(tmp_path / "four")[-1]
     for name in ("video_bits", "text_nll", "grad_norm"):
         assert one[name] == pytest.approx(four[name], rel=1e-4)
+
+
+def test_checkpointed_activations_change_nothing(cache, tmp_path, monkeypatch):
+    recomputed = []
+    real = modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: recomputed.append(1) or real(*a, **k))
+    train(cache, tmp_path / "kept", "--steps", "3")
+    assert not recomputed
+    train(cache, tmp_path / "again", "--steps", "3", "--engine.activation-checkpointing")
+    kept, again = weights(tmp_path / "kept"), weights(tmp_path / "again")
+    assert recomputed and all(torch.equal(kept[name], again[name]) for name in kept)
 
 
 def test_resume_equals_the_uninterrupted_run(cache, tmp_path, monkeypatch):
