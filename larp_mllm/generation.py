@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 
 from larp.sampling import check_sampling, guide, row_uniforms, sample_logits
+from larp_mllm.device import check_device, choose_device
 from larp_mllm.home import find_model
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
@@ -78,8 +79,7 @@ class Mllm:
         """Load a folder written by training (the run folder will do), see `find_model`; device: by default the GPU if
         there is one. ValueError if folder or device are unfit.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        check_device(device)
+        device = choose_device(device)
         folder = find_model(folder)
         with _quiet():
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
@@ -225,18 +225,6 @@ def check_count(name: str, value: int) -> None:
     """ValueError that names the option unless `value` is a whole number of at least 1."""
     if not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_device(device: str | torch.device) -> None:
-    """ValueError unless torch can put a tensor on the device and read it back."""
-    try:
-        torch.zeros(1, device=device).tolist()
-    except Exception as error:  # a family of its own for each way in which a device can be absent
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"device {str(device)!r} cannot be used here: {reason}. Give cpu, cuda or cuda:N of a GPU that torch sees "
-            f"(it sees {torch.cuda.device_count()}), or leave it out"
-        ) from error
 
 
 @torch.no_grad()

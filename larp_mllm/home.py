@@ -1,4 +1,4 @@
-"""Which model to use: the argument, else LARP_MLLM_MODEL, else the newest one trained here."""
+"""Which model to use: the argument, else LARP_MLLM_MODEL, else the newest one trained here; and which tokenizer."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 POINTER = "newest.json"
 RUN_MODEL = "model"
 MODEL_TYPE = "larp_mllm"
+TOKENIZER_TYPE = "larp-tokenizer"
 
 
 def home() -> Path:
@@ -47,6 +48,21 @@ def find_model(model: str | Path | None = None) -> Path:
         f"{by}{chosen}: {_content(chosen)}. Needed is a folder whose config.json has the model_type {MODEL_TYPE}, such "
         f"as OUT/{RUN_MODEL} of training/train_mllm.py. {_ways()}"
     )
+
+
+def find_tokenizer(tokenizer: str) -> str:
+    """The folder or hub name to load a tokenizer from: `tokenizer` itself, or the folder in it where a run of
+    train_tokenizer.py, or a language model with video vocabulary, keeps its own.
+
+    What is there is judged by `LarpTokenizer.from_pretrained`.
+    """
+    for inside in ("", RUN_MODEL, "video_tokenizer", f"{RUN_MODEL}/video_tokenizer"):
+        if _model_type(Path(tokenizer, inside)) == TOKENIZER_TYPE:
+            return str(Path(tokenizer, inside))
+    run = Path(tokenizer)
+    if not (run / "model.safetensors").is_file() and (run / "state").is_dir():
+        raise ValueError(f"{tokenizer}: {_content(run)}")
+    return tokenizer
 
 
 def _read_pointer(pointer: Path) -> Path:

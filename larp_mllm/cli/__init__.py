@@ -1,0 +1,52 @@
+"""The `larp-mllm` command.
+
+Each module of this package but `options` is one command: `add(commands)` makes its parser and sets `run`, a function of
+the parsed arguments. What a command does lives in the libraries; they are imported by `run`, so that --help is quick.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from larp_mllm.cli import describe, detokenize, doctor, generate, reconstruct, sample, tokenize
+
+COMMANDS = (generate, describe, sample, reconstruct, tokenize, detokenize, doctor)
+EXAMPLES = """\
+examples:
+  larp-mllm generate "a red circle moving left" -o circle.mp4
+  larp-mllm generate "a person surfing" -n 8 --guidance-scale 2 --seed 3 -o surfing.png
+  larp-mllm describe clip.mp4
+  larp-mllm sample --class Surfing -n 16 -o surfing/ --generator runs/ucf/generator
+  larp-mllm sample --from clip.mp4 --seconds 8 -o on/ --generator runs/ucf/prediction
+  larp-mllm reconstruct clip.mp4 -o again.mp4 --tokenizer runs/ucf/tokenizer
+  larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
+  larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
+  larp-mllm doctor --data ucf101:/path/to/UCF101
+
+The model of generate and describe is --model FOLDER, else the environment variable LARP_MLLM_MODEL, else the newest one
+trained on this machine. `make quickstart` trains a small one in minutes."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"larp-mllm: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, "larp-mllm: stopped\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="larp-mllm",
+        description="Video as vocabulary: videos for text, text for videos, and videos as the codes of a tokenizer.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add(commands)
+    return parser

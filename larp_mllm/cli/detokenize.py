@@ -1,0 +1,41 @@
+"""larp-mllm detokenize: the video of a token file."""
+
+import argparse
+from pathlib import Path
+
+from larp_mllm.cli import options
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "detokenize",
+        help="write the video of a file that tokenize wrote",
+        description="Write the video of a file that `larp-mllm tokenize` wrote, in silence. The tokenizer must be the "
+        "one\nthat wrote the file: any other is refused.",
+        formatter_class=options.Defaults,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("tokens", type=Path, help="a .larp file")
+    parser.add_argument("-o", "--out", type=Path, required=True, help=".mp4, .mkv, .gif, ...; replaced if it exists")
+    options.add_original_size(parser)
+    options.add_tokenizer(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the video; print its path."""
+    from larp.data.token_file import TokenizedVideo
+    from larp.longvideo import detokenize_video
+
+    options.check_movie(arguments.out)
+    video = TokenizedVideo.load(arguments.tokens)
+    path = detokenize_video(
+        video,
+        options.load_tokenizer(arguments),
+        arguments.out,
+        original_size=arguments.original_size,
+        batch_size=arguments.batch_size,
+        name=arguments.tokenizer,
+        where=arguments.tokens,
+    )
+    print(path)

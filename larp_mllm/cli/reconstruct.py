@@ -1,0 +1,45 @@
+"""larp-mllm reconstruct: a video as a tokenizer gives it back."""
+
+import argparse
+from pathlib import Path
+
+from larp_mllm.cli import options
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "reconstruct",
+        help="write a video as a tokenizer gives it back, and say how well",
+        description="Write a video as a tokenizer gives it back; prints PSNR, bits per pixel and codes per second.\n"
+        f"{options.WINDOWS}\nThe sound is kept where the output can hold it. Figures are over the pixels that the "
+        "tokenizer sees, without\nthe bars of --fit pad.",
+        formatter_class=options.Defaults,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("video", type=Path, help="a video of any length and size, or a .png or .jpg picture")
+    parser.add_argument("-o", "--out", type=Path, required=True, help=".mp4, .mkv, .gif, ...; replaced if it exists")
+    options.add_original_size(parser)
+    options.add_encoding(parser)
+    options.add_tokenizer(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the video; print its figures."""
+    from larp.longvideo import check_paths, reconstruct_video
+
+    encoding = options.encoding(arguments)
+    options.check_movie(arguments.out)
+    check_paths(arguments.video, arguments.out)
+    tokenizer = options.load_tokenizer(arguments)
+    report = reconstruct_video(
+        arguments.video, arguments.out, tokenizer, encoding, original_size=arguments.original_size
+    )
+    print(f"{arguments.out}: {report.width}x{report.height} at {report.fps:.4g} fps, {report.frames} frames")
+    print(
+        f"PSNR {report.psnr:.2f} dB, {report.bits_per_pixel:.4f} bits per pixel, {report.tokens_per_second:.1f} codes "
+        f"per second of video ({report.windows} x {tokenizer.config.num_frames} frames, {report.codes} codes of "
+        f"{tokenizer.codebook_size})"
+    )
+    for note in report.notes:
+        print(f"note: {note}")

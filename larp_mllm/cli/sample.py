@@ -1,0 +1,296 @@
+"""larp-mllm sample: videos of a class, and videos that go on, from a trained generator."""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from larp_mllm.cli import options
+
+if TYPE_CHECKING:
+    from larp.continuation import LongClip
+    from larp.generator import LarpGenerator
+    from larp.tokenizer import LarpTokenizer
+    from larp_mllm.generators import Training
+
+DESCRIPTION = """\
+Write videos of classes, or videos that go on from the last frames of a video, with a generator of
+training/train_generator.py: numbered .mp4 files and one contact sheet, sheet.png, in the folder OUT.
+Longer videos are written window by window: the last frames of each are the given frames of the next. They are kept as
+they are; for every window it is printed how well the model gives them back (PSNR in dB: the seams)."""
+FPS = 12.0
+CLASS_GUIDANCE = 1.25
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "sample",
+        help="write videos of a class, or videos that go on from a video",
+        description=DESCRIPTION,
+        formatter_class=options.Defaults,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--generator", required=True, help="folder or hub name of a trained generator, or the folder of its run"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="folder or hub name, or the folder of its run (default: the one that the generator's run names)",
+    )
+    parser.add_argument("--variant", choices=["ema"], help="of the tokenizer. ema: its averaged weights")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--class",
+        dest="classes",
+        action="append",
+        metavar="NAME",
+        help="name or number of a class; several take turns (default: all classes in turn)",
+    )
+    what.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="VIDEO",
+        help="go on from the last frames of this video, with a generator trained with --task frame-prediction",
+    )
+    parser.add_argument(
+        "-n", "--num-videos", type=int, help="how many in all (default: one, or one for each --class named)"
+    )
+    parser.add_argument(
+        "-o", "--out", required=True, help="a folder; files in it are replaced by those of the same name"
+    )
+    _add_length(parser)
+    _add_drawing(parser)
+    parser.add_argument(
+        "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
+    )
+    options.add_device(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="videos at a time; does not change them")
+
+
+def _add_length(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        help="length of each video, with the given frames (default: one window, the tokenizer's)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="frames per second (default: those of --from, else those of the clips trained on where the generator's run "
+        f"says so, else {FPS:g})",
+    )
+    parser.add_argument("--given", type=int, help="frames that each window goes on from (default: 5, as in the paper)")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        help="every n-th frame of --from is given (default: as the generator was trained where its run says so, else 1)",
+    )
+    parser.add_argument(
+        "--continue-with",
+        metavar="GENERATOR",
+        help="a generator trained with --task frame-prediction on codes of the same tokenizer, which writes all windows "
+        "of a class but the first; guided like the first if it can be",
+    )
+
+
+def _add_drawing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same videos")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        help=f"1 is off; more follows class or given frames more closely (default: {CLASS_GUIDANCE} for classes, else 1)",
+    )
+    parser.add_argument(
+        "--guidance-final", type=float, help="scale of the last guided code, reached in a straight line"
+    )
+    parser.add_argument(
+        "--guidance-start", type=float, default=0.0, help="no guidance before this share of a clip's codes"
+    )
+    parser.add_argument("--guidance-stop", type=float, default=1.0, help="no guidance from this share on")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="draw among codes with this share of the likeliest one's probability"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the videos and the sheet; print their paths and seams."""
+    from larp.data.clips import clip_to_frames
+    from larp.data.gallery import Gallery
+    from larp.generator import LarpGenerator
+    from larp_mllm.device import choose_device
+    from larp_mllm.generators import find_generator, find_training
+
+    folder, drawing = _check(arguments), _drawing(arguments)
+    device = choose_device(arguments.device)
+    found = find_generator(arguments.generator)
+    generator = LarpGenerator.from_pretrained(found, device=device)
+    labels = _labels(arguments, generator)
+    training = find_training(found)
+    tokenizer = _load_tokenizer(arguments, generator, training)
+    fps = _fps(arguments, training)
+    names, clips = _videos(arguments, generator, tokenizer, training, labels, fps, drawing)
+    gallery, seams = Gallery(folder, fps, arguments.scale), []
+    for batch in clips:
+        for clip, row in zip(batch.frames, batch.seam_psnr.tolist(), strict=True):
+            path = gallery.add(names[len(gallery.names)], clip_to_frames(clip))
+            about = f", seams {' '.join(f'{value:.1f}' for value in row)} dB" if row else ""
+            print(f"{path}: {clip.shape[1]} frames at {fps:g} fps{about}", flush=True)
+            seams += row
+    print(gallery.write_sheet())
+    if seams:
+        print(
+            f"seams: {sum(seams) / len(seams):.2f} dB on average of {len(seams)}: PSNR of what the model makes of the"
+            " given frames, which are kept as they were"
+        )
+
+
+def _check(arguments: argparse.Namespace) -> Path:
+    """The folder OUT; ValueError for what can be told to be wrong before anything is loaded."""
+    from larp.data.gallery import SHEET
+    from larp.data.video import probe
+    from larp.engine.log import check_writable
+    from larp_mllm.video import SUFFIXES
+
+    for name in ("num_videos", "scale", "batch_size", "stride", "given"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    for name, most in (("seconds", math.inf), ("fps", 1000)):
+        value = getattr(arguments, name)
+        if value is not None and not (0 < value <= most and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it must be above 0" + (f", {most} at most" if name == "fps" else ""))
+    if arguments.classes and arguments.num_videos is not None and arguments.num_videos < len(arguments.classes):
+        raise ValueError(f"num_videos is {arguments.num_videos}, but {len(arguments.classes)} classes are named")
+    if arguments.source is None:
+        if arguments.stride is not None:
+            raise ValueError("--stride is for --from VIDEO: leave it out")
+        if arguments.given is not None and arguments.continue_with is None:
+            raise ValueError("--given is for --from VIDEO or --continue-with GENERATOR: leave it out")
+    elif arguments.continue_with is not None:
+        raise ValueError("--continue-with is for classes: a video goes on with the --generator")
+    else:
+        probe(arguments.source)
+    if arguments.continue_with is not None and arguments.seconds is None:
+        raise ValueError("--continue-with is for videos longer than one window: give --seconds")
+    if not arguments.out.strip():
+        raise ValueError("--out is empty: name a folder, such as out/")
+    folder = Path(arguments.out)
+    if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
+        raise ValueError(f"{folder} is the name of a file; --out is a folder, in which the videos are numbered")
+    check_writable(folder / SHEET)
+    return folder
+
+
+def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `larp.sampling.generate`, checked."""
+    from larp.sampling import Guidance, check_sampling
+
+    scale = arguments.guidance_scale
+    if scale is None:
+        scale = CLASS_GUIDANCE if arguments.source is None else 1.0
+    guidance = Guidance(scale, arguments.guidance_final, arguments.guidance_start, arguments.guidance_stop)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    drawing = {"guidance": guidance} | {name: getattr(arguments, name) for name in names}
+    check_sampling(**drawing)
+    return drawing
+
+
+def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[int]:
+    """The class of each video; none for --from. ValueError if the generator is for the other of the two."""
+    if arguments.source is not None:
+        if generator.config.task == "class":
+            raise ValueError(
+                f"{arguments.generator} writes videos of classes: --from needs one of --task frame-prediction"
+            )
+        return []
+    if generator.config.task != "class":
+        raise ValueError(
+            f"{arguments.generator} goes on from given frames: give --from VIDEO"
+            + (" in place of --class" if arguments.classes else "")
+        )
+    chosen = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
+    count = arguments.num_videos or len(arguments.classes or [0])
+    return [chosen[number % len(chosen)] for number in range(count)]
+
+
+def _load_tokenizer(arguments: argparse.Namespace, generator: "LarpGenerator", training: "Training") -> "LarpTokenizer":
+    """The tokenizer that was chosen, or that the generator's run names; ValueError if it is not the generator's."""
+    remembered = arguments.tokenizer is None
+    if remembered and training.tokenizer is None:
+        raise ValueError(f"{arguments.generator} does not say which tokenizer made its codes: give --tokenizer")
+    variant = training.variant if remembered and arguments.variant is None else arguments.variant
+    wanted = argparse.Namespace(
+        tokenizer=training.tokenizer if remembered else arguments.tokenizer, variant=variant, device=arguments.device
+    )
+    try:
+        tokenizer = options.load_tokenizer(wanted)
+        generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
+    except ValueError as error:
+        if not remembered:
+            raise
+        raise ValueError(
+            f"the run of {arguments.generator} names its tokenizer as it was typed then, {wanted.tokenizer}: {error}. "
+            "Give --tokenizer"
+        ) from error
+    return tokenizer
+
+
+def _fps(arguments: argparse.Namespace, training: "Training") -> float:
+    from larp.data.video import probe
+
+    if arguments.fps is not None:
+        return arguments.fps
+    if arguments.source is not None:
+        return probe(arguments.source).fps / _stride(arguments, training)
+    return training.fps or FPS
+
+
+def _stride(arguments: argparse.Namespace, training: "Training") -> int:
+    return arguments.stride or training.stride or 1
+
+
+def _videos(
+    arguments: argparse.Namespace,
+    generator: "LarpGenerator",
+    tokenizer: "LarpTokenizer",
+    training: "Training",
+    labels: list[int],
+    fps: float,
+    drawing: dict[str, Any],
+) -> tuple[list[str], "Iterator[LongClip]"]:
+    """The names of the videos, and the videos as they come."""
+    from larp.continuation import GIVEN, last_frames, sample_classes, sample_continuations
+    from larp.generator import LarpGenerator
+    from larp_mllm.generators import find_generator
+
+    import torch
+
+    total = None if arguments.seconds is None else max(1, round(arguments.seconds * fps))
+    given = arguments.given or GIVEN
+    shared = {"given": given, "seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | drawing
+    if arguments.source is not None:
+        count = arguments.num_videos or 1
+        size = tokenizer.config.clip_shape[1:]
+        frames = last_frames(arguments.source, given, _stride(arguments, training), *size)
+        videos = sample_continuations(generator, tokenizer, frames, count, total, **shared)
+        return [arguments.source.stem] * count, videos
+    continuation = None
+    if arguments.continue_with is not None:
+        if total <= tokenizer.config.num_frames:
+            raise ValueError(
+                f"--seconds {arguments.seconds:g} at {fps:g} fps is {total} frames, which is one window: leave "
+                "--continue-with out, or ask for more"
+            )
+        device = generator.output.weight.device
+        continuation = LarpGenerator.from_pretrained(find_generator(arguments.continue_with), device=device)
+    known = generator.config.class_names
+    names = [known[label] if known else f"class {label}" for label in labels]
+    return names, sample_classes(generator, tokenizer, torch.tensor(labels), total, continuation=continuation, **shared)

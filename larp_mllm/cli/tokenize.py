@@ -1,0 +1,42 @@
+"""larp-mllm tokenize: a video as the codes of a tokenizer, in a small file."""
+
+import argparse
+from pathlib import Path
+
+from larp_mllm.cli import options
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "tokenize",
+        help="write a video as the codes of a tokenizer, in a small file",
+        description="Write a video as the codes of a tokenizer, in a small file that only this tokenizer reads back.\n"
+        f"{options.WINDOWS}\nThe sound is not in the file.",
+        formatter_class=options.Defaults,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("video", type=Path, help="a video of any length and size, or a .png or .jpg picture")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="a .larp file; replaced if it exists")
+    options.add_encoding(parser)
+    options.add_tokenizer(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the token file; print what is in it."""
+    from larp.data.token_file import check_suffix
+    from larp.engine.log import check_writable
+    from larp.longvideo import check_paths, tokenize_video
+
+    encoding = options.encoding(arguments)
+    check_suffix(arguments.out)
+    check_writable(arguments.out)
+    check_paths(arguments.video, arguments.out)
+    tokenizer = options.load_tokenizer(arguments)
+    video = tokenize_video(arguments.video, tokenizer, encoding, name=arguments.tokenizer, variant=arguments.variant)
+    size = video.save(arguments.out).stat().st_size
+    header = video.header
+    print(
+        f"{arguments.out}: {size} bytes, {len(video.codes)} codes of {header.codebook_size} "
+        f"({header.windows} x {header.num_frames} frames)"
+    )
