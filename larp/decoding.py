@@ -9,7 +9,7 @@ Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S n
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from larp.packing import Packed, Plain, Weights, best_threads, choose_product
+from larp.packing import Packed, Plain, Weights, best_threads, choose_product, threads
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,8 @@ class Decoder:
     Args:
         model: the generator; it is not changed, and dropout does not act whatever its mode.
         rows: R, how many sequences are written side by side.
-        weights: "packed" copies them into the layout that a CPU reads fastest for few rows, "plain" uses `F.linear`,
-            "auto" times both (see larp.packing).
+        weights: "packed" copies them into the layout that a CPU reads fastest for few rows, and gives a row the same bits
+            in any batch; "plain" uses `F.linear`; "auto" packs where that is possible (see larp.packing).
         dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is drawn.
         stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
             default 1 on a CPU, and `GPU_STRIDE` elsewhere.
@@ -92,8 +92,8 @@ class Decoder:
         like, config = model.output.weight, model.config
         self.model, self.config, self.dtype = model, config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
-        product = choose_product(BlockWeights.fused(model.layers[0], self.dtype), rows, weights)
         with torch.no_grad():
+            product = choose_product(like.detach().to(self.dtype), weights)
             self.blocks = [BlockWeights(block, self.dtype, product) for block in model.layers]
             self.head, self.norm = product(like.detach().to(self.dtype)), model.norm.weight.detach().to(self.dtype)
             self.positions = model.abs_pe.detach().to(self.dtype)
@@ -176,14 +176,35 @@ class Decoder:
             fused = block.qkv(self._normed(x, block.attention_norm)).to(self.cache.keys.dtype)
             query, key, value = fused.view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
             keys, values = self.cache.write(layer, places, key, value, span)
-            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=length > 1)
+            mixed = attend(query, keys, values, mask)
             x = x.add_(block.wo(mixed.transpose(1, 2).reshape(rows, length, width).to(self.dtype)))
-            gate, up = block.w13(self._normed(x, block.ffn_norm)).chunk(2, dim=-1)
-            x = x.add_(block.w2(F.silu(gate).mul_(up)))
+            x = x.add_(block.w2(gated(block.w13(self._normed(x, block.ffn_norm)))))
         return self.head(self._normed(x[:, -1], self.norm)).float()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of new positions (R, H, S, head_dim) to keys and values (R, H, span, head_dim): causal if S > 1.
+
+    `mask` bool (1, span) says which keys a single position sees; None: all.
+    """
+    length = query.shape[2]
+    if length > 1 or mask is not None or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=length > 1)
+    # For a single query torch's CPU kernel splits the keys among the threads, and a row's bits would depend on their number
+    # and on the rows beside it. With two products they do not, and it is a little faster.
+    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    return scores.softmax(dim=-1) @ values
+
+
+def gated(x: Tensor) -> Tensor:
+    """Return the inner values of SwiGLU (..., O) from both their products (..., 2 O)."""
+    gate, up = x.chunk(2, dim=-1)
+    # On one thread: another's share may begin inside a vector, of which the rest is then done by another exp.
+    with threads(1):
+        return F.silu(gate).mul_(up)
 
 
 class CapturedSteps:

@@ -1,7 +1,7 @@
 """Sampling codes from an autoregressive model: what a draw may choose from, guidance, and the clips for a condition.
 
-Every random number belongs to a row of the batch: the same seed and row index give the same clip whatever the batch
-size. The decoding itself is in larp.decoding.
+Every random number belongs to a row of the batch: the same seed and row index give the same clip whatever the batch size,
+to the last bit on a CPU that can pack its weights. The decoding itself is in larp.decoding.
 
 Shapes: B rows, N codes, K codebook size.
 """

@@ -39,8 +39,8 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """--tokenizer, --variant, --device, --batch-size: for `load_tokenizer`."""
     parser.add_argument(
         "--tokenizer",
-        required=True,
-        help="folder or hub name of a trained tokenizer, or the folder of its run (or of a language model, for its own)",
+        help="folder or hub name of a trained tokenizer, or the folder of its run, or of a language model, for its own "
+        "(default: that of the language model that generate would use)",
     )
     parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights, where training kept them")
     add_device(parser)
@@ -88,10 +88,16 @@ def encoding(arguments: argparse.Namespace) -> "Encoding":
 
 
 def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
-    """The tokenizer that the options of `add_tokenizer` name; ValueError if it cannot be loaded."""
+    """The tokenizer that the options of `add_tokenizer` name, `arguments.tokenizer` from then on; ValueError if it cannot be loaded."""
     from larp.tokenizer import LarpTokenizer
     from larp_mllm.device import choose_device
-    from larp_mllm.home import find_tokenizer
+    from larp_mllm.home import find_model, find_tokenizer
+
+    if arguments.tokenizer is None:
+        try:
+            arguments.tokenizer = str(find_model())
+        except ValueError as error:
+            raise ValueError(f"give --tokenizer, or a language model whose own is taken: {error}") from error
 
     device = choose_device(arguments.device)
     return LarpTokenizer.from_pretrained(find_tokenizer(arguments.tokenizer), device=device, variant=arguments.variant)

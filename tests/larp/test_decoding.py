@@ -93,19 +93,23 @@ def test_weights_that_change_are_seen_by_the_next_generation():
 @packable
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
-def test_packed_weights_give_a_row_the_same_bits_in_any_batch(task):
-    model = drawn(task, depth=3, width=128, codebook_size=300)
-    codes = torch.randint(40, (9, 9), generator=torch.Generator().manual_seed(0))
+def test_packed_weights_give_a_row_the_same_bits_in_any_batch_and_with_any_threads(task):
+    n = 40
+    model = drawn(task, depth=3, width=128, codebook_size=300, num_tokens=n)
+    codes = torch.randint(300, (9, n), generator=torch.Generator().manual_seed(0))
     condition = condition_of(model, 9)
 
-    def logits(rows: slice) -> torch.Tensor:
-        decoder = Decoder(model, len(condition[rows]), weights="packed")
-        steps = [decoder.prefill(condition[rows])] + [decoder.decode_one(codes[rows, index]) for index in range(8)]
+    def logits(rows: slice, count: int) -> torch.Tensor:
+        with threads(count):
+            decoder = Decoder(model, len(condition[rows]), weights="packed")
+            steps = [decoder.prefill(condition[rows])]
+            steps += [decoder.decode_one(codes[rows, index]) for index in range(n - 1)]
         return torch.stack(steps, dim=1)
 
-    whole = logits(slice(None))
+    whole = logits(slice(None), 1)
     for rows in (slice(0, 1), slice(4, 6), slice(2, 9)):
-        assert torch.equal(logits(rows), whole[rows])
+        for count in (1, 2):
+            assert torch.equal(logits(rows, count), whole[rows])
 
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
@@ -167,22 +171,20 @@ def test_a_step_needs_nothing_from_the_host_but_the_span(monkeypatch):
     assert torch.equal(codes, generate(model, condition_of(model, 2), temperature=0))
 
 
-def test_the_faster_way_to_multiply_is_chosen(monkeypatch):
-    weights = [torch.randn(8, 4), torch.randn(4, 8)]
-    assert choose_product([torch.randn(4, 4, dtype=torch.float64)], 2) is Plain, "what cannot be packed"
-    assert choose_product(weights, 2, "plain") is Plain
-    if Packed.serves(weights[0]):
-        for seconds, chosen in (([1.0, 2.0], Plain), ([2.0, 1.0], Packed), ([1.0, 1.1], Packed)):
-            monkeypatch.setattr("larp.packing.timed", lambda runs, found=seconds: [[s] for s in found])
-            assert choose_product(weights, 2) is chosen
+def test_weights_are_packed_where_they_can_be():
+    weight = torch.randn(8, 4)
+    assert choose_product(weight.double()) is Plain and choose_product(weight, "plain") is Plain
+    assert choose_product(weight) is (Packed if Packed.serves(weight) else Plain)
+    assert type(Decoder(drawn(), 2, weights="plain").head) is Plain
+    assert type(Decoder(drawn(), 2).blocks[0].qkv) is choose_product(weight)
 
 
 def test_threads_are_measured_and_put_back(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        for seconds, chosen in (([1.0, 0.6], 2), ([1.0, 1.0], 1), ([1.0, 5.0], 1)):
-            monkeypatch.setattr("larp.packing.timed", lambda runs, found=seconds: [[s] for s in found])
+        for seconds, chosen in ((0.6, 2), (1.0, 1), (5.0, 1)):
+            monkeypatch.setattr("larp.packing._seconds", lambda run, count, many=seconds: 1.0 if count == 1 else many)
             assert best_threads(lambda: None) == chosen
         monkeypatch.undo()
         assert best_threads(lambda: None) in (1, 2) and torch.get_num_threads() == 2

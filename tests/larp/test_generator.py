@@ -4,7 +4,6 @@ import json
 
 from larp.generator import SIZES, GeneratorConfig, LarpGenerator, code_loss, config_from_published
 from larp.hub import CheckpointError
-from larp.packing import Packed
 from larp.sampling import generate
 
 import pytest
@@ -40,7 +39,7 @@ def test_golden(golden_root, name):
         else {1.0: "greedy", 1.25: "greedy_cfg_1.25", 3.0: "greedy_cfg_3.0"}
     )
     for guidance, key in guidances.items():
-        for weights in ("plain", "packed" if Packed.serves(model.output.weight) else "auto"):
+        for weights in ("plain", "auto"):
             codes = generate(model, want["condition"], guidance=guidance, top_k=1, weights=weights)
             assert torch.equal(codes, want[key]), (key, weights)
 

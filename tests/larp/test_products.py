@@ -109,6 +109,18 @@ def test_the_second_derivative_that_r1_needs():
         same([penalty, *ours], [again, *torch.autograd.grad(again, attention[0].qkv.weight)])
 
 
+def test_an_operator_that_fails_or_errs_is_not_used(monkeypatch):
+    assert products._operator_works()
+    monkeypatch.setattr(products, "_multiply", lambda x, weight: x @ weight.T + 1)
+    assert not products._operator_works()
+
+    def changed(x, weight):
+        raise RuntimeError("expected 7 arguments")
+
+    monkeypatch.setattr(products, "_multiply", changed)
+    assert not products._operator_works()
+
+
 def test_compiled_blocks_keep_torchs_way(onednn):
     explained = torch._dynamo.explain(Linear(6, 7))(torch.randn(3, 6))
     assert explained.graph_break_count == 0 and not onednn

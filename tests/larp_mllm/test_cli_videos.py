@@ -94,6 +94,16 @@ def test_the_folder_of_a_run_or_of_a_language_model_will_do(folder, qwen, capsys
         assert TokenizedVideo.load("a.larp").header.weight_hash == qwen.processor.video_tokenizer.weight_hash()
 
 
+def test_without_a_tokenizer_the_default_language_models_own_is_taken(folder, qwen, capsys, monkeypatch):
+    said = refused(capsys, "tokenize", "clip.mp4", "-o", "a.larp")
+    assert "give --tokenizer" in said and "LARP_MLLM_MODEL" in said
+    qwen.save(folder / "model")
+    monkeypatch.setenv("LARP_MLLM_MODEL", str(folder / "model"))
+    main(["tokenize", "clip.mp4", "-o", "a.larp"])
+    assert TokenizedVideo.load("a.larp").header.weight_hash == qwen.processor.video_tokenizer.weight_hash()
+    main(["detokenize", "a.larp", "-o", "a.mp4"])
+
+
 def test_the_averaged_weights_are_another_tokenizer(folder, capsys):
     averaged = LarpTokenizer(tiny(nested=True)).save_pretrained(folder / "averaged")
     (averaged / "model.safetensors").rename(folder / "t" / "model.ema.safetensors")
