@@ -35,6 +35,8 @@ class CurveConfig:
 
     tokenizer: str = ""
     """Folder or hub name of a tokenizer trained with --model.nested (needed)."""
+    variant: Literal["ema"] | None = None
+    """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
     """Videos, as in training: ucf101:ROOT, a manifest, a folder, ... (needed)."""
     split: Literal["train", "test", "all"] = "test"
@@ -125,7 +127,7 @@ def evaluate(config: CurveConfig) -> dict:
     for name in ("tokenizer", "data"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed (see --help)")
-    model = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device)
+    model = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device, variant=config.variant)
     others = [LarpTokenizer.from_pretrained(name, device=config.device) for name in config.compare]
     for name, other in zip(config.compare, others, strict=True):
         if other.config.clip_shape != model.config.clip_shape:

@@ -40,6 +40,8 @@ class RfvdConfig:
 
     tokenizer: str = ""
     """Folder or hub name of the tokenizer (needed)."""
+    variant: Literal["ema"] | None = None
+    """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
     """Videos, as in training: ucf101:ROOT, a manifest, a folder, ... (needed)."""
     split: Literal["train", "test", "all"] = "test"
@@ -116,7 +118,7 @@ def evaluate(config: RfvdConfig) -> dict:
     for name in ("tokenizer", "data"):
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed (see --help)")
-    tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device)
+    tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device, variant=config.variant)
     features = open_features(config.features, config.i3d, config.device)
     perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
     shape = ClipShape(*tokenizer.config.clip_shape)

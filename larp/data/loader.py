@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
 from larp.data.datasets import VideoItem, VideoSet
+from larp.data.threads import in_order
 from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, read_video
 
 import numpy as np
@@ -200,7 +201,7 @@ class FixedPass:
 
     def __iter__(self) -> Iterator[dict]:
         rows: list[tuple[int, np.ndarray]] = []
-        for index, frames in zip(self._indices, _in_order(self._read, self._indices, self._workers), strict=True):
+        for index, frames in zip(self._indices, in_order(self._read, self._indices, self._workers), strict=True):
             if frames is not None:
                 rows.append((index, frames))
             if len(rows) == self._batch:
@@ -279,7 +280,7 @@ class _Source:
     def load_all(self, memory_gb: float, quiet: bool) -> None:
         """Decode every video at the clip's size; warn and stay on files if that would take more than `memory_gb`."""
         count, used, memory, budget = len(self.videos), 0, {}, memory_gb * 2**30
-        rows = _in_order(self._decode, range(count), _DECODE_THREADS)
+        rows = in_order(self._decode, range(count), _DECODE_THREADS)
         bar = tqdm(rows, total=count, desc="decoding videos", unit="video", delay=1, disable=quiet)
         for index, video in enumerate(bar):
             if video is not None:
@@ -337,25 +338,6 @@ class _Inline:
 
     def __exit__(self, *_):
         pass
-
-
-def _in_order(function: Callable, arguments: Iterable, workers: int) -> Iterator:
-    """Yield function(argument) in order, computed by threads that are never more than a few results ahead."""
-    if not workers:
-        yield from map(function, arguments)
-        return
-    ahead: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for argument in arguments:
-                ahead.append(pool.submit(function, argument))
-                if len(ahead) > 4 * workers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for call in ahead:
-                call.cancel()
 
 
 def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:

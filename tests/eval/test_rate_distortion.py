@@ -39,6 +39,16 @@ def test_every_length_is_measured_plotted_and_shown(tmp_path):
         assert min(Image.open(tmp_path / name).size) > 50
 
 
+def test_the_averaged_weights_can_be_measured(tmp_path):
+    folder = Path(tokenizer(tmp_path / "nested", nested=True))
+    averaged = LarpTokenizer.from_pretrained(folder)
+    torch.nn.init.zeros_(averaged.head.weight)
+    LarpTokenizer.from_pretrained(folder).save_pretrained(folder, ema=averaged)
+    options = ["--tokenizer", str(folder), "--data", "shapes:count=8,size=16", "--out", str(tmp_path / "x.json")]
+    last, ema = (curve.main([*options, *more])["curve"] for more in ([], ["--variant", "ema"]))
+    assert len({p["psnr"] for p in last}) > 1 and len({p["psnr"] for p in ema}) == 1, "a head of zeros paints one colour"
+
+
 def test_mistakes_are_named(tmp_path):
     data = ["--data", "shapes:count=8,size=16", "--out", str(tmp_path / "x.json")]
     with pytest.raises(ValueError, match="nested"):

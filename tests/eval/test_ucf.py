@@ -100,6 +100,16 @@ def test_rfvd_measures_writes_and_repeats(world, rfvd, tmp_path, capsys):
     assert not again.with_suffix(".mp4").exists()
 
 
+def test_rfvd_measures_the_averaged_weights(world, rfvd, tmp_path):
+    last = LarpTokenizer.from_pretrained(world / "tokenizer")
+    averaged = LarpTokenizer.from_pretrained(world / "tokenizer")
+    torch.nn.init.normal_(averaged.head.bias)
+    folder = last.save_pretrained(tmp_path / "both", ema=averaged)
+    out = tmp_path / "ema.json"
+    options = [*common(world, out), "--tokenizer", str(folder), "--show", "0", "--variant", "ema"]
+    assert rfvd.main(options)["frechet"]["checkpoints"] == {"tokenizer": averaged.weight_hash()}
+
+
 def test_rfvd_takes_a_seeded_part_of_the_videos(world, rfvd, tmp_path):
     values = []
     for seed in (1, 2):
