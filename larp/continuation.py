@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GIVEN = 5
-"""Given frames of LARP's frame prediction (paper, section 4.2)."""
+"""Given frames of LARP's frame prediction on Kinetics-600."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +73,7 @@ def continue_clip(
         raise ValueError(f"frames are {tuple(frames.shape)}: (B, 3, F, H, W) with at least the {given} given frames")
     if total_frames < frames.shape[2]:
         raise ValueError(f"total_frames is {total_frames}, but {frames.shape[2]} frames are there already")
+    tokenizer.check_clip(_padded(tokenizer, frames[:, :, -given:]))
     return _continue(generator, tokenizer, frames, total_frames, given, seed, first_row, sampling)
 
 
@@ -184,7 +185,7 @@ def _continue(
     known, pieces, seams = frames[:, :, -given:], [frames], []
     count = frames.shape[2]
     while count < total:
-        window = _encode(tokenizer, F.pad(known, (0, 0, 0, 0, 0, tokenizer.config.num_frames - given)), given)
+        window = _encode(tokenizer, _padded(tokenizer, known))
         # Mixed into the lower 32 bits, the only ones that torch's generator takes from its seed.
         own_seed = seed + count * 0xBF58476D1CE4E5B9
         codes = generate(generator, generator.frame_condition(window), seed=own_seed, first_row=first_row, **sampling)
@@ -197,12 +198,18 @@ def _continue(
     return LongClip(written, torch.stack(seams, dim=1) if seams else torch.empty(len(frames), 0))
 
 
+def _padded(tokenizer: LarpTokenizer, known: Tensor) -> Tensor:
+    """Given frames (B, 3, G, H, W) as clips (B, 3, T, H, W), filled up as in training."""
+    given = known.shape[2]
+    return repeat_last(F.pad(known, (0, 0, 0, 0, 0, tokenizer.config.num_frames - given)), given)
+
+
 # The tokenizer works on one clip at a time: in a batch it rounds otherwise, and a code may then be another one. Beside
 # the sampling its time does not count.
 
 
-def _encode(tokenizer: LarpTokenizer, clips: Tensor, given: int) -> Tensor:
-    return torch.cat([tokenizer.encode(repeat_last(clip, given)) for clip in clips.split(1)])
+def _encode(tokenizer: LarpTokenizer, clips: Tensor) -> Tensor:
+    return torch.cat([tokenizer.encode(clip) for clip in clips.split(1)])
 
 
 def _decode(tokenizer: LarpTokenizer, codes: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class Training:
     """Frames per second of the clips."""
     stride: int | None = None
     """Every n-th frame of a video was a frame of the clip."""
+    given: int | None = None
+    """Given frames of frame prediction."""
 
 
 def find_generator(generator: str) -> str:
@@ -54,19 +56,20 @@ def find_training(generator: str) -> Training:
 
 
 def _of_cache(cache: Path, config: dict[str, Any]) -> Training:
-    """What a run says that trained on the cache; a cache that is gone, or never was, says nothing."""
+    """What a run says that trained on the cache; one that is gone, or never was, leaves what the run's options say."""
     from larp.data.tokens import INDEX, read_json, read_shard
 
-    tokenizer = config.get("tokenizer")
     if not (cache / INDEX).is_file():
-        # Of a run that was given a cache, the stride is the cache's.
-        return Training(tokenizer, stride=None if config["tokens"] else config.get("stride"))
+        # Of a run that was given a cache, these options did not act.
+        acting = {} if config["tokens"] else config
+        return Training(config.get("tokenizer"), None, None, acting.get("stride"), acting.get("condition_frames"))
     index = read_json(cache / INDEX)
     fps = read_shard(cache / index["shards"][0])[0].get("fps")
     known = None if fps is None else fps[~fps.isnan()]
     return Training(
-        tokenizer or index["tokenizer"],
+        config.get("tokenizer") or index["tokenizer"],
         index.get("variant"),
         None if known is None or not len(known) else known.mode().values.item(),
-        index["key"]["stride"],
+        index["key"].get("stride"),
+        index["key"].get("condition_frames") or None,
     )

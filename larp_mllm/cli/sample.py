@@ -79,20 +79,24 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fps",
         type=float,
-        help="frames per second (default: those of --from, else those of the clips trained on where the generator's run "
-        f"says so, else {FPS:g})",
+        help="frames per second (default: those of --from, else those of the clips trained on where the run of the "
+        f"generator says so, else {FPS:g})",
     )
-    parser.add_argument("--given", type=int, help="frames that each window goes on from (default: 5, as in the paper)")
+    parser.add_argument(
+        "--given",
+        type=int,
+        help="frames that each window goes on from (default: as in training where the run says so, else 5)",
+    )
     parser.add_argument(
         "--stride",
         type=int,
-        help="every n-th frame of --from is given (default: as the generator was trained where its run says so, else 1)",
+        help="every n-th frame of --from is given (default: as in training where the run says so, else 1)",
     )
     parser.add_argument(
         "--continue-with",
         metavar="GENERATOR",
-        help="a generator trained with --task frame-prediction on codes of the same tokenizer, which writes all windows "
-        "of a class but the first; guided like the first if it can be",
+        help="a generator trained with --task frame-prediction on codes of the same tokenizer, which writes all "
+        "windows of a class but the first; guided like the first if it can be",
     )
 
 
@@ -101,7 +105,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--guidance-scale",
         type=float,
-        help=f"1 is off; more follows class or given frames more closely (default: {CLASS_GUIDANCE} for classes, else 1)",
+        help=f"1 is off; more follows class or frames more closely (default: {CLASS_GUIDANCE} for classes, else 1)",
     )
     parser.add_argument(
         "--guidance-final", type=float, help="scale of the last guided code, reached in a straight line"
@@ -269,28 +273,27 @@ def _videos(
     """The names of the videos, and the videos as they come."""
     from larp.continuation import GIVEN, last_frames, sample_classes, sample_continuations
     from larp.generator import LarpGenerator
-    from larp_mllm.generators import find_generator
+    from larp_mllm.generators import find_generator, find_training
 
     import torch
 
     total = None if arguments.seconds is None else max(1, round(arguments.seconds * fps))
-    given = arguments.given or GIVEN
-    shared = {"given": given, "seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | drawing
+    shared = {"seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | drawing
     if arguments.source is not None:
-        count = arguments.num_videos or 1
+        count, given = arguments.num_videos or 1, arguments.given or training.given or GIVEN
         size = tokenizer.config.clip_shape[1:]
         frames = last_frames(arguments.source, given, _stride(arguments, training), *size)
-        videos = sample_continuations(generator, tokenizer, frames, count, total, **shared)
+        videos = sample_continuations(generator, tokenizer, frames, count, total, given=given, **shared)
         return [arguments.source.stem] * count, videos
-    continuation = None
     if arguments.continue_with is not None:
         if total <= tokenizer.config.num_frames:
             raise ValueError(
                 f"--seconds {arguments.seconds:g} at {fps:g} fps is {total} frames, which is one window: leave "
                 "--continue-with out, or ask for more"
             )
-        device = generator.output.weight.device
-        continuation = LarpGenerator.from_pretrained(find_generator(arguments.continue_with), device=device)
+        found = find_generator(arguments.continue_with)
+        shared["continuation"] = LarpGenerator.from_pretrained(found, device=generator.output.weight.device)
+        shared["given"] = arguments.given or find_training(found).given or GIVEN
     known = generator.config.class_names
     names = [known[label] if known else f"class {label}" for label in labels]
-    return names, sample_classes(generator, tokenizer, torch.tensor(labels), total, continuation=continuation, **shared)
+    return names, sample_classes(generator, tokenizer, torch.tensor(labels), total, **shared)
