@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 from eval import ucf_gfvd, ucf_rfvd
 from larp.data.video import write_video
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.i3d import RandomI3D
 from larp.prior import PriorConfig
+from larp.sampling import Guidance
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
 import numpy as np
@@ -132,6 +134,51 @@ def test_gfvd_generates_for_the_labels_of_the_real_clips(world, gfvd, tmp_path, 
     assert json.loads((tmp_path / "g.json").read_text())["value"] == pytest.approx(report["value"], rel=1e-4)
 
 
+def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd, tmp_path, capsys):
+    # Fresh models paint one colour, and draw codes evenly whatever the class: these do not.
+    tokenizer = LarpTokenizer.from_pretrained(world / "tokenizer")
+    torch.nn.init.normal_(tokenizer.head.weight, std=0.05)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    generator = LarpGenerator.from_pretrained(world / "generator")
+    generator = LarpGenerator(replace(generator.config, tokenizer_hash=tokenizer.weight_hash()))
+    torch.nn.init.normal_(generator.output.weight, std=2.0)
+    torch.nn.init.normal_(generator.cls_embedding.embedding_table.weight)
+    generator.save_pretrained(tmp_path / "generator")
+    models = ["--generator", str(tmp_path / "generator"), "--tokenizer", str(tmp_path / "tokenizer")]
+    arguments = [*common(world, tmp_path / "g.json"), *models, "--num-clips", "12"]
+    report = gfvd.main([*arguments, "--show", "0", "--also-guidance", "1", "3"])
+    names = [
+        "other real clips (the floor)",
+        "reconstructions",
+        *(f"generated, guidance {s}" for s in ("1", "3", "1.25")),
+    ]
+    assert [row["clips"] for row in report["table"]] == names
+    assert report["table"][-1]["value"] == report["value"] and report["table"][0]["value"] == report["floor"]["value"]
+    assert len({row["value"] for row in report["table"]}) == 5
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+    with pytest.raises(SystemExit):
+        gfvd.main([*arguments, "--also-guidance", "-1"])
+
+
+def test_gfvd_hands_every_sampling_option_on(world, gfvd, tmp_path, monkeypatch):
+    seen, real = [], gfvd.generated_clips
+    monkeypatch.setattr(
+        gfvd, "generated_clips", lambda *given, **options: seen.append(options) or real(*given, **options)
+    )
+    arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "12"]
+    drawing = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "seed": 3}
+    ramp = {"guidance-scale": 2.0, "guidance-final": 4.0, "guidance-start": 0.25, "guidance-stop": 0.75}
+    words = [str(word) for name, value in (drawing | ramp).items() for word in (f"--{name.replace('_', '-')}", value)]
+    report = gfvd.main([*arguments, *words, "--also-guidance", "1", "--show", "0"])
+    assert [options.pop("guidance") for options in seen] == [Guidance(1, None, 0.25, 0.75), Guidance(2, 4, 0.25, 0.75)]
+    assert seen == [drawing, drawing]
+    assert report["table"][-1]["clips"] == "generated, guidance 2 to 4 from 25% to 75%"
+    for option in (("--min-p", "2"), ("--guidance-start", "1"), ("--guidance-final", "-1")):
+        with pytest.raises((ValueError, SystemExit)):
+            gfvd.main([*arguments, *option])
+
+
 def test_gfvd_maps_classes_by_name(world, gfvd):
     generator = LarpGenerator.from_pretrained(world / "generator")
     videos = gfvd.open_videos(f"jsonl:{world / 'list.jsonl'}", "test")
@@ -145,6 +192,7 @@ def test_gfvd_maps_classes_by_name(world, gfvd):
         (["--num-clips", "40"], "windows of 4 frames"),
         (["--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--data", ""], "--data is needed"),
+        (["--variant", "ema"], "holds no variant 'ema'"),
     ],
 )
 def test_mistakes_end_in_one_line(world, gfvd, tmp_path, extra, message):

@@ -1,0 +1,331 @@
+"""Frame prediction against copying the last given frame, in one command, on Kinetics-600 or any other videos:
+
+    python eval/k600_fvd.py --generator runs/fp/model --tokenizer runs/k600/model --data k600:ROOT --given 5
+
+PSNR, SSIM and LPIPS (where its weights are at hand) of every predicted frame, with the tokenizer's own reconstruction as the
+ceiling, and the Frechet distance by LARP's protocol; beside the JSON, a PNG of originals above predictions. A copied frame is
+sharp and a decoded one is not: where the ceiling itself lies below copying, compare with the copy through the tokenizer.
+
+Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from larp.config import parse, run_script, to_dict
+from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
+from larp.data.datasets import VideoSet, open_videos
+from larp.data.extraction import repeat_last
+from larp.data.listing import NoSplitError
+from larp.engine.log import write_json
+from larp.generator import LarpGenerator
+from larp.metrics import lpips
+from larp.metrics.clipsets import countable, describe_row, floor_row, frechet_row, load_pair, real_clips
+from larp.metrics.frames import psnr, ssim
+from larp.metrics.frechet import real_floor
+from larp.metrics.i3d import ClipFeatures, open_features
+from larp.metrics.protocols import PRESETS, Protocol, check_record_path, draw_windows, headline, result
+from larp.sampling import check_sampling, generate
+from larp.tokenizer import LarpTokenizer
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+_PRESET = PRESETS["larp-k600-fp"]
+PREDICTION, COPY, RECONSTRUCTION = "prediction", "copy of the last given frame", "reconstruction"
+# What a generator reaches that writes the codes it was given: copying, at the sharpness that codes allow.
+CODED_COPY = "copy through the tokenizer"
+WAYS = (PREDICTION, COPY, CODED_COPY, RECONSTRUCTION)
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    """Measure how well a frame-prediction LARP generator goes on from given frames."""
+
+    generator: str = ""
+    """Folder or hub name of a generator trained with --task frame-prediction (needed)."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
+    variant: Literal["ema"] | None = None
+    """ema: the averaged weights of the tokenizer's training."""
+    data: str = ""
+    """Videos, as in training: k600:ROOT, ucf101:ROOT, a manifest, ... (needed)."""
+    split: Literal["auto", "train", "validation", "test", "all"] = "auto"
+    """Which of them; auto: validation, the published choice, where the data have one, else test."""
+    given: int = 5
+    """First frames of each clip that the generator is shown."""
+    num_clips: int = _PRESET.num_clips
+    """Clips to predict, drawn by the seed from all windows that do not overlap."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance, for generators trained with null_condition; 1 is off."""
+    temperature: float = 1.0
+    """Of the sampling; 0 takes the likeliest code."""
+    top_k: int = 0
+    """Sample among the k likeliest codes; 0 keeps all."""
+    top_p: float = 1.0
+    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
+    out: Path = Path("prediction.json")
+    """Where the figures go; the PNG gets the same name with its own suffix."""
+    seed: int = _PRESET.seed
+    """Of the drawing of clips and of the sampling."""
+    batch_size: int = 16
+    """Clips at a time."""
+    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
+    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
+    i3d: Path | None = None
+    """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
+    show: int = 6
+    """Clips in the PNG; 0 writes none."""
+    repeats: int = 20
+    """Bootstrap repeats behind the spread of the Frechet distance."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the models run."""
+
+    def __post_init__(self):
+        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        if self.batch_size < 1 or self.num_clips < 4:
+            raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 4")
+        if self.repeats < 2 or self.show < 0:
+            raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
+
+
+@dataclass
+class Seen:
+    """What was measured of clips so far."""
+
+    figures: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
+    """By measure and by one of WAYS: batches (b, P), a value for each predicted frame."""
+    seam: list[Tensor] = field(default_factory=list)
+    """Batches (b,): PSNR of the given frames as they come out of the predicted codes."""
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Batches (b, D) by the clips that they are of; "real" is the other side of every distance."""
+    shown: list[np.ndarray] = field(default_factory=list)
+    """uint8 (T, 2 H, W, 3): an original above its prediction."""
+
+
+def predict(
+    generator: LarpGenerator, tokenizer: LarpTokenizer, given: Tensor, first: int, config: PredictionConfig
+) -> Tensor:
+    """Predict from the codes (B, N) of given frames: what the tokenizer makes of the codes written, clips of all T frames."""
+    condition = generator.frame_condition(given)
+    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    codes = generate(generator, condition, guidance=config.guidance_scale, first_row=first, **sampling)
+    return tokenizer.decode(codes)
+
+
+def as_frames(clip: Tensor, given: int) -> Tensor:
+    """The predicted frames of clips (B, 3, T, H, W) as clips of one frame, (B * P, 3, 1, H, W)."""
+    return clip[:, :, given:].transpose(1, 2).flatten(0, 1)[:, :, None]
+
+
+def scored_size(clip: Tensor) -> Tensor:
+    """Clips (B, 3, T, H, W) at the protocol's 64x64 pixels (bilinear, antialiased)."""
+    if clip.shape[-2:] == (_PRESET.height, _PRESET.width):
+        return clip
+    images = clip.transpose(1, 2).flatten(0, 1)
+    size = (_PRESET.height, _PRESET.width)
+    images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return images.unflatten(0, (len(clip), -1)).transpose(1, 2).clamp(0, 1)
+
+
+@torch.inference_mode()
+def measure(
+    generator: LarpGenerator,
+    tokenizer: LarpTokenizer,
+    clips: Iterator[Tensor],
+    features: ClipFeatures,
+    perceptual: lpips.Lpips | None,
+    config: PredictionConfig,
+) -> Seen:
+    """Predict clips (b, 3, T, H, W), batch after batch, and measure them against the real ones and the baselines."""
+    seen, first, given = Seen(), 0, config.given
+    measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": perceptual} if perceptual else {})
+    with tqdm(total=config.num_clips, desc="predicting", unit="clip", delay=2) as bar:
+        for clip in clips:
+            clip = clip.to(config.device)
+            codes = tokenizer.encode(repeat_last(clip, given))
+            decoded = predict(generator, tokenizer, codes, first, config)
+            ways = {
+                PREDICTION: torch.cat([clip[:, :, :given], decoded[:, :, given:]], dim=2),
+                COPY: repeat_last(clip, given),
+                CODED_COPY: tokenizer.decode(codes),
+                RECONSTRUCTION: tokenizer.decode(tokenizer.encode(clip)),
+            }
+            for way, made in ways.items():
+                for name, compare in measures.items():
+                    values = compare(as_frames(clip, given), as_frames(made, given)).view(len(clip), -1)
+                    seen.figures.setdefault(name, {}).setdefault(way, []).append(values.double().cpu())
+            seen.seam.append(psnr(clip[:, :, :given], decoded[:, :, :given]).double().cpu())
+            # The protocol scores all frames as they were decoded, the given ones too.
+            sides = {"real": clip, "decoded": decoded, **ways}
+            for name, side in sides.items():
+                seen.features.setdefault(name, []).append(features(scored_size(side)))
+            pairs = torch.cat([clip, ways[PREDICTION]], dim=3)
+            seen.shown += [clip_to_frames(pair) for pair in pairs[: max(0, config.show - len(seen.shown))]]
+            first += len(clip)
+            bar.update(len(clip))
+    return seen
+
+
+def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
+    """The figures of predicted frames: for each measure and way its mean over clips, frame by frame, and over all of them.
+
+    The median over clips stands beside the mean of PSNR, since a frame that is copied exactly counts as 100 dB.
+    """
+    values = {name: {way: torch.cat(parts) for way, parts in ways.items()} for name, ways in seen.figures.items()}
+    frames = values["psnr"][PREDICTION].shape[1]
+    return {
+        "frame": list(range(config.given + 1, config.given + 1 + frames)),
+        "per_frame": {name: {w: v.mean(dim=0).tolist() for w, v in ways.items()} for name, ways in values.items()},
+        "mean": {name: {w: v.mean().item() for w, v in ways.items()} for name, ways in values.items()},
+        "median_psnr": {w: v.mean(dim=1).median().item() for w, v in values["psnr"].items()},
+        "psnr_above": {
+            way: paired_gain((values["psnr"][PREDICTION] - values["psnr"][way]).mean(dim=1))
+            for way in (COPY, CODED_COPY)
+        },
+        "given_frames_regenerated_psnr": torch.cat(seen.seam).mean().item(),
+    }
+
+
+def paired_gain(gain: Tensor) -> dict[str, Any]:
+    """The mean of differences (n,) with its 95 % interval, and the share of positive ones."""
+    mean, reach = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
+    return {
+        "mean": mean,
+        "interval_95": [mean - reach, mean + reach],
+        "share_of_clips": (gain > 0).double().mean().item(),
+    }
+
+
+def protocol_of(config: PredictionConfig, features: ClipFeatures, shape: ClipShape, split: str) -> Protocol:
+    """The frame-prediction protocol of LARP with everything that this run does differently."""
+    return replace(
+        _PRESET,
+        dataset="Kinetics-600" if config.data.startswith("k600:") else config.data,
+        split=split,
+        num_clips=config.num_clips,
+        frames=shape.frames,
+        frame_rule=_PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1),
+        features=features.name,
+        seed=config.seed,
+    )
+
+
+def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
+    """The videos to predict, and the name of their split."""
+    if config.split != "auto":
+        return open_videos(config.data, config.split), config.split
+    try:
+        return open_videos(config.data, "validation"), "validation"
+    except NoSplitError:
+        return open_videos(config.data, "test"), "test"
+
+
+def evaluate(config: PredictionConfig) -> dict:
+    """Measure a generator as `config` says, write everything, and return the content of the JSON."""
+    check_record_path(config.out)
+    for name in ("generator", "tokenizer", "data"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} is needed (see --help)")
+    generator, tokenizer = load_pair(
+        config.generator, config.tokenizer, "frame-prediction", config.device, config.variant
+    )
+    shape = ClipShape(*tokenizer.config.clip_shape)
+    if not 1 <= config.given < shape.frames:
+        raise ValueError(
+            f"--given {config.given}: clips have {shape.frames} frames; give 1 to {shape.frames - 1} of them"
+        )
+    features = open_features(config.features, config.i3d, config.device)
+    perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
+    videos, split = open_split(config)
+    items, counts, skipped = countable(videos)
+    drawn, spare = draw_windows(counts, shape.frames, config.num_clips, config.seed, spare=config.num_clips)
+    clips = real_clips(items, drawn, shape, config.batch_size)
+    seen = measure(generator, tokenizer, clips, features, perceptual, config)
+    others = [features(scored_size(clip)) for clip in real_clips(items, spare, shape, config.batch_size)]
+    report = likeness(seen, config) | {
+        "given": config.given,
+        "num_clips": len(drawn),
+        "frechet": frechet_record(seen, others, features, protocol_of(config, features, shape, split), generator, tokenizer, config),
+        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        "config": to_dict(config),
+        "files": [],
+    }  # fmt: skip
+    if seen.shown:
+        caption = f"above: original; below: {config.given} given frames, then predicted ones"
+        names = [items[video].name for video, _ in drawn[: len(seen.shown)]]
+        path = config.out.with_suffix(".png")
+        contact_sheet(seen.shown, [f"{name} ({caption})" for name in names], path, columns=shape.frames, cell=160)
+        report["files"] = [str(path)]
+    write_json(config.out, report)
+    return report
+
+
+def frechet_record(
+    seen: Seen,
+    others: list[Tensor],
+    features: ClipFeatures,
+    protocol: Protocol,
+    generator: LarpGenerator,
+    tokenizer: LarpTokenizer,
+    config: PredictionConfig,
+) -> dict[str, Any]:
+    """The Frechet figure by the protocol, and beside it a table of what else lies how far from the same real clips."""
+    sides = {name: torch.cat(parts) for name, parts in seen.features.items()}
+    real = sides.pop("real")
+    floor = real_floor(torch.cat([real, *others]), len(real), config.seed)
+    names = {PREDICTION: "prediction, given frames pasted", "decoded": "prediction, all frames decoded"}
+    rows = {
+        name: frechet_row(names.get(name, name), real, side, config.repeats, config.seed, paired=True)
+        for name, side in sides.items()
+    }
+    checkpoints = {"generator": generator.weight_hash(), "tokenizer": tokenizer.weight_hash()}
+    table = [floor_row(floor), *(rows[name] for name in (RECONSTRUCTION, "decoded", PREDICTION, COPY, CODED_COPY))]
+    figure = rows["decoded"]
+    return result(protocol, figure["value"], figure["deviation"], floor, features, checkpoints, table=table)
+
+
+def describe(report: dict) -> str:
+    """The figures of a report as lines for a person."""
+    lines = ["frame  PSNR of: " + " | ".join(WAYS)]
+    for number, frame in enumerate(report["frame"]):
+        values = [report["per_frame"]["psnr"][way][number] for way in WAYS]
+        lines.append(f"{frame:>5}  " + "  ".join(f"{value:6.2f}" for value in values))
+    for name, means in report["mean"].items():
+        lines.append(f"mean {name.upper()}: " + ", ".join(f"{way} {means[way]:.4g}" for way in WAYS))
+    if "lpips" not in report["mean"]:
+        lines.append("LPIPS: no weights; " + lpips.REMEDY)
+    for way, gain in report["psnr_above"].items():
+        low, high = gain["interval_95"]
+        lines.append(
+            f"prediction above {way}: {gain['mean']:+.2f} dB [{low:+.2f}, {high:+.2f}], better for"
+            f" {gain['share_of_clips']:.1%} of {report['num_clips']} clips"
+        )
+    lines.append(f"the given frames as regenerated: {report['given_frames_regenerated_psnr']:.2f} dB")
+    lines.append(headline(report["frechet"]))
+    lines += [describe_row(row) for row in report["frechet"]["table"]]
+    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
+    return "\n".join([*lines, *report["files"]])
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
+    recipes = Path(__file__).resolve().parent / "recipes"
+    config, _ = parse(PredictionConfig, sys.argv[1:] if argv is None else argv, recipes, "k600_fvd.py")
+    report = evaluate(config)
+    print(describe(report))
+    print(config.out)
+    return report
+
+
+if __name__ == "__main__":
+    run_script("k600_fvd.py", main)

@@ -1,0 +1,132 @@
+"""The two sides of a figure of generation: real clips drawn from a data set, and clips made for their conditions.
+
+Shapes: B clips, T frames, H x W pixels, N codes of a clip, n clips in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from larp.data.clips import ClipShape, frames_to_clip
+from larp.data.datasets import VideoItem, VideoSet
+from larp.data.video import VideoError, count_frames, read_video
+from larp.generator import LarpGenerator, Task
+from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
+from larp.metrics.protocols import Window
+from larp.sampling import generate
+from larp.tokenizer import LarpTokenizer
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+_TASKS = {"class": "is conditional on classes", "frame-prediction": "predicts frames"}
+
+
+def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[str, str]]]:
+    """The readable videos in sorted path order, their numbers of frames, and (name, reason) of the unreadable ones."""
+    items, counts, skipped = [], [], []
+    ordered = sorted(videos.items, key=lambda item: item.name)
+    for item in tqdm(ordered, desc="counting frames", unit="video", delay=2):
+        try:
+            count = count_frames(item.path)
+        except VideoError as error:
+            skipped.append((item.name, str(error)))
+            continue
+        items.append(item)
+        counts.append(count)
+    return items, counts, skipped
+
+
+def real_clips(items: Sequence[VideoItem], windows: Sequence[Window], shape: ClipShape, batch: int) -> Iterator[Tensor]:
+    """The clips of `windows` in batches (b, 3, T, H, W); VideoError if a file is shorter than its header says."""
+    clips = []
+    for video, start in tqdm(windows, desc="real clips", unit="clip", delay=2):
+        frames, _ = read_video(items[video].path, start, shape.frames)
+        clips.append(frames_to_clip(frames, shape.height, shape.width))
+        if len(clips) == batch:
+            yield torch.stack(clips)
+            clips = []
+    if clips:
+        yield torch.stack(clips)
+
+
+def load_pair(
+    generator: str, tokenizer: str, task: Task, device: str, variant: str | None = None
+) -> tuple[LarpGenerator, LarpTokenizer]:
+    """Load a generator for `task` and the tokenizer whose codes it writes, in its variant, on the device.
+
+    ValueError (CheckpointError for the files) if the generator has another task or the two do not belong together.
+    """
+    codec = LarpTokenizer.from_pretrained(tokenizer, device=device, variant=variant)
+    writer = LarpGenerator.from_pretrained(generator, device=device)
+    if writer.config.task != task:
+        raise ValueError(f"--generator {generator} {_TASKS[writer.config.task]}; this needs one that {_TASKS[task]}")
+    writer.check_tokenizer(codec.num_tokens, codec.codebook_size, codec.weight_hash())
+    return writer, codec
+
+
+def class_numbers(generator: LarpGenerator, videos: VideoSet, labels: Sequence[int]) -> Tensor:
+    """The generator's class numbers (n,) for labels of the data set: by name where it stores names, else by position.
+
+    ValueError for a generator without classes, a class that it does not know, or another number of classes.
+    """
+    if generator.config.class_names:
+        return generator.class_labels([videos.classes[label] for label in labels])
+    if generator.config.num_classes != len(videos.classes):
+        raise ValueError(
+            f"the generator has {generator.config.num_classes} classes without names, {videos.spec} has "
+            f"{len(videos.classes)}: their numbers would not mean the same; use the data that it was trained on"
+        )
+    return generator.class_labels(list(labels))
+
+
+@torch.inference_mode()
+def generated_clips(
+    generator: LarpGenerator, tokenizer: LarpTokenizer, condition: Tensor, batch_size: int, **sampling: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
+
+    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling: further arguments of
+    `larp.sampling.generate`; a clip does not depend on the batch that it is made in.
+    """
+    with tqdm(total=len(condition), desc="generating", unit="clip", delay=2) as bar:
+        for first in range(0, len(condition), batch_size):
+            rows = condition[first : first + batch_size]
+            codes = generate(generator, rows, first_row=first, **sampling)
+            yield tokenizer.decode(codes), codes.cpu()
+            bar.update(len(rows))
+
+
+@torch.inference_mode()
+def reconstructed_clips(tokenizer: LarpTokenizer, clips: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of clips (b, 3, T, H, W) in [0, 1] as they came, and what the tokenizer makes of them, on its device."""
+    for clip in clips:
+        yield clip, tokenizer.decode(tokenizer.encode(clip.to(tokenizer.codebook.device)))
+
+
+def frechet_row(
+    name: str, real: Tensor, other: Tensor, repeats: int, seed: int, paired: bool = False
+) -> dict[str, Any]:
+    """A row of a table of Frechet distances from the same real features (n, D): of features `other` (n, D), by name.
+
+    repeats, seed, paired: as in `larp.metrics.frechet.bootstrap_deviation`.
+    """
+    return {
+        "clips": name,
+        "value": frechet_distance(Moments.of(real), Moments.of(other)),
+        "deviation": bootstrap_deviation(real, other, repeats, seed, paired),
+        "num_clips": len(other),
+    }
+
+
+def floor_row(floor: tuple[float, int]) -> dict[str, Any]:
+    """The row of the distance of real clips from other real clips, see `larp.metrics.frechet.real_floor`."""
+    return {"clips": "other real clips (the floor)", "value": floor[0], "deviation": None, "num_clips": floor[1]}
+
+
+def describe_row(row: dict[str, Any]) -> str:
+    """A row of a table of Frechet distances as a line for a person."""
+    spread = "" if row["deviation"] is None else f" ± {1.96 * row['deviation']:.2f}"
+    return f"  {row['clips']:<34} {row['value']:.2f}{spread} (N={row['num_clips']})"
