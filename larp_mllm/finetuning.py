@@ -1,7 +1,5 @@
 """What of the model is trained, and at which rate; assembled by training/train_mllm.py."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 from larp_mllm.modeling import LarpMllmForCausalLM
@@ -44,17 +42,3 @@ def optimizer(model: LarpMllmForCausalLM, adapter_lr: float, llm_lr: float, weig
         groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
         groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
-
-
-@contextmanager
-def whole(model: nn.Module, zero_stage: int) -> Iterator[None]:
-    """Inside, every rank holds all weights, also those that ZeRO stage 3 shards; changes are not kept. Collective."""
-    parameters = list(model.parameters())
-    sharded = zero_stage == 3
-    if sharded:
-        parameters[0].all_gather(param_list=parameters)
-    try:
-        yield
-    finally:
-        if sharded:
-            parameters[0].partition(param_list=parameters, has_been_updated=False)

@@ -34,12 +34,13 @@ from larp.engine.backend import (
 )
 from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.schedules import lr_factor
+from larp.engine.sharding import whole
 from larp.engine.state import load_state, open_run, save_state
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.bases import is_tiny, load_base
 from larp_mllm.collate import collate
 from larp_mllm.dataset import CaptionedVideos, Tasks, caption_phrases, evaluation_rows
-from larp_mllm.finetuning import TrainedPart, optimizer, prepare, whole
+from larp_mllm.finetuning import TrainedPart, optimizer, prepare
 from larp_mllm.generation import Mllm
 from larp_mllm.home import remember_newest
 from larp_mllm.modeling import LarpMllmForCausalLM

@@ -46,7 +46,9 @@ def test_the_averaged_weights_can_be_measured(tmp_path):
     LarpTokenizer.from_pretrained(folder).save_pretrained(folder, ema=averaged)
     options = ["--tokenizer", str(folder), "--data", "shapes:count=8,size=16", "--out", str(tmp_path / "x.json")]
     last, ema = (curve.main([*options, *more])["curve"] for more in ([], ["--variant", "ema"]))
-    assert len({p["psnr"] for p in last}) > 1 and len({p["psnr"] for p in ema}) == 1, "a head of zeros paints one colour"
+    assert len({p["psnr"] for p in last}) > 1 and len({p["psnr"] for p in ema}) == 1, (
+        "a head of zeros paints one colour"
+    )
 
 
 def test_mistakes_are_named(tmp_path):

@@ -112,7 +112,7 @@ def test_every_recipe_parses_as_its_script_reads_it(path: Path):
     name = path.stem
     if name.startswith("mllm-"):
         from training.train_mllm import TrainMllmConfig as Config
-    elif name.startswith("generator-") or name.endswith("-ar"):
+    elif name.startswith("generator-") or name.startswith("larp-l-long-ar"):
         Config = TrainGeneratorConfig
     else:
         Config = TrainTokenizerConfig

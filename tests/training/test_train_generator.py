@@ -2,22 +2,32 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from larp.config import from_dict, load_recipe
+from larp.data.batches import CachedCodes
 from larp.data.tokens import TokenCache
-from larp.engine.backend import EngineConfig
+from larp.data.video import probe
+from larp.engine.backend import EngineConfig, Ranks
 from larp.engine.optimizer import OptimizerConfig
-from larp.generator import SIZES, LarpGenerator
+from larp.generator import LarpGenerator
+from larp.metrics.prediction import predict_codes
 from larp.prior import PriorConfig
+from larp.samples import SamplingConfig
+from larp.sampling import generate
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
-from training.train_generator import RECIPES, SamplingConfig, TrainGeneratorConfig, main, train
+from training.train_generator import SHARED, TrainGeneratorConfig, main, open_data, train
 
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +164,155 @@ def test_frame_prediction_run(home, tmp_path):
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
 
 
-def test_class_dropout_shows_clips_of_no_class(home, tmp_path):
-    config = tiny_run(home, tmp_path, class_dropout=0.9, steps=2)
+def tuned(home: Path, out: Path, **changes) -> TrainGeneratorConfig:
+    """A frame prediction that drops conditions, without dropout of other kinds."""
+    caches = dict(tokens=home / "train-5", eval_tokens=home / "test-5", task="frame-prediction", dropout=0.0)
+    return tiny_run(home, out, **caches | dict(condition_dropout=0.5) | changes)
+
+
+def test_frame_prediction_that_drops_its_condition_can_be_guided(home, tmp_path):
+    train(tuned(home, tmp_path / "guided", sampling=SamplingConfig(clips=2)))
+    model = LarpGenerator.from_pretrained(tmp_path / "guided" / "model")
+    assert model.config.null_condition
+    given = TokenCache.open(home / "test-5").batch(torch.arange(4), "frame-prediction")[1]
+    fitting, none = generate(model, given, guidance=2.0, seed=1), generate(model, model.unconditional(given), seed=1)
+    assert not torch.equal(fitting, none)
+    train(tuned(home, tmp_path / "never", condition_dropout=None, steps=2))
+    assert not LarpGenerator.from_pretrained(tmp_path / "never" / "model").config.null_condition, "as published"
+
+
+def test_sheets_on_the_way_change_nothing_else(home, tmp_path):
+    plain = tiny_run(home, tmp_path / "plain")
+    train(plain)
+    train(dataclasses.replace(plain, out=tmp_path / "shown", sampling=SamplingConfig(every=2, clips=3)))
+    assert losses(tmp_path / "shown") == losses(tmp_path / "plain")
+    shown = sorted(path.name for path in (tmp_path / "shown/samples").glob("*.png"))
+    assert shown == ["sheet.png", "step-00000002.png", "step-00000004.png"]
+    sheets = [(tmp_path / "shown/samples" / name).read_bytes() for name in shown[1:]]
+    assert sheets[0] != sheets[1], "they show what the weights of their step make"
+    assert probe(next((tmp_path / "shown/samples").glob("*.mp4"))).fps == TokenCache.open(home / "test-0").frame_rate(0)
+
+
+def test_a_run_whose_tokenizer_is_gone_trains_without_samples(home, tmp_path, capsys):
+    for name in ("train-0", "test-0"):
+        shutil.copytree(home / name, tmp_path / name)
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        (tmp_path / name / "index.json").write_text(json.dumps(index | {"tokenizer": str(tmp_path / "gone")}))
+    caches = dict(tokens=tmp_path / "train-0", eval_tokens=tmp_path / "test-0")
+    report = train(tiny_run(home, tmp_path / "run", sampling=SamplingConfig(every=1, clips=2), **caches))
+    assert report["finished"] and report["samples"] is None and not (tmp_path / "run/samples").exists()
+    assert capsys.readouterr().out.count("no samples: ") == 1
+    report = train(
+        tiny_run(
+            home, tmp_path / "told", tokenizer=str(home / "tok"), steps=2, sampling=SamplingConfig(clips=2), **caches
+        )
+    )
+    assert report["samples"]
+
+
+def test_zero_stage_3_trains_validates_saves_and_resumes_like_stage_0(home, tmp_path):
+    options = dict(sampling=SamplingConfig(every=3, clips=2))
+    constant = OptimizerConfig("adamw", lr=1e-2, schedule="constant")
+    whole = tuned(home, tmp_path / "0", optimizer=constant, **options)
+    sharded = dataclasses.replace(whole, out=tmp_path / "3", engine=EngineConfig(zero_stage=3))
+    reports = [train(config) for config in (whole, sharded)]
+    for name in ("bits_per_token", "bits_per_clip", "top1", "parameters"):
+        assert reports[1][name] == pytest.approx(reports[0][name], rel=1e-4)
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "0"), rel=1e-4)
+    assert (tmp_path / "3/samples/step-00000003.png").exists() and (tmp_path / "3/samples/sheet.png").exists()
+    one, other = (LarpGenerator.from_pretrained(tmp_path / stage / "model").state_dict() for stage in "03")
+    assert all(torch.allclose(one[name], other[name], atol=1e-4) for name in one)
+    train(dataclasses.replace(sharded, out=tmp_path / "parts", steps=3))
+    train(dataclasses.replace(sharded, out=tmp_path / "parts", resume=True))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "3")
+
+
+def test_an_average_of_the_weights_lies_beside_them(home, tmp_path):
+    report = train(tiny_run(home, tmp_path, ema=0.5))
+    folder = tmp_path / "model"
+    last, averaged = (LarpGenerator.from_pretrained(folder, variant=variant) for variant in (None, "ema"))
+    assert last.weight_hash() != averaged.weight_hash()
+    held_out = TokenCache.open(home / "test-0")
+    for model, name in ((last, "bits_per_token"), (averaged, "ema_bits_per_token")):
+        assert predict_codes(model, held_out, "class", 8, Ranks())["bits_per_token"] == pytest.approx(report[name])
+
+
+def test_epochs_are_passes_over_the_clips(home, tmp_path):
+    clips = len(TokenCache.open(home / "train-0"))
+    assert train(tiny_run(home, tmp_path, steps=None, epochs=0.5))["steps"] == round(clips / 2 / 8)
+    assert TrainGeneratorConfig().in_steps(clips).steps == 1000
+
+
+def live_run(home: Path, out: Path, **changes) -> TrainGeneratorConfig:
+    made = dict(tokens=None, live=True, tokenizer=str(home / "tok"), data="shapes:count=48,size=16", dropout=0.0)
+    return tiny_run(home, out, **made | changes)
+
+
+def test_live_codes_are_those_of_a_cache(home, tmp_path, monkeypatch):
+    """The built-in videos are as long as a clip: there is one place in each."""
+    monkeypatch.setenv("LARP_DATA", str(home / "data"))
+    cache = TokenCache.open(home / "train-5")
+    for task, test in (("class", "test-0"), ("frame-prediction", "test-5")):
+        source, held_out, _ = open_data(live_run(home, tmp_path, task=task, eval_tokens=home / test), Ranks())
+        rows = CachedCodes(cache, task, len(cache), len(cache), 0, Ranks())
+        assert source.classes == rows.classes and len(source) == len(rows)
+        chosen = [batch for step in range(len(cache) // 8) for batch in source.step(step)]
+        assert [len(batch.codes) for batch in chosen] == [8] * (len(cache) // 8)
+        seen = {
+            (tuple(c.tolist()), tuple(k.flatten().tolist()))
+            for b in chosen
+            for c, k in zip(b.codes, b.condition, strict=True)
+        }
+        (whole,) = rows.step(0)
+        assert seen == {
+            (tuple(c.tolist()), tuple(k.flatten().tolist())) for c, k in zip(whole.codes, whole.condition, strict=True)
+        }
+        again = next(iter(source.step(1)))
+        assert torch.equal(again.codes, chosen[1].codes), "a step has the same clips whenever it comes"
+        assert all(held_out.key[name] == source.key[name] for name in SHARED)
+
+
+def test_live_run_trains_and_resumes(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("LARP_DATA", str(home / "data"))
+    constant = OptimizerConfig("adamw", lr=1e-2, schedule="constant")
+    config = live_run(home, tmp_path / "whole", optimizer=constant, flips=True)
+    report = train(config)
+    assert report["bits_per_token"] < 5 and report["clips"] == 48 and report["held_out_clips"] == 16
+    train(dataclasses.replace(config, out=tmp_path / "parts", steps=3, workers=0))
+    train(dataclasses.replace(config, out=tmp_path / "parts", resume=True))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"tokens.flips was True, is False"):
+        train(dataclasses.replace(config, flips=False, resume=True, steps=7))
+    with pytest.raises(ValueError, match=r"tokens.windows was one at a random place"):
+        train(dataclasses.replace(config, live=False, tokens=home / "train-0", resume=True, steps=7))
+
+
+@pytest.mark.slow
+def test_two_processes_with_sharded_weights_train_to_the_losses_of_one(home, tmp_path):
+    """ZeRO 3, with clips encoded on the fly, dropped conditions and sheets on the way."""
+    data = {"LARP_DATA": str(home / "data"), "OMP_NUM_THREADS": "1"}
+    options = ["--live", "--tokenizer", home / "tok", "--data", "shapes:count=48,size=16", "--task", "frame-prediction"]
+    options += ["--eval-tokens", home / "test-5", "--dropout", "0", "--condition-dropout", "0.5", "--steps", "4"]
+    options += ["--batch-size", "8", "--log-every", "1", "--sampling.every", "2", "--sampling.clips", "3"]
+    options += ["--optimizer.warmup", "0", "--optimizer.lr", "1e-2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LARP_DATA", data["LARP_DATA"])
+        one = main([str(word) for word in (*options, "--out", tmp_path / "one")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += [ROOT / "training/train_generator.py", *options, "--out", tmp_path / "two", "--engine.zero-stage", "3"]
+    done = subprocess.run([str(w) for w in command], env=os.environ | data, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    two = json.loads((tmp_path / "two/report.json").read_text())
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert two["bits_per_clip"] == pytest.approx(one["bits_per_clip"], rel=1e-4)
+    assert two["parameters"] == one["parameters"] and (tmp_path / "two/samples/step-00000002.png").exists()
+
+
+def test_condition_dropout_shows_clips_of_no_class(home, tmp_path):
+    config = tiny_run(home, tmp_path, condition_dropout=0.9, steps=2)
     train(config)
     before = LarpGenerator.from_pretrained(tmp_path / "model").cls_embedding.embedding_table.weight[-1]
-    train(dataclasses.replace(config, class_dropout=0.0, out=tmp_path / "never"))
+    train(dataclasses.replace(config, condition_dropout=0.0, out=tmp_path / "never"))
     after = LarpGenerator.from_pretrained(tmp_path / "never" / "model").cls_embedding.embedding_table.weight[-1]
     assert not torch.equal(before, after), "the row of no class learns only where classes are dropped"
 
@@ -181,8 +335,10 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     data = f"folder:{four_videos(home, tmp_path)}"
     extract(ExtractTokensConfig(tokenizer=str(home / "tok"), data=data, split="all", out=small))
     assert re.search(f"{small} holds 4 videos.*--eval-tokens DIR", message("--tokens", str(small)))
-    with pytest.raises(ValueError, match="zero_stage 3"):
-        tiny_run(home, tmp_path, engine=EngineConfig(zero_stage=3))
+    assert "--tokenizer and --data" in message("--live")
+    live = ["--live", "--tokenizer", str(home / "tok"), "--data", data]
+    assert "3 of 3 videos have no class" in message(*live)
+    assert "ema = 0.9 averages whole weights" in message("--tokens", tokens, "--ema", "0.9", "--engine.zero-stage", "3")
     with pytest.raises(ValueError, match="no such folder"):
         extract_main(["--tokenizer", str(tmp_path / "absent")])
     data = ["--data", f"folder:{tmp_path / 'four'}", "--split", "all"]
@@ -190,20 +346,25 @@ def test_mistakes_end_with_a_message(home, tmp_path):
         extract_main(["--tokenizer", str(home / "tok"), *data, "--out", str(home / "tok" / "config.json")])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(live=True, tokens=Path("cache")), "tokens is cache: leave one of them out"),
+        (dict(task="frame-prediction", sampling=SamplingConfig(guidance=2.0)), "give --condition-dropout 0.1"),
+        (dict(condition_dropout=0.0, sampling=SamplingConfig(guidance_final=2.0)), "give --condition-dropout 0.1"),
+        (dict(condition_dropout=1.0), "condition_dropout is 1.0"),
+        (dict(steps=3, epochs=2.0), "set one of them to None"),
+        (dict(epochs=0.0), "epochs is 0.0"),
+        (dict(steps=0), "steps is 0"),
+    ],
+)
+def test_options_that_do_not_go_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        TrainGeneratorConfig(**options)
+
+
 def test_data_without_classes_says_which_data_have_them(home, tmp_path):
     clips = home / "clips"
     clips.symlink_to(next((home / "data").rglob("*.mp4")).parent, target_is_directory=True)
     with pytest.raises(ValueError, match=r"have no class. Data with classes: ucf101:ROOT, shapes:"):
         train(TrainGeneratorConfig(tokenizer=str(home / "tok"), data=f"folder:{clips}", out=tmp_path))
-
-
-@pytest.mark.parametrize("name", ["generator-shapes32", "generator-ucf64", "larp-l-long-ar"])
-def test_recipes(name):
-    config = from_dict(TrainGeneratorConfig, load_recipe(name, RECIPES), name)
-    assert config.size in SIZES and config.steps > config.optimizer.warmup
-    if name == "larp-l-long-ar":
-        assert (
-            SIZES[config.size] == (30, 20, 1280)
-            and config.optimizer.lr == 6e-4
-            and config.optimizer.weight_decay == 0.05
-        )
