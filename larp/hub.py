@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+RUN_MODEL = "model"
+"""Where the folder of a training run keeps its model."""
 EMA = "ema"
 """The variant of a checkpoint that holds the averaged weights of its training."""
 
@@ -141,12 +143,16 @@ def changed(config) -> dict:
 
 
 def resolve(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
-    """Return the local folder of `path`: itself if it is one, else a snapshot of the hub repository of that name.
+    """Return the local folder of `path`: itself, or the model in it if it is that of a run, else a snapshot of the hub repository of
+    that name.
 
     Of a repository only the config and the weights of `variant` are fetched.
     """
-    if Path(path).is_dir():
-        return Path(path)
+    if (folder := Path(path)).is_dir():
+        inside = folder / RUN_MODEL
+        # config.json alone does not tell: the folder of a run has one, too.
+        is_run = not (folder / weights_file(variant)).is_file() and (inside / CONFIG).is_file()
+        return inside if is_run else folder
     name = str(path)
     looks_like_a_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
     if not looks_like_a_repository:

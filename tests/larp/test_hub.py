@@ -103,3 +103,14 @@ def test_the_hash_names_what_differs_from_the_defaults():
     first, same, other = small(0), small(0), small(0)
     other.config = replace(other.config, heads=1)
     assert first.weight_hash() == same.weight_hash() != other.weight_hash()
+
+
+def test_the_folder_of_a_run_stands_for_the_model_in_it(tmp_path):
+    model = small()
+    model.save_pretrained(tmp_path / "run/model", ema=small(1))
+    (tmp_path / "run/config.json").write_text('{"data": "shapes:"}')
+    assert Discriminator.from_pretrained(tmp_path / "run").weight_hash() == model.weight_hash()
+    assert Discriminator.from_pretrained(tmp_path / "run", variant="ema").weight_hash() == small(1).weight_hash()
+    (tmp_path / "run/model/model.ema.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors is missing"):
+        Discriminator.from_pretrained(tmp_path / "run", variant="ema")
