@@ -3,6 +3,7 @@
 Shapes: B batch, T frames, H, W pixels.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,8 +59,8 @@ class LossConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"loss.{name} must be at least 1, got {getattr(self, name)}")
         for name in ("l1", "l2", "lpips", "quantizer", "commitment", "prior", "gan", "lecam", "r1"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loss.{name} = {getattr(self, name)} is a weight: 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"loss.{name} = {getattr(self, name)} is a weight: 0 or more, and finite")
         if self.r1 and not self.gan:
             raise ValueError(
                 f"loss.r1 = {self.r1} regularises the discriminator, which loss.gan = 0 leaves out: set one of them"

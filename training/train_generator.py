@@ -160,7 +160,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         engine = make_generator_engine(config, model, len(source), ranks)
         check_wandb(config.wandb)
         # Last, so that a mistake in the options leaves no run folder behind.
-        saved = open_run(config.out, to_dict(config) | {"recipe": recipe}, config.resume)
+        saved = open_run(config.out, to_dict(config) | {"recipe": recipe}, config.resume, config.steps)
         best: dict[str, float] = {}
         if saved is not None:
             load_state({"generator": engine}, saved, identity(engine, source, held_out, config))

@@ -152,7 +152,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, ranks)
     model_key = model_identity(config, mllm)
     check_wandb(config.wandb)
-    state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume)
+    state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume, config.steps)
     if state is not None:
         load_state({"model": engine}, state, model_key)
     shown = ("video_bits", "video_accuracy", "text_nll")

@@ -5,6 +5,7 @@ One CPU process and many GPUs take the same path: the batch is global, and the r
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -98,16 +99,23 @@ class TrainTokenizerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "eval_every", "eval_clips", "save_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+        if not (0 <= self.mix_peak <= 1 and 0 < self.mix_ramp <= 1):
+            raise ValueError(
+                f"mix_peak = {self.mix_peak} is a share in [0, 1], mix_ramp = {self.mix_ramp} a share of the run in (0, 1]"
+            )
         if not 0 <= self.continuous < 1:
             raise ValueError(f"continuous = {self.continuous} is a share of the run, 0 up to less than 1")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(
                 f"steps = {self.steps} and epochs = {self.epochs} are both given: set one of them to None, such as --steps None"
             )
-        if min(self.steps or 1, self.log_every, self.eval_every, self.save_every) < 1 or self.steps == 0:
-            raise ValueError("steps, log_every, eval_every and save_every must be at least 1")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs = {self.epochs} must be positive")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs = {self.epochs} must be positive and finite")
         if not 0 < self.prefix_share <= 1 or not 1 <= self.prefix_shortest <= self.model.num_tokens:
             raise ValueError(
                 f"prefix_share = {self.prefix_share} must lie in (0, 1], and prefix_shortest = {self.prefix_shortest} in "
@@ -115,15 +123,25 @@ class TrainTokenizerConfig:
             )
         if self.temperature_start is not None and not self.model.stochastic:
             raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
-        if self.temperature_start is not None and (self.temperature_start <= 0 or not 0 < self.temperature_ramp <= 1):
+        start = self.temperature_start
+        if start is not None and not (0 < start < math.inf and 0 < self.temperature_ramp <= 1):
             raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
 
     def in_steps(self, videos: int) -> TrainTokenizerConfig:
         """The same config with the length of the run in steps, for a training set of so many videos."""
-        if self.steps is not None:
-            return self
-        steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+        steps = self.steps
+        if steps is None:
+            steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+        if self.continuous and not round(self.continuous * steps):
+            raise ValueError(
+                f"continuous = {self.continuous} of {steps} steps is less than one: train longer, or set it to 0"
+            )
         return replace(self, steps=steps, epochs=None)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether codes are ever given new places."""
+        return bool(self.reset_codes_every or self.continuous)
 
     @property
     def quantized_from(self) -> int:
@@ -180,7 +198,7 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
         )  # fmt: skip
         adversary = Adversary(judge, config.loss)
     perceptual = load_lpips().to(ranks.device) if config.loss.lpips > 0 else None
-    keeper = CodebookKeeper(c.codebook_size) if config.reset_codes_every or config.continuous else None
+    keeper = CodebookKeeper(c.codebook_size) if config.keeps_codes else None
     counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
     watch = Watch.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else Watch()
     return Trainer(config, ranks, engine, adversary, perceptual, watch, keeper, counts)
@@ -191,7 +209,7 @@ def load_lpips() -> lpips.Lpips:
     try:
         return lpips.Lpips.load()
     except WeightsMissing as error:
-        raise WeightsMissing(f"{error} Or train without LPIPS: --loss.lpips 0") from error
+        raise WeightsMissing(f"{error}; or train without LPIPS: --loss.lpips 0") from error
 
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
@@ -290,7 +308,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         train, shape, config.batch_size, micro, config.seed, ranks.rank, ranks.world_size, flip=config.flip,
         workers=0 if config.in_memory else config.workers, in_memory=config.in_memory,
     )  # fmt: skip
-    saved = state.open_run(config.out, to_dict(config), config.resume)
+    saved = state.open_run(config.out, to_dict(config), config.resume, config.steps)
     if saved is not None:
         state.load_state(trainer.engines, saved, identity(config))
         loader.load_state_dict(saved.loader_state)
@@ -357,8 +375,14 @@ def identity(config: TrainTokenizerConfig) -> dict:
     """What must be the same when a run is resumed."""
     adversary = to_dict(config.adversary) if config.loss.gan > 0 else {}
     # The optimizer's parameter groups, and with them its state, are others where the prior has a rate of its own.
-    own_rate = {"optimizer": {"prior_lr": "the prior's own"}} if config.optimizer.prior_lr is not None else {}
-    return {"model": to_dict(config.model), "adversary": {k: v for k, v in adversary.items() if k != "lr"}, **own_rate}
+    own_rate = {"prior_lr": "the prior's own"} if config.optimizer.prior_lr is not None else {}
+    return {
+        "model": to_dict(config.model),
+        "adversary": {k: v for k, v in adversary.items() if k != "lr"},
+        "optimizer": {"name": config.optimizer.name, **own_rate},
+        # What it has counted since the start cannot be made up for.
+        "keeps_codes": config.keeps_codes,
+    }
 
 
 def keep_extra(trainer: Trainer) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,8 +45,8 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "matrix_lr", "prior_lr"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"optimizer.{name} = {getattr(self, name)} must be positive")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"optimizer.{name} = {value} must be positive and finite")
         if self.warmup_epochs is not None and self.warmup:
             raise ValueError(
                 f"optimizer.warmup = {self.warmup} (steps) and optimizer.warmup_epochs = {self.warmup_epochs} are both given: "

@@ -14,13 +14,14 @@ Reading a checkpoint unpickles (deepspeed offers nothing else): resume only runs
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from larp.engine import backend
 from larp.engine.backend import Engine
@@ -32,6 +33,7 @@ CONFIG_FILE = "config.json"
 _STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"
 _UNIVERSAL = "-universal"
 _AVERAGE = ".ema.pt"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,25 @@ def check_folder(folder: Path | str, resume: bool) -> None:
         )
 
 
-def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool) -> SavedState | None:
+def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool, steps: int) -> SavedState | None:
     """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
 
     Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
     that of a resumed one beside it as config.resumed.json, saying which options changed. Collective. Call it when
-    nothing else can fail for a mistake of the user. Raises ValueError as `check_folder` does.
+    nothing else can fail for a mistake of the user. Raises ValueError as `check_folder` does, if another process trains in
+    the folder, and if the checkpoint lies beyond `steps`, the length of the run.
     """
     folder = Path(folder)
     check_folder(folder, resume)
+    _lock(folder)
+    # Again: another run may have begun, and ended, since.
+    check_folder(folder, resume)
+    state = newest_state(folder) if resume else None
+    if state is not None and state.step > steps:
+        raise ValueError(
+            f"{folder} is at step {state.step} already, beyond the {steps} steps asked for: give more steps, or train anew in "
+            "another folder"
+        )
     if backend.current_ranks().is_main:
         folder.mkdir(parents=True, exist_ok=True)
         first = folder / CONFIG_FILE
@@ -80,10 +92,36 @@ def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool) -> Sav
             _say_changes(json.loads(first.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
         write_json(folder / ("config.resumed.json" if first.exists() else CONFIG_FILE), dict(config))
     backend.barrier()
-    state = newest_state(folder) if resume else None
     if resume and backend.current_ranks().is_main:
         print(f"going on from step {state.step}" if state else f"{folder} has no whole checkpoint: starting at step 0")
     return state
+
+
+# Open files whose locks this process holds, by folder: the system gives them back when the process ends, however it ends.
+_locks: dict[Path, IO] = {}
+
+
+def _lock(folder: Path) -> None:
+    """Make the folder this process's own on the main rank; ValueError on all if another process trains in it. Collective."""
+    taken = False
+    if backend.current_ranks().is_main and (place := folder.resolve()) not in _locks:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / _LOCK, "a")  # noqa: SIM115 - held while the process lives
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            taken = True
+            file.close()
+        except OSError:
+            # A file system without locks: nothing is promised there.
+            file.close()
+        else:
+            _locks[place] = file
+    if backend.broadcast_object(taken):
+        raise ValueError(
+            f"another process trains in {folder} now: wait until it ends, or choose another folder with --out "
+            "(nothing was changed)"
+        )
 
 
 def _say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -127,6 +127,13 @@ def test_resuming_says_what_changed_and_refuses_another_discriminator(recipe, tm
     assert "steps was 3, is 4" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"adversary\.hidden was 16, is 32"):
         main([*options, "--steps", "6", "--resume", "--adversary.hidden", "32"])
+    for changed, words in (
+        (["--optimizer.name", "adamw"], r"optimizer\.name was muon, is adamw"),
+        (["--continuous", "0", "--reset-codes-every", "0"], "keeps_codes was True, is False"),
+        (["--steps", "3"], "at step 4 already, beyond the 3 steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            main([*options, "--steps", "6", "--resume", *changed])
     main([*options[:-1], str(tmp_path / "new"), "--steps", "2", "--resume"])
     assert "no whole checkpoint: starting at step 0" in capsys.readouterr().out
 
@@ -338,6 +345,17 @@ def test_real_clips_train(recipe, tmp_path, clips_root):
         ),
         (["--engine.zero-stage", "1", "--reset-codes-every", "0"], ValueError, "muon"),
         (["--prefix-share", "0"], SystemExit, "2"),
+        (["--eval-clips", "0"], SystemExit, "2"),
+        (["--batch-size", "0"], SystemExit, "2"),
+        (["--workers", "-1"], SystemExit, "2"),
+        (["--mix-peak", "2"], SystemExit, "2"),
+        (["--mix-ramp", "-1"], SystemExit, "2"),
+        (["--steps", "None", "--epochs", "inf"], SystemExit, "2"),
+        (["--steps", "None", "--epochs", "nan"], SystemExit, "2"),
+        (["--temperature-start", "nan"], SystemExit, "2"),
+        (["--loss.l2", "nan"], SystemExit, "2"),
+        (["--optimizer.lr", "inf"], SystemExit, "2"),
+        (["--steps", "1"], ValueError, r"continuous = 0\.34 of 1 steps"),
         (["--temperature-start", "0.1", "--model.no-stochastic"], SystemExit, "2"),
         (["--recipe", "tokenizer-shape32"], ConfigError, "tokenizer-shapes32"),
     ],

@@ -275,7 +275,7 @@ ranks = backend.start(0)
 module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
 optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
 engine = make_engine(module, optimizer, lambda step: 1.0, EngineConfig(zero_stage=stage), 8, ranks)
-state = open_run(out, {}, resume)
+state = open_run(out, {}, resume, 99)
 if state:
     load_state({"model": engine}, state)
 losses = []

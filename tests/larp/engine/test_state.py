@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 from larp.engine.backend import EngineConfig
 from larp.engine.state import SavedState, load_state, newest_state, open_run, save_state
@@ -85,17 +87,17 @@ def test_saving_the_same_step_again_replaces_it(new_engine, train, tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(ranks, tmp_path):
-    assert open_run(tmp_path / "run", {"steps": 3}, resume=False) is None
+    assert open_run(tmp_path / "run", {"steps": 3}, resume=False, steps=9) is None
     with pytest.raises(ValueError, match=r"run holds a run already.*--resume.*--out"):
-        open_run(tmp_path / "run", {"steps": 4}, resume=False)
+        open_run(tmp_path / "run", {"steps": 4}, resume=False, steps=9)
     assert json.loads((tmp_path / "run/config.json").read_text()) == {"steps": 3}
-    assert open_run(tmp_path / "run", {"steps": 4}, resume=True) is None
+    assert open_run(tmp_path / "run", {"steps": 4}, resume=True, steps=9) is None
     assert json.loads((tmp_path / "run/config.json").read_text()) == {"steps": 3}
     assert json.loads((tmp_path / "run/config.resumed.json").read_text()) == {"steps": 4}
 
 
 def test_resuming_an_unstarted_run_starts_it(ranks, tmp_path):
-    assert open_run(tmp_path / "run", {}, resume=True) is None
+    assert open_run(tmp_path / "run", {}, resume=True, steps=9) is None
     assert (tmp_path / "run/config.json").exists()
 
 
@@ -130,3 +132,22 @@ def test_at_stage_0_another_number_of_ranks_goes_on(new_engine, train, tmp_path)
 def test_a_missing_checkpoint_is_named(new_engine, tmp_path):
     with pytest.raises(ValueError, match=f"no checkpoint of the critic in {tmp_path}"):
         new_engine(name="critic").load(tmp_path)
+
+
+def test_a_folder_serves_one_process_at_a_time(ranks, tmp_path):
+    (tmp_path / "run").mkdir()
+    hold = "import fcntl, time; f = open('run/.lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=r"another process trains in .*--out"):
+            open_run(tmp_path / "run", {}, resume=False, steps=9)
+        other.kill()
+    open_run(tmp_path / "run", {}, resume=False, steps=9)
+    open_run(tmp_path / "run", {}, resume=True, steps=9)
+
+
+def test_a_run_is_not_resumed_beyond_its_end(new_engine, tmp_path):
+    save_state({"model": new_engine()}, tmp_path, 12, {}, {})
+    with pytest.raises(ValueError, match="at step 12 already, beyond the 10 steps"):
+        open_run(tmp_path, {}, resume=True, steps=10)
+    assert open_run(tmp_path, {}, resume=True, steps=12).step == 12
