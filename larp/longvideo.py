@@ -27,6 +27,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+# In dB. Batches round otherwise, so a window must be found this far above the target to be above it when it is written.
+_ROUNDING = 1e-3
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -37,7 +40,8 @@ class Encoding:
     num_tokens: int | None = None
     """Codes of each window, for a nested tokenizer; by default all N."""
     target_psnr: float | None = None
-    """For a nested tokenizer: each window gets the fewest codes that give it back at this PSNR in dB, N at most."""
+    """For a nested tokenizer: each window gets the fewest codes that give it back at this PSNR in dB, N at most. Neither
+    bars nor what completes the last window count."""
     batch_size: int = 8
     """Windows at a time."""
 
@@ -202,15 +206,16 @@ class Source:
             fitted = (self.fitting.apply(frame[None])[0] for frame in iter_frames(self.path))
             for windows in _batched(cut_windows(fitted, length), self.encoding.batch_size):
                 pixels, kept = np.stack([frames for frames, _ in windows]), [count for _, count in windows]
-                yield Batch(pixels, kept, self._encode(pixels))
+                yield Batch(pixels, kept, self._encode(pixels, kept))
                 bar.update(sum(kept))
 
-    def _encode(self, pixels: np.ndarray) -> list[Tensor]:
+    def _encode(self, pixels: np.ndarray, kept: list[int]) -> list[Tensor]:
         clip = torch.stack([pixels_to_clip(frames) for frames in pixels]).to(self.tokenizer.codebook.device)
         codes = self.tokenizer.encode(clip, self.encoding.num_tokens)
         lengths = torch.full((len(codes),), codes.shape[1])
         if self.encoding.target_psnr is not None:
-            lengths = self.tokenizer.shortest_prefix(clip, codes, self.encoding.target_psnr)
+            region = self.fitting.region
+            lengths = shortest_prefixes(self.tokenizer, clip, codes, self.encoding.target_psnr, region, kept)
         return [row[:length].cpu() for row, length in zip(codes, lengths.tolist(), strict=True)]
 
     def header(self, frames: int, name: str, variant: str | None) -> TokenHeader:
@@ -247,6 +252,35 @@ def decode_windows(tokenizer: LarpTokenizer, windows: Sequence[Tensor]) -> Tenso
     return torch.cat([tokenizer.decode(torch.stack(list(alike))) for _, alike in groupby(windows, key=len)])
 
 
+@torch.inference_mode()
+def shortest_prefixes(
+    tokenizer: LarpTokenizer,
+    clips: Tensor,
+    codes: Tensor,
+    target_psnr: float,
+    region: tuple[slice, slice],
+    kept: Sequence[int],
+) -> Tensor:
+    """Return how many of its codes (B, N) each window (B, 3, T, H, W) needs for `target_psnr` dB: (B,) int64.
+
+    As `LarpTokenizer.shortest_prefix`, but only the rows and columns of `region` and the first `kept` (B,) frames
+    count. However the PSNR goes up and down with the codes, a length below N is one that was seen to reach the target.
+    """
+    latents, counts = tokenizer.quantizer.lookup(codes), torch.tensor(kept, device=codes.device)
+    real = torch.arange(clips.shape[2], device=codes.device) < counts[:, None]
+    low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
+    high = torch.full_like(low, codes.shape[1])
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        again = tokenizer.render(tokenizer.mask(latents, middle)).float().clamp(0, 1)
+        errors = (clips[..., *region].float() - again[..., *region]).square().mean((1, 3, 4))
+        error = torch.where(real, errors, 0).sum(1) / counts
+        reached = -10 * error.clamp(min=1e-10).log10() >= target_psnr + _ROUNDING
+        high = torch.where(reached, middle, high)
+        low = torch.where(reached, low, torch.minimum(middle + 1, high))
+    return high
+
+
 @dataclass
 class _Tally:
     """Sums over a video."""
@@ -257,22 +291,21 @@ class _Tally:
     windows: int = 0
     codes: int = 0
     missed: int = 0
-    """Windows that all N codes do not bring to the target."""
+    """Windows under the target."""
 
     def add(self, source: Source, clip: Tensor, again: Tensor, codes: int) -> None:
-        top, left, height, width = source.fitting.picture
-        seen = (..., slice(top, top + height), slice(left, left + width))
+        seen = (..., *source.fitting.region)
         error, values = (clip[seen].double() - again[seen].double()).square().sum().item(), clip[seen].numel()
         target = source.encoding.target_psnr
-        self.missed += target is not None and codes == source.tokenizer.num_tokens and _psnr(error, values) < target
+        self.missed += target is not None and _psnr(error, values) < target
         self.error, self.values, self.frames = self.error + error, self.values + values, self.frames + clip.shape[1]
         self.windows, self.codes = self.windows + 1, self.codes + codes
 
     def report(self, source: Source, size: tuple[int, int], notes: tuple[str, ...]) -> Report:
         bits = self.codes * math.log2(source.tokenizer.codebook_size)
-        short = [f"{self.missed} of {self.windows} windows stay under the target with all their codes"] * (
-            self.missed > 0
-        )
+        if self.missed:
+            target = source.encoding.target_psnr
+            notes = (*notes, f"{self.missed} of {self.windows} windows stay under the target of {target:g} dB")
         return Report(
             frames=self.frames,
             fps=source.info.fps,
@@ -284,7 +317,7 @@ class _Tally:
             bits_per_pixel=bits / (self.values / 3),
             tokens_per_second=self.codes * source.info.fps / self.frames,
             psnr=_psnr(self.error, self.values),
-            notes=(*notes, *short),
+            notes=notes,
         )
 
 

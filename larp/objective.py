@@ -52,7 +52,7 @@ class LossConfig:
     r1: float = 0.0
     """Of the R1 regularisation of the discriminator; 0 is off (published). It takes several times an update's memory."""
     r1_every: int = 16
-    """R1 is computed at every so manieth update of the discriminator, with so many times its weight."""
+    """R1 is computed once in so many updates of the discriminator, with so many times its weight."""
 
     def __post_init__(self) -> None:
         for name in ("gan_every", "r1_every"):

@@ -5,6 +5,7 @@ which open other files, are refused), the picture size is checked before a frame
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,11 +64,24 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
                 yield container, stream
     except VideoError:
         raise
-    except FileNotFoundError:
-        raise VideoError(f"{path}: no such file") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise VideoError(_not_there(path, error)) from None
     except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{path}: cannot be decoded: {reason}") from error
+
+
+def _not_there(path: str | Path, error: OSError) -> str:
+    """What to say of a name that is no file."""
+    if str(path) in ("", "."):  # a Path of nothing is the current folder
+        return f"no video was named ({str(path)!r}): give the name of a video file"
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: is a folder: give the name of a video file in it"
+    # pathlib makes one slash of two; a single letter before the colon is a drive.
+    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path)):
+        address = f"{url[1]}://{str(path)[url.end() :]}"
+        return f"{address}: URLs are not opened: download the video, and give the name of the file"
+    return f"{path}: no such file"
 
 
 def _container_format(path: str | Path, head: bytes) -> str:

@@ -52,6 +52,12 @@ class Fitting:
         return (height - new[0]) // 2, (width - new[1]) // 2, *new
 
     @property
+    def region(self) -> tuple[slice, slice]:
+        """Rows and columns of the frame that hold the picture."""
+        top, left, height, width = self.picture
+        return slice(top, top + height), slice(left, left + width)
+
+    @property
     def kept(self) -> Size:
         """Height and width of the part of the source that the frame shows, in pixels of the source."""
         if self.fit != "crop":
@@ -74,5 +80,4 @@ class Fitting:
 
     def cut(self, frames: np.ndarray) -> np.ndarray:
         """Frames (..., H, W, C) without bars."""
-        top, left, height, width = self.picture
-        return frames[..., top : top + height, left : left + width, :]
+        return frames[..., *self.region, :]

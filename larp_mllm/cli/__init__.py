@@ -5,7 +5,10 @@ the parsed arguments. What a command does lives in the libraries; they are impor
 """
 
 import argparse
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from larp_mllm.cli import describe, detokenize, doctor, generate, reconstruct, sample, tokenize
 
@@ -27,15 +30,42 @@ trained on this machine. `make quickstart` trains a small one in minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2."""
+    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2.
+
+    Ctrl-C and SIGTERM end it with a message too, codes 130 and 143, and nothing half-written stays behind.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
     try:
-        arguments.run(arguments)
+        with _sigterm_raised():
+            arguments.run(arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"larp-mllm: {error}\n")
+    except _Terminated:
+        parser.exit(143, "larp-mllm: stopped\n")
     except KeyboardInterrupt:
         parser.exit(130, "larp-mllm: stopped\n")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, on the way out as Ctrl-C is."""
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Raise _Terminated in the block at SIGTERM. Does nothing outside the main thread, where Python allows no handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_) -> None:
+        raise _Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the report; status 1 for errors in it."""
     from larp.data.doctor import examine
 
+    if arguments.lines < 0:
+        raise ValueError(f"--lines is {arguments.lines}; it must be at least 1, or 0 for all")
     report = examine(
         arguments.data,
         frames=arguments.frames,

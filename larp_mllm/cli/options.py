@@ -65,8 +65,8 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-psnr",
         type=float,
-        help="the fewest codes for each window that give it back at so many dB, for a tokenizer trained with "
-        "--model.nested",
+        help="the fewest codes for each window that give it back at so many dB, neither bars nor what completes the last "
+        "window counted, and all where that is out of reach; for a tokenizer trained with --model.nested",
     )
 
 
@@ -106,9 +106,11 @@ def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
 def check_movie(path: Path) -> None:
     """ValueError unless a video (no still picture) can be written under this name, and there."""
     from larp.engine.log import check_writable
-    from larp_mllm.video import check_suffix
+    from larp_mllm.video import SUFFIXES
 
-    check_suffix(path)
-    if path.suffix.lower() == ".png":
-        raise ValueError(f"{path}: a .png holds no video; choose .mp4 or .gif")
+    movies = [suffix for suffix in SUFFIXES if suffix != ".png"]
+    if path.suffix.lower() not in movies:
+        still = path.suffix.lower() == ".png"
+        reason = "a .png holds no video" if still else f"no video can be written with the suffix {path.suffix!r}"
+        raise ValueError(f"{path}: {reason}; choose one of {', '.join(movies)}")
     check_writable(path)

@@ -40,3 +40,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {size} bytes, {len(video.codes)} codes of {header.codebook_size} "
         f"({header.windows} x {header.num_frames} frames)"
     )
+    full = int((video.lengths == header.num_tokens).sum())
+    if encoding.target_psnr is not None and full:
+        print(
+            f"note: {full} of {header.windows} windows took all their codes, and may stay under the target of "
+            f"{encoding.target_psnr:g} dB: larp-mllm reconstruct tells"
+        )

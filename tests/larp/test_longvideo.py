@@ -10,7 +10,14 @@ from larp.data.clips import clip_to_frames, frames_to_clip
 from larp.data.container import VideoError
 from larp.data.token_file import TokenFileError, TokenizedVideo
 from larp.data.video import iter_frames, probe, read_video, write_video
-from larp.longvideo import Encoding, cut_windows, detokenize_video, reconstruct_video, tokenize_video
+from larp.longvideo import (
+    Encoding,
+    cut_windows,
+    detokenize_video,
+    reconstruct_video,
+    shortest_prefixes,
+    tokenize_video,
+)
 from larp.metrics.frames import psnr
 from larp.tokenizer import LarpTokenizer
 from tests.larp.data.odd_videos import sound_of, write_with_sound
@@ -147,7 +154,7 @@ def test_a_target_gives_each_window_its_own_length(tmp_path):
     detokenize_video(again, black, tmp_path / "b.mp4")
     assert probe(tmp_path / "b.mp4").frames == 12
     report = reconstruct_video(tmp_path / "a.mp4", tmp_path / "b.mp4", black, Encoding(target_psnr=30.0))
-    assert report.codes == 13 and report.notes == ("2 of 3 windows stay under the target with all their codes",)
+    assert report.codes == 13 and report.notes == ("2 of 3 windows stay under the target of 30 dB",)
     assert reconstruct_video(tmp_path / "a.mp4", tmp_path / "b.mp4", black, Encoding(target_psnr=2.0)).notes == ()
     with pytest.raises(ValueError, match=r"not both"):
         Encoding(num_tokens=2, target_psnr=30.0)
@@ -156,6 +163,52 @@ def test_a_target_gives_each_window_its_own_length(tmp_path):
     for nonsense in (-1.0, math.nan):
         with pytest.raises(ValueError, match=r"target_psnr is in dB and positive"):
             tokenize_video(tmp_path / "a.mp4", black, Encoding(target_psnr=nonsense))
+
+
+@pytest.mark.parametrize("fit, frames, gain", [("pad", 4, 2.0), ("crop", 6, 5.2)])
+def test_neither_bars_nor_repeated_frames_help_to_a_target(tmp_path, fit, frames, gain):
+    torch.manual_seed(0)
+    black = LarpTokenizer(tiny(nested=True)).eval()  # untrained: so black that bars and black frames are perfect
+    video = noise(frames)
+    video[5:] = 0  # with 6 frames the last window is a noisy frame and three black ones, two of them repeated
+    write_video(tmp_path / "a.mp4", video, 10)
+    real = reconstruct_video(tmp_path / "a.mp4", tmp_path / "b.mp4", black, Encoding(fit, num_tokens=6)).psnr
+    windows = -(-frames // 4)
+    target = real + 0.8 * gain
+    above = reconstruct_video(tmp_path / "a.mp4", tmp_path / "b.mp4", black, Encoding(fit, target_psnr=target))
+    assert above.codes == 6 * windows
+    assert above.notes == (f"{windows} of {windows} windows stay under the target of {target:g} dB",)
+    below = reconstruct_video(tmp_path / "a.mp4", tmp_path / "b.mp4", black, Encoding(fit, target_psnr=real - 1.5))
+    assert below.codes == windows and below.notes == () and below.psnr >= real - 1.5
+
+
+class Curve:
+    """A tokenizer whose windows come back with the errors of a curve in their second row; all else is far off."""
+
+    def __init__(self, errors: torch.Tensor):
+        self.errors, self.quantizer = errors, self
+
+    def lookup(self, codes):
+        return codes
+
+    def mask(self, codes, keep):
+        return self.errors.gather(1, keep[:, None] - 1)
+
+    def render(self, errors):
+        again = torch.ones(len(errors), 3, 4, 2, 8)
+        again[:, :, :3, 1] = errors[:, :, None, None]
+        return again
+
+
+def test_a_length_below_all_reaches_the_target_whatever_the_curve():
+    errors = torch.rand(200, 9, generator=torch.Generator().manual_seed(0))
+    errors[100:] = errors[100:].sort(dim=1, descending=True).values
+    clips, codes = torch.zeros(200, 3, 4, 2, 8), torch.zeros(200, 9, dtype=torch.int64)
+    found = shortest_prefixes(Curve(errors), clips, codes, 6.0, (slice(1, 2), slice(None)), [3] * 200)
+    reached = -20 * errors.log10() >= 6.0
+    assert all(reached[row, n - 1] for row, n in enumerate(found.tolist()) if n < 9)
+    fewest = torch.where(reached.any(dim=1), reached.int().argmax(dim=1) + 1, 9)
+    assert torch.equal(found[100:], fewest[100:]) and len(found[100:].unique()) > 4
 
 
 def test_a_long_video_is_never_held_in_memory(model, clip, tmp_path, monkeypatch):

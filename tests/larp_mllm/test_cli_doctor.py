@@ -52,3 +52,6 @@ def test_a_mistake_is_one_line_and_status_2(folder, capsys):
     said = capsys.readouterr().err
     assert said.startswith("larp-mllm: data spec") and said.count("\n") == 1
     assert status("--data", str(folder), "--workers", "0") == 2
+    capsys.readouterr()
+    assert status("--data", str(folder), "--lines", "-1") == 2
+    assert "--lines is -1" in capsys.readouterr().err

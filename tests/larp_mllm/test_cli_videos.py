@@ -1,5 +1,6 @@
 """reconstruct, tokenize, detokenize: whole videos on the command line."""
 
+import os
 import re
 import signal
 import subprocess
@@ -60,7 +61,10 @@ def test_options_reach_the_tokenizer(folder, capsys):
     video = TokenizedVideo.load("a.larp")
     assert len(video.codes) == 6 and video.header.fit == "pad" and video.header.tokenizer == "t"
     main(["tokenize", "clip.mp4", "-o", "a.larp", "--tokenizer", "t", "--target-psnr", "1"])
-    assert len(TokenizedVideo.load("a.larp").codes) == 3
+    assert len(TokenizedVideo.load("a.larp").codes) == 3 and "note" not in capsys.readouterr().out
+    main(["tokenize", "clip.mp4", "-o", "b.larp", "--tokenizer", "t", "--target-psnr", "60"])
+    said = capsys.readouterr().out
+    assert "note: 3 of 3 windows took all their codes, and may stay under the target of 60 dB" in said
     main(["detokenize", "a.larp", "-o", "a.mp4", "--tokenizer", "t", "--original-size", "--batch-size", "1"])
     assert (probe("a.mp4").height, probe("a.mp4").width) == (20, 30)
     main(["reconstruct", "clip.mp4", "-o", "a.mp4", "--tokenizer", "t", "--original-size", "--fit", "stretch"])
@@ -125,7 +129,13 @@ def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys)
     "command, source, out, words",
     [
         ("reconstruct", "clip.mp4", "x.webm", "suffix '.webm'; choose one of .mp4"),
-        ("reconstruct", "clip.mp4", "x.png", "a .png holds no video"),
+        ("reconstruct", "clip.mp4", "x.webm", ".3gp, .gif\n"),
+        ("detokenize", "clip.larp", "x.webm", ".3gp, .gif\n"),
+        ("reconstruct", "clip.mp4", "x.png", "a .png holds no video; choose one of .mp4"),
+        ("reconstruct", "", "x.mp4", "larp-mllm: no video was named"),
+        ("reconstruct", "t", "x.mp4", "larp-mllm: t: is a folder"),
+        ("tokenize", "", "x.larp", "larp-mllm: no video was named"),
+        ("tokenize", "http://example.com/a.mp4", "x.larp", "http://example.com/a.mp4: URLs are not opened"),
         ("reconstruct", "clip.mp4", "clip.mp4", "clip.mp4 is the video itself"),
         ("reconstruct", "clip.mp4", "/proc/x.mp4", "/proc takes no files"),
         ("reconstruct", "clip.mp4", "t", "suffix ''"),
@@ -170,6 +180,17 @@ def test_bad_options_are_named(folder, capsys, options, words):
     assert not Path("x.mp4").exists()
 
 
+@pytest.mark.parametrize("size", ["0", "-3"])
+@pytest.mark.parametrize(
+    "command", ["reconstruct clip.mp4 -o x.mp4", "tokenize clip.mp4 -o x.larp", "detokenize clip.larp -o x.mp4"]
+)
+def test_a_batch_has_a_window_at_least(folder, capsys, command, size):
+    main(["tokenize", "clip.mp4", "-o", "clip.larp", "--tokenizer", "t"])
+    before = sorted(folder.rglob("*"))
+    said = refused(capsys, *command.split(), "--tokenizer", "t", "--batch-size", size)
+    assert f"batch_size must be at least 1, got {size}" in said and sorted(folder.rglob("*")) == before
+
+
 def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsys):
     before = sorted(folder.rglob("*"))
     for command, out in (("reconstruct", "x.mp4"), ("tokenize", "x.larp")):
@@ -178,7 +199,31 @@ def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsy
     assert sorted(folder.rglob("*")) == before
 
 
-def test_ctrl_c_leaves_nothing_under_the_name(folder):
+@pytest.mark.parametrize("command", ["reconstruct clip.mp4 -o x.mp4", "tokenize clip.mp4 -o x.larp",
+                                     "detokenize clip.larp -o x.mp4"])  # fmt: skip
+def test_sigterm_ends_every_command_and_leaves_nothing(folder, monkeypatch, capsys, command):
+    main(["tokenize", "clip.mp4", "-o", "clip.larp", "--tokenizer", "t"])
+    before, handler = sorted(folder.rglob("*")), signal.getsignal(signal.SIGTERM)
+    real = LarpTokenizer.render, LarpTokenizer.project
+    capsys.readouterr()
+
+    def terminated(work):
+        def run(*given):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return work(*given)
+
+        return run
+
+    monkeypatch.setattr(LarpTokenizer, "render", terminated(real[0]))
+    monkeypatch.setattr(LarpTokenizer, "project", terminated(real[1]))
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--tokenizer", "t"])
+    assert stopped.value.code == 143 and capsys.readouterr().err == "larp-mllm: stopped\n"
+    assert sorted(folder.rglob("*")) == before and signal.getsignal(signal.SIGTERM) == handler
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_leaves_nothing_under_the_name(folder, number, status):
     """The real signal, in the middle of a real run."""
     code = (
         "import sys, time, larp.longvideo as v; real = v.decode_windows\n"
@@ -193,9 +238,9 @@ def test_ctrl_c_leaves_nothing_under_the_name(folder):
     )  # fmt: skip
     assert process.stdout.readline() == "running\n"
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and said.endswith("larp-mllm: stopped\n")
+    assert process.returncode == status and said.endswith("larp-mllm: stopped\n")
     assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4", "t"]
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from larp.data.video import (
     ShortVideoError,
@@ -178,8 +179,21 @@ def test_what_is_no_video_is_refused(tmp_path, content, reason):
 def test_missing_files_and_folders_are_video_errors(tmp_path):
     with pytest.raises(VideoError, match=r"none.mp4: no such file"):
         read_video(tmp_path / "none.mp4")
-    with pytest.raises(VideoError, match=tmp_path.name):
+    with pytest.raises(VideoError, match=rf"{tmp_path.name}: is a folder: give the name of a video file"):
         read_video(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_what_names_no_file_is_told_apart(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match=r"^no video was named"):
+        probe(kind(""))
+    for url in ("http://example.com/a.mp4", "s3://bucket/a.mp4"):
+        with pytest.raises(VideoError, match=rf"^{url}: URLs are not opened: download the video"):
+            probe(kind(url))
+    (tmp_path / "take:").mkdir()
+    write_video("take:/a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 10)
+    assert probe(kind("take:/a.mp4")).frames == 2
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg"])
