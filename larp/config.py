@@ -40,6 +40,27 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
     return _build(cls, _convert_group(cls, values, where, prefix=""), dataclasses.MISSING, where, prefix="")
 
 
+def check_types(config: Any) -> None:
+    """Raise ConfigError unless each field of a config made in Python has its declared type, as `from_dict` asks of a file's.
+
+    For the first line of a `__post_init__`. Nested configs check themselves.
+    """
+    where = type(config).__name__
+    for key, annotation in _field_types(type(config)).items():
+        value = getattr(config, key)
+        if not dataclasses.is_dataclass(annotation):
+            _convert(value, annotation, where, key)
+        elif not isinstance(value, annotation):
+            raise _wrong_type(where, key, value, f"a {annotation.__name__}")
+
+
+def check_positive(config: Any, *names: str, where: str = "") -> None:
+    """Raise ValueError, which begins with `where`, unless the named numbers of a config are at least 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{where}{name} must be at least 1, got {getattr(config, name)}")
+
+
 def to_dict(config: Any) -> Any:
     """Turn a config into plain dicts, lists, text, numbers, booleans and None; `from_dict` gives it back."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -305,12 +326,13 @@ def parse(
 def run_script(prog: str, main: Callable[[], Any]) -> None:
     """Run a script's `main`; what the user can mend ends it with one message and exit status 2, no traceback.
 
-    That is a ValueError, or an OSError that names a file: one that cannot be written, say. A training run that was told
-    to stop, and returns where in `stopped_at`, ends with 143 (as SIGTERM does), so that what follows it does not start.
+    That is a ValueError, an OSError that names a file (one that cannot be written, say), or a FloatingPointError: a loss
+    that is no number any more. A training run that was told to stop, and returns where in `stopped_at`, ends with 143 (as
+    SIGTERM does), so that what follows it does not start.
     """
     try:
         result = main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if isinstance(error, OSError) and error.filename is None:
             raise
         print(f"{prog}: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ Shapes: B batch, T frames, H, W pixels, P patches, D width.
 
 from dataclasses import dataclass
 
+from larp.config import check_positive, check_types
 from larp.hub import LarpModel
 from larp.layers import Stack, embed_patches, init_xavier
 from larp.positions import sincos_3d
@@ -27,8 +28,14 @@ class DiscriminatorConfig:
     heads: int = 8
 
     def __post_init__(self):
+        check_types(self)
+        check_positive(self, "num_frames", "height", "width", "hidden", "depth", "heads", where="discriminator: ")
+        if self.hidden % self.heads or self.hidden % 4:
+            raise ValueError(
+                f"discriminator: hidden = {self.hidden} must be a multiple of 4 and of heads = {self.heads}"
+            )
         for axis, part in zip(("num_frames", "height", "width"), self.patch_size, strict=True):
-            if getattr(self, axis) % part:
+            if part < 1 or getattr(self, axis) % part:
                 raise ValueError(
                     f"discriminator: {axis} = {getattr(self, axis)} is not a multiple of its patch, {part}"
                 )

@@ -46,14 +46,20 @@ class LarpModel(nn.Module):
     ):
         """Load a model in evaluation mode from a local folder or a hub repository, in our layout or the published one.
 
-        `variant="ema"` takes the averaged weights. Raises CheckpointError that names the files, keys or tensors at fault.
-        No pickle is ever read.
+        `variant="ema"` takes the averaged weights. Raises CheckpointError that names the files, keys or tensors at fault, those
+        of another dtype and those with NaN or infinity among them, and ValueError for a device that is not there. No pickle is ever
+        read.
         """
+        check_device(device)
         folder = resolve(path, revision, variant)
         config, tensors = read(folder, variant)
         if "model_type" in config and config.get("larp_format") is not None:
             if config["model_type"] != cls.model_type:
                 raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
+            if not isinstance(config["larp_format"], int) or config["larp_format"] < 1:
+                raise CheckpointError(
+                    f"{folder / CONFIG}: larp_format is {config['larp_format']!r}, expected a whole number from 1 to {FORMAT}"
+                )
             if config["larp_format"] > FORMAT:
                 raise CheckpointError(
                     f"{folder} has format {config['larp_format']}; this version reads up to {FORMAT}: update larp"
@@ -63,21 +69,31 @@ class LarpModel(nn.Module):
             values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format")}
             settings = from_dict(cls.config_class, values, where=str(folder / CONFIG))
         else:
-            settings, tensors = cls.from_published(config, tensors)
+            try:
+                settings, tensors = cls.from_published(config, tensors)
+            except ValueError as error:
+                raise CheckpointError(f"{folder / CONFIG}: {error}") from error
+        try:
+            # Without memory at first: a damaged config may ask for more than there is.
+            with torch.device("meta"):
+                expected = cls(settings).state_dict()
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error
+        check_fits(expected, tensors, str(folder))
         model = cls(settings)
-        load_strictly(model, tensors, str(folder))
+        model.load_state_dict(tensors)
         return model.eval().to(device)
 
     def save_pretrained(self, folder: str | Path, *, ema: "LarpModel | None" = None) -> Path:
         """Write config.json and model.safetensors into `folder`, each whole or not at all, and return the folder.
 
         `ema`, the same model with averaged weights, goes beside it as model.ema.safetensors; without it the folder holds none,
-        since an older one would belong to other weights. Raises ValueError if the two differ in their config.
+        since an older one would belong to other weights. Raises ValueError if the two differ in their config, and if `folder` is a
+        file.
         """
         if ema is not None and ema.config != self.config:
             raise ValueError("the averaged model has another config than the model: save it into a folder of its own")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         (folder / weights_file(EMA)).unlink(missing_ok=True)
         self._write_weights(folder / WEIGHTS)
         if ema is not None:
@@ -98,18 +114,26 @@ class LarpModel(nn.Module):
     def push_to_hub(
         self, repo_id: str, *, ema: "LarpModel | None" = None, private: bool = False, token: str | None = None
     ) -> str:
-        """Upload what `save_pretrained` writes to a hub repository, made if it does not exist, and return its address."""
+        """Upload what `save_pretrained` writes to a hub repository, made if it does not exist, and return its address.
+
+        Raises ValueError as `save_pretrained` does, and CheckpointError if the hub cannot be reached or refuses.
+        """
         import tempfile
 
         from huggingface_hub import HfApi
 
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            # What is uploaded is kept all the same: this takes away the averaged weights of an earlier upload only.
-            api.upload_folder(
-                repo_id=repo_id, folder_path=self.save_pretrained(folder, ema=ema), delete_patterns=[weights_file(EMA)]
-            )
+            self.save_pretrained(folder, ema=ema)
+            try:
+                api = HfApi(token=token)
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                # What is uploaded is kept all the same: this takes away the averaged weights of an earlier upload only.
+                api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=[weights_file(EMA)])
+            except Exception as error:  # the hub raises a family of its own, httpx another
+                raise CheckpointError(
+                    f"{repo_id} could not be uploaded to the hub ({described(error)}); see to the network and the token (hf auth "
+                    "login), or keep the model in a folder with save_pretrained"
+                ) from error
         return str(url)
 
     def weight_hash(self) -> str:
@@ -127,6 +151,40 @@ class LarpModel(nn.Module):
     def num_parameters(self) -> int:
         """Count the learned numbers."""
         return sum(p.numel() for p in self.parameters())
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError that lists the devices of this machine unless `device` is one of them."""
+    at_hand = ["cpu"]
+    if torch.cuda.is_available():
+        at_hand += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        at_hand += ["mps", "mps:0"]
+    try:
+        known = torch.device(device).type not in ("cpu", "cuda", "mps") or str(torch.device(device)) in (
+            *at_hand,
+            "cpu:0",
+        )
+    except (RuntimeError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"device {str(device)!r} is not there; this machine has {', '.join(at_hand)}")
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Return `folder`, made with its parents where it was missing; ValueError if it or a parent is a file."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"{folder} cannot be a folder, it or a part of its path is a file: give another") from error
+    return folder
+
+
+def described(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 def changed(config) -> dict:
@@ -163,8 +221,8 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, weights_file(variant)]))
     except Exception as error:  # the hub raises a family of its own, httpx another
         raise CheckpointError(
-            f"{name} is no local folder and could not be fetched from the hub ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}); give the path of a local checkpoint"
+            f"{name} is no local folder and could not be fetched from the hub ({described(error)}); give the path of a local "
+            "checkpoint"
         ) from error
 
 
@@ -183,6 +241,8 @@ def read(folder: Path, variant: str | None = None) -> tuple[dict, dict[str, Tens
         config = json.loads((folder / CONFIG).read_text())
     except ValueError as error:
         raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG} holds {str(config)[:40]}, expected an object of named fields")
     try:
         tensors = load_file(folder / weights)
     except Exception as error:  # safetensors raises SafetensorError, which is no ValueError
@@ -192,17 +252,31 @@ def read(folder: Path, variant: str | None = None) -> tuple[dict, dict[str, Tens
     return config, tensors
 
 
-def load_strictly(model: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
-    """Copy tensors into a model; raise CheckpointError that lists what is missing, unexpected or of another shape."""
-    own = model.state_dict()
-    problems = [f"missing {k} {tuple(v.shape)}" for k, v in own.items() if k not in tensors]
-    problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in own]
+def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+    """Raise CheckpointError that lists what of `expected` is missing, of another shape or dtype, or not finite, and what is too much.
+
+    `expected` may lie on the meta device.
+    """
+    problems = [f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors]
+    problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in expected]
+    both = [(k, v, tensors[k]) for k, v in expected.items() if k in tensors]
     problems += [
-        f"{k} is {tuple(tensors[k].shape)}, the config says {tuple(v.shape)}"
-        for k, v in own.items()
-        if k in tensors and tensors[k].shape != v.shape
+        f"{k} is {tuple(found.shape)}, the config says {tuple(want.shape)}"
+        for k, want, found in both
+        if found.shape != want.shape
     ]
+    complain(problems, f"{where} does not fit its config")
+    problems = [f"{k} is {found.dtype}, not {want.dtype}" for k, want, found in both if found.dtype != want.dtype]
+    complain(
+        problems,
+        f"{where} holds tensors of another dtype, and none is cast in silence (cast them with .float() and save again)",
+    )
+    problems = [f"{k} has NaN or infinity" for k, _, found in both if not bool(torch.isfinite(found).all())]
+    complain(problems, f"{where} is damaged (copy it again, or take an earlier checkpoint)")
+
+
+def complain(problems: list[str], about: str) -> None:
+    """Raise CheckpointError with the first of the problems, if there are any."""
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{where} does not fit its config: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict(tensors)
+        raise CheckpointError(f"{about}: {'; '.join(problems[:8])}{more}")

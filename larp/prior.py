@@ -4,9 +4,11 @@ A GPT over continuous latents, not over code ids: its gradients flow through the
 It is not used at inference. Shapes: B batch, N tokens, K codebook size, d code dimension.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from larp.config import check_positive, check_types
 from larp.layers import Block, Linear
 from larp.noise import BatchNoise
 from larp.products import linear
@@ -46,12 +48,17 @@ class PriorConfig:
     """Logits are cosine / temperature."""
 
     def __post_init__(self):
-        if self.enabled and self.width % self.heads:
-            raise ValueError(f"prior.heads = {self.heads} does not divide prior.width = {self.width}")
+        check_types(self)
+        if self.enabled:
+            check_positive(self, "depth", "heads", "width", "positions", where="prior.")
+            if self.width % self.heads:
+                raise ValueError(f"prior.heads = {self.heads} does not divide prior.width = {self.width}")
         if self.rounds not in (1, 2):
             raise ValueError(f"prior.rounds is 1 or 2, got {self.rounds}")
-        if self.temperature <= 0:
-            raise ValueError(f"prior.temperature must be positive, got {self.temperature}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"prior.dropout must lie in [0, 1), got {self.dropout}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"prior.temperature must be positive and finite, got {self.temperature}")
 
 
 class PriorResult(NamedTuple):

@@ -1,18 +1,23 @@
 """The published LARP checkpoint layout (hub repositories hywang66/LARP-L-long-*), translated to ours and back.
 
     python -m larp.published runs/mine/model published/     # a tokenizer that the published code loads as it is
+    python -m larp.published runs/mine/model published/ --variant ema       # its averaged weights
 
 The published file holds the same tensors as ours, the three fixed position tables included, under other names and with the
 prior's query, key and value apart.
 """
 
+import argparse
 import json
-import sys
+import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from larp.config import run_script
 from larp.discriminator import Discriminator, DiscriminatorConfig
-from larp.hub import CONFIG, WEIGHTS, CheckpointError
+from larp.hub import CONFIG, WEIGHTS, CheckpointError, make_folder
 from larp.prior import PRIOR_SIZES, PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
@@ -76,6 +81,10 @@ TRAINING_OF_PRIOR = {
 }
 
 
+# A config that sets every published field: what is not in it is not known.
+EVERYTHING = TokenizerConfig(num_tokens=16, prior=PriorConfig(positions=16, dropout=0.2))
+
+
 def tokenizer_from_published(config: dict, tensors: dict[str, Tensor]) -> tuple[TokenizerConfig, dict[str, Tensor]]:
     """Translate a published tokenizer; raises CheckpointError that names the field which is absent or not supported."""
     try:
@@ -86,36 +95,40 @@ def tokenizer_from_published(config: dict, tensors: dict[str, Tensor]) -> tuple[
 
 def tokenizer_config(config: dict) -> TokenizerConfig:
     """Read the nested published config; numbers written as strings are cast."""
-    bottleneck = config["bottleneck"]["args"]
-    quantizer = bottleneck["regularizer"]["args"]
+    inner, outer = "bottleneck.args.regularizer.", "bottleneck.args."
+    bottleneck = group(group(config, "bottleneck"), "args", "bottleneck.")
+    regularizer = group(bottleneck, "regularizer", outer)
+    quantizer = group(regularizer, "args", inner)
+    warn_of_unknown(config, published_config(EVERYTHING))
     check_fixed(config, FIXED)
-    check_fixed(bottleneck, FIXED_IN_BOTTLENECK, "bottleneck.args.")
-    check_fixed(quantizer, FIXED_IN_QUANTIZER, "bottleneck.args.regularizer.args.")
+    check_fixed(config["bottleneck"], {"name": "bottleneck"}, "bottleneck.")
+    check_fixed(bottleneck, FIXED_IN_BOTTLENECK, outer)
+    check_fixed(regularizer, {"name": "vq"}, inner)
+    check_fixed(quantizer, FIXED_IN_QUANTIZER, inner + "args.")
     for side in ("encoder_name", "decoder_name"):
-        if config.get(side) is not None and config[side].lower() not in (*ABSENT, STACK):
+        if config.get(side) is not None and str(config[side]).lower() not in (*ABSENT, STACK):
             raise CheckpointError(f"published config field {side} = {config[side]!r} is not supported (only {STACK!r})")
-    patch = int(config["patch_size"])
-    frames = int(config["temporal_patch_size"])
-    out_patch = int(config.get("decoder_patch_size") or patch)
-    out_frames = int(config.get("decoder_temporal_patch_size") or frames)
+    patch, frames = whole(config, "patch_size"), whole(config, "temporal_patch_size")
+    out_patch = whole(config, "decoder_patch_size") if config.get("decoder_patch_size") else patch
+    out_frames = whole(config, "decoder_temporal_patch_size") if config.get("decoder_temporal_patch_size") else frames
     return TokenizerConfig(
-        num_frames=int(config["frame_num"]),
-        height=int(config["input_size"]),
-        width=int(config["input_size"]),
+        num_frames=whole(config, "frame_num"),
+        height=whole(config, "input_size"),
+        width=whole(config, "input_size"),
         patch_size=(frames, patch, patch),
         decoder_patch_size=None if (out_frames, out_patch) == (frames, patch) else (out_frames, out_patch, out_patch),
-        num_tokens=int(config["bottleneck_token_num"]),
-        codebook_size=int(quantizer["codebook_size"]),
-        code_dim=int(bottleneck["bottleneck_dim"]),
-        encoder_width=int(config["encoder_hidden_size"]),
-        encoder_depth=int(config["encoder_depth"]),
-        encoder_heads=int(config["encoder_num_heads"]),
-        decoder_width=int(config["decoder_hidden_size"]),
-        decoder_depth=int(config["decoder_depth"]),
-        decoder_heads=int(config["decoder_num_heads"]),
-        stochastic=flag(quantizer["stochastic"]),
-        temperature=float(quantizer["stochastic_temperature"]),
-        prior=prior_config(config.get("prior_model") or {}),
+        num_tokens=whole(config, "bottleneck_token_num"),
+        codebook_size=whole(quantizer, "codebook_size", inner + "args."),
+        code_dim=whole(bottleneck, "bottleneck_dim", outer),
+        encoder_width=whole(config, "encoder_hidden_size"),
+        encoder_depth=whole(config, "encoder_depth"),
+        encoder_heads=whole(config, "encoder_num_heads"),
+        decoder_width=whole(config, "decoder_hidden_size"),
+        decoder_depth=whole(config, "decoder_depth"),
+        decoder_heads=whole(config, "decoder_num_heads"),
+        stochastic=flag(quantizer, "stochastic", inner + "args."),
+        temperature=number(quantizer, "stochastic_temperature", inner + "args."),
+        prior=prior_config(group(config, "prior_model") if config.get("prior_model") else {}),
     )
 
 
@@ -128,17 +141,20 @@ def prior_config(prior: dict) -> PriorConfig:
         raise CheckpointError(
             f"prior_model.name {name!r} is unknown; known: {', '.join('gptc-' + size for size in PRIOR_SIZES)}"
         )
-    arguments = prior.get("args") or {}
+    arguments = group(prior, "args", "prior_model.") if prior.get("args") else {}
     check_fixed(arguments, FIXED_IN_PRIOR, "prior_model.args.")
     depth, heads, width = PRIOR_SIZES[name.removeprefix("gptc-")]
+    prior = {"no_dropout": False, "n_rounds": 2, "latent_ce_temperature": 1.0} | prior
+    arguments = {"resid_pdrop": 0.1, "max_seq_len": 1024} | arguments
+    dropout = number(arguments, "resid_pdrop", "prior_model.args.")
     return PriorConfig(
         depth=depth,
         heads=heads,
         width=width,
-        dropout=0.0 if flag(prior.get("no_dropout", False)) else float(arguments.get("resid_pdrop", 0.1)),
-        positions=int(arguments.get("max_seq_len", 1024)),
-        rounds=int(prior.get("n_rounds", 2)),
-        temperature=float(prior.get("latent_ce_temperature", 1.0)),
+        dropout=0.0 if flag(prior, "no_dropout", "prior_model.") else dropout,
+        positions=whole(arguments, "max_seq_len", "prior_model.args."),
+        rounds=whole(prior, "n_rounds", "prior_model."),
+        temperature=number(prior, "latent_ce_temperature", "prior_model."),
     )
 
 
@@ -152,9 +168,65 @@ def check_fixed(settings: dict, fixed: dict, where: str = "") -> None:
             )
 
 
-def flag(value: bool | str) -> bool:
-    """Read a boolean that may be written as a word."""
-    return value.lower() == "true" if isinstance(value, str) else bool(value)
+def unreadable(settings: dict, name: str, where: str, expected: str) -> CheckpointError:
+    """The error for a published field of the wrong type."""
+    return CheckpointError(f"published config field {where}{name} = {settings[name]!r}, expected {expected}")
+
+
+def group(settings: dict, name: str, where: str = "") -> dict:
+    """Read a group of fields; CheckpointError names it if it is something else."""
+    if not isinstance(settings[name], dict):
+        raise unreadable(settings, name, where, "a group of fields")
+    return settings[name]
+
+
+def number(settings: dict, name: str, where: str = "") -> float:
+    """Read a finite number that may be written as text; CheckpointError names the field if it is none."""
+    value = settings[name]
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise unreadable(settings, name, where, "a number")
+    return found
+
+
+def whole(settings: dict, name: str, where: str = "") -> int:
+    """Read a whole number as `number` does."""
+    found = number(settings, name, where)
+    if not found.is_integer():
+        raise unreadable(settings, name, where, "a whole number")
+    return int(found)
+
+
+def flag(settings: dict, name: str, where: str = "") -> bool:
+    """Read a boolean that may be written as a word; CheckpointError names the field if it is none."""
+    word = str(settings[name]).lower()
+    if word not in ("true", "false"):
+        raise unreadable(settings, name, where, "true or false")
+    return word == "true"
+
+
+def warn_of_unknown(settings: dict, known: dict) -> None:
+    """Warn of fields that this code never saw, and ignore them.
+
+    Not an error: the published code drops fields that its constructor does not take, and a hub repository may hold some. Where
+    they stand for other layers, the tensors, which are compared one by one, do not fit.
+    """
+    if names := sorted(unknown_fields(settings, known)):
+        warnings.warn(
+            f"fields of the published config that are not known here are ignored: {', '.join(names)}", stacklevel=2
+        )
+
+
+def unknown_fields(settings: dict, known: dict, where: str = "") -> Iterator[str]:
+    """Yield the dotted names of `settings` that `known` does not have."""
+    for name, value in settings.items():
+        if name not in known:
+            yield where + name
+        elif isinstance(value, dict) and isinstance(known[name], dict):
+            yield from unknown_fields(value, known[name], f"{where}{name}.")
 
 
 def tokenizer_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -168,6 +240,10 @@ def tokenizer_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = tensor
     for name in [n for n in renamed if ".attn.query." in n]:
         parts = [renamed.pop(name.replace(".query.", f".{part}.")) for part in ("query", "key", "value")]
+        # What is joined takes the widest dtype: a cast in silence.
+        if len({(part.shape, part.dtype) for part in parts}) > 1:
+            found = ", ".join(f"{tuple(part.shape)} {part.dtype}" for part in parts)
+            raise CheckpointError(f"{name} and its key and value differ: {found}")
         renamed[name.replace(".query.", ".qkv.")] = torch.cat(parts)
     return with_temporal_kernel(renamed)
 
@@ -195,8 +271,15 @@ def without_temporal_kernel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def tokenizer_to_published(config: TokenizerConfig, tensors: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
     """Translate a tokenizer of ours, tensors as they are: what `tokenizer_from_published` turns back into it.
 
-    `init` is left out: it says how the weights began, not what they compute. Raises CheckpointError that names a field which
-    the published layout cannot express.
+    Raises CheckpointError that names a field which the published layout cannot express.
+    """
+    return published_config(config), published_tensors(tensors)
+
+
+def published_config(config: TokenizerConfig) -> dict:
+    """Write the nested published config; CheckpointError as in `tokenizer_to_published`.
+
+    `init` is left out: it says how the weights began, not what they compute.
     """
     c = config
     square = {"height": (c.height, c.width), "patch_size": c.patch_size[1:]}
@@ -222,7 +305,7 @@ def tokenizer_to_published(config: TokenizerConfig, tensors: dict[str, Tensor]) 
         published[f"{side}_hidden_size"] = getattr(c, f"{side}_width")
         published[f"{side}_depth"] = getattr(c, f"{side}_depth")
         published[f"{side}_num_heads"] = getattr(c, f"{side}_heads")
-    return published, published_tensors(tensors)
+    return published
 
 
 def published_prior(prior: PriorConfig) -> dict:
@@ -267,18 +350,20 @@ def published_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def discriminator_from_published(
     config: dict, tensors: dict[str, Tensor]
 ) -> tuple[DiscriminatorConfig, dict[str, Tensor]]:
-    """Translate a discriminator of the reference; raises CheckpointError that names the field which is absent."""
+    """Translate a discriminator of the reference; raises CheckpointError that names the field which is absent or wrong."""
+    warn_of_unknown(config, discriminator_settings(DiscriminatorConfig()))
+    check_fixed(config, {"in_channels": 3})
     renamed = {with_prefix(name, RENAMED_IN_DISCRIMINATOR): tensor for name, tensor in tensors.items()}
     try:
-        patch, size = int(config["patch_size"]), int(config["input_size"])
+        patch, size = whole(config, "patch_size"), whole(config, "input_size")
         settings = DiscriminatorConfig(
-            num_frames=int(config["frame_num"]),
+            num_frames=whole(config, "frame_num"),
             height=size,
             width=size,
-            patch_size=(int(config["temporal_patch_size"]), patch, patch),
-            hidden=int(config["hidden_size"]),
-            depth=int(config["n_layers"]),
-            heads=int(config["n_heads"]),
+            patch_size=(whole(config, "temporal_patch_size"), patch, patch),
+            hidden=whole(config, "hidden_size"),
+            depth=whole(config, "n_layers"),
+            heads=whole(config, "n_heads"),
         )
     except KeyError as error:
         raise CheckpointError(f"this is no LARP discriminator checkpoint: {error.args[0]!r} is missing") from error
@@ -289,26 +374,31 @@ def discriminator_to_published(
     config: DiscriminatorConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict, dict[str, Tensor]]:
     """Translate a discriminator of ours; CheckpointError names a field which the published layout cannot express."""
+    back = {new: old for old, new in RENAMED_IN_DISCRIMINATOR.items()}
+    renamed = {with_prefix(name, back): tensor for name, tensor in tensors.items()}
+    return discriminator_settings(config), without_temporal_kernel(renamed)
+
+
+def discriminator_settings(config: DiscriminatorConfig) -> dict:
+    """Write the published config of a discriminator; CheckpointError as in `discriminator_to_published`."""
     c = config
     for name, (rows, columns) in {"height": (c.height, c.width), "patch_size": c.patch_size[1:]}.items():
         if rows != columns:
             raise inexpressible(name, f"{rows} rows and {columns} columns", "only squares")
     published = {"hidden_size": c.hidden, "n_heads": c.heads, "n_layers": c.depth, "input_size": c.height}
     published |= {"temporal_patch_size": c.patch_size[0], "patch_size": c.patch_size[1], "in_channels": 3}
-    back = {new: old for old, new in RENAMED_IN_DISCRIMINATOR.items()}
-    renamed = {with_prefix(name, back): tensor for name, tensor in tensors.items()}
-    return published | {"frame_num": c.num_frames}, without_temporal_kernel(renamed)
+    return published | {"frame_num": c.num_frames}
 
 
 def save_published(model: LarpTokenizer | Discriminator, folder: str | Path) -> Path:
     """Write a model in the published layout, config.json beside model.safetensors, and return the folder.
 
-    Raises CheckpointError, before anything is written, that names a field which that layout cannot express.
+    Raises CheckpointError, before anything is written, that names a field which that layout cannot express, and ValueError if
+    `folder` is a file.
     """
     to_published = discriminator_to_published if isinstance(model, Discriminator) else tokenizer_to_published
     config, tensors = to_published(model.config, model.state_dict())
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(folder)
     # Copies, because safetensors refuses tensors that share memory, as the parts of a fused weight do.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})
@@ -318,17 +408,22 @@ def save_published(model: LarpTokenizer | Discriminator, folder: str | Path) -> 
     return folder
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}\\n{self.format_usage().strip()}")
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Write the tokenizer of a folder or hub repository in the published layout: `python -m larp.published FROM TO`."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if len(arguments) != 2 or arguments[0].startswith("-"):
-        raise ValueError(
-            "usage: python -m larp.published FROM TO   (FROM: folder or hub name of a tokenizer; TO: a folder)"
-        )
-    source, target = arguments
+    parser = _Parser(prog="python -m larp.published", description="Write a tokenizer in the published LARP layout.")
+    parser.add_argument("source", metavar="FROM", help="folder or hub name of a tokenizer")
+    parser.add_argument("target", metavar="TO", help="folder to write to")
+    parser.add_argument("--variant", help="weights to take: 'ema' for the averaged ones; by default the last ones")
+    arguments = parser.parse_args(argv)
+    source, target = arguments.source, arguments.target
     if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
         raise ValueError(f"{target} is the folder that is read: give another one to write to")
-    print(f"wrote {save_published(LarpTokenizer.from_pretrained(source), target)}")
+    print(f"wrote {save_published(LarpTokenizer.from_pretrained(source, variant=arguments.variant), target)}")
     return {}
 
 

@@ -3,9 +3,12 @@
 Shapes: B batch, T frames, H, W pixels, P patches, N tokens, K codebook size, d code dimension, D width.
 """
 
+import math
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+from larp.config import check_positive, check_types
 from larp.hub import LarpModel
 from larp.layers import Stack, embed_patches, init_xavier
 from larp.metrics.frames import psnr
@@ -67,6 +70,9 @@ class TokenizerConfig:
     """The AR prior, used in training only."""
 
     def __post_init__(self):
+        check_types(self)
+        sides = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("width", "depth", "heads")]
+        check_positive(self, "num_frames", "height", "width", "num_tokens", "codebook_size", "code_dim", *sides)
         for name, patch in (("patch_size", self.patch_size), ("decoder_patch_size", self.decoder_patch_size)):
             for axis, length, part in zip(
                 ("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True
@@ -79,11 +85,8 @@ class TokenizerConfig:
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
             if width % heads or width % 4:
                 raise ValueError(f"{side}_width = {width} must be a multiple of 4 and of {side}_heads = {heads}")
-        for name in ("num_tokens", "codebook_size", "code_dim", "encoder_depth", "decoder_depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.prior.enabled and self.prior.positions < self.num_tokens:
             raise ValueError(f"prior.positions = {self.prior.positions} is less than num_tokens = {self.num_tokens}")
         if self.prior.enabled and self.num_tokens < 2:
@@ -232,10 +235,11 @@ class LarpTokenizer(LarpModel):
 
     @torch.inference_mode()
     def encode(self, clip: Tensor, num_tokens: int | None = None, target_psnr: float | None = None) -> Tensor:
-        """Map clips (B, 3, T, H, W), float in [0, 1], to codes (B, n) int64; by default all N.
+        """Map clips (B, 3, T, H, W) in [0, 1], float32 or of the weights' dtype, to codes (B, n) int64; by default all N.
 
-        A clip may have fewer frames than T, in whole temporal patches; a single image (T = 1) is repeated to one temporal patch.
-        Raises ValueError for a wrong shape, dtype or range and for NaN.
+        They are computed where the weights are and in their dtype; an empty batch gives codes (0, n). A clip may have fewer frames
+        than T, in whole temporal patches; a single image (T = 1) is repeated to one temporal patch. Raises ValueError for what is
+        no tensor, for a wrong shape, dtype (float64, say: it is not cast in silence) or range, and for NaN.
 
         Args:
             num_tokens: keep the first so many codes (nested models only).
@@ -244,11 +248,13 @@ class LarpTokenizer(LarpModel):
         """
         if num_tokens is not None and target_psnr is not None:
             raise ValueError("give num_tokens or target_psnr, not both")
+        if num_tokens is not None:
+            self.check_length(num_tokens)
         clip = self.check_clip(clip)
         codes = self.quantizer.nearest(self.project(clip))
         if target_psnr is not None:
-            num_tokens = int(self.shortest_prefix(clip, codes, target_psnr).max())
-        return codes if num_tokens is None else codes[:, : self.check_length(num_tokens)]
+            num_tokens = max(self.shortest_prefix(clip, codes, target_psnr).tolist(), default=1)
+        return codes[:, :num_tokens]
 
     @torch.inference_mode()
     def shortest_prefix(self, clip: Tensor, codes: Tensor, target_psnr: float) -> Tensor:
@@ -257,8 +263,8 @@ class LarpTokenizer(LarpModel):
         Bisection with log2(N) decodings: exact where more codes never make a clip worse.
         """
         self.check_length(1)
-        if not target_psnr > 0:
-            raise ValueError(f"target_psnr is in dB and positive, got {target_psnr}")
+        if not isinstance(target_psnr, Real) or isinstance(target_psnr, bool) or not target_psnr > 0:
+            raise ValueError(f"target_psnr is a positive number of dB, got {target_psnr!r}")
         latents = self.quantizer.lookup(codes)
         low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
         high = torch.full_like(low, self.num_tokens)
@@ -274,23 +280,25 @@ class LarpTokenizer(LarpModel):
     def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
         """Map codes (B, n), integers in [0, K), to clips (B, 3, num_frames, H, W), float32 clamped to [0, 1]; T frames by default.
 
-        n is N, or less for a nested model. Raises ValueError for a wrong shape or dtype, for codes out of range, and for num_frames
-        that are not whole patches.
+        n is N, or less for a nested model; any integer dtype will do. Raises ValueError for what is no tensor, for a wrong shape or
+        dtype, for codes out of range, and for num_frames that are not whole patches.
         """
-        self.check_codes(codes)
+        codes = self.check_codes(codes)
         self.check_frames(self.config.num_frames if num_frames is None else num_frames, self.unpatch[0])
-        latents = self.quantizer.lookup(codes.long().to(self.queries.device))
+        latents = self.quantizer.lookup(codes.to(self.queries.device))
         return self.render(latents, num_frames).float().clamp(0, 1)
 
     def check_frames(self, frames: int, patch: int) -> None:
         """Raise ValueError unless `frames` is a multiple of the temporal patch between it and T."""
-        if frames % patch or not patch <= frames <= self.config.num_frames:
+        if not is_whole(frames) or frames % patch or not patch <= frames <= self.config.num_frames:
             raise ValueError(
-                f"{frames} frames do not fit: this tokenizer takes multiples of {patch} up to {self.config.num_frames}"
+                f"{frames!r} frames do not fit: this tokenizer takes multiples of {patch} up to {self.config.num_frames}"
             )
 
     def check_length(self, length: int) -> int:
         """Return `length`; ValueError unless so many codes can stand for a clip."""
+        if not is_whole(length):
+            raise ValueError(f"a number of codes is a whole number, got {length!r} ({type(length).__name__})")
         if not 1 <= length <= self.num_tokens:
             raise ValueError(f"{length} codes: this tokenizer has 1 to {self.num_tokens} for a clip")
         if length < self.num_tokens and not self.config.nested:
@@ -300,31 +308,44 @@ class LarpTokenizer(LarpModel):
         return length
 
     def check_clip(self, clip: Tensor) -> Tensor:
-        """Return `clip` where the weights are, an image repeated; ValueError unless it is a float (B, 3, T', H, W) in [0, 1]."""
+        """Return `clip` where the weights are and in their dtype, an image repeated.
+
+        ValueError unless it is a (B, 3, T', H, W) in [0, 1], float32 or of the weights' dtype.
+        """
         _, h, w = self.config.clip_shape
+        check_tensor(clip, "a clip")
         if clip.ndim != 5 or clip.shape[1] != 3 or tuple(clip.shape[3:]) != (h, w):
             raise ValueError(f"expected a clip (B, 3, T, {h}, {w}), got shape {tuple(clip.shape)}")
         if not clip.is_floating_point():
             raise ValueError(f"expected a float clip in [0, 1], got {clip.dtype}; divide uint8 frames by 255")
+        wanted = self.x_embedder.weight.dtype
+        if clip.dtype not in (torch.float32, wanted):
+            remedy = "cast it with .float()" + ("" if wanted == torch.float32 else f" or .to({wanted})")
+            raise ValueError(f"expected a float32 clip (the weights are {wanted}), got {clip.dtype}; {remedy}")
         if clip.shape[2] == 1:
             clip = clip.expand(-1, -1, self.patch[0], -1, -1)
         self.check_frames(clip.shape[2], self.patch[0])
-        low, high = clip.amin().item(), clip.amax().item()
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
+        if clip.numel():
+            low, high = clip.amin().item(), clip.amax().item()
+            if not (low >= 0 and high <= 1):
+                raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
         return clip.to(self.x_embedder.weight)
 
-    def check_codes(self, codes: Tensor) -> None:
-        """Raise ValueError unless `codes` is an integer (B, N) in [0, K), or (B, n) for a nested model."""
+    def check_codes(self, codes: Tensor) -> Tensor:
+        """Return `codes` as int64; ValueError unless they are integers (B, N) in [0, K), or (B, n) for a nested model."""
+        check_tensor(codes, "codes")
         if codes.ndim != 2:
             raise ValueError(f"expected codes (B, {self.num_tokens}), got shape {tuple(codes.shape)}")
         self.check_length(codes.shape[1])
-        if codes.is_floating_point() or codes.dtype == torch.bool:
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"expected integer codes, got {codes.dtype}")
+        # First of all: few operations take torch's wide unsigned integers, and one beyond int64 becomes negative.
+        codes = codes.long()
         if codes.numel() and not 0 <= codes.amin().item() <= codes.amax().item() < self.codebook_size:
             raise ValueError(
                 f"codes run from {codes.amin().item()} to {codes.amax().item()}, but the codebook has 0..{self.codebook_size - 1}"
             )
+        return codes
 
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[TokenizerConfig, dict[str, Tensor]]:
@@ -332,6 +353,17 @@ class LarpTokenizer(LarpModel):
         from larp.published import tokenizer_from_published
 
         return tokenizer_from_published(config, tensors)
+
+
+def is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number by its type; True and 3.0 are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_tensor(value: Any, what: str) -> None:
+    """Raise ValueError unless `value`, called `what` in the message, is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"expected {what} as a torch tensor, got {type(value).__name__}: torch.as_tensor makes one")
 
 
 def draw_prefixes(noise: BatchNoise, share: float, shortest: int, longest: int) -> Tensor:
