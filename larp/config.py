@@ -47,11 +47,11 @@ def check_types(config: Any) -> None:
     """
     where = type(config).__name__
     for key, annotation in _field_types(type(config)).items():
-        value = getattr(config, key)
-        if not dataclasses.is_dataclass(annotation):
+        value, group = getattr(config, key), _group_class(annotation)
+        if group is None or value is None:
             _convert(value, annotation, where, key)
-        elif not isinstance(value, annotation):
-            raise _wrong_type(where, key, value, f"a {annotation.__name__}")
+        elif not isinstance(value, group):
+            raise _wrong_type(where, key, value, f"a {group.__name__}")
 
 
 def check_positive(config: Any, *names: str, where: str = "") -> None:

@@ -56,7 +56,7 @@ class LarpModel(nn.Module):
         if "model_type" in config and config.get("larp_format") is not None:
             if config["model_type"] != cls.model_type:
                 raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
-            if not isinstance(config["larp_format"], int) or config["larp_format"] < 1:
+            if type(config["larp_format"]) is not int or config["larp_format"] < 1:
                 raise CheckpointError(
                     f"{folder / CONFIG}: larp_format is {config['larp_format']!r}, expected a whole number from 1 to {FORMAT}"
                 )

@@ -250,7 +250,7 @@ class LarpTokenizer(LarpModel):
             raise ValueError("give num_tokens or target_psnr, not both")
         if num_tokens is not None:
             self.check_length(num_tokens)
-        clip = self.check_clip(clip)
+        clip = self.place(self.check_clip(clip))
         codes = self.quantizer.nearest(self.project(clip))
         if target_psnr is not None:
             num_tokens = max(self.shortest_prefix(clip, codes, target_psnr).tolist(), default=1)
@@ -308,20 +308,13 @@ class LarpTokenizer(LarpModel):
         return length
 
     def check_clip(self, clip: Tensor) -> Tensor:
-        """Return `clip` where the weights are and in their dtype, an image repeated.
-
-        ValueError unless it is a (B, 3, T', H, W) in [0, 1], float32 or of the weights' dtype.
-        """
+        """Return `clip`, an image repeated; ValueError unless it is a float (B, 3, T', H, W) in [0, 1]."""
         _, h, w = self.config.clip_shape
         check_tensor(clip, "a clip")
         if clip.ndim != 5 or clip.shape[1] != 3 or tuple(clip.shape[3:]) != (h, w):
             raise ValueError(f"expected a clip (B, 3, T, {h}, {w}), got shape {tuple(clip.shape)}")
         if not clip.is_floating_point():
             raise ValueError(f"expected a float clip in [0, 1], got {clip.dtype}; divide uint8 frames by 255")
-        wanted = self.x_embedder.weight.dtype
-        if clip.dtype not in (torch.float32, wanted):
-            remedy = "cast it with .float()" + ("" if wanted == torch.float32 else f" or .to({wanted})")
-            raise ValueError(f"expected a float32 clip (the weights are {wanted}), got {clip.dtype}; {remedy}")
         if clip.shape[2] == 1:
             clip = clip.expand(-1, -1, self.patch[0], -1, -1)
         self.check_frames(clip.shape[2], self.patch[0])
@@ -329,6 +322,14 @@ class LarpTokenizer(LarpModel):
             low, high = clip.amin().item(), clip.amax().item()
             if not (low >= 0 and high <= 1):
                 raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
+        return clip
+
+    def place(self, clip: Tensor) -> Tensor:
+        """Return `clip` where the weights are and in their dtype; ValueError unless it has that dtype or is float32."""
+        wanted = self.x_embedder.weight.dtype
+        if clip.dtype not in (torch.float32, wanted):
+            remedy = "cast it with .float()" + ("" if wanted == torch.float32 else f" or .to({wanted})")
+            raise ValueError(f"expected a float32 clip (the weights are {wanted}), got {clip.dtype}; {remedy}")
         return clip.to(self.x_embedder.weight)
 
     def check_codes(self, codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from larp.config import ConfigError, from_dict, load_recipe, parse, run_script, to_dict
+from larp.config import ConfigError, check_types, from_dict, load_recipe, parse, run_script, to_dict
 
 import pytest
 
@@ -189,6 +189,23 @@ def test_round_trip_through_json():
     assert from_dict(Config, to_dict(Config()), "config.json") == Config()
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"seed": "3"}, "Config: 'seed' is '3'.*a whole number"),
+        ({"schedule": "linear"}, "'schedule'.*'cosine', 'constant'"),
+        ({"model": None}, "'model' is a group of options.*None"),
+        ({"model": {"num_tokens": 3}}, "'model' is .*expected a Model"),
+        ({"gan": 3}, "'gan' is 3.*expected a Gan"),
+    ],
+)
+def test_the_types_of_a_config_made_in_python_are_checked(fields, words):
+    check_types(Config())
+    check_types(Config(gan=Gan(1), learning_rate=1))
+    with pytest.raises(ConfigError, match=words):
+        check_types(Config(**fields))
+
+
 def test_a_missing_required_key_is_named():
     @dataclass(frozen=True)
     class Needy:
@@ -203,8 +220,12 @@ def test_run_script_ends_a_mistake_with_one_message(capsys, tmp_path):
     def mistaken():
         raise ValueError("--data is wrong: give another")
 
+    def diverged():
+        raise FloatingPointError("the loss is no number: lower --lr")
+
     for main, words in (
         (mistaken, "x.py: --data is wrong"),
+        (diverged, "x.py: the loss is no number: lower --lr"),
         (lambda: (tmp_path / "absent" / "file").write_text(""), "absent/file"),
     ):
         with pytest.raises(SystemExit) as stopped:

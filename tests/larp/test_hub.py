@@ -1,6 +1,7 @@
 """Model folders: averaged weights beside the last ones, on disk and on the hub."""
 
 import fnmatch
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from larp.tokenizer import TokenizerConfig
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def small(seed: int = 0, hidden: int = 16) -> Discriminator:
@@ -114,3 +116,80 @@ def test_the_folder_of_a_run_stands_for_the_model_in_it(tmp_path):
     (tmp_path / "run/model/model.ema.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors is missing"):
         Discriminator.from_pretrained(tmp_path / "run", variant="ema")
+
+
+def change_weights(folder, **tensors) -> None:
+    """Put other tensors in place of those of the same names ("__" for a dot)."""
+    held = load_file(folder / "model.safetensors")
+    save_file(
+        held | {name.replace("__", "."): change(held) for name, change in tensors.items()},
+        folder / "model.safetensors",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.bool])
+def test_a_tensor_of_another_dtype_is_refused(tmp_path, dtype):
+    folder = small().save_pretrained(tmp_path / "m")
+    change_weights(folder, fc__weight=lambda held: held["fc.weight"].to(dtype))
+    with pytest.raises(CheckpointError, match=rf"\.float\(\).*fc\.weight is {dtype}, not torch\.float32"):
+        Discriminator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_damaged(tmp_path, value):
+    folder = small().save_pretrained(tmp_path / "m")
+    change_weights(folder, fc__bias=lambda held: torch.full_like(held["fc.bias"], value))
+    with pytest.raises(CheckpointError, match=r"damaged.*fc\.bias has NaN or infinity"):
+        Discriminator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("[]", r"config\.json holds \[\], expected an object"),
+        ("3", "holds 3"),
+        ("null", "holds None"),
+        ('{"model_type": "larp-discriminator", "larp_format": "one"}', "larp_format is 'one'"),
+        ('{"model_type": "larp-discriminator", "larp_format": 0}', "larp_format is 0"),
+        ('{"model_type": "larp-discriminator", "larp_format": 2}', "update larp"),
+        ('{"model_type": "larp-discriminator", "larp_format": true}', "larp_format is True"),
+        ("{}", r"config\.json: .*missing"),
+    ],
+)
+def test_a_damaged_config_is_named(tmp_path, text, words):
+    folder = small().save_pretrained(tmp_path / "m")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=words):
+        Discriminator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("hidden, words", [(4 * 10**6, "does not fit its config"), (4 * 10**18, "cannot be built")])
+def test_a_config_that_asks_for_too_much_allocates_nothing(tmp_path, hidden, words):
+    folder = small().save_pretrained(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden": hidden}))
+    with pytest.raises(CheckpointError, match=words):
+        Discriminator.from_pretrained(folder)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+    (tmp_path / "m").write_text("")
+    for folder in (tmp_path / "m", tmp_path / "m" / "deeper"):
+        with pytest.raises(ValueError, match=r"m.*is a file: give another"):
+            small().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", None, 3.5])
+def test_a_device_that_is_not_there_is_named(tmp_path, device):
+    folder = small().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match=f"device '{device}' is not there; this machine has cpu"):
+        Discriminator.from_pretrained(folder, device=device)
+
+
+def test_an_upload_without_a_network_says_so(monkeypatch):
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
+    with pytest.raises(CheckpointError, match=r"me/judge could not be uploaded.*ConnectionError: no route\).*token"):
+        small().push_to_hub("me/judge")

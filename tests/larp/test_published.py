@@ -6,7 +6,7 @@ from dataclasses import replace
 from larp.discriminator import Discriminator
 from larp.hub import CheckpointError
 from larp.prior import PriorConfig
-from larp.published import main, save_published, tokenizer_config, tokenizer_to_published
+from larp.published import main, save_published, tokenizer_config, tokenizer_tensors, tokenizer_to_published
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
 import pytest
@@ -106,17 +106,78 @@ def test_numbers_and_flags_written_as_words_are_read(golden_root):
         ("bottleneck.args.regularizer.args.l2_normalized", False, r"regularizer\.args\.l2_normalized"),
         ("prior_model.args.l2_normalized", "false", r"prior_model\.args\.l2_normalized"),
         ("prior_model.name", "gptc-XL", "gptc-XL"),
+        ("bottleneck.args.regularizer.name", "fsq", r"regularizer\.name = 'fsq'"),
     ],
 )
 def test_other_mathematics_than_ours_is_refused(golden_root, path, value, words):
+    with pytest.raises(CheckpointError, match=words):
+        tokenizer_config(golden_config(golden_root, path, value))
+
+
+def golden_config(golden_root, path, value) -> dict:
+    """The reference's config with another value at a dotted name."""
     config = json.loads((golden_root / "official_tokenizer/config.json").read_text())
     *groups, name = path.split(".")
     group = config
     for key in groups:
         group = group[key]
     group[name] = value
-    with pytest.raises(CheckpointError, match=words):
-        tokenizer_config(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("patch_size", None, "patch_size = None, expected a number"),
+        ("patch_size", "x", "patch_size = 'x', expected a number"),
+        ("frame_num", 8.5, "frame_num = 8.5, expected a whole number"),
+        ("encoder_depth", True, "encoder_depth = True"),
+        ("bottleneck", "x", "bottleneck = 'x', expected a group"),
+        ("bottleneck.args", None, r"bottleneck\.args = None"),
+        ("bottleneck.args.regularizer", [], r"bottleneck\.args\.regularizer = \[\]"),
+        ("bottleneck.args.regularizer.args.stochastic", "maybe", r"stochastic = 'maybe', expected true or false"),
+        ("bottleneck.args.regularizer.args.stochastic_temperature", "nan", "stochastic_temperature = 'nan'"),
+        ("prior_model", "gptc-S", "prior_model = 'gptc-S', expected a group"),
+        ("prior_model.n_rounds", [2], r"prior_model\.n_rounds = \[2\]"),
+        ("encoder_name", 3, "encoder_name = 3"),
+        ("frame_num", 0, "num_frames must be at least 1"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named_with_its_file(golden_root, tmp_path, path, value, words):
+    (tmp_path / "model.safetensors").symlink_to(golden_root / "official_tokenizer/model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(golden_config(golden_root, path, value)))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{words}"):
+        LarpTokenizer.from_pretrained(tmp_path)
+
+
+def test_unknown_fields_are_ignored_with_a_warning(golden_root, recwarn):
+    known = golden_config(golden_root, "patch_size", 8)
+    assert tokenizer_config(known) and not recwarn.list
+    with pytest.warns(UserWarning, match=r"ignored: bottleneck\.args\.shape$"):
+        assert tokenizer_config(golden_config(golden_root, "bottleneck.args.shape", 3)) == tokenizer_config(known)
+
+
+def test_a_huge_codebook_is_refused_by_its_shape(golden_root, tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(golden_root / "official_tokenizer/model.safetensors")
+    path = "bottleneck.args.regularizer.args.codebook_size"
+    (tmp_path / "config.json").write_text(json.dumps(golden_config(golden_root, path, 10**12)))
+    with pytest.raises(CheckpointError, match=r"quantizer\.embedding\.weight is \(512, 16\).*1000000000000"):
+        LarpTokenizer.from_pretrained(tmp_path)
+
+
+def test_parts_of_the_prior_of_two_dtypes_are_not_joined(golden_root):
+    folder = golden_root / "official_tokenizer"
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith(".attn.query.weight"))
+    with pytest.raises(CheckpointError, match=r"query.*float16"):
+        tokenizer_tensors(tensors | {name: tensors[name].half()})
+
+
+@pytest.mark.parametrize("field, value", [("hidden_size", None), ("n_heads", "x"), ("in_channels", 4)])
+def test_a_field_of_a_discriminator_is_named(golden_root, field, value):
+    config = json.loads((golden_root / "official_discriminator/config.json").read_text())
+    with pytest.raises(CheckpointError, match=f"{field} = {value!r}"):
+        Discriminator.from_published(config | {field: value}, {})
 
 
 def test_the_command_writes_a_folder_and_spares_the_one_it_reads(tmp_path, capsys):
@@ -127,6 +188,24 @@ def test_the_command_writes_a_folder_and_spares_the_one_it_reads(tmp_path, capsy
     assert "x_embedder.proj.weight" in load_file(target / "model.safetensors")
     with pytest.raises(ValueError, match="is the folder that is read"):
         main([str(source), str(source)])
-    with pytest.raises(ValueError, match="usage"):
+    with pytest.raises(ValueError, match="TO\nusage"):
         main([str(source)])
     assert "x_embedder.weight" in load_file(source / "model.safetensors")
+
+
+def test_the_command_writes_the_averaged_weights(tmp_path):
+    last, averaged = LarpTokenizer(small()), LarpTokenizer(small())
+    source = last.save_pretrained(tmp_path / "ours", ema=averaged)
+    for options, wanted in (([], last), (["--variant", "ema"], averaged)):
+        main([str(source), str(tmp_path / "theirs"), *options])
+        assert torch.equal(
+            load_file(tmp_path / "theirs/model.safetensors")["encoder_latent_query_embed"], wanted.queries
+        )
+    with pytest.raises(CheckpointError, match="no variant 'best'"):
+        main([str(source), str(tmp_path / "theirs"), "--variant", "best"])
+
+
+def test_a_file_in_the_place_of_the_published_folder_is_named(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="is a file: give another"):
+        save_published(LarpTokenizer(small()), tmp_path / "out")

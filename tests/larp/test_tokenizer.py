@@ -217,6 +217,12 @@ def test_the_temperature_of_the_draws_can_be_given():
         (torch.zeros(1, 3, 4, 16, 24, dtype=torch.uint8), "divide uint8"),
         (torch.full((1, 3, 4, 16, 24), 1.5), "1.5"),
         (torch.full((1, 3, 4, 16, 24), float("nan")), "nan"),
+        (torch.rand(1, 3, 4, 16, 24).double(), r"float64.*\.float\(\)"),
+        (torch.rand(1, 3, 4, 16, 24).half(), r"float16.*\.float\(\)"),
+        (torch.rand(0, 3, 4, 16, 16), "24"),
+        (torch.rand(1, 3, 4, 16, 24).numpy(), r"ndarray.*torch\.as_tensor"),
+        ([0.5], "list"),
+        (None, "NoneType"),
     ],
 )
 def test_bad_clips(clip, words):
@@ -233,11 +239,54 @@ def test_bad_clips(clip, words):
         (torch.zeros(1, 6), "integer"),
         (torch.full((1, 6), 32), "0..31"),
         (torch.full((1, 6), -1), "-1"),
+        (torch.zeros(1, 6, dtype=torch.complex64), "integer codes, got torch.complex64"),
+        (torch.zeros(1, 6, dtype=torch.bool), "integer"),
+        (torch.full((1, 6), 2**63, dtype=torch.uint64), "0..31"),
+        (torch.zeros(1, 6).numpy(), "ndarray"),
+        ([[0] * 6], "list"),
+        (None, "NoneType"),
     ],
 )
 def test_bad_codes(codes, words):
     with pytest.raises(ValueError, match=words):
         LarpTokenizer(tiny()).decode(codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.uint32, torch.uint64])
+def test_codes_of_any_integer_dtype_decode(dtype):
+    model, codes = nested_model(), torch.arange(6)[None]
+    assert torch.equal(model.decode(codes.to(dtype)), model.decode(codes))
+
+
+def test_an_empty_batch_has_no_codes():
+    model, clip = nested_model(), torch.rand(0, 3, 4, 16, 24)
+    assert model.encode(clip).shape == (0, 6) and model.encode(clip).dtype == torch.int64
+    assert model.encode(clip, num_tokens=2).shape == (0, 2) and model.encode(clip, target_psnr=20.0).shape == (0, 1)
+    assert model.decode(model.encode(clip)).shape == clip.shape
+
+
+def test_a_clip_may_have_the_dtype_of_the_weights():
+    model, clip = nested_model().bfloat16(), torch.rand(2, 3, 4, 16, 24)
+    assert torch.equal(model.encode(clip), model.encode(clip.bfloat16())), "float32 is computed in the weights' dtype"
+    with pytest.raises(
+        ValueError, match=r"the weights are torch\.bfloat16\), got torch\.float16.*\.to\(torch\.bfloat16\)"
+    ):
+        model.encode(clip.half())
+
+
+@pytest.mark.parametrize("number", [3.5, "3", True])
+def test_a_number_of_codes_or_frames_is_whole(number):
+    model, clip = nested_model(), torch.rand(1, 3, 4, 16, 24)
+    with pytest.raises(ValueError, match="whole number"):
+        model.encode(clip, num_tokens=number)
+    with pytest.raises(ValueError, match="frames do not fit"):
+        model.decode(model.encode(clip), num_frames=number)
+
+
+@pytest.mark.parametrize("target", ["20", True, float("nan")])
+def test_a_target_psnr_is_a_number(target):
+    with pytest.raises(ValueError, match="positive number of dB"):
+        nested_model().encode(torch.rand(1, 3, 4, 16, 24), target_psnr=target)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +297,43 @@ def test_bad_codes(codes, words):
         ({"decoder_patch_size": (2, 5, 8)}, "decoder_patch_size"),
         ({"encoder_heads": 5}, "encoder_heads = 5"),
         ({"num_tokens": 7}, "prior.positions = 6"),
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
+        ({"height": -16}, "height"),
+        ({"width": 0}, "width"),
+        ({"encoder_width": 0}, "encoder_width must be at least 1"),
+        ({"decoder_width": -32}, "decoder_width"),
+        ({"encoder_heads": 0}, "encoder_heads"),
+        ({"decoder_heads": -4}, "decoder_heads"),
+        ({"temperature": float("nan")}, "temperature must be positive and finite"),
+        ({"temperature": float("inf")}, "temperature must be positive and finite"),
+        ({"patch_size": (2, 8)}, "'patch_size'.*3 values"),
+        ({"num_tokens": 16.5}, "'num_tokens' is 16.5.*whole number"),
+        ({"num_tokens": True}, "'num_tokens'"),
+        ({"init": "orthogonal"}, "'init'.*'published', 'balanced'"),
+        ({"prior": None}, "'prior' is a group of options"),
     ],
 )
 def test_bad_configs(change, words):
     with pytest.raises(ValueError, match=words):
         tiny(**change)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"depth": 0}, r"prior\.depth must be at least 1"),
+        ({"width": 0}, r"prior\.width"),
+        ({"heads": -2}, r"prior\.heads"),
+        ({"dropout": 1.0}, r"prior\.dropout"),
+        ({"dropout": -0.1}, r"prior\.dropout"),
+        ({"dropout": float("nan")}, r"prior\.dropout"),
+        ({"temperature": float("nan")}, r"prior\.temperature"),
+        ({"positions": 6.0}, "'positions' is 6.0.*whole number"),
+    ],
+)
+def test_bad_configs_of_the_prior(change, words):
+    with pytest.raises(ValueError, match=words):
+        PriorConfig(**change)
 
 
 def test_damaged_checkpoints(tmp_path):
