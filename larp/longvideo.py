@@ -20,7 +20,7 @@ from larp.data.container import opened
 from larp.data.fitting import Fit, Fitting
 from larp.data.token_file import TokenHeader, TokenizedVideo
 from larp.data.video import VideoInfo, VideoWriter, iter_frames, probe
-from larp.tokenizer import LarpTokenizer
+from larp.tokenizer import LarpTokenizer, shortest_lengths
 
 import numpy as np
 import torch
@@ -268,17 +268,14 @@ def shortest_prefixes(
     """
     latents, counts = tokenizer.quantizer.lookup(codes), torch.tensor(kept, device=codes.device)
     real = torch.arange(clips.shape[2], device=codes.device) < counts[:, None]
-    low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
-    high = torch.full_like(low, codes.shape[1])
-    while bool((low < high).any()):
-        middle = (low + high) // 2
-        again = tokenizer.render(tokenizer.mask(latents, middle)).float().clamp(0, 1)
+
+    def reached(lengths: Tensor) -> Tensor:
+        again = tokenizer.render(tokenizer.mask(latents, lengths)).float().clamp(0, 1)
         errors = (clips[..., *region].float() - again[..., *region]).square().mean((1, 3, 4))
         error = torch.where(real, errors, 0).sum(1) / counts
-        reached = -10 * error.clamp(min=1e-10).log10() >= target_psnr + _ROUNDING
-        high = torch.where(reached, middle, high)
-        low = torch.where(reached, low, torch.minimum(middle + 1, high))
-    return high
+        return -10 * error.clamp(min=1e-10).log10() >= target_psnr + _ROUNDING
+
+    return shortest_lengths(reached, codes)
 
 
 @dataclass

@@ -4,6 +4,7 @@ Shapes: B batch, T frames, H, W pixels, P patches, N tokens, K codebook size, d 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
@@ -266,15 +267,12 @@ class LarpTokenizer(LarpModel):
         if not isinstance(target_psnr, Real) or isinstance(target_psnr, bool) or not target_psnr > 0:
             raise ValueError(f"target_psnr is a positive number of dB, got {target_psnr!r}")
         latents = self.quantizer.lookup(codes)
-        low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
-        high = torch.full_like(low, self.num_tokens)
-        while bool((low < high).any()):
-            middle = (low + high) // 2
-            again = self.render(self.mask(latents, middle), clip.shape[2]).float().clamp(0, 1)
-            reached = psnr(clip.float(), again) >= target_psnr
-            high = torch.where(reached, middle, high)
-            low = torch.where(reached, low, torch.minimum(middle + 1, high))
-        return high
+
+        def reached(lengths: Tensor) -> Tensor:
+            again = self.render(self.mask(latents, lengths), clip.shape[2]).float().clamp(0, 1)
+            return psnr(clip.float(), again) >= target_psnr
+
+        return shortest_lengths(reached, codes)
 
     @torch.inference_mode()
     def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
@@ -365,6 +363,22 @@ def check_tensor(value: Any, what: str) -> None:
     """Raise ValueError unless `value`, called `what` in the message, is a tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"expected {what} as a torch tensor, got {type(value).__name__}: torch.as_tensor makes one")
+
+
+def shortest_lengths(reached: Callable[[Tensor], Tensor], codes: Tensor) -> Tensor:
+    """Return the shortest prefix of each row of codes (B, N) for which `reached` is true: (B,) int64, N where none is.
+
+    `reached` maps lengths (B,) to bool (B,). By bisection: a length below N is one that was seen to reach, and the shortest such where
+    longer ones reach as well.
+    """
+    low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
+    high = torch.full_like(low, codes.shape[1])
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        enough = reached(middle)
+        high = torch.where(enough, middle, high)
+        low = torch.where(enough, low, torch.minimum(middle + 1, high))
+    return high
 
 
 def draw_prefixes(noise: BatchNoise, share: float, shortest: int, longest: int) -> Tensor:
