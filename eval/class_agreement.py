@@ -21,6 +21,7 @@ from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import iterate_once
 from larp.engine.log import write_json
 from larp.generator import LarpGenerator
+from larp.hub import check_device
 from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
 from larp.metrics.protocols import check_record_path, versions
@@ -67,6 +68,7 @@ class AgreementConfig:
     """Where the models run."""
 
     def __post_init__(self):
+        check_device(self.device)
         if not self.guidance_scale:
             raise ValueError("guidance_scale is empty; give at least one scale, where 1 is off")
         for scale in self.guidance_scale:

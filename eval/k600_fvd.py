@@ -25,12 +25,13 @@ from larp.data.extraction import repeat_last
 from larp.data.listing import NoSplitError
 from larp.engine.log import write_json
 from larp.generator import LarpGenerator
+from larp.hub import check_device
 from larp.metrics import lpips
-from larp.metrics.clipsets import countable, describe_row, floor_row, frechet_row, load_pair, real_clips
+from larp.metrics.clipsets import RealClips, countable, describe_row, floor_row, frechet_row, load_pair
 from larp.metrics.frames import psnr, ssim
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, draw_windows, headline, result
+from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
 from larp.sampling import check_sampling, generate
 from larp.tokenizer import LarpTokenizer
 
@@ -91,6 +92,7 @@ class PredictionConfig:
     """Where the models run."""
 
     def __post_init__(self):
+        check_device(self.device)
         check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
         if self.batch_size < 1 or self.num_clips < 4:
             raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 4")
@@ -248,21 +250,20 @@ def evaluate(config: PredictionConfig) -> dict:
     perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
     videos, split = open_split(config)
     items, counts, skipped = countable(videos)
-    drawn, spare = draw_windows(counts, shape.frames, config.num_clips, config.seed, spare=config.num_clips)
-    clips = real_clips(items, drawn, shape, config.batch_size)
-    seen = measure(generator, tokenizer, clips, features, perceptual, config)
-    others = [features(scored_size(clip)) for clip in real_clips(items, spare, shape, config.batch_size)]
+    clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
+    seen = measure(generator, tokenizer, clips.drawn(), features, perceptual, config)
+    others = [features(scored_size(clip)) for clip in clips.others()]
     report = likeness(seen, config) | {
         "given": config.given,
-        "num_clips": len(drawn),
+        "num_clips": config.num_clips,
         "frechet": frechet_record(seen, others, features, protocol_of(config, features, shape, split), generator, tokenizer, config),
-        "skipped": [{"name": name, "reason": reason} for name, reason in skipped],
+        "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *clips.skipped]],
         "config": to_dict(config),
         "files": [],
     }  # fmt: skip
     if seen.shown:
         caption = f"above: original; below: {config.given} given frames, then predicted ones"
-        names = [items[video].name for video, _ in drawn[: len(seen.shown)]]
+        names = [items[video].name for video, _ in clips.windows[: len(seen.shown)]]
         path = config.out.with_suffix(".png")
         contact_sheet(seen.shown, [f"{name} ({caption})" for name in names], path, columns=shape.frames, cell=160)
         report["files"] = [str(path)]

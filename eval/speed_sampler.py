@@ -22,10 +22,11 @@ from larp.config import parse, run_script, to_dict
 from larp.decoding import BlockWeights, Decoder
 from larp.engine.log import write_json
 from larp.generator import SIZES, GeneratorConfig, LarpGenerator
+from larp.hub import check_device
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.timing import Lap, in_turn, machine
 from larp.packing import Weights, threads
-from larp.sampling import guide, row_uniforms, sample_logits
+from larp.sampling import check_sampling, guide, row_uniforms, sample_logits
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,8 @@ class SamplerSpeedConfig:
     """Where the models run."""
 
     def __post_init__(self):
+        check_device(self.device)
+        check_sampling(1.0, 0, 1.0, self.guidance)
         for name in ("num_tokens", "batch_size", "positions", "steps", "repeats", "check"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

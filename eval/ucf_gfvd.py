@@ -20,8 +20,10 @@ from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
 from larp.data.datasets import open_videos
 from larp.engine.log import write_json
 from larp.generator import LarpGenerator
+from larp.hub import check_device
 from larp.metrics.classifier import require_labels
 from larp.metrics.clipsets import (
+    RealClips,
     class_numbers,
     countable,
     describe_row,
@@ -29,7 +31,6 @@ from larp.metrics.clipsets import (
     frechet_row,
     generated_clips,
     load_pair,
-    real_clips,
     reconstructed_clips,
 )
 from larp.metrics.frechet import real_floor
@@ -38,7 +39,6 @@ from larp.metrics.protocols import (
     PRESETS,
     Protocol,
     check_record_path,
-    draw_windows,
     headline,
     result,
 )
@@ -105,6 +105,7 @@ class GfvdConfig:
     """Where the models run."""
 
     def __post_init__(self):
+        check_device(self.device)
         for guidance in self.guidances:
             check_sampling(self.temperature, self.top_k, self.top_p, guidance, self.min_p)
         if self.batch_size < 1 or self.num_clips < 2:
@@ -143,18 +144,23 @@ def evaluate(config: GfvdConfig) -> dict:
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed (see --help)")
     generator, tokenizer = load_pair(config.generator, config.tokenizer, "class", config.device, config.variant)
+    for guidance in config.guidances:
+        guidance.scales(tokenizer.num_tokens)
     features = open_features(config.features, config.i3d, config.device)
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos = open_videos(config.data, config.split)
     require_labels(videos)
     items, counts, skipped = countable(videos)
-    drawn, spare = draw_windows(counts, shape.frames, config.num_clips, config.seed, spare=config.num_clips)
-    classes = class_numbers(generator, videos, [items[video].label for video, _ in drawn])
-    pairs = reconstructed_clips(tokenizer, real_clips(items, drawn, shape, config.batch_size))
+    clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
+    # Classes that the generator does not know are an error now, not after the reading.
+    class_numbers(generator, videos, [items[video].label for video, _ in clips.windows])
+    pairs = reconstructed_clips(tokenizer, clips.drawn())
     both = [(features(clip), features(again)) for clip, again in pairs]
     real, decoded = (torch.cat(side) for side in zip(*both, strict=True))
-    others = [features(clip) for clip in real_clips(items, spare, shape, config.batch_size)]
-    floor = real_floor(torch.cat([real, *others]), len(drawn), config.seed)
+    others = [features(clip) for clip in clips.others()]
+    floor = real_floor(torch.cat([real, *others]), config.num_clips, config.seed)
+    labels = [items[video].label for video, _ in clips.windows]
+    classes = class_numbers(generator, videos, labels)
     table = [
         floor_row(floor),
         frechet_row("reconstructions", real, decoded, config.repeats, config.seed, paired=True),
@@ -172,10 +178,10 @@ def evaluate(config: GfvdConfig) -> dict:
         **usage(codes, tokenizer.codebook_size),
         tokens_per_clip=tokenizer.num_tokens,
         table=table,
-        skipped=[{"name": name, "reason": reason} for name, reason in skipped],
+        skipped=[{"name": name, "reason": reason} for name, reason in [*skipped, *clips.skipped]],
         config=to_dict(config),
     )
-    report["files"] = show(shown, [videos.classes[items[video].label] for video, _ in drawn], config.out)
+    report["files"] = show(shown, [videos.classes[label] for label in labels], config.out)
     write_json(config.out, report)
     return report
 

@@ -186,7 +186,7 @@ def _continue(
     count = frames.shape[2]
     while count < total:
         window = _encode(tokenizer, _padded(tokenizer, known))
-        # Mixed into the lower 32 bits, the only ones that torch's generator takes from its seed.
+        # Mixed, so that a window does not draw what the next seed draws.
         own_seed = seed + count * 0xBF58476D1CE4E5B9
         codes = generate(generator, generator.frame_condition(window), seed=own_seed, first_row=first_row, **sampling)
         clip = _decode(tokenizer, codes)

@@ -1,7 +1,6 @@
 """Writing clips code by code: prefill the condition, decode one code, decode the other codes.
 
-A `Decoder` holds a generator's weights as they were when it was made, fused and laid out for few rows, beside a
-preallocated cache. On a GPU the step of one code is captured in a CUDA graph.
+A `Decoder` holds what a generator's blocks need, fused and laid out for few rows, beside a preallocated cache. On a GPU the step of one code is captured in a CUDA graph.
 
 Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S new positions, P positions, D width.
 """
@@ -66,7 +65,10 @@ class BlockWeights:
 
 
 class Decoder:
-    """A generator made ready to write clips. Made anew after a change of the weights: it holds what they were.
+    """A generator made ready to write clips. Make it anew after a change of the weights.
+
+    Fused and packed weights are copies of what they were; embeddings, and plain weights that need no fusing nor another dtype,
+    are the model's own. After a change in place the two would no longer belong together.
 
     Args:
         model: the generator; it is not changed, and dropout does not act whatever its mode.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from larp.hub import CheckpointError, LarpModel
 from larp.layers import Repeated, RMSNorm, SwiGLU
+from larp.published_fields import flag, number, warn_of_unknown, whole
 
 import torch
 import torch.nn.functional as F
@@ -241,8 +242,8 @@ class LarpGenerator(LarpModel):
             raise ValueError("this generator predicts frames; it has no classes")
         if name in config.class_names:
             return config.class_names.index(name)
-        if str(name).isdecimal():
-            if int(name) < config.num_classes:
+        if str(name).removeprefix("-").isdecimal():
+            if 0 <= int(name) < config.num_classes:
                 return int(name)
             raise ValueError(
                 f"class {name} is out of range: this generator has the classes 0 to {config.num_classes - 1}"
@@ -272,35 +273,66 @@ def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
 
+# Every field of a published config.json. Null in the second group is the same as absent.
+_PUBLISHED = [
+    "vocab_size",
+    "max_seq_len",
+    "n_layer",
+    "n_head",
+    "dim",
+    "num_classes",
+    "multiple_of",
+    "norm_eps",
+    "token_dropout_p",
+    "resid_dropout_p",
+    "ffn_dropout_p",
+    "model_type",
+    "class_dropout_prob",
+    "cls_token_num",
+    "initializer_range",
+    "max_batch_size",
+    "rope_base",
+]
+_NULLABLE = ["n_kv_head", "drop_path_rate", "attn_dropout_p", "use_fixed_pe", "ffn_dim_multiplier", "frame_prediction"]
+
+
 def config_from_published(values: dict[str, Any]) -> GeneratorConfig:
-    """Map the config.json of a published LARP generator; CheckpointError for a field that is missing or unknown."""
+    """Map the config.json of a published LARP generator.
+
+    CheckpointError for a field that is missing, of the wrong type or of a variant that is not supported; a warning for one
+    that is not known.
+    """
+    warn_of_unknown(values, dict.fromkeys((*_PUBLISHED, *_NULLABLE)))
+    absent = {"num_classes": 101, "multiple_of": 256, "norm_eps": 1e-5, "drop_path_rate": 0, "attn_dropout_p": 0}
+    absent |= {"ffn_dim_multiplier": 1, "use_fixed_pe": False, "frame_prediction": False}
+    dropouts = ("token_dropout_p", "resid_dropout_p", "ffn_dropout_p")
+    given = {name: value for name, value in values.items() if name not in _NULLABLE or value is not None}
+    given = absent | dict.fromkeys(dropouts, 0.1) | given
     try:
         unsupported = {
-            "n_kv_head": values.get("n_kv_head") not in (None, values["n_head"]),
-            "drop_path_rate": float(values.get("drop_path_rate") or 0) != 0,
-            "attn_dropout_p": float(values.get("attn_dropout_p") or 0) != 0,
-            "use_fixed_pe": bool(values.get("use_fixed_pe")),
+            "n_kv_head": "n_kv_head" in given and whole(given, "n_kv_head") != whole(given, "n_head"),
+            "drop_path_rate": number(given, "drop_path_rate") != 0,
+            "attn_dropout_p": number(given, "attn_dropout_p") != 0,
+            "use_fixed_pe": flag(given, "use_fixed_pe"),
         }
-        dropouts = {
-            name: float(values.get(name, 0.1)) for name in ("token_dropout_p", "resid_dropout_p", "ffn_dropout_p")
-        }
-        unsupported |= {name: value != dropouts["token_dropout_p"] for name, value in dropouts.items()}
+        dropout = number(given, "token_dropout_p")
+        unsupported |= {name: number(given, name) != dropout for name in dropouts}
         for name in (name for name, refused in unsupported.items() if refused):
             raise CheckpointError(
-                f"config.json: {name} = {values[name]!r} is a variant that no published generator uses"
+                f"config.json: {name} = {given[name]!r} is a variant that no published generator uses"
             )
         return GeneratorConfig(
-            task="frame-prediction" if values.get("frame_prediction") else "class",
-            num_tokens=int(values["max_seq_len"]),
-            codebook_size=int(values["vocab_size"]),
-            depth=int(values["n_layer"]),
-            heads=int(values["n_head"]),
-            width=int(values["dim"]),
-            num_classes=int(values.get("num_classes", 101)),
-            ffn_multiplier=float(values.get("ffn_dim_multiplier") or 1.0),
-            ffn_multiple=int(values.get("multiple_of", 256)),
-            dropout=dropouts["token_dropout_p"],
-            norm_eps=float(values.get("norm_eps", 1e-5)),
+            task="frame-prediction" if flag(given, "frame_prediction") else "class",
+            num_tokens=whole(given, "max_seq_len"),
+            codebook_size=whole(given, "vocab_size"),
+            depth=whole(given, "n_layer"),
+            heads=whole(given, "n_head"),
+            width=whole(given, "dim"),
+            num_classes=whole(given, "num_classes"),
+            ffn_multiplier=number(given, "ffn_dim_multiplier"),
+            ffn_multiple=whole(given, "multiple_of"),
+            dropout=dropout,
+            norm_eps=number(given, "norm_eps"),
         )
     except KeyError as error:
         raise CheckpointError(f"config.json is no generator's: {error} is missing") from error

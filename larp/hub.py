@@ -108,7 +108,12 @@ class LarpModel(nn.Module):
         # Positions are functions of the config, but stored: a checkpoint then explains itself.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         part = path.with_name(path.name + ".part")
+        # safetensors gives its files to the owner alone; others may read a model as they may read its config.json.
+        part.unlink(missing_ok=True)
+        part.touch()
+        mode = part.stat().st_mode & 0o777
         save_file(tensors, part, metadata={"format": "pt"})
+        part.chmod(mode)
         part.replace(path)
 
     def push_to_hub(

@@ -88,6 +88,8 @@ class Samples:
         seed: int,
         ranks: Ranks,
     ):
+        # An interval without a code is an error now, not in the middle of a training.
+        guidance.scales(tokenizer.num_tokens)
         self.config, self.guidance, self.tokenizer, self.seed, self.ranks = config, guidance, tokenizer, seed, ranks
         self.fps = held_out.frame_rate(OLD_FPS)
         self.names, self.condition = _conditions(config.clips, model_config, held_out)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from larp.generator import LarpGenerator
 
 
+# What float32 carries without rounding a probability to 0 or a logit to infinity.
+COLDEST, HOTTEST, LEAST_TOP_P, MOST_GUIDANCE = 1e-4, 1e6, 1e-6, 1000.0
+
+
 @dataclass(frozen=True)
 class Guidance:
     """Classifier-free guidance over the codes of a clip; a ValueError names what is out of range."""
@@ -28,7 +32,7 @@ class Guidance:
     scale: float = 1.0
     """s of `unconditional + s * (conditional - unconditional)`; 1 is off."""
     final: float | None = None
-    """Scale of the last guided code, to which it changes in a straight line; None keeps `scale`."""
+    """Scale of the last guided code, also of a single one, to which it changes in a straight line; None keeps `scale`."""
     start: float = 0.0
     """Codes before this share of the clip are not guided."""
     stop: float = 1.0
@@ -39,20 +43,28 @@ class Guidance:
             ("guidance", self.scale),
             ("final guidance", self.scale if self.final is None else self.final),
         ):
-            if not (_is_finite(value) and value >= 0):
-                raise ValueError(f"{name} is {value}; it must be a finite number: 0 or more, where 1 is off")
+            if not (_is_finite(value) and 0 <= value <= MOST_GUIDANCE):
+                raise ValueError(
+                    f"{name} is {value}; it must be a finite number from 0 to {MOST_GUIDANCE:g}, where 1 is off"
+                )
         if not (_is_finite(self.start) and _is_finite(self.stop) and 0 <= self.start < self.stop <= 1):
             raise ValueError(
                 f"guidance runs from {self.start} to {self.stop}; these are shares of the clip: 0 <= start < stop <= 1"
             )
 
     def scales(self, count: int) -> Tensor:
-        """Return the scale of each of `count` codes, float32; 1 where it is off."""
+        """Return the scale of each of `count` codes, float32; 1 where it is off. ValueError if no code is guided."""
         # A little less, because 0.7 of 10 is 7.000000000000001 in floating point.
         first, last = (math.ceil(share * count - 1e-6) for share in (self.start, self.stop))
+        if first >= last:
+            raise ValueError(
+                f"guidance runs from {self.start} to {self.stop}, which holds none of a clip's {count} codes: move its "
+                "start and stop apart"
+            )
         scales = torch.ones(count)
         final = self.scale if self.final is None else self.final
         scales[first:last] = torch.linspace(self.scale, final, last - first)
+        scales[last - 1] = final
         return scales
 
 
@@ -68,14 +80,16 @@ def sample_logits(
 
     Args:
         logits: (B, K), any float dtype; -inf excludes an id.
-        temperature: divides the logits; 0 takes the largest.
-        top_k: keep the k likeliest ids; 0 keeps all, 1 takes the largest.
-        top_p: then keep the likeliest ids that together reach this probability, at least one; 1.0 keeps all.
+        temperature: divides the logits, 1e-4 to 1e6; 0 takes the largest.
+        top_k: keep the k likeliest ids, of equal ones the first; 0 keeps all, 1 takes the largest.
+        top_p: then keep the likeliest ids that together reach this probability, at least one, 1e-6 to 1; 1.0 keeps all.
         uniform: (B,) in [0, 1), one number for each row; not needed when the largest is taken.
         min_p: then keep the ids that have at least this share of the likeliest one's probability; 0 keeps all.
 
     Returns:
-        int64 (B,). Everything stays on the device of the logits.
+        int64 (B,), below K whatever the logits. Everything stays on the device of the logits.
+
+    Raises ValueError for an option out of range.
     """
     check_sampling(temperature, top_k, top_p, min_p=min_p)
     if temperature == 0 or top_k == 1:
@@ -85,7 +99,9 @@ def sample_logits(
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        above, tied = logits > kth, logits == kth
+        room = top_k - above.sum(dim=-1, keepdim=True)
+        logits = logits.masked_fill(~(above | (tied & (tied.cumsum(dim=-1) <= room))), -torch.inf)
     probabilities = logits.softmax(dim=-1)
     if top_p < 1:
         ordered = probabilities.sort(dim=-1, descending=True)
@@ -99,19 +115,24 @@ def sample_logits(
     total = cumulative[:, -1:]
     # Strictly below the total, so that rounding never chooses an id of probability zero behind the last possible one.
     level = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, level, right=True)[:, 0]
+    # Logits that are NaN have no distribution, and would choose an id behind the last.
+    return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def check_sampling(
     temperature: float, top_k: int, top_p: float, guidance: float | Guidance = 1.0, min_p: float = 0.0
 ) -> None:
     """Raise a ValueError that names the sampling option that is out of range, not finite, or no number."""
-    if not (_is_finite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}; it must be a finite number: 0 (always the likeliest) or more")
+    if not (_is_finite(temperature) and (temperature == 0 or COLDEST <= temperature <= HOTTEST)):
+        raise ValueError(
+            f"temperature is {temperature}; it must be a finite number: 0 (always the likeliest) or {COLDEST:g} to {HOTTEST:g}"
+        )
     if not isinstance(top_k, Integral) or top_k < 0:
         raise ValueError(f"top_k is {top_k}; it must be a whole number: 0 (off) or more")
-    if not (_is_finite(top_p) and 0 < top_p <= 1):
-        raise ValueError(f"top_p is {top_p}; it must lie in (0, 1], where 1 is off")
+    if not (_is_finite(top_p) and LEAST_TOP_P <= top_p <= 1):
+        raise ValueError(
+            f"top_p is {top_p}; it must lie in [{LEAST_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
+        )
     if not (_is_finite(min_p) and 0 <= min_p <= 1):
         raise ValueError(f"min_p is {min_p}; it must lie in [0, 1], where 0 is off")
     _as_guidance(guidance)
@@ -122,11 +143,13 @@ def _as_guidance(guidance: float | Guidance) -> Guidance:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    return isinstance(value, Real) and abs(value) < math.inf
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:
     """Return float64 (rows, count) in [0, 1): row i depends on (seed, first_row + i), not on the rows beside it."""
+    # torch's generator takes 32 bits of its seed: the higher ones must act on those. Smaller seeds stay what they are.
+    seed += (seed >> 32) * 0x94D049BB133111EB
     streams = []
     for row in range(first_row, first_row + rows):
         # Mixed, because neighbouring seeds of a Mersenne twister start alike.
@@ -202,6 +225,8 @@ def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
 def check_condition(model: "LarpGenerator", condition: Tensor) -> None:
     """Raise a ValueError if a condition is empty or holds a class or code that the generator does not know."""
     config = model.config
+    if condition.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"the condition is {condition.dtype}; classes and codes are whole numbers: give int64")
     if condition.numel() == 0:
         raise ValueError("the condition has no rows: ask for at least one clip")
     low, high = int(condition.min()), int(condition.max())

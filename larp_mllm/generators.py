@@ -22,6 +22,8 @@ class Training:
     """Every n-th frame of a video was a frame of the clip."""
     given: int | None = None
     """Given frames of frame prediction."""
+    missing: str | None = None
+    """The token cache that the run names, which would say more, where it is not found."""
 
 
 def find_generator(generator: str) -> str:
@@ -38,7 +40,8 @@ def find_generator(generator: str) -> str:
 def find_training(generator: str) -> Training:
     """What the run of train_generator.py around a model folder (see `find_generator`) says of its training.
 
-    Raises ValueError if a file of the run is damaged.
+    Paths in it are relative to where it was trained; what is not below the working folder is looked for below the folders
+    around the run, the nearest first. Raises ValueError if a file of the run is damaged.
     """
     folder = Path(generator).resolve()
     path = folder.parent / "config.json"
@@ -52,22 +55,41 @@ def find_training(generator: str) -> Training:
         ) from error
     if not isinstance(config, dict) or "tokens" not in config:
         return Training()
-    return _of_cache(Path(config["tokens"] or folder.parent / "tokens-train"), config)
+    kinds = {"tokens": (str, "a path"), "tokenizer": (str, "a path or hub name")}
+    kinds |= dict.fromkeys(("stride", "condition_frames"), (int, "a whole number"))
+    for name, (kind, words) in kinds.items():
+        if not isinstance(config.get(name), kind | None):
+            raise ValueError(
+                f"{path}: {name} is {config[name]!r}, expected {words} or null: copy the run again, or mend it"
+            )
+    return _of_cache(config, folder.parent)
 
 
-def _of_cache(cache: Path, config: dict[str, Any]) -> Training:
-    """What a run says that trained on the cache; one that is gone, or never was, leaves what the run's options say."""
-    from larp.data.tokens import INDEX, read_json, read_shard
+def _found(name: str, inside: str, *around: Path) -> str:
+    """`name`, or the path of it below the nearest folder around; `inside`, which may be "", is what it must hold."""
+    if (Path(name) / inside).exists():
+        return name
+    parents = (parent for folder in around for parent in folder.resolve().parents)
+    return next((str(parent / name) for parent in parents if (parent / name / inside).exists()), name)
 
+
+def _of_cache(config: dict[str, Any], run: Path) -> Training:
+    """What a run says that trained on a cache; one that is gone, or never was, leaves what the run's options say."""
+    from larp.data.tokens import INDEX, read_index, read_shard
+
+    named = config["tokens"]
+    cache = Path(_found(named, INDEX, run)) if named else run / "tokens-train"
+    tokenizer = config.get("tokenizer") and _found(config["tokenizer"], "", run)
     if not (cache / INDEX).is_file():
         # Of a run that was given a cache, these options did not act.
-        acting = {} if config["tokens"] else config
-        return Training(config.get("tokenizer"), None, None, acting.get("stride"), acting.get("condition_frames"))
-    index = read_json(cache / INDEX)
+        acting = {} if named else config
+        given = acting.get("condition_frames")
+        return Training(tokenizer, None, None, acting.get("stride"), given, missing=named or None)
+    index = read_index(cache)
     fps = read_shard(cache / index["shards"][0])[0].get("fps")
     known = None if fps is None else fps[~fps.isnan()]
     return Training(
-        config.get("tokenizer") or index["tokenizer"],
+        tokenizer or _found(index["tokenizer"], "", run, cache),
         index.get("variant"),
         None if known is None or not len(known) else known.mode().values.item(),
         index["key"].get("stride"),

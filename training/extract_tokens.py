@@ -14,7 +14,7 @@ from typing import Literal
 
 from larp.config import parse, run_script
 from larp.data.datasets import open_videos
-from larp.data.extraction import extract_tokens
+from larp.data.extraction import check_counts, extract_tokens
 from larp.data.tokens import TokenCache
 from larp.engine import backend
 from larp.tokenizer import LarpTokenizer
@@ -49,7 +49,7 @@ class ExtractTokensConfig:
     batch_size: int = 16
     """Clips in one pass of the tokenizer."""
     workers: int = 2
-    """Threads that decode videos, for each process."""
+    """Threads that decode videos, for each process; 0: none, decoding and encoding take turns."""
 
 
 def main(argv: list[str] | None = None) -> TokenCache:
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> TokenCache:
 
 def extract(config: ExtractTokensConfig) -> TokenCache:
     """Extract as `config` says, on every rank; return the whole cache."""
+    check_counts(config.windows, config.batch_size, config.workers)  # before the tokenizer is loaded
     ranks = backend.start(seed=0)
     try:
         tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device, variant=config.variant)

@@ -213,6 +213,11 @@ def open_data(
     sizes = (config.task, config.batch_size, micro, config.seed, ranks)
     tokenizer, held_out = None, None
     if config.tokens is not None:
+        if config.eval_tokens is not None and config.eval_tokens.resolve() == config.tokens.resolve():
+            raise ValueError(
+                f"eval_tokens {config.eval_tokens} is the same cache as tokens {config.tokens}, so nothing would be held out:"
+                " give --eval-tokens another, or leave it out"
+            )
         cache = TokenCache.open(config.tokens)
         if config.tokenizer:
             tokenizer = cache.load_tokenizer(config.tokenizer, ranks.device)

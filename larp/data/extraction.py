@@ -87,8 +87,7 @@ def extract_tokens(
     read; then no cache is left behind, so that the next run tries the videos again.
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
-    if windows < 1:
-        raise ValueError(f"windows is {windows}; at least one clip of each video is needed")
+    check_counts(windows, batch_size, workers)
     if hop is not None and hop < shape.span:
         raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
     _check_given(condition_frames, 0, shape.frames)
@@ -124,6 +123,16 @@ def extract_tokens(
     return TokenCache.open(folder, key)
 
 
+def check_counts(windows: int, batch_size: int, workers: int) -> None:
+    """Raise ValueError for numbers with which `extract_tokens` cannot work."""
+    if windows < 1:
+        raise ValueError(f"windows is {windows}; at least one clip of each video is needed")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; at least one clip is needed in a pass of the tokenizer")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; it must be 0 (no threads, videos are decoded in turn) or more")
+
+
 def live_batches(
     tokenizer, loader: ClipLoader, task: str, condition_frames: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,6 +162,7 @@ def _check_given(condition_frames: int, least: int, frames: int) -> None:
         none = "0 (none)" if least == 0 else str(least)
         raise ValueError(
             f"condition_frames is {condition_frames}; it must be {none} to {frames - 1}, because clips have {frames} frames"
+            + ("; frame prediction needs 1 at least" if least == 0 else "")
         )
 
 

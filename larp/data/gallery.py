@@ -10,6 +10,18 @@ import numpy as np
 
 SHEET = "sheet.png"
 _COLUMNS = 8
+_LARGEST = 8192
+
+
+def check_scale(scale: int, height: int, width: int) -> None:
+    """Raise ValueError unless a video of this size can be written with each pixel repeated so often."""
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    if scale * max(height, width) > _LARGEST:
+        raise ValueError(
+            f"scale is {scale}: pictures of {scale * width} x {scale * height} pixels; at most {_LARGEST} a side can be"
+            f" written, so choose a scale up to {max(1, _LARGEST // max(height, width))}"
+        )
 
 
 class Gallery:
@@ -35,6 +47,7 @@ class Gallery:
         plain = re.sub(r"[^\w.]+", "-", name).strip("-")
         path = self.folder / f"{len(self.names):03d}-{plain}.mp4"
         scale = max(1, 256 // frames.shape[1]) if self.scale is None else self.scale
+        check_scale(scale, *frames.shape[1:3])
         write_video(path, frames.repeat(scale, axis=1).repeat(scale, axis=2), self.fps)
         self.names.append(name)
         spread = np.linspace(0, len(frames) - 1, min(_COLUMNS, len(frames))).round().astype(int)

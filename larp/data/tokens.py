@@ -87,7 +87,7 @@ class TokenCache:
             if (folder / KEY).is_file():
                 raise TokenCacheError(f"{folder} is unfinished: run the extraction again, it goes on where it stopped")
             raise TokenCacheError(f"{folder} holds no token cache: make one with training/extract_tokens.py")
-        index = read_json(folder / INDEX)
+        index = read_index(folder)
         check_key(
             {"code_version": 1} | index["key"],
             {"code_version": CODE_VERSION} | dict(expect or {}),
@@ -382,6 +382,16 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TokenCacheError(f"{path} cannot be read ({error}): extract the tokens again") from error
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a finished cache; TokenCacheError says what a damaged one lacks."""
+    index, kinds = read_json(folder / INDEX), {"key": dict, "classes": list, "tokenizer": str, "shards": list}
+    found = index if isinstance(index, dict) else {}
+    if lacking := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
+        lacks = f"{folder / INDEX} is damaged: it lacks {', '.join(lacking)}"
+        raise TokenCacheError(f"{lacks}; delete this file, and run the extraction again")
+    return found
 
 
 def batch_rows(rows: int, step: int, global_batch: int, seed: int) -> Tensor:

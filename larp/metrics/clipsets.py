@@ -5,7 +5,9 @@ Shapes: B clips, T frames, H x W pixels, N codes of a clip, n clips in all.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from larp.data.clips import ClipShape, frames_to_clip
@@ -13,7 +15,7 @@ from larp.data.datasets import VideoItem, VideoSet
 from larp.data.video import VideoError, count_frames, read_video
 from larp.generator import LarpGenerator, Task
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
-from larp.metrics.protocols import Window
+from larp.metrics.protocols import Window, draw_windows
 from larp.sampling import generate
 from larp.tokenizer import LarpTokenizer
 
@@ -39,17 +41,82 @@ def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[
     return items, counts, skipped
 
 
-def real_clips(items: Sequence[VideoItem], windows: Sequence[Window], shape: ClipShape, batch: int) -> Iterator[Tensor]:
-    """The clips of `windows` in batches (b, 3, T, H, W); VideoError if a file is shorter than its header says."""
-    clips = []
-    for video, start in tqdm(windows, desc="real clips", unit="clip", delay=2):
-        frames, _ = read_video(items[video].path, start, shape.frames)
-        clips.append(frames_to_clip(frames, shape.height, shape.width))
-        if len(clips) == batch:
-            yield torch.stack(clips)
-            clips = []
-    if clips:
-        yield torch.stack(clips)
+class RealClips:
+    """Real clips, drawn as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
+
+    Args:
+        items, counts: videos and their numbers of frames, see `countable`.
+        shape: of a clip; windows of its frames do not overlap.
+        num_clips, seed: as in `larp.metrics.protocols.draw_windows`, which draws as many others, if there are so many.
+        batch: clips at a time.
+
+    In the place of a damaged video's clips come the first of the others, and then of all further windows in an order that
+    the seed decides. ValueError if there are too few windows.
+    """
+
+    def __init__(
+        self, items: Sequence[VideoItem], counts: Sequence[int], shape: ClipShape, num_clips: int, seed: int, batch: int
+    ):
+        self.items, self.shape, self.num_clips, self.batch = items, shape, num_clips, batch
+        self.windows, spare = draw_windows(counts, shape.frames, num_clips, seed, spare=num_clips)
+        everything = (
+            (video, k * shape.frames) for video, count in enumerate(counts) for k in range(count // shape.frames)
+        )
+        known = {*self.windows, *spare}
+        rest = [window for window in everything if window not in known]
+        random.Random(seed + 2).shuffle(rest)
+        self._reserve = iter([*spare, *rest])
+        self._damaged: dict[int, str] = {}
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(name, reason) of the videos that turned out damaged so far."""
+        return [(self.items[video].name, reason) for video, reason in self._damaged.items()]
+
+    def drawn(self) -> Iterator[Tensor]:
+        """The clips in batches (b, 3, T, H, W); `windows`, of (video, first frame), says afterwards which they are.
+
+        ValueError that names a damaged video if no other is left to take its place.
+        """
+        return self._batches(self._all_drawn())
+
+    def others(self) -> Iterator[Tensor]:
+        """Up to `num_clips` further clips, in batches (b, 3, T, H, W); to be read once, after the drawn ones."""
+        return self._batches(clip for clip, _ in islice(self._in_reserve(), self.num_clips))
+
+    def _all_drawn(self) -> Iterator[Tensor]:
+        reserve = self._in_reserve()
+        for place, window in enumerate(tqdm(self.windows, desc="real clips", unit="clip", delay=2)):
+            clip = self._read(window)
+            if clip is None:
+                clip, self.windows[place] = next(reserve, (None, window))
+            if clip is None:
+                name, reason = self.skipped[-1]
+                raise ValueError(
+                    f"{name} is damaged ({reason}), and no window of another video is left in its place: mend or leave out"
+                    f" the damaged videos ({len(self.skipped)} so far), or ask for fewer than {self.num_clips} clips"
+                )
+            yield clip
+
+    def _in_reserve(self) -> Iterator[tuple[Tensor, Window]]:
+        for window in self._reserve:
+            if (clip := self._read(window)) is not None:
+                yield clip, window
+
+    def _read(self, window: Window) -> Tensor | None:
+        video, start = window
+        if video in self._damaged:
+            return None
+        try:
+            frames, _ = read_video(self.items[video].path, start, self.shape.frames)
+        except VideoError as error:
+            self._damaged[video] = str(error)
+            return None
+        return frames_to_clip(frames, self.shape.height, self.shape.width)
+
+    def _batches(self, clips: Iterator[Tensor]) -> Iterator[Tensor]:
+        while batch := list(islice(clips, self.batch)):
+            yield torch.stack(batch)
 
 
 def load_pair(

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,14 @@ def add(commands) -> None:
         "--tokenizer",
         help="folder or hub name, or the folder of its run (default: the one that the generator's run names)",
     )
-    parser.add_argument("--variant", choices=["ema"], help="of the tokenizer. ema: its averaged weights")
+    parser.add_argument(
+        "--variant", choices=["ema"], help="of the tokenizer, not of the generator. ema: its averaged weights"
+    )
+    parser.add_argument(
+        "--generator-variant",
+        choices=["ema"],
+        help="of --generator. ema: its averaged weights, where it was trained with --ema",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--class",
@@ -127,7 +135,7 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the videos and the sheet; print their paths and seams."""
     from larp.data.clips import clip_to_frames
-    from larp.data.gallery import Gallery
+    from larp.data.gallery import Gallery, check_scale
     from larp.generator import LarpGenerator
     from larp_mllm.device import choose_device
     from larp_mllm.generators import find_generator, find_training
@@ -135,10 +143,12 @@ def run(arguments: argparse.Namespace) -> None:
     folder, drawing = _check(arguments), _drawing(arguments)
     device = choose_device(arguments.device)
     found = find_generator(arguments.generator)
-    generator = LarpGenerator.from_pretrained(found, device=device)
+    generator = LarpGenerator.from_pretrained(found, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
     training = find_training(found)
     tokenizer = _load_tokenizer(arguments, generator, training)
+    if arguments.scale is not None:
+        check_scale(arguments.scale, tokenizer.config.height, tokenizer.config.width)
     fps = _fps(arguments, training)
     names, clips = _videos(arguments, generator, tokenizer, training, labels, fps, drawing)
     gallery, seams = Gallery(folder, fps, arguments.scale), []
@@ -228,6 +238,11 @@ def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[i
 def _load_tokenizer(arguments: argparse.Namespace, generator: "LarpGenerator", training: "Training") -> "LarpTokenizer":
     """The tokenizer that was chosen, or that the generator's run names; ValueError if it is not the generator's."""
     remembered = arguments.tokenizer is None
+    if remembered and training.tokenizer is None and training.missing:
+        raise ValueError(
+            f"the run of {arguments.generator} names its token cache as it was typed then, {training.missing}, which is "
+            "found neither here nor around the run, so its tokenizer is not known: give --tokenizer"
+        )
     if remembered and training.tokenizer is None:
         raise ValueError(f"{arguments.generator} does not say which tokenizer made its codes: give --tokenizer")
     variant = training.variant if remembered and arguments.variant is None else arguments.variant
@@ -254,11 +269,21 @@ def _fps(arguments: argparse.Namespace, training: "Training") -> float:
         return arguments.fps
     if arguments.source is not None:
         return probe(arguments.source).fps / _stride(arguments, training)
-    return training.fps or FPS
+    return _trained("--fps", arguments.generator, training, training.fps, FPS)
 
 
 def _stride(arguments: argparse.Namespace, training: "Training") -> int:
     return arguments.stride or training.stride or 1
+
+
+def _trained(option: str, generator: str, training: "Training", found: float | None, default: float) -> float:
+    """What the run says, or else the default, with a note where the run names a cache that would say it."""
+    if found is None and training.missing:
+        print(
+            f"note: the token cache of {generator}, {training.missing}, is not found: {option} is {default:g}",
+            file=sys.stderr,
+        )
+    return found or default
 
 
 def _videos(
@@ -280,9 +305,16 @@ def _videos(
     total = None if arguments.seconds is None else max(1, round(arguments.seconds * fps))
     shared = {"seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | drawing
     if arguments.source is not None:
-        count, given = arguments.num_videos or 1, arguments.given or training.given or GIVEN
-        size = tokenizer.config.clip_shape[1:]
+        count, size = arguments.num_videos or 1, tokenizer.config.clip_shape[1:]
+        given = arguments.given or _trained("--given", arguments.generator, training, training.given, GIVEN)
+        if arguments.stride is None:
+            _trained("--stride", arguments.generator, training, training.stride, 1)
         frames = last_frames(arguments.source, given, _stride(arguments, training), *size)
+        if total is not None and total <= frames.shape[1]:
+            raise ValueError(
+                f"--seconds {arguments.seconds:g} at {fps:g} fps: total_frames is {total}, but {frames.shape[1]} frames "
+                "are given: ask for more --seconds"
+            )
         videos = sample_continuations(generator, tokenizer, frames, count, total, given=given, **shared)
         return [arguments.source.stem] * count, videos
     if arguments.continue_with is not None:
@@ -293,7 +325,8 @@ def _videos(
             )
         found = find_generator(arguments.continue_with)
         shared["continuation"] = LarpGenerator.from_pretrained(found, device=generator.output.weight.device)
-        shared["given"] = arguments.given or find_training(found).given or GIVEN
+        told = find_training(found)
+        shared["given"] = arguments.given or _trained("--given", arguments.continue_with, told, told.given, GIVEN)
     known = generator.config.class_names
     names = [known[label] if known else f"class {label}" for label in labels]
     return names, sample_classes(generator, tokenizer, torch.tensor(labels), total, **shared)

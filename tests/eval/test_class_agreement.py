@@ -124,7 +124,9 @@ def test_mistakes_end_in_one_line(world, tmp_path, extra, message):
         run(world, tmp_path / "x.json", *extra)
 
 
-@pytest.mark.parametrize("extra", [["--num-clips", "0"], ["--guidance-scale", "-1"], ["--guidance-scale"]])
+@pytest.mark.parametrize(
+    "extra", [["--num-clips", "0"], ["--guidance-scale", "-1"], ["--guidance-scale"], ["--device", "cuda:99"]]
+)
 def test_options_out_of_range_are_refused(world, tmp_path, extra, capsys):
     with pytest.raises(SystemExit):
         run(world, tmp_path / "x.json", *extra)

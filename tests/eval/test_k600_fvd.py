@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 from eval import k600_fvd
 from larp.data.video import write_video
@@ -96,6 +97,20 @@ def test_every_predicted_frame_stands_beside_the_baselines(run, tmp_path, capsys
         and "NOT comparable" in printed
         and "skipped broken.mp4" in printed
     )
+
+
+def test_a_video_that_turns_out_damaged_is_replaced_and_named(world, run, tmp_path, capsys):
+    for path in world.glob("validation-*.mp4"):
+        shutil.copy(path, tmp_path)
+    damaged = bytearray((tmp_path / "validation-2.mp4").read_bytes())
+    start = damaged.index(b"mdat") + 4
+    size = int.from_bytes(damaged[start - 8 : start - 4], "big") - 8
+    damaged[start : start + size] = bytes(size)
+    (tmp_path / "validation-2.mp4").write_bytes(damaged)
+    report = run(tmp_path / "x.json", "--data", f"folder:{tmp_path}", "--split", "all", "--num-clips", "6")
+    assert [entry["name"] for entry in report["skipped"]] == ["validation-2.mp4"]
+    assert report["num_clips"] == 6 and report["frechet"]["floor"]["num_clips"] == 5
+    assert "skipped validation-2.mp4" in capsys.readouterr().out
 
 
 def test_the_frechet_figure_is_the_protocols(run, tmp_path):

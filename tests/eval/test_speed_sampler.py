@@ -50,6 +50,11 @@ def test_a_sampler_that_writes_other_codes_is_not_timed(guidance):
         ({"steps": 9}, "too short for 2 positions of 9 steps"),
         ({"check": 16}, "16 codes to check"),
         ({"repeats": 0}, "repeats is 0"),
+        ({"guidance": 1e39}, "guidance is 1e\\+39; it must be a finite number from 0 to 1000"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+        ({"guidance": -1.0}, "guidance is -1.0"),
+        ({"device": "foo"}, "device 'foo' is not there; this machine has cpu"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
     ],
 )
 def test_bad_options(changes, words):

@@ -193,6 +193,7 @@ def test_gfvd_maps_classes_by_name(world, gfvd):
         (["--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--data", ""], "--data is needed"),
         (["--variant", "ema"], "holds no variant 'ema'"),
+        (["--guidance-start", "0.8"], "holds none of a clip's 4 codes"),
     ],
 )
 def test_mistakes_end_in_one_line(world, gfvd, tmp_path, extra, message):

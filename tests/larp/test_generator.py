@@ -166,6 +166,12 @@ def test_published_variants_that_do_not_exist_are_refused(golden_root):
     for change in ({"n_kv_head": 2}, {"use_fixed_pe": True}, {"ffn_dropout_p": 0.3}):
         with pytest.raises(CheckpointError, match=next(iter(change))):
             config_from_published(values | change)
+    for name, wrong in {"n_layer": None, "dim": [64], "n_head": 2.5, "use_fixed_pe": "maybe", "norm_eps": "x"}.items():
+        with pytest.raises(CheckpointError, match=f"published config field {name} = .*, expected"):
+            config_from_published(values | {name: wrong})
+    assert config_from_published(values | {"frame_prediction": "False"}).task == "class"
+    with pytest.warns(UserWarning, match="not known here are ignored: another"):
+        config_from_published(values | {"another": 1})
     del values["vocab_size"]
     with pytest.raises(CheckpointError, match="'vocab_size' is missing"):
         config_from_published(values)

@@ -74,6 +74,12 @@ def test_an_average_of_other_weights_does_not_stay_behind(tmp_path):
         Discriminator.from_pretrained(folder, variant="ema")
 
 
+def test_the_weights_are_as_readable_as_the_config(tmp_path):
+    small().save_pretrained(tmp_path, ema=small(1))
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.iterdir())) == 3 and len(modes) == 1
+
+
 def test_an_average_of_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another config"):
         small().save_pretrained(tmp_path / "m", ema=small(hidden=32))

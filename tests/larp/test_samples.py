@@ -70,7 +70,7 @@ def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tok
 @pytest.mark.parametrize(
     "options",
     [
-        dict(guidance=3.0), dict(guidance_final=4.0), dict(guidance_start=0.8), dict(guidance_stop=0.3),
+        dict(guidance=3.0), dict(guidance_final=4.0), dict(guidance_start=0.7), dict(guidance_stop=0.3),
         dict(temperature=0.2), dict(top_k=2), dict(top_p=0.2), dict(min_p=0.9),
     ],
     ids=lambda options: next(iter(options)),

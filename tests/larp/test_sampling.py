@@ -48,6 +48,14 @@ def test_guidance_ramps_and_is_off_outside_its_interval():
     assert Guidance(3.0, final=2.0, start=0.25, stop=0.75).scales(4).tolist() == [1.0, 3.0, 2.0, 1.0]
     assert Guidance(3.0, start=0.7).scales(10).tolist() == [1.0] * 7 + [3.0] * 3
     assert Guidance(3.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 3.0, 1.0]
+    assert Guidance(3.0, final=2.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 2.0, 1.0]
+
+
+def test_guidance_of_no_code_is_refused():
+    with pytest.raises(ValueError, match=r"from 0.501 to 0.502, which holds none of a clip's 10 codes: move its start"):
+        Guidance(2.0, start=0.501, stop=0.502).scales(10)
+    with pytest.raises(ValueError, match="none of a clip's 7 codes"):
+        generate(drawn(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
 
 
 def test_a_row_depends_on_seed_and_index_only():
@@ -101,6 +109,34 @@ def test_top_k_top_p_and_min_p():
     assert kept(temperature=0) == {1}
 
 
+def test_of_equal_logits_top_k_keeps_exactly_k():
+    uniform = torch.linspace(0, 1, 1001)[:1000]
+    for logits, kept in (
+        ([0.0, 0.0, 0.0, 0.0], {0, 1}),
+        ([0.0, 1.0, 2.0, 1.0], {1, 2}),
+        ([2.0, 1.0, 2.0, 2.0], {0, 2}),
+    ):
+        rows = torch.tensor(logits).expand(1000, 4)
+        assert set(sample_logits(rows, top_k=2, uniform=uniform).tolist()) == kept
+
+
+def test_the_outermost_options_draw_known_ids():
+    logits = 100 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    uniform = torch.tensor([0.0, 0.4, 0.9, 1 - 2**-53], dtype=torch.float64)
+    for options in ({"temperature": 1e-4}, {"top_p": 1e-6}):
+        assert torch.equal(sample_logits(logits, uniform=uniform, **options), logits.argmax(-1))
+    assert sample_logits(logits, 1e6, uniform=uniform).max() < 50
+    assert sample_logits(logits.fill_(torch.nan), uniform=uniform).max() < 50
+
+
+def test_seeds_of_more_than_32_bits_are_seeds_of_their_own():
+    seeds = [1, 1 << 32, (1 << 32) + 1, (5 << 32) + 1, -1, (1 << 32) - 1, (1 << 63) + 1]
+    assert len({row_uniforms(seed, 0, 1, 3).numpy().tobytes() for seed in seeds}) == len(seeds)
+    kept = row_uniforms(7, 2, 1, 3)[0]
+    mixed = (7 * 0x9E3779B97F4A7C15 + 3 * 0xD1342543DE82EF95) % (1 << 63)
+    assert torch.equal(kept, torch.rand(3, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64))
+
+
 def test_excluded_ids_are_never_drawn_even_at_the_edges():
     logits = torch.full((2, 6), -torch.inf)
     logits[:, 2:4] = torch.tensor([0.3, 1.7])
@@ -134,6 +170,11 @@ def test_guide_mixes_the_two_halves():
         ({"guidance": float("inf")}, "guidance is inf; it must be a finite number"),
         ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
         ({"guidance": None}, "guidance is None"),
+        ({"temperature": 1e-39}, r"temperature is 1e-39; it must be .* 0 \(always the likeliest\) or 0.0001 to 1e\+06"),
+        ({"temperature": 1e39}, r"temperature is 1e\+39"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"top_p": 1e-50}, r"top_p is 1e-50; it must lie in \[1e-06, 1\]"),
+        ({"guidance": 3e38}, r"guidance is 3e\+38; it must be a finite number from 0 to 1000"),
     ],
 )
 def test_bad_options(options, words):
@@ -145,6 +186,7 @@ def test_bad_options(options, words):
     "fields, words",
     [
         ({"final": -1.0}, "final guidance is -1.0"),
+        ({"final": 1e39}, r"final guidance is 1e\+39; it must be a finite number from 0 to 1000"),
         ({"start": 0.5, "stop": 0.5}, "guidance runs from 0.5 to 0.5"),
         ({"stop": 1.5}, "0 <= start < stop <= 1"),
     ],
@@ -157,6 +199,10 @@ def test_bad_guidance(fields, words):
 def test_bad_conditions():
     with pytest.raises(ValueError, match=r"labels run from 1 to 4; this generator knows 0 to 3"):
         generate(drawn(), torch.tensor([1, 4]))
+    with pytest.raises(
+        ValueError, match=r"condition is torch.float32; classes and codes are whole numbers: give int64"
+    ):
+        generate(drawn(), torch.zeros(1))
     with pytest.raises(ValueError, match=r"no rows"):
         generate(drawn(), torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"use guidance 1\.0"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import larp.continuation
 from larp.data import tokens
 from larp.data.video import probe, write_video
+from larp.generator import LarpGenerator
 from larp.sampling import Guidance, generate
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.cli import main
@@ -177,12 +178,59 @@ def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(told))
     assert find_training(str(tmp_path / "model")) == Training("somewhere/t", None, None, 3, 2)
     (tmp_path / "config.json").write_text(json.dumps(told | {"tokens": "gone"}))
-    assert find_training(str(tmp_path / "model")) == Training("somewhere/t")
+    assert find_training(str(tmp_path / "model")) == Training("somewhere/t", missing="gone")
     (tmp_path / "config.json").write_text(json.dumps({"data": "shapes:"}))
     assert find_training(str(tmp_path / "model")) == find_training("owner/name") == Training()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         find_training(str(tmp_path / "model"))
+    (tmp_path / "config.json").write_text(json.dumps(told | {"tokens": 5}))
+    with pytest.raises(ValueError, match=r"config.json: tokens is 5, expected a path or null: copy the run again"):
+        find_training(str(tmp_path / "model"))
+
+
+def test_a_run_is_understood_from_another_folder(folder, monkeypatch, capsys):
+    run = run_of(folder / "home", condition_frames=3)
+    cache = next(path.parent for path in (folder / "home").rglob(tokens.INDEX))
+    index = tokens.read_json(cache / tokens.INDEX) | {"tokenizer": "home/tokenizer"}
+    (cache / tokens.INDEX).write_text(json.dumps(index))
+    (run / "config.json").write_text(json.dumps({"tokens": str(cache.relative_to(folder)), "tokenizer": None}))
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    main(["sample", "--generator", str(run), "-o", "out", "--from", "../clip.mp4", "--seconds", "1"])
+    info = probe("out/000-clip.mp4")
+    assert (info.frames, info.fps) == (6, 6.25) and "note:" not in capsys.readouterr().err
+    (run / "config.json").write_text(json.dumps({"tokens": "gone/cache", "tokenizer": None}))
+    options = ("sample", "--generator", str(run), "-o", "out", "--from", "../clip.mp4")
+    assert "names its token cache as it was typed then, gone/cache" in refused(capsys, *options)
+    main([*options, "--tokenizer", str(folder / "home" / "tokenizer"), "--given", "2"])
+    said = capsys.readouterr().err
+    assert "gone/cache, is not found: --stride is 1" in said and "--given is" not in said
+
+
+def test_a_damaged_cache_of_a_run_is_named(folder, capsys):
+    run = run_of(folder / "home")
+    cache = next(path.parent for path in (folder / "home").rglob(tokens.INDEX))
+    (cache / tokens.INDEX).write_text("{}")
+    said = refused(capsys, "sample", "--generator", str(run), "-o", "out")
+    assert "index.json is damaged: it lacks key, classes, tokenizer, shards; delete this file" in said
+    with pytest.raises(tokens.TokenCacheError, match=r"index.json is damaged"):
+        tokens.TokenCache.open(cache)
+
+
+def test_the_averaged_weights_of_a_generator(folder, capsys):
+    assert "holds no variant 'ema'" in refused(
+        capsys, "sample", "--generator", "c", "-o", "out", "--generator-variant=ema"
+    )
+    model = LarpGenerator.from_pretrained("c/model")
+    average = LarpGenerator.from_pretrained("c/model")
+    with torch.no_grad():
+        average.output.weight.neg_()
+    model.save_pretrained("c/model", ema=average)
+    sample("--generator", "c", "--class", "0")
+    plain = Path("out/000-Archery.mp4").read_bytes()
+    sample("--generator", "c", "--class", "0", "--generator-variant", "ema")
+    assert Path("out/000-Archery.mp4").read_bytes() != plain
 
 
 @pytest.mark.parametrize(
@@ -190,6 +238,8 @@ def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
     [
         ("--generator c --class Surfin", "unknown class 'Surfin'; nearest: Surfing"),
         ("--generator c --class 3", "class 3 is out of range"),
+        ("--generator c --class -1", "class -1 is out of range: this generator has the classes 0 to 2"),
+        ("--generator c --scale 1000", "scale is 1000: pictures of 24000 x 16000 pixels"),
         ("--generator p --class Surfing", "p goes on from given frames: give --from VIDEO in place of --class"),
         ("--generator p", "p goes on from given frames: give --from VIDEO\n"),
         ("--generator c --from clip.mp4", "c writes videos of classes: --from needs one of --task frame-prediction"),
@@ -216,7 +266,10 @@ def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
         ("--generator c --stride 3", "--stride is for --from VIDEO"),
         ("--generator p --from clip.mp4 --continue-with p --seconds 1", "--continue-with is for classes"),
         ("--generator p --from clip.mp4 --given 4", "given is 4; it must be 1 to 3"),
-        ("--generator p --from clip.mp4 --given 3 --seconds 0.2", "total_frames is 2, but 3 frames are given"),
+        (
+            "--generator p --from clip.mp4 --given 3 --seconds 0.2",
+            "--seconds 0.2 at 12.5 fps: total_frames is 2, but 3 frames are given: ask for more --seconds",
+        ),
         ("--generator p --from short.mp4 --given 3", "short.mp4: has 2 frames, fewer than the 3 given frames"),
         ("--generator p --from clip.mp4 --given 3 --guidance-scale 2", "use guidance 1.0"),
         ("--generator p --from none.mp4", "none.mp4: no such file"),

@@ -63,4 +63,10 @@ def test_mistakes_are_named(home):
         extract(home, "cache", "--hop", "3")
     with pytest.raises(ValueError, match=r"has no train split; choose validation"):
         extract(home, "cache", "--split", "train")
+    for option in ("windows", "batch_size"):
+        with pytest.raises(ValueError, match=rf"{option} is 0; at least one"):
+            extract(home, "cache", f"--{option.replace('_', '-')}", "0")
+    with pytest.raises(ValueError, match=r"workers is -1; it must be 0"):
+        extract(home, "cache", "--workers", "-1")
     assert not (home / "cache").exists()
+    assert len(extract(home, "cache", "--workers", "0")) == 2

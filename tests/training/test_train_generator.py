@@ -329,6 +329,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     assert "holds no token cache" in message("--tokens", str(tmp_path))
     assert "--condition-frames 5" in message("--tokens", tokens, "--task", "frame-prediction")
     assert "condition_frames is 5, expected 0" in message("--tokens", tokens, "--eval-tokens", str(home / "test-5"))
+    assert "is the same cache as tokens" in message("--tokens", tokens, "--eval-tokens", tokens)
     assert "unknown generator size 'huge'" in message("--tokens", tokens, "--size", "huge")
     assert not (tmp_path / "run" / "config.json").exists(), "a mistake leaves no run behind"
     small = tmp_path / "small"

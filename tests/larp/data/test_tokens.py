@@ -262,7 +262,9 @@ def test_a_folder_that_cannot_be_written_is_named(tokenizer, videos, tmp_path):
         ({"windows": 0}, "windows is 0"),
         ({"stride": 0}, "stride"),
         ({"hop": 3}, "hop is 3: windows reach over 4 frames and would overlap"),
-        ({"condition_frames": 4}, "0 .none. to 3"),
+        ({"condition_frames": 4}, "0 .none. to 3.*frame prediction needs 1 at least"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"workers": -1}, "workers is -1"),
     ],
 )
 def test_bad_options(tokenizer, videos, tmp_path, option, words):

@@ -1,12 +1,24 @@
 """Loading a generator with its tokenizer, class numbers without names, and the rows of a table of Frechet distances."""
 
-from larp.data.listing import VideoSet
+from larp.data.clips import ClipShape
+from larp.data.listing import VideoItem, VideoSet
+from larp.data.video import write_video
 from larp.generator import GeneratorConfig, LarpGenerator
-from larp.metrics.clipsets import class_numbers, describe_row, floor_row, frechet_row, generated_clips, load_pair
+from larp.metrics.clipsets import (
+    RealClips,
+    class_numbers,
+    describe_row,
+    floor_row,
+    frechet_row,
+    generated_clips,
+    load_pair,
+)
 from larp.metrics.frechet import Moments, frechet_distance
+from larp.metrics.protocols import draw_windows
 from larp.prior import PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +65,63 @@ def test_a_generated_clip_does_not_depend_on_its_batch():
         for size in (5, 2)
     )
     assert whole.shape == (5, 4) and torch.equal(whole, parts)
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Three videos of four windows each: the first frame of a window of video v is grey, 80 v + 10 window."""
+    frames = [np.repeat(np.arange(4, dtype=np.uint8) * 10 + 80 * video, 4) for video in range(3)]
+    for video, greys in enumerate(frames):
+        picture = np.broadcast_to(greys[:, None, None, None], (16, 16, 16, 3))
+        write_video(tmp_path / f"{video}.mp4", np.ascontiguousarray(picture), 25, quality=10)
+    return [VideoItem(tmp_path / f"{video}.mp4", f"{video}.mp4") for video in range(3)]
+
+
+def damage(path):
+    """Leave the header, which tells the number of frames, and blot out the pictures."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    size = int.from_bytes(data[start - 8 : start - 4], "big") - 8
+    data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+
+
+def windows_of(clips):
+    """(video, first frame) of the clips of batches, by their grey."""
+    greys = [round(float(clip[:, 0].mean()) * 255) for batch in clips for clip in batch]
+    return [(grey // 80, round(grey % 80 / 10) * 4) for grey in (max(0, grey + 3) for grey in greys)]
+
+
+def test_real_clips_are_the_protocols(videos):
+    clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2)
+    drawn, spare = draw_windows([16] * 3, 4, 5, 42, spare=5)
+    assert [len(batch) for batch in RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2).drawn()] == [2, 2, 1]
+    assert windows_of(clips.drawn()) == drawn == clips.windows
+    assert windows_of(clips.others()) == spare and clips.skipped == []
+
+
+def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
+    drawn, spare = draw_windows([16] * 3, 4, 5, 42, spare=5)
+    damage(videos[drawn[0][0]].path)
+    found = []
+    for batch in (2, 5):
+        clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, batch)
+        found.append((windows_of(clips.drawn()), clips.windows, windows_of(clips.others())))
+        assert [name for name, _ in clips.skipped] == [f"{drawn[0][0]}.mp4"] and "decoded" in clips.skipped[0][1]
+    (read, windows, others), again = found
+    assert (read, windows, others) == again and read == windows
+    good = [window for window in spare if window[0] != drawn[0][0]]
+    fresh = [(new, old) for new, old in zip(windows, drawn, strict=True) if new != old]
+    assert [new for new, _ in fresh] == good[: len(fresh)] and {old[0] for _, old in fresh} == {drawn[0][0]}
+    assert not set(windows) & set(others) and drawn[0][0] not in {video for video, _ in windows + others}
+    assert len(windows) + len(others) == 8, "all the windows of the two good videos are read, each once"
+
+
+def test_too_few_readable_windows_are_an_error(videos):
+    damage(videos[0].path)
+    clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 9, 42, 4)
+    with pytest.raises(ValueError, match=r"0.mp4 is damaged \(.*mend or leave out.* or ask for fewer than 9 clips"):
+        list(clips.drawn())
 
 
 def test_rows_of_a_table():
