@@ -237,7 +237,7 @@ def read(folder: Path, variant: str | None = None) -> tuple[dict, dict[str, Tens
     if variant is not None and (folder / CONFIG).is_file() and not (folder / weights).is_file():
         raise CheckpointError(
             f"{folder} holds no variant '{variant}': {weights} is missing; load it without a variant, or train the model "
-            "with its average (train_tokenizer.py --ema 0.999)"
+            "with its average (--ema 0.999 in training)"
         )
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
