@@ -1,11 +1,9 @@
-"""Trained generators: where a run keeps its model, and what the run says of the clips that it was trained on."""
+"""Trained generators: what their runs say of the clips that they were trained on."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from larp_mllm.home import RUN_MODEL
 
 
 @dataclass(frozen=True)
@@ -26,24 +24,17 @@ class Training:
     """The token cache that the run names, which would say more, where it is not found."""
 
 
-def find_generator(generator: str) -> str:
-    """The folder or hub name to load a generator from: `generator` itself, or the model in the folder of its run.
-
-    What is there is judged by `LarpGenerator.from_pretrained`.
-    """
-    own, inside = Path(generator), Path(generator, RUN_MODEL)
-    if (inside / "model.safetensors").is_file() and not (own / "model.safetensors").is_file():
-        return str(inside)
-    return generator
-
-
 def find_training(generator: str) -> Training:
-    """What the run of train_generator.py around a model folder (see `find_generator`) says of its training.
+    """What a run of train_generator.py, given by its folder or by that of its model, says of its training.
 
     Paths in it are relative to where it was trained; what is not below the working folder is looked for below the folders
     around the run, the nearest first. Raises ValueError if a file of the run is damaged.
     """
-    folder = Path(generator).resolve()
+    from larp.hub import RUN_MODEL, resolve
+
+    if not Path(generator).is_dir():
+        return Training()
+    folder = resolve(generator).resolve()
     path = folder.parent / "config.json"
     if folder.name != RUN_MODEL or not path.is_file():
         return Training()

@@ -138,14 +138,13 @@ def run(arguments: argparse.Namespace) -> None:
     from larp.data.gallery import Gallery, check_scale
     from larp.generator import LarpGenerator
     from larp_mllm.device import choose_device
-    from larp_mllm.generators import find_generator, find_training
+    from larp_mllm.generators import find_training
 
     folder, drawing = _check(arguments), _drawing(arguments)
     device = choose_device(arguments.device)
-    found = find_generator(arguments.generator)
-    generator = LarpGenerator.from_pretrained(found, device=device, variant=arguments.generator_variant)
+    generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
-    training = find_training(found)
+    training = find_training(arguments.generator)
     tokenizer = _load_tokenizer(arguments, generator, training)
     if arguments.scale is not None:
         check_scale(arguments.scale, tokenizer.config.height, tokenizer.config.width)
@@ -298,7 +297,7 @@ def _videos(
     """The names of the videos, and the videos as they come."""
     from larp.continuation import GIVEN, last_frames, sample_classes, sample_continuations
     from larp.generator import LarpGenerator
-    from larp_mllm.generators import find_generator, find_training
+    from larp_mllm.generators import find_training
 
     import torch
 
@@ -323,9 +322,9 @@ def _videos(
                 f"--seconds {arguments.seconds:g} at {fps:g} fps is {total} frames, which is one window: leave "
                 "--continue-with out, or ask for more"
             )
-        found = find_generator(arguments.continue_with)
-        shared["continuation"] = LarpGenerator.from_pretrained(found, device=generator.output.weight.device)
-        told = find_training(found)
+        device = generator.output.weight.device
+        shared["continuation"] = LarpGenerator.from_pretrained(arguments.continue_with, device=device)
+        told = find_training(arguments.continue_with)
         shared["given"] = arguments.given or _trained("--given", arguments.continue_with, told, told.given, GIVEN)
     known = generator.config.class_names
     names = [known[label] if known else f"class {label}" for label in labels]

@@ -11,7 +11,7 @@ from larp.generator import LarpGenerator
 from larp.sampling import Guidance, generate
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.cli import main
-from larp_mllm.generators import Training, find_generator, find_training
+from larp_mllm.generators import Training, find_training
 from tests.larp.test_generator import drawn
 from tests.larp.test_longvideo import noise, painting
 from tests.larp_mllm.test_cli import refused
@@ -141,7 +141,7 @@ def test_a_run_knows_its_tokenizer_and_the_rate_of_its_clips(folder, capsys):
 def test_a_run_knows_its_given_frames_and_their_stride(folder):
     run = run_of(folder / "home", condition_frames=3)
     tokenizer = folder / "home" / "tokenizer"
-    assert find_training(find_generator(str(run))) == Training(str(tokenizer), None, 20, 2, 3)
+    assert find_training(str(run)) == Training(str(tokenizer), None, 20, 2, 3)
     main(["sample", "--generator", str(run), "-o", "out", "--from", "clip.mp4", "--seconds", "1"])
     info = probe("out/000-clip.mp4")
     assert (info.frames, info.fps) == (6, 6.25)
