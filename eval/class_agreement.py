@@ -18,11 +18,10 @@ from typing import Any, Literal
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
 from larp.data.datasets import VideoSet, open_videos
-from larp.data.loader import iterate_once
 from larp.engine.log import write_json
 from larp.generator import LarpGenerator
 from larp.hub import check_device
-from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, require_labels
+from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, judge_real, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
 from larp.metrics.protocols import check_record_path, versions
 from larp.sampling import check_sampling
@@ -79,27 +78,6 @@ class AgreementConfig:
             )
 
 
-@torch.inference_mode()
-def on_real(
-    classifier: ClipClassifier, tokenizer: LarpTokenizer, videos: VideoSet, config: AgreementConfig
-) -> dict[str, Any]:
-    """Agreement of the centre clips of real videos, as they are and reconstructed: {"real", "reconstructed", "skipped"}."""
-    once = iterate_once(videos, ClipShape(*tokenizer.config.clip_shape), config.batch_size)
-    wanted, real, again = [], [], []
-    for batch in once:
-        wanted.append(batch["label"])
-        real.append(classifier.predict(batch["clip"]))
-        again.append(classifier.predict(tokenizer.decode(tokenizer.encode(batch["clip"].to(config.device)))))
-    if not wanted:
-        raise ValueError(f"{config.data}: none of its {len(videos)} test videos can be read")
-    labels = torch.cat(wanted)
-    return {
-        "real": agreement(labels, torch.cat(real), classifier.classes),
-        "reconstructed": agreement(labels, torch.cat(again), classifier.classes),
-        "skipped": [{"name": name, "reason": reason} for name, reason in once.skipped],
-    }
-
-
 def on_generated(
     classifier: ClipClassifier, clips: Iterator[tuple[Tensor, Tensor]], labels: Sequence[int], show: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
@@ -130,7 +108,7 @@ def evaluate(config: AgreementConfig) -> dict:
     condition = class_numbers(generator, videos, labels)
     classifier = classifier_of(config.data, ClipShape(*tokenizer.config.clip_shape))
     report = {"classes": list(classifier.classes), "chance": 1 / len(classifier.classes)}
-    report |= on_real(classifier, tokenizer, videos, config) | {"generated": []}
+    report |= judge_real(classifier, tokenizer, videos, config.batch_size) | {"generated": []}
     shown: list[np.ndarray] = []
     for scale in config.guidance_scale:
         clips = generated_clips(

@@ -11,7 +11,6 @@ Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -28,6 +27,16 @@ from larp.generator import LarpGenerator
 from larp.hub import check_device
 from larp.metrics import lpips
 from larp.metrics.clipsets import RealClips, countable, describe_row, floor_row, frechet_row, load_pair
+from larp.metrics.frame_prediction import (
+    CODED_COPY,
+    COPY,
+    PREDICTION,
+    RECONSTRUCTION,
+    WAYS,
+    as_frames,
+    baselines,
+    paired_gain,
+)
 from larp.metrics.frames import psnr, ssim
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
@@ -42,10 +51,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 _PRESET = PRESETS["larp-k600-fp"]
-PREDICTION, COPY, RECONSTRUCTION = "prediction", "copy of the last given frame", "reconstruction"
-# What a generator reaches that writes the codes it was given: copying, at the sharpness that codes allow.
-CODED_COPY = "copy through the tokenizer"
-WAYS = (PREDICTION, COPY, CODED_COPY, RECONSTRUCTION)
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,6 @@ def predict(
     return tokenizer.decode(codes)
 
 
-def as_frames(clip: Tensor, given: int) -> Tensor:
-    """The predicted frames of clips (B, 3, T, H, W) as clips of one frame, (B * P, 3, 1, H, W)."""
-    return clip[:, :, given:].transpose(1, 2).flatten(0, 1)[:, :, None]
-
-
 def scored_size(clip: Tensor) -> Tensor:
     """Clips (B, 3, T, H, W) at the protocol's 64x64 pixels (bilinear, antialiased)."""
     if clip.shape[-2:] == (_PRESET.height, _PRESET.width):
@@ -158,9 +158,7 @@ def measure(
             decoded = predict(generator, tokenizer, codes, first, config)
             ways = {
                 PREDICTION: torch.cat([clip[:, :, :given], decoded[:, :, given:]], dim=2),
-                COPY: repeat_last(clip, given),
-                CODED_COPY: tokenizer.decode(codes),
-                RECONSTRUCTION: tokenizer.decode(tokenizer.encode(clip)),
+                **baselines(tokenizer, clip, given, codes, tokenizer.encode(clip)),
             }
             for way, made in ways.items():
                 for name, compare in measures.items():
@@ -195,16 +193,6 @@ def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
             for way in (COPY, CODED_COPY)
         },
         "given_frames_regenerated_psnr": torch.cat(seen.seam).mean().item(),
-    }
-
-
-def paired_gain(gain: Tensor) -> dict[str, Any]:
-    """The mean of differences (n,) with its 95 % interval, and the share of positive ones."""
-    mean, reach = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
-    return {
-        "mean": mean,
-        "interval_95": [mean - reach, mean + reach],
-        "share_of_clips": (gain > 0).double().mean().item(),
     }
 
 

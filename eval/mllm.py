@@ -20,10 +20,11 @@ from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
 from larp.engine.log import check_writable, write_json
 from larp.metrics.blobs import read_blob, score
 from larp.metrics.protocols import versions
-from larp.metrics.weights import file_sha256
+from larp.metrics.weights import checkpoint_hashes
 from larp.sampling import check_sampling
-from larp_mllm.generation import Mllm
 from larp_mllm.home import find_model
+from larp_mllm.mllm import Mllm
+from larp_mllm.sampling import VideoSampling
 from larp_mllm.video import Video
 
 
@@ -67,14 +68,8 @@ def evaluate(config: EvalMllmConfig) -> dict:
     told = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
-    videos = Mllm.load(folder).generate(
-        prompts,
-        guidance_scale=config.guidance_scale,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
+    sampling = VideoSampling(config.guidance_scale, config.temperature, config.top_k, config.top_p, config.seed)
+    videos = Mllm.load(folder).generate(prompts, sampling=sampling)
     seconds = time.monotonic() - began
     clips = [pixels_to_clip(video.frames) for video in videos]
     expected = [parse_caption(prompt) for prompt in prompts]
@@ -98,7 +93,6 @@ def evaluate(config: EvalMllmConfig) -> dict:
 
 def protocol(config: EvalMllmConfig, folder: Path) -> dict:
     """Everything that changes the score; the checkpoint by the SHA-256 of each of its files of weights."""
-    weights = sorted(folder.rglob("*.safetensors"))
     return {
         "name": config.protocol,
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
@@ -110,7 +104,7 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         "top_p": config.top_p,
         "seed": config.seed,
         "model": str(folder),
-        "checkpoint": {path.relative_to(folder).as_posix(): file_sha256(path) for path in weights},
+        "checkpoint": checkpoint_hashes(folder),
         "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},
     }
 

@@ -1,7 +1,9 @@
-"""Speed and memory of the tokenizer beside a straightforward implementation of the same mathematics, in one run:
+"""Speed and memory of the tokenizer, and of the language model's head, beside straightforward implementations of the
+same mathematics, in one run:
 
     python eval/speed.py --out speed.json                          # the paper's size
     python eval/speed.py --size small --what inference             # a recipe's, encode and decode only
+    python eval/speed.py --what head                               # the loss of the language model, see larp_mllm/head_speed.py
     python eval/speed.py --device cuda --precision bf16 --compile --batch-size 16
 
 The two are checked to give the same codes, clips and losses before anything is timed, and then take turns. The floor is the operations
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +40,7 @@ from larp.metrics.timing import (
 from larp.noise import BatchNoise
 from larp.objective import AdversaryConfig, LossConfig, tokenizer_loss
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp_mllm.head_speed import HeadSize, describe_heads, measure_heads
 
 import torch
 from torch import Tensor
@@ -55,8 +58,8 @@ class SpeedConfig:
 
     size: str = "paper"
     """paper (LARP-L), small (64x64), or a recipe of training/train_tokenizer.py, by name or path."""
-    what: tuple[Literal["inference", "training", "adversarial"], ...] = ("inference", "training", "adversarial")
-    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one with the discriminator, which learns."""
+    what: tuple[Literal["inference", "training", "adversarial", "head"], ...] = ("inference", "training", "adversarial")
+    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one with the discriminator, which learns; head: the loss of the language model."""
     out: Path = Path("speed.json")
     """Where the figures go."""
     batch_size: int = 1
@@ -73,13 +76,14 @@ class SpeedConfig:
     """Of what is timed (autocast); the check of equality is in fp32."""
     compile: bool = False
     """torch.compile our blocks; the straightforward implementation stays as it is."""
+    head: HeadSize = field(default_factory=HeadSize)
 
     def __post_init__(self):
         for name in ("batch_size", "repeats", "rounds", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not self.what:
-            raise ValueError("what is empty: name inference, training or adversarial")
+            raise ValueError("what is empty: name inference, training, adversarial or head")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: there is no GPU that torch can use here; take --device cpu")
 
@@ -278,12 +282,27 @@ def measure(config: SpeedConfig) -> dict[str, Any]:
     check_record_path(config.out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    subject = subject_of(config)
-    before = machine(subject.device)
+    device = torch.device(config.device)
+    report: dict[str, Any] = {"machine": machine(device), "config": to_dict(config)}
+    if set(config.what) != {"head"}:
+        report |= of_tokenizer(subject_of(config))
+    if "head" in config.what:
+        report["head"] = measure_heads(config.head, config.device, config.precision, config.rounds)
+    report["machine"]["load_average_after"] = machine(device)["load_average"]
+    report["memory_is"] = (
+        "tensors on the GPU" if device.type == "cuda" else "resident memory of a process that does nothing else"
+    )
+    write_json(config.out, report)
+    return report
+
+
+def of_tokenizer(subject: Subject) -> dict[str, Any]:
+    """The figures of encoding, decoding and training, with the floor of each."""
+    config = subject.config
     products = [*flops.encode_products(subject.model), *flops.decode_products(subject.model)]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     rates = multiply_rates(products, subject.device, dtype)
-    report: dict[str, Any] = {"machine": before, "multiply_rates": rates}
+    report: dict[str, Any] = {"multiply_rates": rates, "model": to_dict(subject.model)}
     if "inference" in config.what:
         report |= inference(subject)
     if "training" in config.what:
@@ -298,12 +317,6 @@ def measure(config: SpeedConfig) -> dict[str, Any]:
             own["clips_per_second"] = config.batch_size / own["seconds"]
             own["flops_per_clip"] = own.pop("flops") // config.batch_size
             own["share_of_rate"] = own["flops_per_clip"] * own["clips_per_second"] / max(rates.values())
-    report["machine"]["load_average_after"] = machine(subject.device)["load_average"]
-    report["memory_is"] = (
-        "tensors on the GPU" if subject.device.type == "cuda" else "resident memory of a process that does nothing else"
-    )
-    report |= {"model": to_dict(subject.model), "config": to_dict(config)}
-    write_json(config.out, report)
     return report
 
 
@@ -314,12 +327,16 @@ def kinds_of(report: dict[str, Any]) -> list[str]:
 
 def describe(report: dict[str, Any]) -> str:
     """The figures of a report as a table for a person."""
-    on, rates = report["machine"], report["multiply_rates"]
+    on = report["machine"]
     lines = [
-        f"{on['device']}, {on['threads']} threads, load average {on['load_average']} to {on['load_average_after']}; products "
-        f"{rates['torch'] / 1e9:.0f} GFLOP/s by torch's way, {rates['larp'] / 1e9:.0f} by larp's",
-        f"{'':17} {'way':16} {'seconds':>9} {'clips/s':>8} {'GFLOP/clip':>10} {'of rate':>8} {'GiB':>6}",
+        f"{on['device']}, {on['threads']} threads, load average {on['load_average']} to {on['load_average_after']}"
     ]
+    if "multiply_rates" in report:
+        torchs, larps = (report["multiply_rates"][name] / 1e9 for name in ("torch", "larp"))
+        lines += [
+            f"products {torchs:.0f} GFLOP/s by torch's way, {larps:.0f} by larp's",
+            f"{'':17} {'way':16} {'seconds':>9} {'clips/s':>8} {'GFLOP/clip':>10} {'of rate':>8} {'GiB':>6}",
+        ]
     for kind in kinds_of(report):
         for way in WAYS:
             own = report[kind][way]
@@ -333,6 +350,8 @@ def describe(report: dict[str, Any]) -> str:
             f"{'':17} time ratio {spread['median']:.3f} ({spread['lowest']:.3f} to {spread['highest']:.3f}), "
             f"floor {report[kind]['floor_seconds']:.3f} s"
         )
+    if "head" in report:
+        lines += describe_heads(report["head"])
     return "\n".join(lines)
 
 

@@ -10,10 +10,7 @@ again: the same command goes on where it was stopped. The JSON is rewritten afte
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,6 +18,7 @@ from statistics import mean, stdev
 from larp.config import parse, run_script, to_dict
 from larp.engine.log import write_json
 from larp.metrics.protocols import check_record_path
+from larp.metrics.trainings import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -85,14 +83,14 @@ def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float
     run.mkdir(parents=True, exist_ok=True)
     model, tokens = run / "tokenizer/model", {split: run / f"tokens-{split}" for split in ("train", "test")}
     common = ["--tokenizer", model, "--data", config.data]
-    stage(run / "tokenizer/report.json", "training/train_tokenizer.py", "--recipe", config.tokenizer_recipe, "--data", config.data,
+    stage(run / "tokenizer/report.json", ROOT / "training/train_tokenizer.py", "--recipe", config.tokenizer_recipe, "--data", config.data,
           "--seed", seed, "--out", run / "tokenizer", *VARIANTS[variant], resumes=True)  # fmt: skip
-    stage(run / "rfvd.json", "eval/ucf_rfvd.py", *common, "--split", "test", "--out", run / "rfvd.json")
+    stage(run / "rfvd.json", ROOT / "eval/ucf_rfvd.py", *common, "--split", "test", "--out", run / "rfvd.json")
     windows = {"train": ["--windows", config.windows, "--flips"], "test": ["--windows", 2]}
     for split, folder in tokens.items():
         stage(
             folder / "index.json",
-            "training/extract_tokens.py",
+            ROOT / "training/extract_tokens.py",
             *common,
             "--split",
             split,
@@ -100,31 +98,16 @@ def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float
             "--out",
             folder,
         )
-    stage(run / "generator/report.json", "training/train_generator.py", "--task", "class", "--recipe", config.generator_recipe,
+    stage(run / "generator/report.json", ROOT / "training/train_generator.py", "--task", "class", "--recipe", config.generator_recipe,
           "--tokens", tokens["train"], "--eval-tokens", tokens["test"], "--steps", config.generator_steps, "--seed", seed,
           "--sampling.clips", 0, "--out", run / "generator", resumes=True)  # fmt: skip
     if config.num_clips:
-        stage(run / "gfvd.json", "eval/ucf_gfvd.py", "--generator", run / "generator/model", *common,
+        stage(run / "gfvd.json", ROOT / "eval/ucf_gfvd.py", "--generator", run / "generator/model", *common,
               "--num-clips", config.num_clips, "--out", run / "gfvd.json")  # fmt: skip
     records = {name: run / f"{name}.json" for name in ("rfvd", "gfvd")} | {"generator": run / "generator/report.json"}
     read = {name: json.loads(path.read_text()) for name, path in records.items() if path.exists()}
     found = {name: dig(read, keys) for name, keys in FIGURES.items()}
     return {name: value for name, value in found.items() if value is not None}
-
-
-def stage(product: Path, script: str, *options: object, resumes: bool = False) -> None:
-    """Run a script of this repository unless its product is there; RuntimeError if it fails."""
-    if product.exists():
-        return
-    begun = resumes and (product.parent / "config.json").exists()
-    command = [sys.executable, str(ROOT / script), *map(str, options), *(["--resume"] if begun else [])]
-    print("==", " ".join(command), flush=True)
-    began = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    status = subprocess.run(command, check=False, env=environment).returncode
-    if status:
-        raise RuntimeError(f"{script} ended with status {status}; the same command goes on where this one stopped")
-    print(f"== {time.monotonic() - began:.0f} s", flush=True)
 
 
 def dig(records: dict, keys: tuple[str, ...]) -> float | None:

@@ -68,12 +68,6 @@ def continue_clip(
     Raises ValueError for a generator of another task or tokenizer, and for numbers that do not fit.
     """
     _check_models(generator, tokenizer, "frame-prediction")
-    _check_given(given, tokenizer)
-    if frames.ndim != 5 or frames.shape[2] < given:
-        raise ValueError(f"frames are {tuple(frames.shape)}: (B, 3, F, H, W) with at least the {given} given frames")
-    if total_frames < frames.shape[2]:
-        raise ValueError(f"total_frames is {total_frames}, but {frames.shape[2]} frames are there already")
-    tokenizer.check_clip(_padded(tokenizer, frames[:, :, -given:]))
     return _continue(generator, tokenizer, frames, total_frames, given, seed, first_row, sampling)
 
 
@@ -181,20 +175,51 @@ def _continue(
     first_row: int,
     sampling: dict[str, Any],
 ) -> LongClip:
+    def write(window: Tensor, own_seed: int) -> Tensor:
+        return generate(generator, generator.frame_condition(window), seed=own_seed, first_row=first_row, **sampling)
+
+    return continue_windows(tokenizer, frames, total, given, seed, write)
+
+
+@torch.no_grad()
+def continue_windows(
+    tokenizer: LarpTokenizer,
+    frames: Tensor,
+    total_frames: int,
+    given: int,
+    seed: int,
+    write: Callable[[Tensor, int], Tensor],
+) -> LongClip:
+    """Let videos go on window by window, whatever writes the codes; the frames at hand stay as they are, bit for bit.
+
+    Args:
+        frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, at least `given` of them.
+        total_frames: how many frames the videos will have.
+        given: how many last frames each window goes on from, 1 to T - 1.
+        seed: of the whole videos; each window has one of its own.
+        write: codes int64 (B, N) of the given frames, filled up to a clip, and the window's seed -> codes (B, N).
+
+    Raises ValueError for numbers, shapes and ranges that do not fit.
+    """
+    _check_given(given, tokenizer)
+    if frames.ndim != 5 or frames.shape[2] < given:
+        raise ValueError(f"frames are {tuple(frames.shape)}: (B, 3, F, H, W) with at least the {given} given frames")
+    if total_frames < frames.shape[2]:
+        raise ValueError(f"total_frames is {total_frames}, but {frames.shape[2]} frames are there already")
+    tokenizer.check_clip(_padded(tokenizer, frames[:, :, -given:]))
     frames = frames.detach().float().cpu()
     known, pieces, seams = frames[:, :, -given:], [frames], []
     count = frames.shape[2]
-    while count < total:
+    while count < total_frames:
         window = _encode(tokenizer, _padded(tokenizer, known))
         # Mixed, so that a window does not draw what the next seed draws.
-        own_seed = seed + count * 0xBF58476D1CE4E5B9
-        codes = generate(generator, generator.frame_condition(window), seed=own_seed, first_row=first_row, **sampling)
+        codes = write(window, seed + count * 0xBF58476D1CE4E5B9)
         clip = _decode(tokenizer, codes)
         seams.append(psnr(known, clip[:, :, :given]))
         pieces.append(clip[:, :, given:])
         count += pieces[-1].shape[2]
         known = torch.cat([known, pieces[-1]], dim=2)[:, :, -given:]
-    written = torch.cat(pieces, dim=2)[:, :, :total]
+    written = torch.cat(pieces, dim=2)[:, :, :total_frames]
     return LongClip(written, torch.stack(seams, dim=1) if seams else torch.empty(len(frames), 0))
 
 

@@ -9,19 +9,27 @@ Names are loaded when they are first used, so that `import larp_mllm` stays ligh
 from importlib import import_module
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
+from larp_mllm.registration import register
 
 _HOMES = {
     "generate": "generation",
     "describe": "generation",
-    "Mllm": "generation",
+    "continue_video": "generation",
+    "chat": "generation",
+    "Mllm": "mllm",
     "Video": "video",
-    "LarpMllmConfig": "modeling",
+    "VideoSampling": "sampling",
+    "TextSampling": "sampling",
+    "Progress": "progress",
+    "LarpMllmConfig": "configuration",
     "LarpMllmForCausalLM": "modeling",
     "LarpMllmProcessor": "processing",
     "Vocabulary": "vocabulary",
 }
 
 __all__ = sorted(_HOMES)
+
+register()
 
 
 def __getattr__(name: str):

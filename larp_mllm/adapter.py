@@ -6,12 +6,12 @@ The base model is never resized. Similar codes start with similar embeddings, wh
 Every parameter sits in a submodule whose forward is called: a bare nn.Parameter read here would be empty under ZeRO-3.
 """
 
-from typing import Literal, get_args
+from typing import get_args
+
+from larp_mllm.configuration import AdapterKind
 
 import torch
 from torch import Tensor, nn
-
-AdapterKind = Literal["codebook", "free"]
 
 
 class CodebookRows(nn.Module):

@@ -1,15 +1,22 @@
-"""Base language models: a hub name, an alias, a folder, or a tiny one made here that needs no network."""
+"""Base language models: a hub name, an alias, a folder, or a tiny one made here that needs no network.
 
-import os
-import urllib.request
+Weights are read from safetensors alone, never from pickle, and code that lies beside a model is run only for a caller who
+says trust_remote_code.
+"""
+
+import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from larp_mllm.hub import first_line, is_hub_name, reach
+
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -19,16 +26,21 @@ from transformers import (
 ALIASES = {
     "Qwen2-0.5B": "Qwen/Qwen2-0.5B",
     "Qwen2-1.5B": "Qwen/Qwen2-1.5B",
+    "Qwen2-7B": "Qwen/Qwen2-7B",
     "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B",
     "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B",
     "Qwen2.5-3B": "Qwen/Qwen2.5-3B",
     "Qwen3-0.6B": "Qwen/Qwen3-0.6B-Base",
     "Qwen3-1.7B": "Qwen/Qwen3-1.7B-Base",
+    "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
+    "Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
     "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
     "Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
     "TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "SmolLM-135M": "HuggingFaceTB/SmolLM-135M",
     "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
     "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M",
+    "SmolLM2-1.7B": "HuggingFaceTB/SmolLM2-1.7B",
     "Mistral-7B": "mistralai/Mistral-7B-v0.3",
 }
 TINY = {"tiny-qwen2": Qwen2Config, "tiny-llama": LlamaConfig}
@@ -46,39 +58,117 @@ def is_tiny(name: str) -> bool:
 
 
 def load_base(
-    name: str, captions: Iterable[str] = (), layers: int = 4, width: int = 192, heads: int = 4
+    name: str,
+    captions: Iterable[str] = (),
+    layers: int = 4,
+    width: int = 192,
+    heads: int = 4,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base and its text tokenizer, on the CPU in fp32.
+    """A base and its text tokenizer, on the CPU.
 
     name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied). `layers`, `width`,
-    `heads` and the `captions` that the text tokenizer is trained on matter to the tiny ones alone. Raises BaseError.
+    `heads` and the `captions` that the text tokenizer is trained on matter to the tiny ones alone; `trust_remote_code`
+    runs the Python code that lies beside a base of an architecture that transformers does not know. Raises BaseError.
     """
     if is_tiny(name):
         tokenizer = tiny_tokenizer(captions)
-        return AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads)), tokenizer
+        model = AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads))
+        return model.to(dtype), tokenizer
     source = ALIASES.get(name, name)
-    if not Path(source).is_dir() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise BaseError(f"--base {name}: no such folder, and no hub name (owner/name) or alias. {_remedy()}")
+    if not Path(source).is_dir() and not is_hub_name(source):
+        raise BaseError(
+            f"--base {name}: no such folder, and no hub name (owner/name) or alias{_meant(name)}. {_remedy()}"
+        )
     try:
-        return _load(source)
+        model, tokenizer = _load(source, trust_remote_code, dtype)
+        _check_model(model)
+        _check_tokenizer(tokenizer)
     except Exception as error:  # transformers, the hub and httpx raise families of their own
-        raise BaseError(f"--base {name}: {source} cannot be loaded: {_first_line(error)}. {_remedy()}") from error
-
-
-def _load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        return _read(source, local_files_only=True)
-    except Exception:
-        if Path(source).is_dir():
-            raise
-    _reach(source)
-    return _read(source, local_files_only=False)
-
-
-def _read(source: str, local_files_only: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=local_files_only)
+        reason = str(error) if isinstance(error, _Unfit) else first_line(error)
+        if "custom code" in reason and not trust_remote_code:
+            reason = "it needs Python code that lies beside it. Read that, and if you trust it, say trust_remote_code"
+        raise BaseError(f"--base {name}: {source} cannot be loaded: {reason}. {_remedy()}") from error
     return model, tokenizer
+
+
+class _Unfit(Exception):
+    """What is wrong with a base, said in full."""
+
+
+def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _read(source, trust_remote_code, dtype, local_files_only=True)
+    except Exception as error:
+        if Path(source).is_dir() or isinstance(error, _Unfit):
+            raise
+    reach(source)
+    return _read(source, trust_remote_code, dtype, local_files_only=False)
+
+
+def _read(
+    source: str, trust_remote_code: bool, dtype: torch.dtype, local_files_only: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    config = AutoConfig.from_pretrained(source, **options)
+    _check_config(config)
+    _check_files(Path(source))
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        if not (local_files_only or Path(source).is_dir()):
+            raise
+        raise _Unfit(f"its text tokenizer cannot be loaded ({first_line(error)})") from error
+    return model, tokenizer
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    if getattr(config, "is_encoder_decoder", False):
+        raise _Unfit(f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)")
+    made_for = config.architectures or []
+    if made_for and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for):
+        raise _Unfit(f"it is a {made_for[0]}, needed is a causal language model (...ForCausalLM)")
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(file.name for file in folder.glob("*.bin")):
+        raise _Unfit(
+            f"its weights are pickled ({pickled[0]}), and loading pickle runs any code in it. If you trust it, convert it to "
+            "safetensors, once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and copy the tokenizer"
+        )
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None or model.get_input_embeddings() is None:
+        raise _Unfit(f"a {model.config.model_type} has no head or no embedding of its text that could be found")
+    if getattr(head, "bias", None) is not None:
+        raise _Unfit(
+            f"the head of a {model.config.model_type} has a bias, which codes would not have: take a Llama, Qwen, Mistral "
+            "or SmolLM"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    # Where the files are missing, transformers makes a tokenizer without words rather than an error.
+    ids = tokenizer.encode("a person surfing", add_special_tokens=False)
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise _Unfit("its text tokenizer is missing or has no words: put its tokenizer.json into the folder")
+
+
+def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "the base") -> None:
+    """BaseError unless a video of so many codes, with its two controls and a word of text, fits the base's positions."""
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and positions < tokens_per_video + 3:
+        raise BaseError(
+            f"--base {name}: it has {positions} positions, a video of this tokenizer takes {tokens_per_video + 2} and its text "
+            "some more: take a base with more positions, or a tokenizer with fewer codes per video"
+        )
 
 
 def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int) -> Qwen2Config | LlamaConfig:
@@ -126,20 +216,9 @@ def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _reach(source: str) -> None:
-    """Raise OSError unless the hub answers for `source` within seconds; its own client would retry for minutes."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
-        raise OSError("HF_HUB_OFFLINE is set and the model is not in the local cache")
-    request = urllib.request.Request(hf_hub_url(source, "config.json"), method="HEAD", headers=build_hf_headers())
-    urllib.request.urlopen(request, timeout=5).close()
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0].rstrip('.')}" if text else type(error).__name__
+def _meant(name: str) -> str:
+    near = difflib.get_close_matches(name, [*ALIASES, *TINY], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _remedy() -> str:

@@ -1,5 +1,6 @@
-"""A token cache with captions or classes -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
+"""Token caches, records and text -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,79 +8,205 @@ from dataclasses import dataclass
 from larp.data.datasets import humanize
 from larp.data.tokens import TokenCache, batch_rows
 from larp.noise import BatchNoise
-from larp_mllm.sequence import Layout, TokenSequence, check_length, encode, text_to_video, video_to_text
+from larp_mllm.conversation import chat_segments
+from larp_mllm.dialogues import DIALOGUES, dialogue, drawn_dialogue
+from larp_mllm.records import RecordSet
+from larp_mllm.sequence import Layout, TokenSequence, check_length, continuation, encode, text_to_video, video_to_text
+from larp_mllm.text_data import TextSet
 
 import torch
 
 # Class names are actions more often than things, and a prompt comes in any of these forms.
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
+VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
+TASKS = (*VIDEO_TASKS, "interleaved", "text")
 _MIRROR = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """How often each task is drawn, by weight, and how often a caption is left out of text-to-video (for guidance)."""
+    """How often each task is drawn, by weight; tasks without data fall away."""
 
-    text_to_video: float = 0.8
+    text_to_video: float = 0.6
+    """A caption is given, its video learned."""
     video_to_text: float = 0.2
+    """A video is given, its caption learned."""
+    chat: float = 0.1
+    """A captioned video as a chat in the base's own template: a wish and its video, or a video, a question and the answer."""
+    continuation: float = 0.2
+    """The first frames of a clip are given, the clip is learned; needs a token cache with --condition-frames."""
+    interleaved: float = 0.2
+    """Records of text and videos in any order, and chats."""
+    text: float = 0.2
+    """Text alone, so that the language model keeps what it knows."""
     caption_dropout: float = 0.1
+    """How often text-to-video is learned without its caption, which guidance needs; in [0, 1)."""
+    continuation_text: float = 0.5
+    """How often continuation is learned with the caption before the frames; in [0, 1]."""
 
     def __post_init__(self):
-        if min(self.text_to_video, self.video_to_text) < 0 or self.text_to_video + self.video_to_text <= 0:
-            raise ValueError(
-                f"task weights must be 0 or more and not all 0, got text_to_video {self.text_to_video}, "
-                f"video_to_text {self.video_to_text}"
-            )
+        weights = {task: getattr(self, task) for task in TASKS}
+        if wrong := {task: weight for task, weight in weights.items() if not 0 <= weight < math.inf}:
+            raise ValueError(f"task weights must be finite and 0 or more, got {_listed(wrong)}")
+        if not any(weights.values()):
+            raise ValueError(f"task weights must not all be 0: raise one of {', '.join(TASKS)}")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout must lie in [0, 1), got {self.caption_dropout}")
+        if not 0 <= self.continuation_text <= 1:
+            raise ValueError(f"continuation_text must lie in [0, 1], got {self.continuation_text}")
 
 
 class CaptionedVideos:
     """The rows of a token cache as training sequences.
 
-    encode_text: text -> text ids (LarpMllmProcessor.encode_text). positions: of the base model; a longer sequence is a
-    ValueError. Raises ValueError if a video has neither a caption nor a class.
+    encode_text: text -> text ids (LarpMllmProcessor.encode_text). positions: of the base model. tokenizer: the text
+    tokenizer, by whose template chats are written; without it there are none. Raises ValueError if a video has neither a
+    caption nor a class, or if it makes more ids with its text than there are positions.
     """
 
-    def __init__(self, cache: TokenCache, layout: Layout, encode_text: Callable[[str], list[int]], positions: int):
+    def __init__(
+        self,
+        cache: TokenCache,
+        layout: Layout,
+        encode_text: Callable[[str], list[int]],
+        positions: int,
+        tokenizer=None,
+    ):
         self.cache = cache
         self.layout = layout
         self.positions = positions
+        self.tokenizer = tokenizer
         self.phrases = caption_phrases(cache)
         self._encode_text = encode_text
         self._encoded: dict[str, list[int]] = {}
+        self._check_lengths()
 
     def __len__(self) -> int:
         return len(self.cache)
 
-    def batch(self, step: int, global_batch: int, seed: int, tasks: Tasks) -> list[TokenSequence]:
-        """The sequences of one training step, all ranks together: the same whatever their number."""
-        rows = batch_rows(len(self.cache), step, global_batch, seed).tolist()
-        drawn = BatchNoise(seed, step, global_batch).uniform(3).tolist()
-        share = tasks.text_to_video / (tasks.text_to_video + tasks.video_to_text)
-        return [
-            self._draw(row, share, tasks.caption_dropout, *uniforms) for row, uniforms in zip(rows, drawn, strict=True)
-        ]
-
-    def _draw(self, row: int, share: float, dropout: float, task: float, phrase: float, drop: float) -> TokenSequence:
-        phrases = self.phrases[row]
-        text = phrases[int(phrase * len(phrases))]
-        if task >= share:
-            return self.sequence(row, text, "video_to_text")
-        return self.sequence(row, "" if drop < dropout else text, "text_to_video")
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that these rows can teach: chats need a text tokenizer, continuation the codes of given frames."""
+        lacking = {"chat": self.tokenizer is None, "continuation": self.cache.conditions is None}
+        return tuple(task for task in VIDEO_TASKS if not lacking.get(task))
 
     def fixed(self, row: int, task: str) -> TokenSequence:
-        """A row in its first phrasing, for evaluation; task: text_to_video or video_to_text."""
-        return self.sequence(row, self.phrases[row][0], task)
+        """A row for evaluation: in its first phrasing; continuation without text, as `continue_video` by default."""
+        return self.sequence(row, "" if task == "continuation" else self.phrases[row][0], task)
 
-    def sequence(self, row: int, text: str, task: str) -> TokenSequence:
-        """A row with this text; task: text_to_video or video_to_text."""
-        if text not in self._encoded:
-            self._encoded[text] = self._encode_text(text)
-        make = {"text_to_video": text_to_video, "video_to_text": video_to_text}[task]
-        sequence = encode(make(self._encoded[text], self.cache.codes[row].tolist()), self.layout)
+    def sequence(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
+        """A row with this text; task: text_to_video, video_to_text, chat (in this form of a dialogue) or continuation.
+
+        Raises ValueError for continuation from a cache without given frames.
+        """
+        sequence = self._built(row, text, task, form)
         check_length(len(sequence.ids), self.positions, f"video {self.cache.names[row]}")
         return sequence
+
+    def _built(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
+        codes = self.cache.codes[row].tolist()
+        if task == "chat":
+            messages = dialogue(form, text, codes)
+            segments = chat_segments(messages, self.tokenizer, self._ids, lambda part: part["video"])
+        elif task == "continuation":
+            if self.cache.conditions is None:
+                raise ValueError(
+                    "the token cache holds no codes of given frames, which continuation needs: extract the tokens with "
+                    "--condition-frames 5, into another folder"
+                )
+            segments = continuation(self._ids(text), self.cache.conditions[row].tolist(), codes)
+        else:
+            segments = {"text_to_video": text_to_video, "video_to_text": video_to_text}[task](self._ids(text), codes)
+        return encode(segments, self.layout, framed=task != "chat")
+
+    def _ids(self, text: str) -> list[int]:
+        if text not in self._encoded:
+            self._encoded[text] = self._encode_text(text) if text else []
+        return self._encoded[text]
+
+    def longest(self, row: int) -> int:
+        """The number of ids of the longest sequence that a row can make."""
+        text = max(self.phrases[row], key=len)
+        plain = (len(self._built(row, text, task).ids) for task in self.tasks if task != "chat")
+        chats = (len(self._built(row, text, "chat", form).ids) for form in range(DIALOGUES) if "chat" in self.tasks)
+        return max(*plain, *chats)
+
+    def _check_lengths(self) -> None:
+        if not len(self):
+            return
+        # A tokenizer makes at most one id of a byte, so that only long captions need to be encoded to know.
+        lengths = [max(len(text.encode()) for text in phrases) for phrases in self.phrases]
+        shortest = min(range(len(self)), key=lengths.__getitem__)
+        around = self.longest(shortest)
+        for row, length in enumerate(lengths):
+            if around + length + 1 > self.positions:
+                check_length(self.longest(row), self.positions, f"video {self.cache.names[row]}")
+
+
+class TrainingMix:
+    """Training sequences of all tasks that have a weight and data.
+
+    Args:
+        tasks: weights and rates.
+        videos, records, text: the data, None for what there is not: the tasks on token caches, interleaved, text.
+
+    Raises ValueError if no task has both a weight and data.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        videos: CaptionedVideos | None = None,
+        records: RecordSet | None = None,
+        text: TextSet | None = None,
+    ):
+        self.tasks, self.videos = tasks, videos
+        self._sources = {task: (0, videos) for task in (videos.tasks if videos else ())}
+        self._sources |= {"interleaved": (1, records)} if records else {}
+        self._sources |= {"text": (2, text)} if text else {}
+        weights = {task: getattr(tasks, task) for task in TASKS if task in self._sources and getattr(tasks, task) > 0}
+        if not weights:
+            raise ValueError(
+                f"nothing to train on: there are data for {', '.join(self._sources) or 'no task'}, but weights only for "
+                f"{_listed({task: getattr(tasks, task) for task in TASKS if getattr(tasks, task) > 0})}: give --tokens, "
+                "--records or --text, or raise a --tasks weight"
+            )
+        self.shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
+        """What part of the sequences each task gets; they sum to 1."""
+
+    def batch(self, step: int, global_batch: int, seed: int) -> list[TokenSequence]:
+        """The sequences of one training step, all ranks together: the same whatever their number.
+
+        A place in the batch draws its task, and takes the row that its source has there; the rows of a source come in
+        a new order each epoch.
+        """
+        drawn = BatchNoise(seed, step, global_batch).uniform(3).tolist()
+        rows: dict[int, list[int]] = {}
+        sequences = []
+        for place, (task, phrase, text) in enumerate(drawn):
+            task = self._task(task)
+            number, source = self._sources[task]
+            if number not in rows:
+                rows[number] = batch_rows(len(source), step, global_batch, seed + number).tolist()
+            row = rows[number][place]
+            sequences.append(self._video(row, task, phrase, text) if task in VIDEO_TASKS else source[row])
+        return sequences
+
+    def _task(self, drawn: float) -> str:
+        for task, share in self.shares.items():
+            if drawn < share:
+                return task
+            drawn -= share
+        return next(reversed(self.shares))  # what rounding leaves
+
+    def _video(self, row: int, task: str, phrase: float, text: float) -> TokenSequence:
+        phrases = self.videos.phrases[row]
+        without = {
+            "text_to_video": text < self.tasks.caption_dropout,
+            "continuation": text >= self.tasks.continuation_text,
+        }
+        form = drawn_dialogue(text) if task == "chat" else 0
+        return self.videos.sequence(row, "" if without.get(task) else phrases[int(phrase * len(phrases))], task, form)
 
 
 def caption_phrases(cache: TokenCache) -> list[tuple[str, ...]]:
@@ -112,3 +239,7 @@ def evaluation_rows(rows: int, most: int) -> list[int]:
     """At most `most` row numbers, evenly spread, so that a sorted cache is not judged by its first class."""
     count = min(rows, most)
     return torch.linspace(0, rows - 1, count).round().long().tolist() if count else []
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())

@@ -1,21 +1,29 @@
-"""What of the model is trained, and at which rate; assembled by training/train_mllm.py."""
+"""What of the model is trained, and at which rate; and the model that comes of it, with LoRA folded in."""
 
+import shutil
+from pathlib import Path
 from typing import Literal
 
+from larp.engine.ranks import Ranks, barrier
+from larp.engine.sharding import whole
 from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.processing import LarpMllmProcessor
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+Method = Literal["lora", "full"]
 TrainedPart = Literal["adapter", "lora", "full"]
 # The projections of attention and MLP, by the names that Llama, Qwen, Mistral and their kin share.
 LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_LORA = "default"
 
 
-def prepare(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int):
+def prepare(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int = 32, lora_alpha: int | None = None):
     """Freeze what is not trained; returns peft's LoraModel (its layers sit inside `model.base`) or None.
 
-    adapter: the base keeps its weights and its text logits. lora: low-rank updates beside its projections. full: all.
+    adapter: the base keeps its weights and its text logits. lora: low-rank updates beside its projections, scaled by
+    lora_alpha / lora_rank (by default 2). full: all. ValueError for a base without the projections that LoRA knows.
     """
     if part == "full":
         return None
@@ -24,8 +32,15 @@ def prepare(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int):
         return None
     from peft import LoraConfig, LoraModel
 
-    settings = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_LAYERS)
-    return LoraModel(model.base, settings, "default")
+    alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    try:
+        return LoraModel(model.base, settings, _LORA)
+    except ValueError as error:
+        raise ValueError(
+            f"LoRA finds none of the layers {', '.join(LORA_LAYERS)} in this base ({type(model.base).__name__}): train it "
+            "with --joint.method full"
+        ) from error
 
 
 def optimizer(model: LarpMllmForCausalLM, adapter_lr: float, llm_lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -35,10 +50,42 @@ def optimizer(model: LarpMllmForCausalLM, adapter_lr: float, llm_lr: float, weig
     """
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     groups = []
-    for part, rate in ((model.adapter, adapter_lr), (model.base, llm_lr)):
+    # The names are those of the metrics: see larp.engine.backend.Engine.learning_rates.
+    for name, part, rate in (("adapter_lr", model.adapter, adapter_lr), ("llm_lr", model.base, llm_lr)):
         trained = [p for p in part.parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim > 1 and id(p) not in tables]
         others = [p for p in trained if p.ndim < 2 or id(p) in tables]
-        groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay})
-        groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
+        groups.append({"params": matrices, "lr": rate, "weight_decay": weight_decay, "lr_name": name})
+        groups.append({"params": others, "lr": rate, "weight_decay": 0.0, "lr_name": name})
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
+
+
+@torch.no_grad()
+def merged_weights(model: LarpMllmForCausalLM) -> dict[str, Tensor]:
+    """The state dict that the model would have with LoRA folded in, and without it; the model stays as it is.
+
+    Tensors that LoRA does not touch are those of the model, not copies.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            update = layer.get_delta_weight(_LORA)
+            weights[f"{name}.base_layer.weight"] = layer.base_layer.weight + update.to(layer.base_layer.weight)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
+
+
+def write_model(
+    model: LarpMllmForCausalLM, processor: LarpMllmProcessor, lora: bool, folder: Path, zero_stage: int, ranks: Ranks
+) -> None:
+    """Write a folder that `Mllm.load` reads, of a model in training; it is whole or not there. Collective."""
+    with whole(model, zero_stage):
+        if ranks.is_main:
+            part = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            model.save_pretrained(part, state_dict=merged_weights(model) if lora else model.state_dict())
+            processor.save_pretrained(part)
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+    barrier()

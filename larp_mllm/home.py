@@ -5,6 +5,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from larp_mllm.hub import fetched, is_hub_name
+
 POINTER = "newest.json"
 RUN_MODEL = "model"
 MODEL_TYPE = "larp_mllm"
@@ -28,19 +30,26 @@ def remember_newest(model: str | Path) -> Path:
 
 
 def find_model(model: str | Path | None = None) -> Path:
-    """The folder to load: the model folder that was chosen, or the `model` of a run folder of train_mllm.py.
+    """The folder to load: the model folder that was chosen, or the `model` of a run folder of train_mllm.py, or the
+    snapshot of a hub repository "owner/name", which is fetched unless it is in the local cache.
 
     Raises ValueError that says what the chosen folder holds instead, or names the three ways to choose one.
     """
     pointer = home() / POINTER
     if model is not None:
-        chosen, by = Path(model), "model="
+        chosen, by = model, "model="
     elif os.environ.get("LARP_MLLM_MODEL"):
-        chosen, by = Path(os.environ["LARP_MLLM_MODEL"]), "LARP_MLLM_MODEL="
+        chosen, by = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
     elif pointer.is_file():
         chosen, by = _read_pointer(pointer), f"{pointer}: "
     else:
         raise ValueError(f"no language model with video vocabulary was trained on this machine. {_ways()}")
+    if is_hub_name(chosen):
+        try:
+            chosen = fetched(chosen)
+        except ValueError as error:
+            raise ValueError(f"{by}{error}. {_ways()}") from error
+    chosen = Path(chosen)
     for folder in (chosen, chosen / RUN_MODEL):
         if _model_type(folder) == MODEL_TYPE:
             return folder
@@ -72,16 +81,19 @@ def _read_pointer(pointer: Path) -> Path:
         raise ValueError(f"{pointer} is damaged ({type(error).__name__}: {error}): delete it. {_ways()}") from error
 
 
-def _model_type(folder: Path) -> str | None:
-    """The model_type in a folder's config.json; None without one. ValueError if the file is damaged."""
-    path = folder / "config.json"
+def read_config(path: Path) -> dict | None:
+    """The object in a JSON file of a model folder; None without the file, or if it holds none. ValueError if damaged."""
     if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the model folder again") from error
-    return config.get("model_type") if isinstance(config, dict) else None
+    return config if isinstance(config, dict) else None
+
+
+def _model_type(folder: Path) -> str | None:
+    return (read_config(folder / "config.json") or {}).get("model_type")
 
 
 def _content(folder: Path) -> str:
@@ -99,6 +111,6 @@ def _content(folder: Path) -> str:
 
 def _ways() -> str:
     return (
-        "Give a model as model=FOLDER (--model on the command line), or in the environment variable LARP_MLLM_MODEL, or "
+        "Give a model as model=FOLDER, or owner/name on the hub (--model on the command line), or in the environment variable LARP_MLLM_MODEL, or "
         "train one with training/train_mllm.py, which is then found by itself; `make quickstart` trains a small one"
     )

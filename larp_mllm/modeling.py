@@ -8,53 +8,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from larp_mllm.adapter import TokenAdapter
-from larp_mllm.home import MODEL_TYPE
+from larp_mllm.configuration import LarpMllmConfig
+from larp_mllm.head import Head, is_cut, score
 from larp_mllm.vocabulary import Vocabulary
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.configuration_utils import SubConfigSpec
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 IGNORE = -100
-
-
-class LarpMllmConfig(PreTrainedConfig):
-    """The base model's config (`text_config`), the id layout, and what the video tokenizer must be.
-
-    `text_size` is the first id that is not text (see Vocabulary), `video_tokenizer_hash` the weight hash of the LARP
-    tokenizer whose codes the model speaks, `fps` and `frame_stride` describe the clips it was trained on.
-    """
-
-    model_type = MODEL_TYPE
-    sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="qwen2")}
-
-    text_config: Any = None
-    text_size: int = 0
-    codebook_size: int = 0
-    code_dim: int = 0
-    tokens_per_video: int = 0
-    adapter: str = "codebook"
-    video_tokenizer_hash: str = ""
-    fps: float = 8.0
-    frame_stride: int = 1
-
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        rows = self.text_config.vocab_size
-        # 0 is the library's own doing: it makes a config without arguments to find what differs from it when saving.
-        if self.text_size and self.text_size < rows:
-            raise ValueError(
-                f"config.json: text_size is {self.text_size}, below the base model's {rows} embedding rows"
-            )
-
-    @property
-    def vocabulary(self) -> Vocabulary:
-        """The id layout that this config records."""
-        return Vocabulary(self.text_size, self.codebook_size, self.tokens_per_video)
 
 
 @dataclass
@@ -105,7 +70,19 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         adapter: str = "codebook",
         **extra,
     ) -> "LarpMllmForCausalLM":
-        """Attach a fresh adapter to `base`. codebook: (K, d) float; `extra` goes into the config (fps, ...)."""
+        """Attach a fresh adapter to `base`. codebook: (K, d) float; `extra` goes into the config (fps, ...).
+
+        Raises ValueError for a base without a head of the width of its embedding, or one that changes its logits after
+        the head, for a codebook of another shape, and for values that the config refuses.
+        """
+        if codebook.ndim != 2:
+            raise ValueError(f"the codebook must be a table (codes, width), got shape {tuple(codebook.shape)}")
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if head is None or head.weight.shape[-1] != embedding.weight.shape[-1]:
+            raise ValueError(
+                f"the base model ({type(base).__name__}) has no language-model head of the width of its embedding: load "
+                "a Llama, Qwen, Mistral or SmolLM with AutoModelForCausalLM"
+            )
         vocabulary = Vocabulary.for_base(base.config.vocab_size, tokenizer_length, len(codebook), tokens_per_video)
         config = LarpMllmConfig(
             text_config=base.config,
@@ -119,8 +96,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             **extra,
         )
         model = cls(config, base).to(base.dtype)
-        embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-        model.adapter.start(codebook.to(embedding), embedding, head)
+        model.adapter.start(codebook.to(embedding.weight), embedding.weight, head.weight)
         return model
 
     @classmethod
@@ -129,6 +105,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
 
         So is a file of weights that is truncated or absent; the message names it.
         """
+        kwargs["ignore_mismatched_sizes"] = True  # they are named below, with all others
         try:
             model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, OSError) as error:
@@ -136,10 +113,13 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{path}/model.safetensors cannot be read ({error}); it may be missing or truncated: copy the model "
                 "folder again, or write it again with training/train_mllm.py --resume"
             ) from error
-        wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+        wrong = [f"{name} is missing" for name in info["missing_keys"]]
+        wrong += [f"{name} is unknown" for name in info["unexpected_keys"]]
+        wrong += [f"{name} has shape {tuple(a)} in place of {tuple(b)}" for name, a, b in info["mismatched_keys"]]
         if wrong:
             raise ValueError(
-                f"{path}: {len(wrong)} tensors are missing, unknown or misshapen, first: {', '.join(sorted(wrong)[:3])}"
+                f"{path}: the weights do not fit config.json: {'; '.join(sorted(wrong)[:3])}"
+                f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the two files that belong together"
             )
         return (model, info) if output_loading_info else model
 
@@ -159,6 +139,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids: Tensor) -> Tensor:
         """ids (B, S) int64 -> (B, S, H): text rows from the base, video rows from the adapter."""
         is_text = self.vocabulary.is_text(input_ids)
+        self._check_known(input_ids)
         text = self.base.get_input_embeddings()(input_ids.masked_fill(~is_text, 0))
         video = F.embedding((input_ids - self.vocabulary.text_size).clamp_min(0), self.adapter.input_rows())
         return torch.where(is_text[..., None], text, video.to(text.dtype))
@@ -187,11 +168,16 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         num_items_in_batch: float | None = None,
         text_weight: float = 1.0,
+        z_loss: float = 0.0,
+        head_chunk: int = 1024,
         **kwargs,
     ) -> LarpMllmOutput:
         """One pass. ids and labels: int64 (B, S), label -100 = not a target; labels are shifted inside.
 
-        loss = (video nll + text_weight * text nll) / num_items_in_batch (default: the targets of this batch), in nats.
+        position_ids that restart in a row, without an attention_mask, are records packed into it: none sees another.
+        loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch (default: the
+        targets of this batch), in nats, with weight `text_weight` for text and 1 for codes. Logits exist for at most
+        `head_chunk` positions at a time.
         """
         decoded = self.base.base_model(
             inputs_embeds=self.embed(input_ids) if inputs_embeds is None else inputs_embeds,
@@ -206,30 +192,65 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
             logits = torch.cat([self.text_logits(hidden), self.code_logits(hidden)], dim=-1)
             return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values)
-        return self._score(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight)
+        return self._score(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
 
-    def _score(self, hidden: Tensor, targets: Tensor, num_items: float | None, text_weight: float) -> LarpMllmOutput:
+    def _score(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        num_items: float | None,
+        text_weight: float,
+        z_loss: float,
+        head_chunk: int,
+    ) -> LarpMllmOutput:
         # Inside a span only codes can be drawn, so code targets are scored among codes, and everything else among text
         # and controls. Both heads run even on an empty selection: every rank must touch every parameter.
         is_code = self.vocabulary.is_code(targets)
         is_text = (targets != IGNORE) & ~is_code
-        video = _tally(self.code_logits(hidden[is_code]), self.vocabulary.id_to_code(targets[is_code]))
-        text = _tally(self.text_logits(hidden[is_text]), targets[is_text])
+        counts = {"text": is_text.sum(), "video": is_code.sum()}
+        codes, text = self.vocabulary.id_to_code(targets[is_code]), self._text_classes(targets[is_text])
+        head = self._text_head()
+        # Where the head is cut up among ranks, all of them must call it equally often, whatever their targets are.
+        pieces = _pieces(targets.numel() if head.cut else len(text), head_chunk)
+        scores = {
+            "text": score(head, hidden[is_text], text, pieces, text_weight, z_loss),
+            "video": score(self._code_head(), hidden[is_code], codes, _pieces(len(codes), head_chunk), 1.0, z_loss),
+        }
         if num_items is None:
-            num_items = (text[2] + video[2]).clamp_min(1)
-        names = ("nll", "correct", "count")
+            num_items = (counts["text"] + counts["video"]).clamp_min(1)
         return LarpMllmOutput(
-            loss=(video[0] + text_weight * text[0]) / num_items,
-            **{f"text_{name}": value.detach() for name, value in zip(names, text, strict=True)},
-            **{f"video_{name}": value.detach() for name, value in zip(names, video, strict=True)},
+            loss=(scores["video"].loss + scores["text"].loss) / num_items,
+            **{f"{kind}_count": count for kind, count in counts.items()},
+            **{f"{kind}_nll": own.nll.detach() for kind, own in scores.items()},
+            **{f"{kind}_correct": own.correct for kind, own in scores.items()},
         )
 
+    def _text_head(self) -> Head:
+        head, controls = self.base.get_output_embeddings(), self.adapter.control_rows()
+        trained = (parameter for parameter in head.parameters() if parameter.requires_grad)
+        return Head(lambda hidden: (head(hidden), hidden @ controls.T), (controls, *trained), is_cut(head))
 
-def _tally(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(n, classes), (n,) -> summed nll in nats, number right, number of targets; all zero for n = 0."""
-    nll = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return nll, (logits.argmax(-1) == targets).sum(), torch.tensor(len(targets), device=targets.device)
+    def _code_head(self) -> Head:
+        rows = self.adapter.code_rows()
+        return Head(lambda hidden: (hidden @ rows.T,), (rows,))
+
+    def _text_classes(self, ids: Tensor) -> Tensor:
+        """Ids of text and controls -> their places among the rows of the base's head and the two controls."""
+        self._check_known(ids)
+        gap = self.vocabulary.text_size - self.config.text_config.vocab_size
+        return torch.where(self.vocabulary.is_text(ids), ids, ids - gap)
+
+    def _check_known(self, ids: Tensor) -> None:
+        rows, known = self.config.text_config.vocab_size, self.vocabulary
+        if known.text_size > rows and (unknown := ids[(ids >= rows) & known.is_text(ids)]).numel():
+            raise ValueError(
+                f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
+                f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
+            )
 
 
-AutoConfig.register(LarpMllmConfig.model_type, LarpMllmConfig)
+def _pieces(positions: int, head_chunk: int) -> int:
+    return max(1, -(-positions // head_chunk))
+
+
 AutoModelForCausalLM.register(LarpMllmConfig, LarpMllmForCausalLM)

@@ -4,92 +4,87 @@ Text is encoded apart from everything else, and control and code ids are inserte
 user types stays plain text, `<|video_start|>` and `<|im_end|>` included.
 """
 
-import re
+import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from larp.tokenizer import LarpTokenizer
-from larp_mllm.sequence import PLACEHOLDER, Layout
+from larp_mllm.configuration import LarpMllmConfig
+from larp_mllm.home import MODEL_TYPE, read_config
+from larp_mllm.hub import PROCESSOR_FILES, fetched, upload
+from larp_mllm.plain_text import PlainText
+from larp_mllm.sequence import PLACEHOLDER, Layout, encode
+from larp_mllm.tokenizer_checks import check_saved, check_tokenizers, load_text_tokenizer, words_hash
+from larp_mllm.video_input import Videos, to_clip, to_frames
 from larp_mllm.vocabulary import Vocabulary
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
 VIDEO_TOKENIZER = "video_tokenizer"
+PROCESSOR_CONFIG = "processor_config.json"
+# What AutoProcessor passes on, and what means nothing here: no code of a repository is ever run, whatever is trusted.
+_FROM_AUTO = {"_from_auto", "trust_remote_code", "force_download", "config"}
 
 
-class LarpMllmProcessor:
+class LarpMllmProcessor(ProcessorMixin):
     """The base model's text tokenizer, the LARP tokenizer and the id layout that joins them.
 
-    Raises ValueError if the LARP tokenizer has another codebook or number of tokens than the layout.
+    `frame_stride`: of a video file every so many-th frame is read. Raises ValueError if the LARP tokenizer has another
+    codebook or number of tokens than the layout.
     """
 
-    def __init__(self, text_tokenizer, video_tokenizer: LarpTokenizer, vocabulary: Vocabulary):
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, tokenizer, video_tokenizer: LarpTokenizer, vocabulary: Vocabulary, frame_stride: int = 1):
         own = (video_tokenizer.codebook_size, video_tokenizer.num_tokens)
         if own != (vocabulary.codebook_size, vocabulary.tokens_per_video):
             raise ValueError(
                 f"the video tokenizer has {own[0]} codes and {own[1]} tokens per video, the language model is made for "
                 f"{vocabulary.codebook_size} and {vocabulary.tokens_per_video}; use the tokenizer it was trained with"
             )
-        self.text_tokenizer = text_tokenizer
+        super().__init__(tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
         self.video_tokenizer = video_tokenizer
         self.vocabulary = vocabulary
-        self._typed_tokens = _pattern_of_added_tokens(text_tokenizer)
+        self.frame_stride = frame_stride
+        self._plain_text: PlainText | None = None
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        """What transformers keeps for a processor: the text tokenizer; the LARP tokenizer is none of its classes."""
+        return ["tokenizer"]
 
     @property
     def layout(self) -> Layout:
         """The id layout with the base tokenizer's begin and end ids."""
-        return Layout(self.vocabulary, self.text_tokenizer.bos_token_id, self.text_tokenizer.eos_token_id)
+        return Layout(self.vocabulary, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
 
     def encode_text(self, text: str) -> list[int]:
         """Plain text -> text ids, without begin or end ids; nothing in it is read as a special or added token."""
-        ids: list[int] = []
-        for piece in self._harmless_pieces(text):
-            ids += self.text_tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
-        return ids
-
-    def _harmless_pieces(self, text: str) -> list[str]:
-        # split_special_tokens does not protect from tokens added as non-special: a typed one is cut after a letter.
-        pieces = []
-        while self._typed_tokens and (found := self._typed_tokens.search(text)):
-            pieces.append(text[: found.start() + 1])
-            text = text[found.start() + 1 :]
-        return [*pieces, text] if text else pieces
+        if self._plain_text is None or self._plain_text.tokenizer is not self.tokenizer:
+            self._plain_text = PlainText(self.tokenizer)
+        return self._plain_text.encode(text)
 
     def decode_text(self, ids) -> str:
-        """Text ids -> text, special tokens left out."""
-        return self.text_tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        """Text ids -> text, special tokens and white space around it left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
-    def encode_videos(self, videos: list[np.ndarray | Tensor]) -> list[list[int]]:
-        """Videos -> their codes. Each: uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1].
+    def encode_videos(self, videos: Sequence[Videos]) -> list[list[int]]:
+        """Videos -> their codes. Each: a file, a Video, uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1].
 
         Arrays and tensors alike; frames are resized and of a longer video the middle is read, a clip is taken as it is.
         ValueError for other shapes, dtypes or ranges, and for clips of different shapes in one call.
         """
-        config = self.video_tokenizer.config
-        clips = [self._clip(video, config) for video in videos]
+        count = self.video_tokenizer.config.num_frames
+        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in videos]
         if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
             raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
         return self.video_tokenizer.encode(torch.stack(clips).to(device)).tolist() if clips else []
-
-    def _clip(self, video: np.ndarray | Tensor, config: Any) -> Tensor:
-        from larp.data.clips import frames_to_clip
-
-        pixels = video.detach().cpu() if isinstance(video, Tensor) else torch.from_numpy(_array(video))
-        if pixels.is_floating_point() and pixels.ndim == 4 and pixels.shape[0] == 3:
-            self.video_tokenizer.check_clip(pixels[None])
-            return pixels.float()
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-            raise ValueError(_not_a_video(f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"))
-        frames = pixels.numpy()
-        if len(frames) < config.num_frames:
-            raise ValueError(
-                f"the video has {len(frames)} frames, the video tokenizer reads {config.num_frames}: give a longer one"
-            )
-        start = (len(frames) - config.num_frames) // 2
-        return frames_to_clip(frames[start : start + config.num_frames], config.height, config.width)
 
     def decode_videos(self, codes: Tensor) -> list[np.ndarray]:
         """codes int64 (B, N) -> B videos, uint8 (T, H, W, 3)."""
@@ -98,90 +93,221 @@ class LarpMllmProcessor:
         device = next(self.video_tokenizer.parameters()).device
         return [clip_to_frames(clip) for clip in self.video_tokenizer.decode(codes.to(device)).cpu()]
 
-    def __call__(self, text: str, videos: list[np.ndarray | Tensor] = ()) -> list[int]:
-        """`"before <video> after"` and one video for each `<video>` -> ids. ValueError if their numbers differ."""
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        videos: Sequence[Videos] | Sequence[Sequence[Videos]] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        open_video: bool = False,
+        return_tensors: Literal["pt", "np"] | None = None,
+        padding: bool = False,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> BatchFeature:
+        """`"before <video> after"` and one video for each `<video>` -> input_ids and attention_mask, lists or (B, S).
+
+        text: one, with its videos; or several, with a list of videos for each. add_special_tokens: put the base's begin
+        id first, where it has one. open_video: end with video_start, after which the model writes a video.
+        padding: bring several texts to one length, on `padding_side` (default: the side of the text tokenizer;
+        generation needs left). ValueError, naming the text, if videos and placeholders differ in number.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        groups = _groups(text, texts, videos)
+        begin = [self.layout.bos] if add_special_tokens and self.layout.bos is not None else []
+        rows = []
+        for number, (content, group) in enumerate(zip(texts, groups, strict=True)):
+            where = "the text" if isinstance(text, str) else f"text {number}"
+            ids = self._interleaved(content, group, where)
+            rows.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
+        return self._batch(rows, isinstance(text, str), return_tensors, padding, padding_side)
+
+    def _interleaved(self, text: str, videos: Sequence[Videos], where: str) -> list[int]:
         pieces = text.split(PLACEHOLDER)
         if len(pieces) != len(videos) + 1:
             raise ValueError(
-                f"the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos were given"
+                f"{where} has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos were given: "
+                f"write one {PLACEHOLDER} where each video stands"
             )
         ids = self.encode_text(pieces[0])
-        for codes, piece in zip(self.encode_videos(list(videos)), pieces[1:], strict=True):
+        for codes, piece in zip(self.encode_videos(videos), pieces[1:], strict=True):
             ids += self.vocabulary.span(codes) + self.encode_text(piece)
         return ids
 
+    def _batch(
+        self, rows: list[list[int]], single: bool, return_tensors: str | None, padding: bool, side: str | None
+    ) -> BatchFeature:
+        side = side or self.tokenizer.padding_side
+        if side not in ("left", "right"):
+            raise ValueError(f"padding_side must be left or right, got {side!r}")
+        lengths = [len(row) for row in rows]
+        masks = [[1] * length for length in lengths]
+        if padding:
+            # Masked out, so any text id will do.
+            fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+            rows = [_padded(row, max(lengths), fill, side) for row in rows]
+            masks = [_padded(mask, max(lengths), 0, side) for mask in masks]
+        elif return_tensors is not None and len(set(lengths)) > 1:
+            raise ValueError(f"the texts have {sorted(set(lengths))} ids, a tensor needs one length: give padding=True")
+        if single and return_tensors is None:
+            rows, masks = rows[0], masks[0]
+        return BatchFeature({"input_ids": rows, "attention_mask": masks}, tensor_type=return_tensors)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        *,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_tensors: Literal["pt", "np"] | None = None,
+        return_dict: bool = False,
+        padding: bool = False,
+        padding_side: Literal["left", "right"] | None = None,
+    ) -> Any:
+        """A chat, or several, in the text tokenizer's own template -> input_ids; with return_dict a BatchFeature.
+
+        messages: `{"role", "content"}`, content a str or parts `{"type": "text", "text"}` and `{"type": "video",
+        "video"}` (or "path"). Contents are encoded apart from the template, so none can speak for another role.
+        tokenize=False: the text instead, for the eye, with `<video>` for videos. Raises ValueError, naming the message.
+        """
+        single = not messages or isinstance(messages[0], dict)
+        chats = [messages] if single else messages
+        rows = [
+            self._chat(chat, "messages" if single else f"chat {number}", add_generation_prompt)
+            for number, chat in enumerate(chats)
+        ]
+        if not tokenize:
+            texts = [self._shown(row) for row in rows]
+            return texts[0] if single else texts
+        batch = self._batch(rows, single, return_tensors, padding, padding_side)
+        return batch if return_dict else batch["input_ids"]
+
+    def _chat(self, messages: Sequence[dict], where: str, answer: bool) -> list[int]:
+        from larp_mllm.conversation import chat_segments
+
+        def codes_of(part: dict) -> list[int]:
+            return self.encode_videos([part["video"] if "video" in part else part["path"]])[0]
+
+        segments = chat_segments(messages, self.tokenizer, self.encode_text, codes_of, where, answer)
+        return encode(segments, self.layout, framed=False).ids.tolist()
+
+    def _shown(self, ids: list[int]) -> str:
+        read = self.tokenizer.decode
+        return "".join(
+            read(content, clean_up_tokenization_spaces=False) if kind == "text" else PLACEHOLDER
+            for kind, content in self.vocabulary.split(ids)
+        )
+
     def decode(self, ids) -> list[str | np.ndarray]:
-        """ids -> texts and uint8 videos (T, H, W, 3) in order. ValueError for a broken video span."""
-        return [
+        """ids -> texts and uint8 videos (T, H, W, 3) in order, empty texts left out. ValueError for a broken span."""
+        contents = [
             self.decode_text(content) if kind == "text" else self.decode_videos(torch.tensor([content]))[0]
             for kind, content in self.vocabulary.split(ids)
         ]
+        return [content for content in contents if not (isinstance(content, str) and not content)]
+
+    def batch_decode(self, rows) -> list[list[str | np.ndarray]]:
+        """Rows of ids, a list or (B, S) -> `decode` of each. ValueError that names the row with a broken video span."""
+        decoded = []
+        for number, row in enumerate(rows):
+            try:
+                decoded.append(self.decode(row))
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+        return decoded
+
+    def to_dict(self) -> dict[str, Any]:
+        """What processor_config.json holds: the layout, and which tokenizers belong to it."""
+        return {
+            "processor_class": type(self).__name__,
+            "text_size": self.vocabulary.text_size,
+            "codebook_size": self.vocabulary.codebook_size,
+            "tokens_per_video": self.vocabulary.tokens_per_video,
+            "frame_stride": self.frame_stride,
+            "text_tokenizer_hash": words_hash(self.tokenizer),
+            "video_tokenizer_hash": self.video_tokenizer.weight_hash(),
+        }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the text tokenizer into `folder` and the LARP tokenizer into `folder/video_tokenizer`."""
-        self.text_tokenizer.save_pretrained(folder)
+        """Write the text tokenizer and processor_config.json into `folder`, the LARP tokenizer into its video_tokenizer/."""
+        self.tokenizer.save_pretrained(folder)
         self.video_tokenizer.save_pretrained(Path(folder) / VIDEO_TOKENIZER)
+        (Path(folder) / PROCESSOR_CONFIG).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to a hub repository, made if it does not exist; returns its address.
+
+        Raises ValueError if the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, private=private, token=token, revision=revision)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "LarpMllmProcessor":
-        """Load what `save_pretrained` wrote beside a LarpMllmForCausalLM, and check it against the model's config.
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        **from_auto,
+    ) -> "LarpMllmProcessor":
+        """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name"), and check it.
 
-        Raises ValueError if the text tokenizer or the LARP tokenizer is not the one the model was trained with.
+        If a model's config.json lies beside it, that one's layout counts. Raises ValueError if the hub cannot be
+        reached, or if the text tokenizer or the LARP tokenizer is not the one the model was trained with.
         """
-        from larp_mllm.modeling import LarpMllmConfig
+        if unknown := from_auto.keys() - _FROM_AUTO:
+            raise ValueError(f"LarpMllmProcessor.from_pretrained knows no {', '.join(sorted(unknown))}: leave them out")
+        where = str(folder)
+        folder = fetched(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
+        saved = read_config(folder / PROCESSOR_CONFIG) or {}
+        if (read_config(folder / "config.json") or {}).get("model_type") == MODEL_TYPE:
+            config = LarpMllmConfig.from_pretrained(folder)
+            vocabulary, stride = config.vocabulary, config.frame_stride
+        else:
+            config = None
+            vocabulary, stride = _saved_layout(saved, where)
+        tokenizer = load_text_tokenizer(folder)
+        video_tokenizer = LarpTokenizer.from_pretrained((folder / VIDEO_TOKENIZER).resolve(), device=device)
+        if config is not None:
+            check_tokenizers(config, tokenizer, video_tokenizer, where)
+        check_saved(saved, tokenizer, video_tokenizer, where)
+        return cls(tokenizer, video_tokenizer, vocabulary, stride)
 
-        from transformers import AutoTokenizer
 
-        config = LarpMllmConfig.from_pretrained(folder)
-        try:
-            text_tokenizer = AutoTokenizer.from_pretrained(folder)
-        except Exception as error:  # transformers and tokenizers raise families of their own
-            state = "is damaged" if (Path(folder) / "tokenizer.json").is_file() else "is missing"
-            raise ValueError(
-                f"{folder}: the text tokenizer cannot be loaded, tokenizer.json {state}: copy the model folder again, "
-                f"or take the file from the base model ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
-            ) from error
-        video_tokenizer = LarpTokenizer.from_pretrained((Path(folder) / VIDEO_TOKENIZER).resolve(), device=device)
-        check_tokenizers(config, text_tokenizer, video_tokenizer, str(folder))
-        return cls(text_tokenizer, video_tokenizer, config.vocabulary)
-
-
-def check_tokenizers(config, text_tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
-    """ValueError unless both tokenizers are those that the config of a LarpMllmForCausalLM records."""
-    expected = max(config.text_config.vocab_size, len(text_tokenizer))
-    if config.text_size != expected:
+def _saved_layout(saved: dict, where: str) -> tuple[Vocabulary, int]:
+    names = ("text_size", "codebook_size", "tokens_per_video", "frame_stride")
+    values = [saved.get(name) for name in names]
+    if not all(isinstance(value, int) for value in values):
         raise ValueError(
-            f"{where}: the model's text ids end at {config.text_size}, but its base and tokenizer make {expected}; "
-            "the tokenizer files are not those the model was trained with: restore them"
+            f"{where} holds no processor of a language model with video vocabulary ({PROCESSOR_CONFIG} and config.json say "
+            "nothing of one): give the folder that training wrote, OUT/model"
         )
-    found = video_tokenizer.weight_hash()
-    if config.video_tokenizer_hash and found != config.video_tokenizer_hash:
+    return Vocabulary(*values[:3]), values[3]
+
+
+def _groups(text: str | Sequence[str], texts: list[str], videos) -> list[Sequence]:
+    """The videos of each text."""
+    videos = [] if videos is None else list(videos)
+    if isinstance(text, str):
+        return [videos]
+    if not videos:
+        return [[] for _ in texts]
+    if len(videos) != len(texts) or not all(isinstance(group, (list, tuple)) for group in videos):
         raise ValueError(
-            f"{where}: the video tokenizer has weight hash {found[:12]}, the model was trained with "
-            f"{config.video_tokenizer_hash[:12]}: its codes would mean something else. Restore that one"
+            f"{len(texts)} texts need a list of {len(texts)} lists of videos, one for each text (empty where it has none)"
         )
+    return videos
 
 
-def _array(video: Any) -> np.ndarray:
-    try:
-        array = np.asarray(video)
-        known = array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)
-    except ValueError as error:  # frames of different sizes
-        raise ValueError(_not_a_video(str(error))) from error
-    if not known:
-        raise ValueError(_not_a_video(f"{array.dtype} {array.shape}" if array.ndim else repr(video)))
-    return np.require(array, requirements=("C", "W"))  # as torch shares it
+def _padded(row: list[int], length: int, fill: int, side: str) -> list[int]:
+    filler = [fill] * (length - len(row))
+    return filler + row if side == "left" else row + filler
 
 
-def _not_a_video(found: str) -> str:
-    return (
-        "a video must be uint8 frames (T, H, W, 3) of 0..255, or a float clip (3, T, H, W) in [0, 1], "
-        f"got {found}: convert it"
-    )
-
-
-def _pattern_of_added_tokens(text_tokenizer) -> re.Pattern | None:
-    # Runs of white space are added tokens of some bases and mean nothing but themselves.
-    contents = {token.content for token in text_tokenizer.added_tokens_decoder.values()}
-    dangerous = sorted((c for c in contents if len(c) > 1 and re.search(r"\w", c)), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, dangerous))) if dangerous else None
+AutoProcessor.register(LarpMllmConfig, LarpMllmProcessor)

@@ -1,4 +1,4 @@
-"""Records of text and videos <-> ids and labels. Pure: no files, no model, no strings that stand for tokens."""
+"""Segments of text and video <-> ids and labels. Pure: no files, no model, no strings that stand for tokens."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -52,33 +52,37 @@ class Layout:
         """The ids after which the caption of a video is drawn."""
         return [*self._begin(), *self.vocabulary.span(codes)]
 
+    def continuation(self, text: SequenceOf[int], given: SequenceOf[int]) -> list[int]:
+        """The ids after which the first code of a clip is drawn that begins with the frames whose codes are `given`."""
+        return [*self._begin(), *text, *self.vocabulary.span(given), self.vocabulary.video_start]
+
     def _begin(self) -> list[int]:
         return [] if self.bos is None else [self.bos]
 
 
-def encode(segments: SequenceOf[Segment], layout: Layout) -> TokenSequence:
-    """Segments in order -> begin id, the segments, end id.
+def encode(segments: SequenceOf[Segment], layout: Layout, framed: bool = True) -> TokenSequence:
+    """Segments in order -> begin id, the segments, end id; without the two ids if not `framed` (chats bring their own).
 
-    Scored are the contents of segments with `loss`; the video_start that ends a text (the decision to show a video);
-    and the end id after a last text with `loss`, or after a record that is learned whole. video_end never is: it always
-    follows the N-th code. Nor is the end after a video drawn for a given text: `generate` stops there by itself, and learned
-    from most sequences it would answer for the caption that `describe` asks for after a video.
+    Scored are the contents of segments with `loss`; the video_start that follows a text or a learned video (the decision
+    to show one); and the end id after a last text with `loss`, or after a record that is learned whole. video_end never
+    is: it always follows the N-th code. Nor is the end after a video drawn for a given text: `generate` stops there by
+    itself, and learned from most sequences it would answer for the caption that `describe` asks for after a video.
     """
-    ids: list[int] = layout._begin()
+    ids: list[int] = layout._begin() if framed else []
     labels: list[int] = [IGNORE] * len(ids)
-    after_text = False
+    decided = False
     for segment in segments:
         if segment.kind == "text":
             ids += segment.content
             labels += segment.content if segment.loss else [IGNORE] * len(segment.content)
-            after_text = bool(segment.content)
+            decided = bool(segment.content)
             continue
         span = layout.vocabulary.span(segment.content)
         ids += span
-        start = span[0] if segment.loss and after_text else IGNORE
+        start = span[0] if segment.loss and decided else IGNORE
         labels += [start, *(span[1:-1] if segment.loss else [IGNORE] * (len(span) - 2)), IGNORE]
-        after_text = False
-    if layout.eos is not None:
+        decided = segment.loss
+    if framed and layout.eos is not None:
         ids.append(layout.eos)
         last = segments[-1] if segments else None
         ended = last is not None and last.loss and (last.kind == "text" or all(segment.loss for segment in segments))
@@ -96,21 +100,48 @@ def video_to_text(text: SequenceOf[int], codes: SequenceOf[int]) -> list[Segment
     return [Segment("video", tuple(codes), loss=False), Segment("text", tuple(text), loss=True)]
 
 
-def interleaved(record: dict, encode_text: Callable[[str], list[int]], where: str = "record") -> list[Segment]:
-    """`{"text": "before <video> after", "videos": [codes, ...]}` -> segments, all of them learned.
+def continuation(text: SequenceOf[int], given: SequenceOf[int], codes: SequenceOf[int]) -> list[Segment]:
+    """A text (may be empty) and the codes of the given frames, then the whole clip, which is learned.
+
+    The clip's video_start is not scored: `continue_video` forces it.
+    """
+    return [
+        Segment("text", tuple(text), loss=False),
+        Segment("video", tuple(given), False),
+        *text_to_video([], codes)[1:],
+    ]
+
+
+def interleaved(
+    text: str,
+    videos: SequenceOf[tuple[SequenceOf[int], bool]],
+    encode_text: Callable[[str], list[int]],
+    loss: bool = True,
+    where: str = "record",
+) -> list[Segment]:
+    """`"before <video> after"` and (codes, loss) of each video -> segments; `loss` is that of the text.
 
     Raises ValueError, naming `where`, if placeholders and videos do not match in number.
     """
-    pieces, videos = record["text"].split(PLACEHOLDER), list(record.get("videos", []))
-    if len(pieces) != len(videos) + 1:
-        raise ValueError(f"{where}: the text has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos")
+    pieces = text.split(PLACEHOLDER)
+    check_placeholders(len(pieces) - 1, len(videos), where)
     segments = []
-    for piece, codes in zip(pieces, [*videos, None], strict=True):
+    for number, piece in enumerate(pieces):
         if piece:
-            segments.append(Segment("text", tuple(encode_text(piece)), loss=True))
-        if codes is not None:
-            segments.append(Segment("video", tuple(codes), loss=True))
+            segments.append(Segment("text", tuple(encode_text(piece)), loss))
+        if number < len(videos):
+            codes, learned = videos[number]
+            segments.append(Segment("video", tuple(codes), learned))
     return segments
+
+
+def check_placeholders(placeholders: int, videos: int, where: str) -> None:
+    """ValueError unless there is one video for each placeholder."""
+    if placeholders != videos:
+        more = f"add {PLACEHOLDER} where a video stands" if videos > placeholders else "name the missing videos"
+        raise ValueError(
+            f"{where}: the text has {placeholders} {PLACEHOLDER} placeholders but {videos} videos: {more}, one for each"
+        )
 
 
 def check_length(length: int, positions: int, where: str) -> None:

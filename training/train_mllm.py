@@ -1,30 +1,29 @@
-"""Train a language model to read and write videos: captions and codes, next-token prediction.
+"""Train a language model to read and write videos: text and codes in any order, next-token prediction.
 
-    deepspeed training/train_mllm.py                                      # tiny-qwen2 on the tokens of the quickstart
+    deepspeed training/train_mllm.py                                      # tiny-qwen2 on runs/tokens
     deepspeed training/train_mllm.py --base Qwen2-0.5B --tokens runs/tokens/ucf101
 
-Needs a token cache (training/extract_tokens.py); leaves OUT/model for larp_mllm.generate, OUT/samples, OUT/report.json.
+Two stages by default: align (the language model frozen, the adapter trained), then joint (LoRA, or all weights). Needs a
+token cache (training/extract_tokens.py) or records of text and videos; leaves OUT/model for larp_mllm.generate,
+OUT/samples, OUT/report.json.
 """
 
-import hashlib
-import json
-import math
+import gc
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from larp.config import parse, run_script, to_dict
-from larp.data.clips import contact_sheet
-from larp.data.tokens import TokenCache
 from larp.engine.backend import (
     Engine,
-    EngineConfig,
     Ranks,
     barrier,
+    broadcast_object,
     finish,
     make_engine,
     micro_batch,
@@ -32,93 +31,63 @@ from larp.engine.backend import (
     start,
     stop_requested,
 )
-from larp.engine.log import RunLog, check_wandb, write_json
+from larp.engine.log import RunLog, check_wandb
 from larp.engine.schedules import lr_factor
-from larp.engine.sharding import whole
-from larp.engine.state import load_state, open_run, save_state
-from larp.tokenizer import LarpTokenizer
-from larp_mllm.bases import is_tiny, load_base
-from larp_mllm.collate import collate
-from larp_mllm.dataset import CaptionedVideos, Tasks, caption_phrases, evaluation_rows
-from larp_mllm.finetuning import TrainedPart, optimizer, prepare
-from larp_mllm.generation import Mllm
+from larp.engine.state import check_folder, load_state, newest_state, open_run, save_state
+from larp_mllm.bases import check_positions, is_tiny, load_base
+from larp_mllm.collate import pack
+from larp_mllm.corpus import Corpus, Videos, open_corpus, open_videos
+from larp_mllm.dataset import TrainingMix
+from larp_mllm.finetuning import optimizer, prepare, write_model
 from larp_mllm.home import remember_newest
+from larp_mllm.mllm import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
-from larp_mllm.processing import LarpMllmProcessor
-from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.perplexity import score_text
+from larp_mllm.processing import LarpMllmProcessor, words_hash
+from larp_mllm.report import headline, surroundings, write_report
+from larp_mllm.samples import write_samples
+from larp_mllm.scoring import TALLY, micro_batches, rates, score_corpus, tally
+from larp_mllm.sequence import TokenSequence
+from larp_mllm.stages import Stage, load_adapter, save_adapter, stage_at, stages
+from larp_mllm.training_config import TrainMllmConfig
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 RECIPES = Path(__file__).parent / "recipes"
-TALLY = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct", "text_count")
+OLD_FPS = 8.0  # of token caches that do not know their clips' rate
 
 
-@dataclass(frozen=True)
-class TinyConfig:
-    """The size of the bases tiny-qwen2 and tiny-llama; others have their own."""
+@dataclass
+class Run:
+    """What the functions below share: data for the whole run, and the model of the current stage in its engine."""
 
-    layers: int = 4
-    width: int = 192
-    heads: int = 4
+    config: TrainMllmConfig
+    ranks: Ranks
+    plan: list[Stage]
+    videos: Videos
+    corpus: Corpus
+    mix: TrainingMix
+    stage: Stage
+    mllm: Mllm | None = None
+    engine: Engine | None = None
+    skipped: int = 0  # updates, in earlier stages
+    seconds: dict[str, float] = field(default_factory=dict)  # of each stage, until `since`
+    since: float = 0.0
+    parameters: dict[str, int] = field(default_factory=dict)  # trained in each stage
 
+    @property
+    def step(self) -> int:
+        """Steps done, over all stages."""
+        return self.stage.first + self.engine.step_count
 
-@dataclass(frozen=True)
-class TrainMllmConfig:
-    """Train a language model with video vocabulary on a token cache."""
-
-    base: str = "Qwen2-0.5B"
-    """Hub name, alias (Qwen2-0.5B, Llama-3.2-1B, ...), folder, or tiny-qwen2 / tiny-llama (random, no network)."""
-    tokens: Path = Path("runs/tokens")
-    """Token cache to train on, from training/extract_tokens.py."""
-    eval_tokens: Path | None = None
-    """Token cache to evaluate on; by default every 20th video of `tokens`, which is then not trained on."""
-    tokenizer: str | None = None
-    """Folder or hub name of the LARP tokenizer; by default the one that the cache names."""
-    out: Path = Path("runs/mllm")
-    """Run folder."""
-    train: TrainedPart = "lora"
-    """What is trained: the adapter alone (text logits stay the base's), adapter and LoRA, or everything."""
-    adapter: Literal["codebook", "free"] = "codebook"
-    """Video rows made from the codebook, or free rows (the baseline)."""
-    steps: int = 2000
-    batch_size: int = 64
-    """Sequences per optimizer step, all ranks together."""
-    adapter_lr: float = 1e-3
-    llm_lr: float = 1e-4
-    weight_decay: float = 0.01
-    """Of matrices; norms, biases and embeddings have none."""
-    schedule: Literal["cosine", "constant", "step"] = "cosine"
-    warmup: int = 50
-    final_lr: float = 0.02
-    """The last learning rate as a fraction of the first."""
-    lora_rank: int = 32
-    text_weight: float = 1.0
-    """Weight of a text target against a video target in the loss."""
-    fps: float = 8.0
-    """Frames per second of the generated videos."""
-    eval_videos: int = 256
-    samples: int = 8
-    """Videos to generate at the end, for captions of the evaluation set."""
-    log_every: int = 10
-    save_every: int = 500
-    seed: int = 0
-    resume: bool = False
-    """Go on with the run in `out`."""
-    wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
-    tasks: Tasks = field(default_factory=Tasks)
-    tiny: TinyConfig = field(default_factory=TinyConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self):
-        if is_tiny(self.base) and self.train != "full":
-            raise ValueError(
-                f"--train {self.train} trains beside a base that knows nothing: --base {self.base} needs --train full"
-            )
-        for name in ("steps", "log_every", "save_every", "lora_rank", "eval_videos"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this object; the time until now is added to that of the stage."""
+        now = time.monotonic()
+        self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self.since
+        self.since = now
+        return {"step": self.step, "skipped": self.skipped, "seconds": self.seconds, "parameters": self.parameters}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -139,208 +108,262 @@ def default_recipe(argv: Sequence[str]) -> str | None:
 
 
 def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
-    """The whole run: data, model, loop, evaluation, samples, report."""
-    began = time.monotonic()
-    train_cache, eval_cache, video_tokenizer = open_tokens(config)
-    mllm = build(config, train_cache, video_tokenizer, ranks)
-    lora = prepare(mllm.model, config.train, config.lora_rank)
-    train_set, eval_set = (dataset(cache, mllm) for cache in (train_cache, eval_cache))
-    factor = lr_factor(config.schedule, config.steps, config.warmup, config.final_lr)
-    updates = optimizer(mllm.model, config.adapter_lr, config.llm_lr, config.weight_decay)
-    # Counted before the engine may shard them.
-    trained = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
-    engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, ranks)
-    model_key = model_identity(config, mllm)
+    """The whole run: data, model, stages, evaluation, samples, report."""
+    logging.disable_progress_bar()  # over reading and writing weights: the run has one of its own
+    check_folder(config.out, config.resume)  # before a base is read that will not be needed
+    plan = stages(config.align, config.joint)
+    videos = open_videos(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
+    mllm = build(config, videos, ranks)
+    corpus = open_data(config, videos, mllm, ranks)
+    mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text)
     check_wandb(config.wandb)
-    state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume, config.steps)
+    before = newest_state(config.out) if config.resume else None
+    run = Run(config, ranks, plan, videos, corpus, mix, stage_at(plan, before.step if before else 0))
+    text = {"data": corpus.held_out_text_name, "before": judge_text(mllm, corpus, ranks)}
+    begin(run, mllm)
+    del mllm  # of which a later stage must not find a second copy in memory
+    state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume, plan[-1].last)
     if state is not None:
-        load_state({"model": engine}, state, model_key)
+        load_state({"model": run.engine}, state, identity(run))
+        run.skipped, run.seconds = state.loader_state["skipped"], state.loader_state["seconds"]
+        run.parameters = state.loader_state["parameters"] | run.parameters
     shown = ("video_bits", "video_accuracy", "text_nll")
-    with RunLog(config.out, ranks, config.steps, engine.step_count, shown, config.wandb, to_dict(config)) as log:
-        log.say(
-            f"{config.base}, {trained:,} parameters trained, on {len(train_set)} clips of {train_cache.num_tokens} codes"
-        )
-        stopped = loop(config, engine, train_set, ranks, log, model_key)
+    with RunLog(config.out, ranks, plan[-1].last, run.step, shown, config.wandb, to_dict(config)) as log:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in mix.shares.items())
+        log.say(f"{config.base}: {shares}; perplexity of held-out text {text['before']['perplexity']:.4g}")
+        stopped = loop(run, log)
+        while not stopped and run.stage is not plan[-1]:
+            next_stage(run)
+            stopped = loop(run, log)
         if stopped:
-            log.say(f"stopped at step {engine.step_count}; go on with --resume")
-            return {"stopped_at": engine.step_count}
-        scores = evaluate(engine, eval_set, config, ranks)
-    cost = {"trained_parameters": trained, "seconds": round(time.monotonic() - began, 1)}
-    return finish_run(config, mllm, lora, engine, eval_cache, {**cost, "eval": scores})
+            log.say(f"stopped at step {run.step}; go on with --resume")
+            return {"stopped_at": run.step}
+    return finish_run(run, {"recipe": recipe}, text)
 
 
-def open_tokens(config: TrainMllmConfig) -> tuple[TokenCache, TokenCache, LarpTokenizer]:
-    """The caches to train and evaluate on, and the tokenizer that made both; ValueError if they do not fit together."""
-    cache = TokenCache.open(config.tokens)
-    tokenizer = cache.load_tokenizer(config.tokenizer)
-    if config.eval_tokens is None:
-        return (*cache.hold_out(), tokenizer)
-    return cache, TokenCache.open(config.eval_tokens, {"tokenizer": cache.key["tokenizer"]}), tokenizer
+# --------------------------------------------------------------------------------------------------------- data and model
 
 
-def build(config: TrainMllmConfig, cache: TokenCache, tokenizer: LarpTokenizer, ranks: Ranks) -> Mllm:
-    """The base with a fresh adapter, and its processor."""
-    captions = {text for phrases in caption_phrases(cache) for text in phrases}
-    base, text_tokenizer = load_base(config.base, captions, config.tiny.layers, config.tiny.width, config.tiny.heads)
-    model = LarpMllmForCausalLM.from_base(
-        base,
-        len(text_tokenizer),
-        tokenizer.codebook.cpu(),
-        tokenizer.num_tokens,
-        config.adapter,
-        video_tokenizer_hash=tokenizer.weight_hash(),
-        fps=config.fps,
-        frame_stride=cache.key["stride"],
+def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm, ranks: Ranks) -> Corpus:
+    """All data as sequences for this model."""
+    return open_corpus(
+        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, ranks,
+        records=config.records, data_root=config.data_root, allow_outside=config.allow_outside,
+        stride=mllm.model.config.frame_stride, encoded=config.out / "records", text=config.text,
+        eval_text=config.eval_text, sequence_length=config.sequence_length,
+    )  # fmt: skip
+
+
+def build(config: TrainMllmConfig, videos: Videos, ranks: Ranks) -> Mllm:
+    """The base with a fresh adapter, and its processor; the same weights at every call."""
+    torch.manual_seed(config.seed)
+    tiny = config.tiny
+    base, tokenizer = load_base(
+        config.base, videos.captions, tiny.layers, tiny.width, tiny.heads, trust_remote_code=config.trust_remote_code
     )
-    return Mllm(model.to(ranks.device), LarpMllmProcessor(text_tokenizer, tokenizer.to(ranks.device), model.vocabulary))
+    clips = videos.tokenizer
+    check_positions(base, clips.num_tokens, config.base)
+    cache = videos.train if videos.train is not None else videos.held_out
+    fps = config.fps or (OLD_FPS if cache is None else cache.frame_rate(OLD_FPS))
+    stride = config.stride or (1 if cache is None else cache.key["stride"])
+    model = LarpMllmForCausalLM.from_base(
+        base, len(tokenizer), clips.codebook.cpu(), clips.num_tokens, config.adapter,
+        video_tokenizer_hash=clips.weight_hash(), fps=fps, frame_stride=stride,
+    )  # fmt: skip
+    return Mllm(model.to(ranks.device), LarpMllmProcessor(tokenizer, clips, model.vocabulary, stride))
 
 
-def model_identity(config: TrainMllmConfig, mllm: Mllm) -> dict:
+def begin(run: Run, mllm: Mllm) -> None:
+    """Put a model, built for the run's stage, under DeepSpeed."""
+    config, stage = run.config, run.stage
+    # So that LoRA begins alike whether the stage is reached by training or by --resume.
+    torch.manual_seed(config.seed)
+    prepare(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
+    # Counted before the engine may shard them.
+    run.parameters[stage.name] = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
+    if "continuation" in run.mix.shares:
+        mllm.model.config.given_frames = run.corpus.videos.cache.key["condition_frames"]
+    factor = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
+    updates = optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
+    run.mllm, run.since = mllm, time.monotonic()
+    run.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, run.ranks)
+
+
+def next_stage(run: Run) -> None:
+    """Go from the end of one stage to the start of the next. Collective.
+
+    The base is built anew: it was frozen, and what an engine made of a module (hooks, shards) cannot be undone.
+    """
+    save_adapter(run.mllm.model, run.config.out, run.config.engine.zero_stage, run.ranks.is_main)
+    barrier()
+    run.skipped += run.engine.skipped_count
+    run.engine.close()
+    run.mllm = run.engine = None
+    gc.collect()
+    run.stage = run.plan[run.plan.index(run.stage) + 1]
+    mllm = build(run.config, run.videos, run.ranks)
+    load_adapter(mllm.model, run.config.out)
+    begin(run, mllm)
+
+
+def identity(run: Run) -> dict:
     """What a checkpoint must agree in to be resumed: everything that decides the shapes or the meaning of the ids."""
-    words = sorted(mllm.processor.text_tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    config, model = run.config, run.mllm.model.config
     return {
         "base": config.base,
-        "train": config.train,
+        **run.stage.identity,
         "adapter": config.adapter,
-        "vocabulary": mllm.model.vocabulary.size,
-        "video_tokenizer": mllm.model.config.video_tokenizer_hash[:16],
-        "text_tokenizer": hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16],
+        "vocabulary": model.vocabulary.size,
+        "video_tokenizer": model.video_tokenizer_hash[:16],
+        "text_tokenizer": words_hash(run.mllm.processor.tokenizer)[:16],
         **({"tiny": asdict(config.tiny)} if is_tiny(config.base) else {}),
-        **({"lora_rank": config.lora_rank} if config.train == "lora" else {}),
     }
 
 
-def dataset(cache: TokenCache, mllm: Mllm) -> CaptionedVideos:
-    """The cache as sequences for this model."""
-    positions = mllm.model.config.text_config.max_position_embeddings
-    return CaptionedVideos(cache, mllm.processor.layout, mllm.processor.encode_text, positions)
+# --------------------------------------------------------------------------------------------------------------- training
 
 
-def loop(
-    config: TrainMllmConfig, engine: Engine, data: CaptionedVideos, ranks: Ranks, log: RunLog, model_key: dict
-) -> bool:
-    """Train to the last step, which is always saved; True if asked to stop before it.
+def loop(run: Run, log: RunLog) -> bool:
+    """Train to the last step of the stage, which is always saved; True if asked to stop before the run's end.
 
-    The position in the data is the step alone. Asked to stop at the last step, the run goes on to its end: what is
+    The position in the data is the step alone. Asked to stop at the last step of all, the run goes on to its end: what is
     left takes little, and killed in it, `--resume` repeats that and trains nothing.
     """
-    tally = torch.zeros(len(TALLY), dtype=torch.float64)
+    config, engine, stage = run.config, run.engine, run.stage
+    sums = torch.zeros(len(TALLY), dtype=torch.float64)
     engine.module.train()
-    while engine.step_count < config.steps:
-        sequences = data.batch(engine.step_count, config.batch_size, config.seed, config.tasks)
-        tally += train_step(engine, sequences, config, ranks)
-        step = engine.step_count
-        if step % config.log_every == 0 or step == config.steps:
-            log.metrics(step, {**rates(reduce_sum(tally)), "lr": engine.lr, "grad_norm": engine.grad_norm or 0.0})
-            tally.zero_()
-        stop = step % config.log_every == 0 and stop_requested()
-        if stop or step % config.save_every == 0 or step == config.steps:
-            save_state({"model": engine}, config.out, step, {"step": step}, model=model_key)
-        if stop and step < config.steps:
+    while run.step < stage.last:
+        sequences = run.mix.batch(run.step, config.batch_size, config.seed)
+        sums += train_step(engine, sequences, config, run.ranks)
+        step, end = run.step, run.step == run.plan[-1].last
+        if step % config.log_every == 0 or step == stage.last:
+            values = {**rates(reduce_sum(sums)), **engine.learning_rates, "grad_norm": engine.grad_norm or 0.0}
+            log.metrics(step, values, stage=stage.name)
+            sums.zero_()
+        log.progress(step)
+        if config.sampling.every and step % config.sampling.every == 0 and not end:
+            sample_on_the_way(run, config.out / "samples" / f"step-{step:08d}")
+        stop = stop_requested()
+        if stop or step % config.save_every == 0 or step == stage.last:
+            save_state({"model": engine}, config.out, step, run.progress(), model=identity(run))
+        if stop and not end:
             return True
     return False
 
 
 def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
     """One optimizer step on a global batch, of which this rank takes its rows; returns the sums named in TALLY."""
-    accumulation = config.engine.accumulation
-    size = micro_batch(config.batch_size, accumulation, ranks)
+    parts = config.engine.accumulation
+    rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
-    items = max(1, sum(sequence.targets for sequence in sequences)) / (accumulation * ranks.world_size)
-    tally = torch.zeros(len(TALLY), dtype=torch.float64)
-    for part in range(accumulation):
-        first = (part * ranks.world_size + ranks.rank) * size
-        batch = {name: value.to(ranks.device) for name, value in collate(sequences[first : first + size]).items()}
-        out = engine(**batch, num_items_in_batch=items, text_weight=config.text_weight)
+    items = max(1, sum(sequence.targets for sequence in sequences)) / (parts * ranks.world_size)
+    weights = {"text_weight": config.text_weight, "z_loss": config.z_loss, "head_chunk": config.head_chunk}
+    sums = torch.zeros(len(TALLY), dtype=torch.float64)
+    for batch in micro_batches(rows, parts, ranks):
+        out = engine(**batch, num_items_in_batch=items, **weights)
         engine.backward(out.loss)
         engine.step()
-        tally += torch.stack([out[name].double() for name in TALLY]).cpu()
-    return tally
+        sums += tally(out)
+    return sums
 
 
-def rates(tally: Tensor) -> dict[str, float]:
-    """Sums named in TALLY -> bits per video token, nats per text token, and how often the likeliest was right."""
-    total = dict(zip(TALLY, tally.tolist(), strict=True))
-    videos, texts = max(1.0, total["video_count"]), max(1.0, total["text_count"])
-    return {
-        "video_bits": total["video_nll"] / videos / math.log(2),
-        "video_accuracy": total["video_correct"] / videos,
-        "text_nll": total["text_nll"] / texts,
-        "text_accuracy": total["text_correct"] / texts,
-    }
-
-
-@torch.no_grad()
-def evaluate(engine: Engine, data: CaptionedVideos, config: TrainMllmConfig, ranks: Ranks) -> dict[str, float]:
-    """Bits per video token of text-to-video, and nats per text token of video-to-text, on held-out videos."""
-    rows = evaluation_rows(len(data), config.eval_videos)
-    sequences = [data.fixed(row, task) for task in ("text_to_video", "video_to_text") for row in rows]
-    # Each task scores its own kind: in text-to-video the only text target is the start of the video.
-    for sequence in sequences[: len(rows)]:
-        sequence.labels[~data.layout.vocabulary.is_code(sequence.labels)] = IGNORE
-    nothing = TokenSequence(sequences[0].ids, torch.full_like(sequences[0].ids, IGNORE))
-    size = micro_batch(config.batch_size, config.engine.accumulation, ranks)
-    tally = torch.zeros(len(TALLY), dtype=torch.float64)
-    engine.module.eval()
-    for first in range(0, len(sequences), size * ranks.world_size):
-        # All ranks pass the same number of times, as sharded parameters need; the last ones may have nothing left.
-        mine = sequences[first + ranks.rank * size :][:size] or [nothing]
-        out = engine(**{name: value.to(ranks.device) for name, value in collate(mine).items()})
-        tally += torch.stack([out[name].double() for name in TALLY]).cpu()
-    engine.module.train()
-    return {"videos": len(rows), **rates(reduce_sum(tally))}
-
-
-def finish_run(config: TrainMllmConfig, mllm: Mllm, lora, engine: Engine, held_out: TokenCache, figures: dict) -> dict:
-    """Save the model, generate samples, write the report and the pointer; the report is returned on every rank."""
-    report = {
-        "base": config.base,
-        "train": config.train,
-        "adapter": config.adapter,
-        "steps": engine.step_count,
-        "skipped_updates": engine.skipped_count,
-        **figures,
-        "model": str(config.out / "model"),
-    }
-    with whole(mllm.model, config.engine.zero_stage):
-        if engine.ranks.is_main:
-            if lora is not None:
-                lora.merge_and_unload()
-            mllm.save(config.out / "model")
-    if engine.ranks.is_main:
-        # What is sampled is what was saved: the engine's own module may still be sharded, and on other ranks too.
-        report["samples"] = write_samples(Mllm.load(config.out / "model", str(engine.ranks.device)), held_out, config)
-        write_json(config.out / "report.json", report)
-        remember_newest(config.out / "model")
-        print_report(report)
+def sample_on_the_way(run: Run, folder: Path) -> None:
+    """Write samples of the weights of this moment; those of the first rank, the others wait. Collective."""
+    held_out, config, zero_stage = run.corpus.held_out_videos, run.config, run.config.engine.zero_stage
+    if held_out is None:
+        return
+    module = run.engine.module
+    if zero_stage == 3:
+        # No rank has a whole model that could be called: one is written and read.
+        write_current(run, folder / "model")
+    if run.ranks.is_main:
+        module.eval()
+        # Training must draw the numbers that it would have drawn without.
+        with torch.random.fork_rng([run.ranks.device] if run.ranks.device.type == "cuda" else []):
+            mllm = Mllm.load(folder / "model", str(run.ranks.device)) if zero_stage == 3 else run.mllm
+            write_samples(mllm, held_out, config.sampling, config.seed, folder, movies=False)
+        module.train()
+        shutil.rmtree(folder / "model", ignore_errors=True)
     barrier()
-    return report
 
 
-def write_samples(mllm: Mllm, held_out: TokenCache, config: TrainMllmConfig) -> list[str]:
-    """Generate for captions of the evaluation set; returns the files, the contact sheet first."""
-    texts = list(dict.fromkeys(phrases[0] for phrases in caption_phrases(held_out)))[: config.samples]
-    if not texts:
-        return []
-    videos = mllm.generate(texts, seed=config.seed)
-    folder = config.out / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    contact_sheet([video.frames for video in videos], texts, folder / "sheet.png")
-    names = [f"{i:02d}-{re.sub(r'[^a-z0-9]+', '-', text.lower())[:60].strip('-')}.mp4" for i, text in enumerate(texts)]
-    scale = max(1, 256 // videos[0].frames.shape[1])
-    return [
-        str(folder / "sheet.png"),
-        *(str(v.save(folder / name, scale)) for v, name in zip(videos, names, strict=True)),
-    ]
+# ---------------------------------------------------------------------------------------------------------------- results
 
 
-def print_report(report: dict) -> None:
-    """Say what came out, in a few lines."""
-    score = report["eval"]
-    print(f"held-out: {score['video_bits']:.2f} bits per video token, {score['text_nll']:.3f} nats per text token")
-    print(f"model:    {report['model']}   (larp_mllm.generate finds it by itself)")
-    if report["samples"]:
-        print(f"samples:  {report['samples'][0]}")
+def judge_text(mllm: Mllm, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
+    """The perplexity of the held-out text, measured by the first rank. Collective."""
+    return broadcast_object(score_text(mllm.model, corpus.held_out_text) if ranks.is_main else None)
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Figures of the trained tasks on held-out videos and records. Collective."""
+    config, engine = run.config, run.engine
+    size = micro_batch(config.batch_size, config.engine.accumulation, run.ranks)
+    engine.module.eval()
+    found = score_corpus(engine, run.corpus, run.mix.shares, config.eval_videos, size, run.ranks)
+    engine.module.train()
+    return found
+
+
+def write_current(run: Run, folder: Path) -> None:
+    """Write the model as it is now. Collective."""
+    lora = run.stage.trained == "lora"
+    write_model(run.mllm.model, run.mllm.processor, lora, folder, run.config.engine.zero_stage, run.ranks)
+
+
+def finish_run(run: Run, report: dict, text: dict) -> dict:
+    """Save the model, then evaluate it, generate samples, and write the report, which is returned on every rank."""
+    config, folder = run.config, run.config.out / "model"
+    told = run.progress()
+    report |= {
+        "base": config.base,
+        "adapter": config.adapter,
+        "steps": run.step,
+        "batch_size": config.batch_size,
+        "skipped_updates": run.skipped + run.engine.skipped_count,
+        "stages": [
+            {
+                **stage.summary,
+                "parameters": told["parameters"][stage.name],
+                "seconds": round(told["seconds"][stage.name], 1),
+            }
+            for stage in run.plan
+        ],
+        "tasks": run.mix.shares,
+        "data": run.corpus.summary,
+        "seed": config.seed,
+        "text_tokenizer": words_hash(run.mllm.processor.tokenizer),
+        "video_tokenizer": run.mllm.model.config.video_tokenizer_hash,
+        "seconds": round(sum(told["seconds"].values()), 1),
+        **surroundings(),
+        "text": text,
+        "model": str(folder),
+    }
+    write_current(run, folder)
+    if run.ranks.is_main:
+        # Before anything else can fail: what was trained is there to be used.
+        write_report(report, config.out)
+        remember_newest(folder)
+    report["eval"] = evaluate(run)
+    held_out, run.mllm, run.engine = run.corpus.held_out_videos, None, run.engine.close()
+    gc.collect()
+    if run.ranks.is_main:
+        # What is judged and sampled is what was saved: the engine's own module may be sharded, and on other ranks too.
+        mllm = Mllm.load(folder, str(run.ranks.device))
+        text["after"] = score_text(mllm.model, run.corpus.held_out_text)
+        write_report(report, config.out)
+        report["samples"] = (
+            write_samples(mllm, held_out, config.sampling, config.seed, config.out / "samples", movies=True)
+            if held_out is not None
+            else []
+        )
+        report |= surroundings()
+        write_report(report, config.out)
+        print("\n".join(headline(report)))
+        print(f"model:    {folder}   (larp_mllm.generate finds it by itself)")
+        if report["samples"]:
+            print(f"samples:  {report['samples'][0]}")
+    return broadcast_object(report)
 
 
 if __name__ == "__main__":

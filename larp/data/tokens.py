@@ -403,7 +403,7 @@ def batch_rows(rows: int, step: int, global_batch: int, seed: int) -> Tensor:
     return torch.stack([_order(rows, seed, position // rows)[position % rows] for position in positions])
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _order(rows: int, seed: int, epoch: int) -> Tensor:
     mixed = (seed * 0x9E3779B97F4A7C15 + (epoch + 1) * 0xBF58476D1CE4E5B9) % (1 << 63)
     return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))

@@ -236,6 +236,7 @@ class Engine:
 
         self.name, self.config, self.ranks, self.average = name, config, ranks, average
         self._lr_factor, self._max_skipped = lr_factor, max_skipped
+        self._partly_frozen = not all(p.requires_grad for p in module.parameters())
         settings = deepspeed_settings(module, config, global_batch, ranks)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         groups = self._engine.basic_optimizer.param_groups
@@ -335,6 +336,11 @@ class Engine:
             # Sharded optimizers keep a copy of their own, with which the next step would undo this.
             safe_set_full_fp32_param(parameter, parameter)
 
+    def close(self) -> None:
+        """Let go of the module and the optimizer, so that their memory is free for a next engine; the last call on this one."""
+        self._engine.destroy()
+        self._engine = None
+
     def _apply_lr(self) -> None:
         # Always by way of the optimizer: loading a checkpoint puts new group objects there.
         factor = self._lr_factor(self.step_count)
@@ -343,12 +349,18 @@ class Engine:
             group.update(others, lr=initial * factor)
 
     def save(self, folder: Path | str, tag: str, client_state: dict[str, Any]) -> None:
-        """Write weights, optimizer and counters to folder/tag. Collective; not atomic (state.py makes it so)."""
+        """Write weights, optimizer and counters to folder/tag. Collective; not atomic (state.py makes it so).
+
+        Frozen weights are left out: who resumes builds the module with them, and a checkpoint of an adapter stays small.
+        """
         own = {"step_count": self.step_count, "skipped_count": self.skipped_count}
         if self._engine.torch_autocast_z0_gradscaler is not None:
             own["scaler"] = self._engine.torch_autocast_z0_gradscaler.state_dict()
         self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"larp": {"engine": own, "client": client_state}}
+            str(folder),
+            tag=tag,
+            client_state={"larp": {"engine": own, "client": client_state}},
+            exclude_frozen_parameters=self._partly_frozen,
         )
 
     def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
@@ -359,7 +371,7 @@ class Engine:
         optimizer settings stay those of this run. Raises ValueError if there is no checkpoint.
         """
         self._engine._config.load_universal_checkpoint = universal
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]

@@ -106,13 +106,17 @@ class RunLog:
             self._board = _open_tensorboard(self.folder / "tensorboard", resume_step)
             self._wandb = _open_wandb(wandb, self.folder, config or {}) if wandb is not None else None
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append {"step", "time" (Unix seconds), **values} and move the bar to `step`; not finite becomes null."""
+    def metrics(self, step: int, values: Mapping[str, float], **labels: str) -> None:
+        """Append {"step", "time" (Unix seconds), **labels, **values} and move the bar to `step`; not finite becomes null.
+
+        labels: words such as the stage of the training, for the file alone.
+        """
         if self._file is None:
             return
         numbers = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}, ensure_ascii=False) + "\n")
+        line = {"step": step, "time": round(time.time(), 3), **labels, **finite}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in numbers.items():

@@ -29,7 +29,7 @@ def lr_factor(
     if not 0 <= warmup < max(total, 1):
         raise ValueError(
             f"warmup is {warmup} steps of a run of {total}: it must be 0 or more and shorter than the run; lower it "
-            "(--optimizer.warmup; for train_mllm.py --warmup), or train longer"
+            "(--optimizer.warmup), or train longer"
         )
     if not 0 <= final <= 1:
         raise ValueError(f"the final learning-rate factor is {final}, expected 0 to 1")

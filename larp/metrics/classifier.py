@@ -21,9 +21,11 @@ from typing import Any
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import read_windows
+from larp.data.loader import iterate_once
 from larp.data.shapes import cache_folder
 from larp.data.tokens import file_state
 from larp.data.video import VideoError
+from larp.tokenizer import LarpTokenizer
 
 import torch
 import torch.nn.functional as F
@@ -226,6 +228,37 @@ def agreement(wanted: Sequence[int] | Tensor, taken_for: Tensor, classes: Sequen
             name: hit / count for name, hit, count in zip(classes, right.tolist(), sums.tolist(), strict=True) if count
         },
         "confusion": confusion.tolist(),
+    }
+
+
+@torch.inference_mode()
+def judge_real(
+    classifier: ClipClassifier, tokenizer: LarpTokenizer, videos: VideoSet, batch_size: int, stride: int = 1
+) -> dict[str, Any]:
+    """Agreement of the centre clips of real videos, as they are and through the tokenizer: what generated ones can reach.
+
+    Args:
+        videos: each with a label. A video that cannot be read is left out and named.
+        batch_size: clips at a time, on the tokenizer's device.
+        stride: every so many frames of a video.
+
+    Returns {"real", "reconstructed": as `agreement`, "skipped": [{"name", "reason"}]}. ValueError if no video can be read.
+    """
+    once = iterate_once(videos, ClipShape(*tokenizer.config.clip_shape, stride), batch_size)
+    device = tokenizer.codebook.device
+    wanted, real, again = [], [], []
+    for batch in tqdm(once, desc="judging real clips", unit="batch", delay=2):
+        wanted.append(batch["label"])
+        real.append(classifier.predict(batch["clip"]))
+        again.append(classifier.predict(tokenizer.decode(tokenizer.encode(batch["clip"].to(device)))))
+    skipped = [{"name": name, "reason": reason} for name, reason in once.skipped]
+    if not wanted:
+        raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {skipped[0]['name']}")
+    labels = torch.cat(wanted)
+    return {
+        "real": agreement(labels, torch.cat(real), classifier.classes),
+        "reconstructed": agreement(labels, torch.cat(again), classifier.classes),
+        "skipped": skipped,
     }
 
 

@@ -34,7 +34,7 @@ def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[
         try:
             count = count_frames(item.path)
         except VideoError as error:
-            skipped.append((item.name, str(error)))
+            skipped.append((item.name, str(error).removeprefix(f"{item.path}: ")))
             continue
         items.append(item)
         counts.append(count)
@@ -46,7 +46,7 @@ class RealClips:
 
     Args:
         items, counts: videos and their numbers of frames, see `countable`.
-        shape: of a clip; windows of its frames do not overlap.
+        shape: of a clip; windows, of the frames that it reaches over, do not overlap.
         num_clips, seed: as in `larp.metrics.protocols.draw_windows`, which draws as many others, if there are so many.
         batch: clips at a time.
 
@@ -58,10 +58,8 @@ class RealClips:
         self, items: Sequence[VideoItem], counts: Sequence[int], shape: ClipShape, num_clips: int, seed: int, batch: int
     ):
         self.items, self.shape, self.num_clips, self.batch = items, shape, num_clips, batch
-        self.windows, spare = draw_windows(counts, shape.frames, num_clips, seed, spare=num_clips)
-        everything = (
-            (video, k * shape.frames) for video, count in enumerate(counts) for k in range(count // shape.frames)
-        )
+        self.windows, spare = draw_windows(counts, shape.span, num_clips, seed, spare=num_clips)
+        everything = ((video, k * shape.span) for video, count in enumerate(counts) for k in range(count // shape.span))
         known = {*self.windows, *spare}
         rest = [window for window in everything if window not in known]
         random.Random(seed + 2).shuffle(rest)
@@ -108,9 +106,9 @@ class RealClips:
         if video in self._damaged:
             return None
         try:
-            frames, _ = read_video(self.items[video].path, start, self.shape.frames)
+            frames, _ = read_video(self.items[video].path, start, self.shape.frames, self.shape.stride)
         except VideoError as error:
-            self._damaged[video] = str(error)
+            self._damaged[video] = str(error).removeprefix(f"{self.items[video].path}: ")
             return None
         return frames_to_clip(frames, self.shape.height, self.shape.width)
 

@@ -19,6 +19,11 @@ class WeightsMissing(ValueError):
     """A weight file is not where it was looked for; the message names the file and the places."""
 
 
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file of weights below a model's folder, by its path in it: what a figure was measured of."""
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
 def cache_folder() -> Path:
     """The folder in which weight files are looked for: ~/.cache/larp."""
     return Path.home() / ".cache" / "larp"

@@ -10,23 +10,39 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from larp_mllm.cli import describe, detokenize, doctor, generate, reconstruct, sample, tokenize
+from larp_mllm.cli import (
+    chat,
+    continue_,
+    describe,
+    detokenize,
+    doctor,
+    export,
+    generate,
+    reconstruct,
+    sample,
+    tokenize,
+    train_info,
+)
 
-COMMANDS = (generate, describe, sample, reconstruct, tokenize, detokenize, doctor)
+COMMANDS = (generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, doctor, train_info)
 EXAMPLES = """\
 examples:
   larp-mllm generate "a red circle moving left" -o circle.mp4
   larp-mllm generate "a person surfing" -n 8 --guidance-scale 2 --seed 3 -o surfing.png
   larp-mllm describe clip.mp4
+  larp-mllm continue clip.mp4 --seconds 2 -o on.mp4
+  larp-mllm chat "what happens here?" --video clip.mp4
+  larp-mllm export --to out/stock
   larp-mllm sample --class Surfing -n 16 -o surfing/ --generator runs/ucf/generator
   larp-mllm sample --from clip.mp4 --seconds 8 -o on/ --generator runs/ucf/prediction
   larp-mllm reconstruct clip.mp4 -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm doctor --data ucf101:/path/to/UCF101
+  larp-mllm train-info runs/mllm
 
-The model of generate and describe is --model FOLDER, else the environment variable LARP_MLLM_MODEL, else the newest one
-trained on this machine. `make quickstart` trains a small one in minutes."""
+The model of generate, describe, continue and chat is --model FOLDER, else the environment variable LARP_MLLM_MODEL,
+else the newest one trained on this machine. `make quickstart` trains a small one in minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,23 +3,40 @@
 import argparse
 from pathlib import Path
 
-from larp_mllm.cli.options import Defaults, add_model
+from larp_mllm.cli import options
+
+DESCRIPTION = """\
+Print the caption that a language model of training/train_mllm.py gives to a video file. Any size will do: the frames are
+resized and cropped as in training; of a longer video the frames around its middle are read.
+
+examples:
+  larp-mllm describe clip.mp4
+  larp-mllm describe clip.mp4 --temperature 0.7 --top-k 40 --seed 2 --model runs/ucf/mllm"""
 
 
 def add(commands) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("describe", help="write a caption for a video file", formatter_class=Defaults)
+    parser = commands.add_parser(
+        "describe", help="print a caption for a video file", description=DESCRIPTION, formatter_class=options.Defaults
+    )
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video file; of a longer one the frames around its middle are read")
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="length of the caption at most")
-    add_model(parser)
+    options.add_text_sampling(parser, max_new_tokens=48)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, where --temperature is not 0")
+    options.add_model(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the caption."""
+    from larp.data.video import probe
     from larp_mllm.generation import describe
 
-    text = describe(
-        arguments.video, model=arguments.model, device=arguments.device, max_new_tokens=arguments.max_new_tokens
+    probe(arguments.video)  # before a model is loaded
+    print(
+        describe(
+            arguments.video,
+            seed=arguments.seed,
+            **options.text_sampling(arguments),
+            **options.model_options(arguments),
+        )
     )
-    print(text)

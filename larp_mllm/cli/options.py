@@ -1,12 +1,14 @@
 """Options and checks that several commands share."""
 
 import argparse
+import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from larp.longvideo import Encoding
     from larp.tokenizer import LarpTokenizer
+    from larp_mllm.video import Video
 
 WINDOWS = """\
 Every picture is brought into the tokenizer's size; each T pictures (the tokenizer's number of frames) make a window.
@@ -23,11 +25,122 @@ class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHe
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model, --device: for `larp_mllm.generation`."""
+    """--model, --dtype, --device: for `model_options`."""
     parser.add_argument(
-        "--model", type=Path, help="folder of a trained model or of its run (default: see larp-mllm --help)"
+        "--model", help="folder of a trained model or of its run, or a hub name (default: see larp-mllm --help)"
+    )
+    parser.add_argument(
+        "--dtype", help="float32, bfloat16 or float16, of the language model's weights (default: as they were saved)"
     )
     add_device(parser)
+
+
+def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_model`, as the functions of `larp_mllm.generation` take them."""
+    return {name: getattr(arguments, name) for name in ("model", "dtype", "device")}
+
+
+def add_video_sampling(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
+    """--seed, --guidance-scale, --temperature, --top-k, --top-p: for `video_sampling`."""
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result")
+    parser.add_argument(
+        "--guidance-scale",
+        type=float,
+        default=guidance_scale,
+        help="1 is off; more follows what is asked for more closely",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
+    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability"
+    )
+
+
+def video_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_video_sampling`, as the functions of `larp_mllm.generation` take them."""
+    names = ("seed", "guidance_scale", "temperature", "top_k", "top_p")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_text_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, prefix: str = "") -> None:
+    """--max-new-tokens, --temperature, --top-k, --top-p (with "text-" in front for prefix="text_"): for `text_sampling`."""
+    option = f"--{prefix.replace('_', '-')}"
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help="length of the text at most, in word pieces"
+    )
+    parser.add_argument(f"{option}temperature", type=float, default=0.0, help="0 always takes the likeliest word piece")
+    parser.add_argument(f"{option}top-k", type=int, default=0, help="draw among the k likeliest word pieces; 0 is off")
+    parser.add_argument(
+        f"{option}top-p",
+        type=float,
+        default=1.0,
+        help="draw among the likeliest word pieces that reach this probability",
+    )
+
+
+def text_sampling(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
+    """The options of `add_text_sampling`, as the functions of `larp_mllm.generation` take them."""
+    names = ("max_new_tokens", *(f"{prefix}{name}" for name in ("temperature", "top_k", "top_p")))
+    return {name: getattr(arguments, name) for name in names}
+
+
+def add_videos_out(parser: argparse.ArgumentParser, default: str) -> None:
+    """-o, -n, --scale: for `check_videos_out` and `save_videos`; `default` says what the name is without -o."""
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        help=f".mp4, .gif, or .png for a contact sheet; replaced if it exists (default: {default}, .mp4; numbered rather "
+        "than replaced)",
+    )
+    parser.add_argument(
+        "-n", "--num-videos", type=int, default=1, help="how many; they are numbered behind the name of OUT"
+    )
+    add_scale(parser)
+
+
+def add_scale(parser: argparse.ArgumentParser) -> None:
+    """--scale."""
+    parser.add_argument(
+        "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
+    )
+
+
+def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
+    """ValueError unless the videos that the options of `add_videos_out` ask for can be written; for use before long work."""
+    from larp.engine.log import check_writable
+    from larp_mllm.checks import check_count
+    from larp_mllm.video import check_suffix
+
+    check_count("num_videos", arguments.num_videos)
+    if arguments.scale is not None:
+        check_count("scale", arguments.scale)
+    if arguments.out is not None:
+        check_suffix(arguments.out)
+    for path in _targets(arguments, stem):
+        check_writable(path)
+
+
+def save_videos(videos: "list[Video]", arguments: argparse.Namespace, stem: str) -> None:
+    """Write videos where the options of `add_videos_out` say; print their paths."""
+    # Asked for again: a file may have appeared in the meantime.
+    for video, path in zip(videos, _targets(arguments, stem), strict=True):
+        print(video.save(path, visible_scale(video) if arguments.scale is None else arguments.scale))
+
+
+def visible_scale(video: "Video") -> int:
+    """How often each pixel is repeated by default: so that the video is at least 256 high."""
+    return max(1, 256 // video.frames.shape[1])
+
+
+def _targets(arguments: argparse.Namespace, stem: str) -> list[Path]:
+    """One path for each video: OUT, numbered if there are several; without OUT the stem, past what exists already."""
+    count, out = arguments.num_videos, arguments.out
+    if out is not None:
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+    numbered = (Path(f"{stem}-{number}.mp4") for number in itertools.count())
+    names = itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered
+    return list(itertools.islice((path for path in names if not path.exists()), count))
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

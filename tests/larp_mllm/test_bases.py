@@ -1,10 +1,16 @@
 """Bases, and the errors of those that cannot be had."""
 
+import json
 import time
+import urllib.error
+from pathlib import Path
 
-from larp_mllm.bases import BaseError, load_base, tiny_tokenizer
+from larp_mllm.bases import ALIASES, BaseError, check_positions, load_base, tiny_tokenizer
+from larp_mllm.hub import is_hub_name
 
 import pytest
+import torch
+from transformers import PhiConfig, PhiForCausalLM
 
 
 def test_unreachable_base_fails_within_seconds_and_says_what_to_do(monkeypatch, tmp_path):
@@ -27,10 +33,10 @@ def test_a_folder_without_a_model(tmp_path):
 
 def test_a_local_folder_is_a_base(qwen, tmp_path):
     qwen.model.base.save_pretrained(tmp_path)
-    qwen.processor.text_tokenizer.save_pretrained(tmp_path)
+    qwen.processor.tokenizer.save_pretrained(tmp_path)
     model, tokenizer = load_base(str(tmp_path))
     assert model.config.model_type == "qwen2"
-    assert len(tokenizer) == len(qwen.processor.text_tokenizer)
+    assert len(tokenizer) == len(qwen.processor.tokenizer)
 
 
 def test_tiny_bases_take_their_size_from_the_options():
@@ -47,3 +53,94 @@ def test_the_tiny_tokenizer_writes_any_text_and_is_reproducible():
     for text in (captions[0], "Ein Mann fährt Rad 🚲"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tiny_tokenizer(reversed(captions)).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.fixture
+def base(qwen, tmp_path):
+    """A folder with a base as transformers writes it."""
+    qwen.model.base.save_pretrained(tmp_path / "base")
+    qwen.processor.tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def change(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+def test_a_base_can_be_had_in_another_dtype(base):
+    assert load_base(str(base))[0].dtype == torch.float32
+    assert load_base(str(base), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert load_base("tiny-llama", ["a cat"], 1, 16, 2, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_pickled_weights_are_never_read(base):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (base / "ran",)
+
+    (base / "model.safetensors").unlink()
+    torch.save({"model.embed_tokens.weight": Attack()}, base / "pytorch_model.bin")
+    with pytest.raises(BaseError, match=r"weights are pickled \(pytorch_model.bin\).*convert it to safetensors"):
+        load_base(str(base))
+    assert not (base / "ran").exists()
+
+
+def test_a_base_without_its_text_tokenizer(base):
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (base / file).unlink()
+    with pytest.raises(BaseError, match=r"text tokenizer"):
+        load_base(str(base))
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"architectures": ["Qwen2ForTokenClassification"]}, "is a Qwen2ForTokenClassification, needed is a causal"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "is a BertForMaskedLM, needed is a causal"),
+        ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "a t5 is an encoder-decoder"),
+    ],
+)
+def test_a_base_of_another_kind(base, fields, words):
+    change(base, **fields)
+    with pytest.raises(BaseError, match=words):
+        load_base(str(base))
+
+
+def test_a_base_whose_head_has_a_bias(base, tmp_path):
+    config = PhiConfig(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    load_base(str(base))[1].save_pretrained(tmp_path / "phi")
+    with pytest.raises(BaseError, match="the head of a phi has a bias"):
+        load_base(str(tmp_path / "phi"))
+
+
+def test_a_base_with_too_few_positions_for_a_video():
+    model, _ = load_base("tiny-llama", ["a cat"], 1, 16, 2)
+    check_positions(model, 1021, "tiny-llama")
+    with pytest.raises(
+        BaseError, match=r"--base tiny-llama: it has 1024 positions, a video of this tokenizer takes 1024"
+    ):
+        check_positions(model, 1022, "tiny-llama")
+
+
+def test_a_misspelt_alias_is_guessed():
+    with pytest.raises(BaseError, match=r"Qwen2-05B: no such folder.*did you mean Qwen2-0.5B\?"):
+        load_base("Qwen2-05B")
+
+
+@pytest.mark.parametrize("error, words", [(404, "HTTP Error 404"), (401, "HTTP Error 401")])
+def test_what_the_hub_says_is_passed_on(monkeypatch, error, words):
+    def urlopen(request, timeout):
+        raise urllib.error.HTTPError(request.full_url, error, "no", {}, None)
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(BaseError, match=rf"--base Qwen/Qwen2-0.6B: .* cannot be loaded: HTTPError: {words}"):
+        load_base("Qwen/Qwen2-0.6B")
+
+
+def test_aliases_are_hub_names_of_each_family():
+    assert all(is_hub_name(name) for name in ALIASES.values())
+    for family in ("Qwen2-", "Qwen2.5-", "Qwen3-", "Llama-2-", "Llama-3", "Mistral-", "SmolLM-", "SmolLM2-"):
+        assert any(alias.startswith(family) for alias in ALIASES)

@@ -1,9 +1,15 @@
 """The larp-mllm command."""
 
+import io
+import json
+
 import larp_mllm.generation
 import larp_mllm.video
+from larp.data.video import probe, read_video, write_video
 from larp_mllm.cli import COMMANDS, main
+from tests.larp_mllm.tiny import eager_for_videos, painting_mllm
 
+import numpy as np
 import pytest
 
 
@@ -17,7 +23,9 @@ def test_generate_then_describe(qwen, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("\n")
 
 
-@pytest.mark.parametrize("command", [[], *([command.__name__.split(".")[-1]] for command in COMMANDS)])
+@pytest.mark.parametrize(
+    "command", [[], *([command.__name__.split(".")[-1].strip("_").replace("_", "-")] for command in COMMANDS)]
+)
 def test_help_says_what_to_type(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
@@ -112,6 +120,138 @@ def test_what_the_disk_refuses_is_one_message(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(larp_mllm.video.Video, "save", full)
     assert "No space left on device: 'x.mp4'" in refused(capsys, "generate", "a red circle")
+
+
+@pytest.fixture(scope="module")
+def painter():
+    """A model whose videos are not all grey, as if trained to go on from 3 of the 4 frames of a clip."""
+    mllm = painting_mllm()
+    mllm.model.config.given_frames = 3
+    return mllm
+
+
+@pytest.fixture
+def clip(tmp_path, monkeypatch, painter):
+    """A video in the working folder of a user; whichever model is asked for, `painter` opens."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(larp_mllm.generation, "open_model", lambda *_, **__: painter)
+    write_video("clip.mp4", np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8), 10)
+    return tmp_path / "clip.mp4"
+
+
+def test_continue_writes_the_whole_video(clip, painter, capsys):
+    main(["continue", "clip.mp4", "--seconds", "0.2", "--seed", "2", "--scale", "2"])
+    assert capsys.readouterr().out == "clip-continued.mp4\n"
+    info = probe("clip-continued.mp4")
+    assert (info.frames, info.fps, info.width, info.height) == (11, 10, 32, 32)
+    main(["continue", "clip.mp4", "--seconds", "0.1", "-n", "2", "-o", "out/on.gif"])
+    assert capsys.readouterr().out.split() == ["out/on-0.gif", "out/on-1.gif"]
+    main(["continue", "clip.mp4", "--seconds", "0.1"])
+    assert capsys.readouterr().out == "clip-continued-0.mp4\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["clip.mp4", "--seconds", "0"], "seconds is 0"),
+        (["clip.mp4", "--seconds", "1", "-o", "clip.mp4"], "clip.mp4 is the video itself"),
+        (["gone.mp4", "--seconds", "1"], "gone.mp4"),
+        (["clip.mp4", "--seconds", "1", "-n", "0"], "num_videos"),
+        (["clip.mp4", "--seconds", "1", "--top-k", "-1"], "top_k"),
+    ],
+)
+def test_continue_refuses_what_does_not_fit(clip, capsys, arguments, words):
+    assert words in refused(capsys, "continue", *arguments)
+
+
+@pytest.mark.parametrize(
+    "video, words", [("gone.mp4", "gone.mp4"), ("text.mp4", "text.mp4"), ("short.mp4", "2 frames")]
+)
+def test_describe_refuses_bad_videos_with_one_line(clip, capsys, video, words):
+    (clip.parent / "text.mp4").write_text("no video")
+    write_video("short.mp4", np.zeros((2, 16, 16, 3), np.uint8), 10)
+    assert words in refused(capsys, "describe", video)
+
+
+def test_describe_draws_as_it_is_told(clip, capsys):
+    said = []
+    for options in ([], ["--temperature", "1"], ["--temperature", "1", "--seed", "1"], ["--max-new-tokens", "2"]):
+        main(["describe", "clip.mp4", "--max-new-tokens", "6", *options])
+        said.append(capsys.readouterr().out)
+    assert len(set(said)) == 4 and all(text.endswith("\n") for text in said)
+
+
+def test_one_question_one_answer(clip, painter, monkeypatch, capsys):
+    eager_for_videos(painter, monkeypatch, bonus=1e4)
+    options = ["--max-new-tokens", "5", "--max-videos", "2", "-o", "out", "--scale", "2", "--text-temperature", "1"]
+    main(["chat", "what is it?", "--video", "clip.mp4", *options])
+    first, second, text = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("out/chat-0.mp4", "out/chat-1.mp4") and text
+    question = [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what is it?"}]
+    answer = larp_mllm.chat(
+        [{"role": "user", "content": question}], max_new_tokens=5, max_videos=2, text_temperature=1.0, model=painter
+    )
+    assert answer["content"][2]["text"] == text
+    info = probe("out/chat-0.mp4")
+    assert (info.frames, info.width, info.fps) == (4, 32, 8)
+    painted = answer["content"][0]["video"].frames
+    assert np.abs(read_video("out/chat-0.mp4")[0][:, ::2, ::2].astype(int) - painted).mean() < 30
+    main(["chat", "another", *options])
+    assert capsys.readouterr().out.splitlines()[:2] == ["out/chat-2.mp4", "out/chat-3.mp4"]
+
+
+def test_a_conversation_is_read_line_by_line(clip, painter, monkeypatch, capsys):
+    seen = []
+
+    def chat(messages, **_):
+        seen.append(json.loads(json.dumps(messages, default=str)))
+        if messages[-1]["content"][-1]["text"] == "too long":
+            raise ValueError("no room")
+        return {"role": "assistant", "content": [{"type": "text", "text": f"answer {len(seen)}"}]}
+
+    monkeypatch.setattr(larp_mllm.generation, "chat", chat)
+    lines = ["/video clip.mp4", "what is it?", "", "too long", "/video gone.mp4", "/nonsense", "go on", "/new", "again"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    main(["chat"])
+    roles = [[message["role"] for message in messages] for messages in seen]
+    assert roles == [["user"], ["user", "assistant", "user"], ["user", "assistant", "user"], ["user"]]
+    assert seen[0][0]["content"] == [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "what is it?"}]
+    assert seen[2][1]["content"][0]["text"] == "answer 1" and len(seen[2][2]["content"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[0] == "larp-mllm: no room"
+    assert sum(line.startswith("larp-mllm: ") for line in errors) == 3 and "/video PATH shows" in errors[-1]
+
+
+def test_a_conversation_is_answered_in_text_as_it_comes(clip, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand now?\n"))
+    main(["chat", "--max-new-tokens", "4", "--max-videos", "0"])
+    first, second = capsys.readouterr().out.splitlines()
+    asked = [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    answer = larp_mllm.chat(asked, max_new_tokens=4, max_videos=0, model=larp_mllm.generation.open_model())
+    assert answer["content"][0]["text"] == first and second
+
+
+def test_a_person_is_asked_for_lines_and_ctrl_d_ends(clip, capsys, monkeypatch):
+    typed = iter(["hello"])
+
+    def read(prompt: str) -> str:
+        assert prompt == "> "
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", read)
+    main(["chat", "--max-new-tokens", "4", "--max-videos", "0"])
+    said = capsys.readouterr()
+    assert "Ctrl-D ends" in said.err and len(said.out.splitlines()) == 2
+
+
+def test_chat_options_are_checked(clip, capsys):
+    assert "suffix" not in refused(capsys, "chat", "hello", "--video", "gone.mp4")
+    assert "max_videos" in refused(capsys, "chat", "hello", "--max-videos", "-1")
+    assert "temperature" in refused(capsys, "chat", "hello", "--text-temperature", "-1")
 
 
 def test_user_mistakes_end_with_one_line(monkeypatch, tmp_path, capsys):

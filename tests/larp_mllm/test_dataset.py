@@ -1,11 +1,24 @@
-"""Token caches as training sequences."""
+"""Token caches, records and text as training sequences of mixed tasks."""
 
 import dataclasses
 from collections import Counter
 
-from larp_mllm.dataset import PHRASINGS, CaptionedVideos, Tasks, caption_phrases, evaluation_rows, mirrored
-from larp_mllm.sequence import IGNORE
-from tests.larp_mllm.tiny import CAPTIONS, open_cache
+from larp_mllm.conversation import chat_segments
+from larp_mllm.dataset import (
+    PHRASINGS,
+    TASKS,
+    CaptionedVideos,
+    Tasks,
+    TrainingMix,
+    caption_phrases,
+    evaluation_rows,
+    mirrored,
+)
+from larp_mllm.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
+from larp_mllm.records import RecordSet
+from larp_mllm.sequence import IGNORE, TokenSequence, encode
+from larp_mllm.text_data import TextSet
+from tests.larp_mllm.tiny import CAPTIONS, K, open_cache
 
 import pytest
 import torch
@@ -16,47 +29,149 @@ def data(qwen, tmp_path):
     return CaptionedVideos(open_cache(tmp_path), qwen.processor.layout, qwen.processor.encode_text, 1024)
 
 
+@pytest.fixture
+def with_given(qwen, tmp_path):
+    """With the codes of given frames: those of the whole, counted from behind."""
+    cache = open_cache(tmp_path)
+    cache = dataclasses.replace(cache, conditions=K - 1 - cache.codes)
+    return CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
+
+
+@pytest.fixture
+def records():
+    return RecordSet([TokenSequence(torch.tensor([7, i]), torch.tensor([IGNORE, i])) for i in range(5)], ["r"] * 5)
+
+
+@pytest.fixture
+def text(qwen):
+    documents = [f"document {i}" for i in range(7)]
+    return TextSet(documents, lambda document: [8, int(document[-1])], qwen.processor.layout, 16)
+
+
+def only(**weights):
+    return Tasks(**(dict.fromkeys(TASKS, 0.0) | weights))
+
+
 def ids(sequences):
     return [sequence.ids.tolist() for sequence in sequences]
 
 
-def test_batches_follow_from_seed_and_step(data):
-    again, other = data.batch(3, 16, seed=1, tasks=Tasks()), data.batch(4, 16, seed=1, tasks=Tasks())
-    assert ids(data.batch(3, 16, seed=1, tasks=Tasks())) == ids(again) != ids(other)
-    assert ids(data.batch(3, 16, seed=2, tasks=Tasks())) != ids(again)
+def test_batches_follow_from_seed_and_step(with_given, records, text):
+    mix = TrainingMix(Tasks(), with_given, records, text)
+    again, other = mix.batch(3, 16, seed=1), mix.batch(4, 16, seed=1)
+    mix.batch(9, 16, seed=3)
+    assert ids(mix.batch(3, 16, seed=1)) == ids(again) != ids(other)
+    assert ids(mix.batch(3, 16, seed=2)) != ids(again)
+    assert ids(TrainingMix(Tasks(), with_given, records, text).batch(4, 16, seed=1)) == ids(other)
 
 
-def test_task_weights_and_caption_dropout_are_kept(data):
-    vocabulary = data.layout.vocabulary
+def kinds(mix, vocabulary, size=600):
+    """What the sequences of a batch are, seen from outside."""
 
-    def kinds(tasks):
-        first = [sequence.ids[0].item() for sequence in data.batch(0, 400, 0, tasks)]
-        labelled = [
-            bool(((s.labels != IGNORE) & vocabulary.is_code(s.labels)).any()) for s in data.batch(0, 400, 0, tasks)
-        ]
-        return Counter(
-            "video-to-text" if not codes else "dropped" if start == vocabulary.video_start else "text-to-video"
-            for start, codes in zip(first, labelled, strict=True)
-        )
+    def kind(sequence):
+        found = sequence.ids.tolist()
+        if found[0] in (7, 8):
+            return {7: "interleaved", 8: "text"}[found[0]]
+        scored = sequence.labels[sequence.labels != IGNORE]
+        if not vocabulary.is_code(scored).any():
+            return "video_to_text"
+        videos = found.count(vocabulary.video_start)
+        text = vocabulary.is_text(sequence.ids[0])
+        return {1: "text_to_video", 2: "continuation"}[videos] + ("" if text else " without text")
 
-    found = kinds(Tasks(text_to_video=3, video_to_text=1, caption_dropout=0.2))
-    assert 60 < found["video-to-text"] < 140
-    assert 35 < found["dropped"] < 90
-    assert set(kinds(Tasks(1, 0, 0))) == {"text-to-video"}
-    assert set(kinds(Tasks(0, 1))) == {"video-to-text"}
+    return Counter(kind(sequence) for sequence in mix.batch(0, size, 0))
 
 
-@pytest.mark.parametrize("wrong", [(-1, 1), (0, 0), (1, 1, 1.0)])
+def test_tasks_are_drawn_by_their_weights(with_given, records, text):
+    # Chats have no data: these rows were given no text tokenizer.
+    tasks = Tasks(3, 1, 5, 1, 0.5, 0.5, caption_dropout=0.2, continuation_text=0.3)
+    mix = TrainingMix(tasks, with_given, records, text)
+    shares = dict(zip((t for t in TASKS if t != "chat"), (1 / 2, 1 / 6, 1 / 6, 1 / 12, 1 / 12), strict=True))
+    assert mix.shares == pytest.approx(shares)
+    found = kinds(mix, with_given.layout.vocabulary)
+    expected = {
+        "text_to_video": 240, "text_to_video without text": 60, "video_to_text": 100, "continuation": 30,
+        "continuation without text": 70, "interleaved": 50, "text": 50,
+    }  # fmt: skip
+    assert set(found) == set(expected)
+    assert all(abs(found[kind] - count) < 4 * count**0.5 for kind, count in expected.items()), found
+
+
+def test_tasks_without_data_fall_away(data, with_given, records, text):
+    assert TrainingMix(Tasks(), data).shares == pytest.approx({"text_to_video": 0.75, "video_to_text": 0.25})
+    assert TrainingMix(Tasks(), None, records, text).shares == {"interleaved": 0.5, "text": 0.5}
+    mix = TrainingMix(only(continuation=1), with_given, records, text)
+    assert mix.shares == {"continuation": 1}
+    assert set(kinds(mix, data.layout.vocabulary)) == {"continuation", "continuation without text"}
+    mix = TrainingMix(only(text_to_video=1, text=1), data, records)
+    assert set(kinds(mix, data.layout.vocabulary)) == {"text_to_video", "text_to_video without text"}
+
+
+@pytest.mark.parametrize("given", [{}, {"data"}, {"records"}])
+def test_a_mix_of_nothing_is_an_error(data, records, given):
+    found = {"data": data, "records": records}
+    with pytest.raises(ValueError, match=r"nothing to train on: .*weights only for text 1.*--tokens"):
+        TrainingMix(only(text=1), *(found[name] if name in given else None for name in found))
+
+
+def test_every_row_of_a_source_comes_once_in_an_epoch(with_given, records):
+    mix = TrainingMix(only(interleaved=1), None, records)
+    drawn = [s.ids[1].item() for step in range(3) for s in mix.batch(step, 5, 0)]
+    assert [sorted(drawn[k : k + 5]) for k in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert drawn[:5] != drawn[5:10], "in another order"
+    # the tasks of videos share one order: a row that is taken by one is not taken by another before the epoch is over
+    rows = len(with_given)
+    codes = dataclasses.replace(with_given.cache, codes=torch.arange(rows)[:, None] // torch.tensor([1, 16, 1, 1]) % 16)
+    with_given.cache = codes
+    mix = TrainingMix(Tasks(), with_given)
+    vocabulary = with_given.layout.vocabulary
+    seen = [vocabulary.split(s.ids) for s in mix.batch(0, rows, 0)]
+    last = [[content for kind, content in parts if kind == "video"][-1] for parts in seen]
+    assert sorted(last) == sorted(codes.codes.tolist())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"text": -1},
+        {"text": float("nan")},
+        {"text": float("inf")},
+        {"caption_dropout": 1.0},
+        {"continuation_text": 1.1},
+    ],
+)
 def test_bad_tasks_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"task weights|caption_dropout"):
-        Tasks(*wrong)
+    with pytest.raises(ValueError, match=r"task weights .* text|caption_dropout|continuation_text"):
+        Tasks(**wrong)
+    with pytest.raises(ValueError, match=r"must not all be 0"):
+        only()
 
 
-def test_classes_come_in_several_phrasings_and_captions_as_they_are(tmp_path):
+def test_continuation_is_given_the_codes_of_the_first_frames(with_given):
+    layout, cache = with_given.layout, with_given.cache
+    sequence = with_given.sequence(1, "a blue square", "continuation")
+    prompt = layout.continuation(with_given._ids("a blue square"), cache.conditions[1].tolist())
+    assert sequence.ids.tolist()[: len(prompt)] == prompt
+    assert layout.vocabulary.split(sequence.ids)[2] == ("video", cache.codes[1].tolist())
+    assert sequence.targets == 4, "the codes of the clip alone"
+    assert with_given.fixed(1, "continuation").ids.tolist()[:1] == layout.continuation([], cache.conditions[1])[:1]
+    assert with_given.fixed(1, "text_to_video").ids.tolist()[:1] == with_given._ids(CAPTIONS[1])[:1]
+
+
+def test_continuation_needs_given_frames(data):
+    with pytest.raises(ValueError, match="extract the tokens with --condition-frames"):
+        data.fixed(0, "continuation")
+
+
+def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_path):
     cache = open_cache(tmp_path / "a", classes=("Surfing", "HorseRiding"))
     assert caption_phrases(cache)[1] == tuple(p.format("horse riding") for p in PHRASINGS)
     assert "a person surfing" in caption_phrases(cache)[0]
     assert caption_phrases(open_cache(tmp_path / "b"))[0] == (CAPTIONS[0],)
+    data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
+    drawn = TrainingMix(only(video_to_text=1), data).batch(0, 80, 0)
+    texts = {qwen.processor.decode(sequence.ids)[1] for sequence in drawn}
+    assert texts == {phrasing.format(name) for phrasing in PHRASINGS for name in ("surfing", "horse riding")}
 
 
 def test_mirrored_clips_have_mirrored_captions(tmp_path):
@@ -66,6 +181,38 @@ def test_mirrored_clips_have_mirrored_captions(tmp_path):
     assert caption_phrases(cache)[0] == ("a red circle moving right",)
 
 
+def test_chats_teach_the_answer_alone(qwen, tmp_path):
+    """A wish and its video, or a video, a question and its caption: what `chat` asks for is the beginning of what was learned."""
+    processor, cache = qwen.processor, open_cache(tmp_path)
+    data = CaptionedVideos(cache, processor.layout, processor.encode_text, 1024, processor.tokenizer)
+    codes, caption, v = cache.codes[0].tolist(), data.phrases[0][0], processor.vocabulary
+    for form in range(DIALOGUES):
+        sequence = data.sequence(0, caption, "chat", form)
+        ids, labels = sequence.ids.tolist(), sequence.labels.tolist()
+        question = chat_segments(
+            dialogue(form, caption, codes)[:1],
+            processor.tokenizer,
+            processor.encode_text,
+            lambda part: part["video"],
+            answer=True,
+        )
+        prompt = encode(question, processor.layout, framed=False).ids.tolist()
+        assert ids[: len(prompt)] == prompt
+        assert set(labels[: len(prompt)]) == {IGNORE}
+        learned = [label for label in labels if label != IGNORE]
+        end = processor.tokenizer.eos_token_id
+        if form < len(WISHES):
+            assert learned == [v.video_start, *map(v.code_to_id, codes), end]
+        else:
+            assert learned[-1] == end
+            assert processor.decode_text(learned[:-1]) == caption
+    assert [drawn_dialogue(u) for u in (0.0, 0.49, 0.5, 0.999)] == [0, len(WISHES) - 1, len(WISHES), DIALOGUES - 1]
+    mix = TrainingMix(only(chat=1), data)
+    for sequence in mix.batch(0, 64, 0):
+        assert sequence.ids.tolist().count(v.video_start) == 1
+        assert sequence.targets > 0
+
+
 def test_a_video_without_any_text_is_named(tmp_path):
     cache = open_cache(tmp_path)
     cache = dataclasses.replace(cache, captions=(None,) * len(cache))
@@ -73,10 +220,19 @@ def test_a_video_without_any_text_is_named(tmp_path):
         caption_phrases(cache)
 
 
-def test_a_sequence_longer_than_the_base_is_an_error(qwen, tmp_path):
-    short = CaptionedVideos(open_cache(tmp_path), qwen.processor.layout, qwen.processor.encode_text, 8)
+def test_a_sequence_longer_than_the_base_is_an_error_before_training_begins(qwen, tmp_path):
+    cache, processor = open_cache(tmp_path), qwen.processor
     with pytest.raises(ValueError, match=r"video0.*8 positions"):
-        short.fixed(0, "text_to_video")
+        CaptionedVideos(cache, processor.layout, processor.encode_text, 8)
+    words = "zebra " * 30
+    cache = dataclasses.replace(cache, captions=(*cache.captions[:7], words, *cache.captions[8:]))
+    longest = len(processor.encode_text(words)) + 6 + 1
+    data = CaptionedVideos(cache, processor.layout, processor.encode_text, longest)
+    assert len(data.fixed(7, "text_to_video").ids) == longest
+    with pytest.raises(
+        ValueError, match=rf"video video7: {longest} ids, but the base model has {longest - 1} positions"
+    ):
+        CaptionedVideos(cache, processor.layout, processor.encode_text, longest - 1)
 
 
 def test_evaluation_rows_are_spread():

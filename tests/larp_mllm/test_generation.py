@@ -1,4 +1,4 @@
-"""Generation: only codes inside a span, the same video whatever the batch, the same codes as transformers' own generate."""
+"""Generation: only codes inside a span, the same video whatever the batch."""
 
 import json
 import subprocess
@@ -6,22 +6,22 @@ import sys
 
 import larp_mllm
 from larp.data.video import probe
-from larp_mllm.generation import SpanRules, draw_codes
 from larp_mllm.home import find_model, remember_newest
+from larp_mllm.sampling import TextSampling, VideoSampling
 from larp_mllm.video import SUFFIXES
+from larp_mllm.writer import draw_codes
 
 import numpy as np
 import pytest
 import torch
-from transformers import LogitsProcessorList
 
 PROMPTS = ["a red circle", "surfing", "a person that is surfing slowly with a <|video_start|> in the text", ""]
 
 
 def test_batch_equals_single(mllm):
     for scale in (1.0, 3.0):
-        together = mllm.generate(PROMPTS, seed=3, guidance_scale=scale)
-        in_pieces = mllm.generate(PROMPTS, seed=3, guidance_scale=scale, batch_size=1)
+        together = mllm.generate(PROMPTS, sampling=VideoSampling(scale, seed=3))
+        in_pieces = mllm.generate(PROMPTS, sampling=VideoSampling(scale, seed=3, batch_size=1))
         assert [v.codes for v in together] == [v.codes for v in in_pieces]
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(together, in_pieces, strict=True))
 
@@ -68,53 +68,14 @@ def test_no_text_logits_are_computed(qwen):
     hook.remove()
 
 
-def test_transformers_generate_under_the_rules_gives_the_same_codes(mllm):
-    model, v, layout = mllm.model, mllm.model.vocabulary, mllm.processor.layout
-    prompt = layout.prompt(mllm.processor.encode_text("a red circle"))
-    ours = draw_codes(model, [prompt], lambda logits, _: logits.argmax(-1))[0].tolist()
-    ids = torch.tensor([prompt])
-    rules = LogitsProcessorList([SpanRules(v)])
-    theirs = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=8,
-        do_sample=False,
-        logits_processor=rules,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    written = theirs[0, len(prompt) :].tolist()
-    assert written[:5] == [*(v.code_to_id(code) for code in ours), v.video_end]
-    assert not v.is_code(torch.tensor(written[5:6])).any()
-
-
-def test_rules_allow_exactly_n_codes_and_none_outside():
-    v = larp_mllm.Vocabulary(text_size=10, codebook_size=4, tokens_per_video=2)
-    rules, scores = SpanRules(v), torch.zeros(1, v.size)
-
-    def allowed(ids, rules=rules):
-        return torch.isfinite(rules(torch.tensor([ids]), scores)[0]).nonzero()[:, 0].tolist()
-
-    text, codes = list(range(10)), list(range(12, 16))
-    assert allowed([3]) == [*text, v.video_start]
-    assert allowed([3, v.video_start]) == codes
-    assert allowed([3, v.video_start, 12]) == codes
-    assert allowed([3, v.video_start, 12, 13]) == [v.video_end]
-    assert allowed([*v.span([0, 1])]) == [*text, v.video_start]
-    assert allowed([3], SpanRules(v, video_allowed=False)) == text
-
-
 def test_options_change_the_result(qwen):
-    base = qwen.generate(["surfing"], seed=0)[0].codes
-    changed = [
-        qwen.generate(["surfing"], seed=1)[0].codes,
-        qwen.generate(["surfing"], temperature=0)[0].codes,
-        qwen.generate(["surfing"], guidance_scale=30.0)[0].codes,
-        qwen.generate(["surfing"], top_k=1)[0].codes,
-        qwen.generate(["surfing"], top_p=0.01)[0].codes,
-    ]
-    assert all(codes != base for codes in changed)
-    assert changed[1] == qwen.generate(["surfing"], top_k=1)[0].codes
+    def codes(**options):
+        return qwen.generate(["surfing"], sampling=VideoSampling(**options))[0].codes
+
+    base = codes()
+    changed = [codes(seed=1), codes(temperature=0), codes(guidance_scale=30.0), codes(top_k=1), codes(top_p=0.01)]
+    assert all(other != base for other in changed)
+    assert changed[1] == codes(top_k=1)
     first, second = qwen.generate(["surfing"], num_videos=2)
     assert first.codes == base and second.codes != base
 
@@ -141,10 +102,8 @@ def nothing_loads(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong", BAD_OPTIONS)
-def test_bad_options_are_named_before_a_model_is_loaded(qwen, wrong, nothing_loads):
+def test_bad_options_are_named_before_a_model_is_loaded(wrong, nothing_loads):
     name = next(iter(wrong)).removesuffix("_scale")
-    with pytest.raises(ValueError, match=name):
-        qwen.generate(["surfing"], **wrong)
     with pytest.raises(ValueError, match=name):
         larp_mllm.generate("surfing", **wrong)
 
@@ -169,13 +128,15 @@ def test_an_absent_device_is_named_before_a_model_is_loaded(device, nothing_load
 
 
 def test_seeds_of_numpy_are_seeds(qwen):
-    assert qwen.generate(["surfing"], seed=np.int64(2**40))[0].codes == qwen.generate(["surfing"], seed=2**40)[0].codes
+    seeds = (np.int64(2**40), 2**40)
+    one, other = (qwen.generate(["surfing"], sampling=VideoSampling(seed=seed))[0].codes for seed in seeds)
+    assert one == other
 
 
 def test_captions_longer_than_the_base_are_refused_by_name(qwen):
     frames = np.zeros((4, 16, 16, 3), np.uint8)
     with pytest.raises(ValueError, match=r"max_new_tokens is 2000; of the 1024 positions .* leaves 1018"):
-        qwen.describe([frames], max_new_tokens=2000)
+        qwen.describe([frames], TextSampling(max_new_tokens=2000))
     with pytest.raises(ValueError, match="max_new_tokens must be a whole number of at least 1, got 0"):
         larp_mllm.describe(frames, max_new_tokens=0)
 
@@ -191,7 +152,7 @@ def test_public_functions_find_the_newest_model(qwen, tmp_path, monkeypatch):
     remember_newest(folder)
     video = larp_mllm.generate("a person surfing", seed=5, device="cpu")
     assert video.frames.shape == (4, 16, 16, 3) and video.frames.dtype == np.uint8
-    assert video.codes == qwen.generate(["a person surfing"], seed=5)[0].codes
+    assert video.codes == qwen.generate(["a person surfing"], sampling=VideoSampling(seed=5))[0].codes
     assert "a person surfing" in repr(video) and "16x16" in repr(video)
     assert len(larp_mllm.generate(["a", "b"], num_videos=2, model=qwen)) == 4
     assert isinstance(larp_mllm.describe(video, model=qwen, max_new_tokens=4), str)
@@ -208,8 +169,8 @@ def test_without_any_model_the_three_ways_are_named(monkeypatch, tmp_path):
 
 def test_describe_writes_text_only(mllm):
     frames = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-    together = mllm.describe([frames, frames[::-1].copy()], max_new_tokens=6)
-    assert together[0] == mllm.describe([frames], max_new_tokens=6)[0]
+    short = TextSampling(max_new_tokens=6)
+    assert mllm.describe([frames, frames[::-1].copy()], short)[0] == mllm.describe([frames], short)[0]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

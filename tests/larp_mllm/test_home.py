@@ -2,9 +2,13 @@
 
 import json
 import shutil
+import time
+from fnmatch import fnmatch
+from pathlib import Path
 
-from larp_mllm.generation import Mllm
 from larp_mllm.home import find_model, home
+from larp_mllm.hub import _snapshot
+from larp_mllm.mllm import Mllm
 from tests.larp_mllm.tiny import tiny_video_tokenizer
 
 import pytest
@@ -88,3 +92,60 @@ def test_a_missing_video_tokenizer_is_not_sought_on_the_hub(run, monkeypatch):
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="video_tokenizer: no such folder"):
         Mllm.load("model")
+
+
+@pytest.fixture
+def hub(run, monkeypatch):
+    """A hub with one repository, owner/name, in place of the real one; the calls that it got."""
+    calls = []
+
+    def snapshot_download(name, **options):
+        calls.append((name, options))
+        if name != "owner/name":
+            raise OSError(f"404 Client Error: Repository Not Found for {name}")
+        if options.get("local_files_only"):
+            raise OSError("not in the local cache")
+        return str(run / "model")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("larp_mllm.hub.reach", lambda name, token: None)
+    _snapshot.cache_clear()
+    yield calls
+    _snapshot.cache_clear()
+
+
+def test_a_hub_name_is_fetched_once_without_pickle_or_code(qwen, run, hub, monkeypatch):
+    monkeypatch.setenv("LARP_MLLM_MODEL", "owner/name")
+    assert find_model("owner/name") == find_model() == run / "model"
+    assert Mllm.load("owner/name", "cpu").generate(["surfing"])[0].codes == qwen.generate(["surfing"])[0].codes
+    assert len(hub) == 1
+    wanted = hub[0][1]["allow_patterns"]
+    for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"):
+        assert any(fnmatch(name, pattern) for pattern in wanted)
+    assert any(fnmatch("video_tokenizer/model.safetensors", pattern) for pattern in wanted)
+    for name in ("pytorch_model.bin", "modeling_other.py", "training_args.pt"):
+        assert not any(fnmatch(name, pattern) for pattern in wanted)
+
+
+def test_a_hub_name_with_a_typo_says_so_and_names_the_ways(hub):
+    with pytest.raises(
+        ValueError, match=r"model=owner/nam is no folder here, and could not be fetched .*404.*LARP_MLLM_MODEL"
+    ):
+        find_model("owner/nam")
+
+
+def test_without_a_network_the_error_comes_at_once(monkeypatch):
+    _snapshot.cache_clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"owner/other is no folder here.*HF_HUB_OFFLINE is set"):
+        find_model("owner/other")
+    assert time.monotonic() - started < 10
+
+
+def test_a_mistyped_folder_is_not_sought_on_the_hub(hub, run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    for folder in ("run/modle", "./owner/name", Path("owner/name")):
+        with pytest.raises(ValueError, match="there is no such folder"):
+            find_model(folder)
+    assert hub == []

@@ -1,14 +1,21 @@
-"""The wrapper: the base unharmed, the loss exact, the round trip."""
+"""The wrapper: the base unharmed, the loss exact, the round trip, what is refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
 
 from larp_mllm.bases import load_base
+from larp_mllm.configuration import LarpMllmConfig
 from larp_mllm.modeling import IGNORE, LarpMllmForCausalLM
+from tests.larp_mllm.families import FAMILIES
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config
+from transformers.utils import hub
 
 
 def mixed_ids(mllm, rows=3, length=9):
@@ -81,45 +88,127 @@ def test_padding_on_the_right_changes_nothing(mllm):
     torch.testing.assert_close(mllm.model(padded).logits[:, :9], mllm.model(ids).logits)
 
 
-@pytest.mark.parametrize("adapter", ["codebook", "free"])
-def test_adapter_rows_start_at_the_size_of_the_base_rows(adapter):
-    model = tiny_mllm(adapter=adapter).model
-    base = model.base.get_input_embeddings().weight.norm(dim=-1).mean()
-    # Head rows may have a part in common: it moves all code logits alike.
-    head = model.adapter.code_rows() - model.adapter.code_rows().mean(0)
-    for rows in (model.adapter.input_rows(), head, model.adapter.control_rows()):
-        assert 0.7 < rows.norm(dim=-1).mean() / base < 1.3
-
-
-def test_similar_codes_start_with_similar_rows():
-    model = tiny_mllm().model
-    codebook, rows = model.adapter.codebook, model.adapter.input_rows()[2:]
-    near, far = (
-        (codebook @ codebook.T).fill_diagonal_(-9).flatten().argmax(),
-        (codebook @ codebook.T).flatten().argmin(),
-    )
-    distance = torch.cdist(rows, rows).flatten()
-    assert distance[near] < 0.7 * distance[far]
-
-
 def test_unknown_adapter_is_refused():
     with pytest.raises(ValueError, match="codebook, free"):
         tiny_mllm(adapter="codebok")
 
 
-def test_round_trip_through_the_auto_classes(mllm, tmp_path):
-    mllm.save(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert isinstance(again, LarpMllmForCausalLM)
-    ids = mixed_ids(mllm)
-    assert torch.equal(again(ids).logits, mllm.model(ids).logits)
-    assert again.config.vocabulary == mllm.model.vocabulary
+def test_a_model_goes_to_the_hub_as_the_files_that_load_it_again(qwen, tmp_path, monkeypatch):
+    uploaded = tmp_path / "hub"
+
+    def create_commit(operations, **_):
+        for operation in operations:
+            file = uploaded / operation.path_in_repo
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(Path(operation.path_or_fileobj).read_bytes())
+
+    created = []
+    api = SimpleNamespace(
+        create_repo=lambda name, **_: created.append(name) or SimpleNamespace(repo_id=name), create_commit=create_commit
+    )
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    card = SimpleNamespace(save=lambda path: Path(path).write_text("# card"))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: card)
+    qwen.model.push_to_hub("someone/videos")
+    assert created == ["someone/videos"]
+    names = {file.name for file in uploaded.iterdir()}
+    assert (
+        {"config.json", "model.safetensors"}
+        <= names
+        <= {"config.json", "model.safetensors", "generation_config.json", "README.md"}
+    )
+    again = AutoModelForCausalLM.from_pretrained(uploaded).eval()
+    ids = mixed_ids(qwen)
+    assert torch.equal(again(ids).logits, qwen.model(ids).logits)
 
 
-def test_missing_and_misshapen_tensors_are_errors(qwen, tmp_path):
+@pytest.fixture
+def saved(qwen, tmp_path):
+    """A model folder, and a function that changes its config.json and its tensors."""
     qwen.save(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    del tensors["adapter.codebook"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"adapter.codebook"):
-        LarpMllmForCausalLM.from_pretrained(tmp_path)
+
+    def change(fields=(), text_fields=(), tensors=()):
+        config = json.loads((tmp_path / "config.json").read_text())
+        config.update(fields)
+        config["text_config"].update(text_fields)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        weights = load_file(tmp_path / "model.safetensors") | dict(tensors)
+        weights = {name: value for name, value in weights.items() if value is not None}
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        return tmp_path
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tensors": {"adapter.codebook": None}}, "adapter.codebook is missing"),
+        ({"tensors": {"adapter.other": torch.zeros(1)}}, "adapter.other is unknown"),
+        (
+            {"tensors": {"adapter.codebook": torch.zeros(17, 4)}},
+            r"adapter.codebook has shape \(17, 4\) in place of \(16, 4\)",
+        ),
+        ({"fields": {"code_dim": 5}}, r"mlp.0.weight has shape \(32, 4\) in place of \(32, 5\).*belong together"),
+        ({"fields": {"adapter": "free"}}, r"adapter.code_input.mlp.0.bias is unknown; .* and \d+ more"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_config_are_named(saved, changes, message):
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(saved(**changes))
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"text_size": 50}, r"text_size is 50, below the base model's \d+ embedding rows.*Restore"),
+        ({"text_size": "many"}, "text_size must be a whole number of at least 1, got 'many'"),
+        ({"codebook_size": 0}, "codebook_size must be a whole number of at least 1, got 0"),
+        ({"tokens_per_video": -1}, "tokens_per_video must be a whole number of at least 1, got -1"),
+        ({"frame_stride": 0}, "frame_stride must be a whole number of at least 1"),
+        ({"given_frames": -1}, "given_frames must be a whole number of at least 0, got -1"),
+        ({"fps": 0}, "fps must be a number above 0, got 0"),
+        ({"adapter": "codebok"}, "adapter must be one of codebook, free, got 'codebok'"),
+        ({"text_config": 3}, "config.json of a larp_mllm model: .*copy the model folder again"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_when_it_is_loaded(qwen, fields, message):
+    good = qwen.model.config.to_dict()
+    assert LarpMllmConfig.from_dict(good).vocabulary == qwen.model.vocabulary
+    with pytest.raises(ValueError, match=message):
+        LarpMllmConfig.from_dict(good | fields)
+
+
+def test_how_many_frames_continuation_was_trained_on_is_kept(qwen, tmp_path):
+    assert qwen.model.config.given_frames == 0
+    LarpMllmConfig.from_dict(qwen.model.config.to_dict() | {"given_frames": 3}).save_pretrained(tmp_path)
+    assert LarpMllmConfig.from_pretrained(tmp_path).given_frames == 3
+
+
+def test_bases_that_cannot_be_wrapped_are_refused():
+    codebook = torch.randn(16, 4)
+    bare = AutoModel.from_config(FAMILIES["llama2"]())
+    with pytest.raises(ValueError, match=r"\(LlamaModel\) has no language-model head.*AutoModelForCausalLM"):
+        LarpMllmForCausalLM.from_base(bare, 0, codebook, 4)
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    gemma = AutoModelForCausalLM.from_config(Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16))
+    with pytest.raises(
+        ValueError, match=r"gemma2\) changes its logits after the head \(final_logit_softcapping = 30.0\)"
+    ):
+        LarpMllmForCausalLM.from_base(gemma, 0, codebook, 4)
+    base = AutoModelForCausalLM.from_config(FAMILIES["llama2"]())
+    with pytest.raises(ValueError, match=r"a table \(codes, width\), got shape \(16,\)"):
+        LarpMllmForCausalLM.from_base(base, 0, codebook[:, 0], 4)
+
+
+def test_a_text_id_that_the_base_has_no_row_for_is_named():
+    base = AutoModelForCausalLM.from_config(FAMILIES["llama2"]())
+    model = LarpMllmForCausalLM.from_base(base, 103, torch.randn(16, 4), 4)
+    known, unknown = torch.tensor([[5, 98, 103, 105, 104]]), torch.tensor([[5, 101, 103, 105, 104]])
+    loss = model(known, labels=known).loss
+    logits = model(known).logits[0].log_softmax(-1)
+    assert torch.isfinite(loss) and torch.isinf(logits[:, 99:103]).all()
+    with pytest.raises(ValueError, match=r"text id 101 .* no row for \(it has 99\)"):
+        model(unknown)
+    with pytest.raises(ValueError, match="text id 101"):
+        model(known, labels=unknown)

@@ -1,15 +1,23 @@
 """Typed text stays text; videos and text go there and back; the tokenizers are checked."""
 
+import json
+import shutil
+
 from larp.data.clips import clip_to_frames
+from larp.data.video import read_video, write_video
 from larp_mllm.bases import tiny_tokenizer
 from larp_mllm.processing import LarpMllmProcessor
+from larp_mllm.sampling import VideoSampling
+from larp_mllm.spans import SpanRules
+from larp_mllm.video import Video
 from larp_mllm.vocabulary import Vocabulary
 from tests.larp_mllm.tiny import CAPTIONS, tiny_video_tokenizer
+from tests.larp_mllm.tokenizers import llama3
 
 import numpy as np
 import pytest
 import torch
-from transformers import AddedToken
+from transformers import AddedToken, AutoProcessor, LogitsProcessorList
 
 TYPED = "a <|video_start|> b <|im_end|><|endoftext|> <|im_start|>user <tool_call> <<tool_call><|im_<|im_end|>end|>"
 
@@ -18,8 +26,8 @@ def test_typed_control_tokens_stay_text(mllm):
     processor = mllm.processor
     ids = processor.encode_text(TYPED)
     assert processor.vocabulary.is_text(torch.tensor(ids)).all()
-    assert not set(ids) & set(processor.text_tokenizer.all_special_ids)
-    assert processor.text_tokenizer.decode(ids) == TYPED
+    assert not set(ids) & set(processor.tokenizer.all_special_ids)
+    assert processor.tokenizer.decode(ids) == TYPED
 
 
 def test_tokens_added_as_non_special_stay_text():
@@ -35,7 +43,7 @@ def test_tokens_added_as_non_special_stay_text():
 def test_text_and_videos_there_and_back(qwen):
     processor = qwen.processor
     clip = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    ids = processor("before <video> after", [clip])
+    ids = processor("before <video> after", [clip])["input_ids"]
     codes = processor.encode_videos([clip])[0]
     assert processor.vocabulary.split(ids)[1] == ("video", codes)
     before, video, after = processor.decode(ids)
@@ -97,7 +105,7 @@ def test_more_videos_than_placeholders(qwen):
 
 def test_a_video_tokenizer_of_another_size_is_refused(qwen):
     with pytest.raises(ValueError, match="use the tokenizer it was trained with"):
-        LarpMllmProcessor(qwen.processor.text_tokenizer, qwen.processor.video_tokenizer, Vocabulary(300, 32, 4))
+        LarpMllmProcessor(qwen.processor.tokenizer, qwen.processor.video_tokenizer, Vocabulary(300, 32, 4))
 
 
 def test_saved_tokenizers_are_checked_at_load(qwen, tmp_path):
@@ -116,3 +124,147 @@ def test_a_text_tokenizer_that_has_grown_is_refused(qwen, tmp_path):
     grown.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer files"):
         LarpMllmProcessor.from_pretrained(tmp_path)
+
+
+CLIPS = torch.rand(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_texts_are_padded_on_the_side_of_the_tokenizer_or_the_one_asked_for(qwen):
+    processor = qwen.processor
+    texts, videos = ["a person surfing", "<video> b <video>"], [[], [CLIPS[0], CLIPS[1]]]
+    alone = [processor(text, group)["input_ids"] for text, group in zip(texts, videos, strict=True)]
+    assert processor(texts, videos)["input_ids"] == alone
+    for side in (None, "left", "right"):
+        batch = processor(texts, videos, return_tensors="pt", padding=True, padding_side=side)
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(map(len, alone)))
+        for ids, mask, expected in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+            assert ids[mask.bool()].tolist() == expected
+        first = (side or processor.tokenizer.padding_side) == "right"
+        assert batch["attention_mask"][0, 0] == first and batch["attention_mask"][0, -1] == (not first)
+    assert isinstance(processor(texts, videos, return_tensors="np", padding=True)["input_ids"], np.ndarray)
+    assert processor("a person", return_tensors="pt")["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="give padding=True"):
+        processor(texts, videos, return_tensors="pt")
+    with pytest.raises(ValueError, match="padding_side must be left or right, got 'top'"):
+        processor(texts, videos, padding=True, padding_side="top")
+
+
+def test_the_text_whose_videos_do_not_match_is_named(qwen):
+    with pytest.raises(ValueError, match="text 1 has 2 <video> placeholders but 1 videos"):
+        qwen.processor(["<video>", "<video> and <video>"], [[CLIPS[0]], [CLIPS[1]]])
+    with pytest.raises(ValueError, match="2 texts need a list of 2 lists of videos"):
+        qwen.processor(["<video>", "<video>"], [CLIPS[0], CLIPS[1]])
+    with pytest.raises(ValueError, match="text 0 has 1 <video> placeholders but 0 videos"):
+        qwen.processor(["<video>", "a"])
+
+
+def test_the_begin_id_and_an_opened_video(tmp_path):
+    tokenizer = llama3(tmp_path)
+    clips = tiny_video_tokenizer()
+    processor = LarpMllmProcessor(tokenizer, clips, Vocabulary(len(tokenizer), clips.codebook_size, clips.num_tokens))
+    words = processor.encode_text("a man")
+    prompt = processor("a man", open_video=True)["input_ids"]
+    assert (
+        prompt == [tokenizer.bos_token_id, *words, processor.vocabulary.video_start] == processor.layout.prompt(words)
+    )
+    assert processor("a man", add_special_tokens=False)["input_ids"] == words
+
+
+def test_its_batches_are_what_generate_takes(qwen):
+    batch = qwen.processor(
+        ["a person surfing", "a"], return_tensors="pt", padding=True, padding_side="left", open_video=True
+    )
+    rules = [SpanRules(qwen.processor.vocabulary)]
+    ids = qwen.model.generate(**batch, max_new_tokens=5, do_sample=False, logits_processor=LogitsProcessorList(rules))
+    for row, text in zip(ids, ("a person surfing", "a"), strict=True):
+        (written, video) = qwen.processor.decode(row)
+        expected = qwen.generate([text], sampling=VideoSampling(guidance_scale=1.0, temperature=0.0))[0]
+        assert written == text and np.array_equal(video, expected.frames)
+    assert [len(contents) for contents in qwen.processor.batch_decode(ids)] == [2, 2]
+    ids[1, -2] = 0
+    with pytest.raises(ValueError, match="row 1: the video span at position"):
+        qwen.processor.batch_decode(ids)
+
+
+def test_chats_become_ids_and_can_be_shown(qwen):
+    chat = [
+        {"role": "user", "content": [{"type": "video", "video": CLIPS[0]}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "a red circle"},
+    ]
+    apply = qwen.processor.apply_chat_template
+    ids, shown = apply(chat), apply(chat, tokenize=False)
+    assert qwen.processor.vocabulary.split(ids)[1] == ("video", qwen.processor.encode_videos(CLIPS[:1])[0])
+    assert "<video>What is it?" in shown and shown.index("What is it?") < shown.index("a red circle")
+    asked, answered = apply(chat[:1]), apply(chat[:1], add_generation_prompt=True)
+    assert len(asked) < len(answered) and answered[: len(asked)] == asked == ids[: len(asked)]
+    batch = apply([chat, chat[:1]], padding=True, return_tensors="pt", return_dict=True)
+    assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum(1).tolist() == [
+        len(ids),
+        len(apply(chat[:1])),
+    ]
+    with pytest.raises(ValueError, match=r"chat 1"):
+        apply([chat, [{"role": "user", "content": [{"type": "video"}]}]])
+
+
+def test_files_are_read_with_the_stride_of_training(qwen, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    read, _ = read_video(tmp_path / "a.mp4")
+    qwen.save(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"frame_stride": 2}))
+    strided = LarpMllmProcessor.from_pretrained(tmp_path / "model")
+    assert qwen.processor.encode_videos([tmp_path / "a.mp4"]) == qwen.processor.encode_videos([read[4:8]])
+    assert strided.encode_videos([str(tmp_path / "a.mp4")]) == qwen.processor.encode_videos([read[2:10:2]])
+    assert qwen.processor.encode_videos([Video(read, 8.0)]) == qwen.processor.encode_videos([read])
+
+
+def test_auto_processor_loads_it_with_and_without_the_model(qwen, tmp_path):
+    qwen.save(tmp_path / "whole")
+    qwen.processor.save_pretrained(tmp_path / "alone")
+    for folder in (tmp_path / "whole", tmp_path / "alone"):
+        again = AutoProcessor.from_pretrained(folder)
+        assert type(again) is LarpMllmProcessor and again.vocabulary == qwen.processor.vocabulary
+        assert again.encode_text(TYPED) == qwen.processor.encode_text(TYPED)
+        assert again.encode_videos(CLIPS) == qwen.processor.encode_videos(CLIPS)
+    assert "LarpMllmProcessor" in repr(again)
+
+
+def test_a_folder_without_a_processor_and_unknown_options_are_refused(qwen, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="holds no processor of a language model with video vocabulary"):
+        LarpMllmProcessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="knows no varient: leave them out"):
+        LarpMllmProcessor.from_pretrained(tmp_path, varient="ema")
+
+
+class FakeHub:
+    """What HfApi does with a folder, into another folder."""
+
+    refuses = False
+
+    def __init__(self, token=None):
+        self.token = token
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        if self.refuses:
+            raise OSError("401 Client Error: Unauthorized")
+        return f"hub:{repo_id}:private={private}:token={self.token}"
+
+    def create_branch(self, repo_id, branch, exist_ok=False):
+        type(self).branch = branch
+
+    def upload_folder(self, repo_id, folder_path, revision=None):
+        shutil.copytree(folder_path, self.folder)
+
+
+def test_an_upload_holds_the_video_tokenizer_too(qwen, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "folder", tmp_path / "hub", raising=False)
+    address = qwen.processor.push_to_hub("owner/name", private=True, token="t", revision="v1")
+    assert address == "hub:owner/name:private=True:token=t" and FakeHub.branch == "v1"
+    again = LarpMllmProcessor.from_pretrained(tmp_path / "hub")
+    assert again.encode_videos(CLIPS) == qwen.processor.encode_videos(CLIPS)
+    monkeypatch.setattr(FakeHub, "refuses", True)
+    with pytest.raises(ValueError, match=r"owner/name could not be uploaded .*401.*hf auth"):
+        qwen.processor.push_to_hub("owner/name")

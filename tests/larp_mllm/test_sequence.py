@@ -1,11 +1,11 @@
-"""Records to ids and labels, and batches of them."""
+"""Segments to ids and labels."""
 
-from larp_mllm.collate import collate
 from larp_mllm.sequence import (
     IGNORE,
     Layout,
     Segment,
     check_length,
+    continuation,
     encode,
     interleaved,
     text_to_video,
@@ -14,7 +14,6 @@ from larp_mllm.sequence import (
 from larp_mllm.vocabulary import Vocabulary
 
 import pytest
-import torch
 
 V = Vocabulary(text_size=100, codebook_size=8, tokens_per_video=2)
 BARE, FULL = Layout(V, None, None), Layout(V, 1, 2)
@@ -49,9 +48,22 @@ def test_prompts_are_the_beginnings_of_the_training_sequences():
         assert encode(video_to_text([5, 6], [3, 4]), layout).ids.tolist()[: len(question)] == question
 
 
+def test_continuation_learns_the_clip_but_neither_the_given_frames_nor_where_it_begins():
+    sequence = encode(continuation([5], [3, 4], [3, 6]), FULL)
+    prompt = FULL.continuation([5], [3, 4])
+    assert sequence.ids.tolist() == [*prompt, C(3), C(6), END, 2]
+    assert prompt == [1, 5, *V.span([3, 4]), START]
+    assert sequence.labels.tolist() == [IGNORE] * len(prompt) + [C(3), C(6), IGNORE, IGNORE]
+    assert encode(continuation([], [3, 4], [3, 6]), BARE).ids.tolist()[:5] == BARE.continuation([], [3, 4])
+
+
+def test_chats_bring_their_own_begin_and_end():
+    segments = text_to_video([5, 6], [3, 4])
+    assert encode(segments, FULL, framed=False).ids.tolist() == encode(segments, BARE).ids.tolist()
+
+
 def test_interleaved_records_keep_their_order():
-    record = {"text": "a <video> b<video>", "videos": [[1, 2], [3, 4]]}
-    segments = interleaved(record, lambda text: [len(text)])
+    segments = interleaved("a <video> b<video>", [([1, 2], True), ([3, 4], True)], lambda text: [len(text)])
     assert segments == [
         Segment("text", (2,), True),
         Segment("video", (1, 2), True),
@@ -62,19 +74,29 @@ def test_interleaved_records_keep_their_order():
     assert encode(segments, FULL).labels[-1] == FULL.eos, "a record that is learned whole teaches where it ends"
 
 
+def test_loss_flags_of_text_and_videos_are_kept():
+    segments = interleaved("a<video>b<video>", [([1, 2], False), ([3, 4], True)], lambda text: [9], loss=False)
+    labels = encode(segments, FULL).labels.tolist()
+    assert [label for label in labels if label != IGNORE] == [START, C(3), C(4)]
+
+
+def test_the_decision_to_show_another_video_is_learned_only_after_a_learned_one():
+    def starts(*losses):
+        segments = interleaved("<video><video>", [([1, 2], loss) for loss in losses], lambda text: [])
+        return encode(segments, FULL).labels.tolist().count(START)
+
+    assert starts(True, True) == 1
+    assert starts(False, True) == 0
+
+
 def test_placeholders_and_videos_must_match():
-    with pytest.raises(ValueError, match=r"line 7.*1 <video> placeholders but 2 videos"):
-        interleaved({"text": "<video>", "videos": [[1, 2], [3, 4]]}, lambda text: [], where="line 7")
+    with pytest.raises(ValueError, match=r"line 7.*1 <video> placeholders but 2 videos: add <video>"):
+        interleaved("<video>", [([1, 2], True)] * 2, lambda text: [], where="line 7")
+    with pytest.raises(ValueError, match=r"line 7.*1 <video> placeholders but 0 videos: name the missing"):
+        interleaved("<video>", [], lambda text: [], where="line 7")
 
 
 def test_nothing_is_truncated():
     check_length(8, 8, "clip")
     with pytest.raises(ValueError, match=r"9 ids.*8 positions"):
         check_length(9, 8, "clip")
-
-
-def test_collate_pads_on_the_right():
-    batch = collate([encode(text_to_video([5, 6, 7], [3, 4]), FULL), encode(text_to_video([], [3, 4]), FULL)])
-    assert batch["input_ids"].shape == batch["labels"].shape == (2, 9)
-    assert batch["input_ids"].dtype == torch.int64
-    assert batch["labels"][1].tolist()[6:] == [IGNORE] * 3

@@ -8,7 +8,7 @@ from larp.data.tokens import TokenCache
 from larp.prior import PriorConfig
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 from larp_mllm.bases import load_base
-from larp_mllm.generation import Mllm
+from larp_mllm.mllm import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
 
@@ -83,3 +83,26 @@ def tiny_cache(
 def open_cache(folder: Path, **options) -> TokenCache:
     """`tiny_cache`, opened."""
     return TokenCache.open(tiny_cache(folder, **options))
+
+
+def painting_mllm() -> Mllm:
+    """`tiny_mllm` with a video tokenizer that paints: an untrained one makes the same grey of all codes."""
+    mllm = tiny_mllm()
+    head = mllm.processor.video_tokenizer.head
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        head.weight.normal_(std=0.2, generator=generator)
+        head.bias.fill_(0.5)
+    return mllm
+
+
+def eager_for_videos(mllm: Mllm, monkeypatch, bonus: float = 4.0) -> None:
+    """Let a model begin videos often, which one of random weights hardly ever does."""
+    plain, start = mllm.model.text_logits, mllm.model.vocabulary.video_start
+
+    def text_logits(hidden: torch.Tensor) -> torch.Tensor:
+        logits = plain(hidden)
+        logits[..., start] += bonus
+        return logits
+
+    monkeypatch.setattr(mllm.model, "text_logits", text_logits)

@@ -1,0 +1,181 @@
+"""larp-mllm chat: a conversation whose messages hold text and videos."""
+
+import argparse
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from larp_mllm.cli import options
+
+if TYPE_CHECKING:
+    from larp_mllm.mllm import Mllm
+    from larp_mllm.progress import Progress
+
+DESCRIPTION = """\
+Talk with a language model of training/train_mllm.py. Answers may hold text and videos in any order: text is printed as it
+comes, videos are written into OUT as chat-0.mp4, chat-1.mp4, ..., past what exists already, and their paths are printed.
+With QUESTION it gives one answer; without, each line that is read is a message (a pipe will do), and these are commands:
+  /video PATH    the next message shows this video
+  /new           forget what was said
+Ctrl-D ends the conversation.
+
+examples:
+  larp-mllm chat "what happens here?" --video clip.mp4
+  larp-mllm chat "show me a person surfing" -o out/ --guidance-scale 3
+  larp-mllm chat --text-temperature 0.7 --text-top-k 40
+  printf '/video clip.mp4\\nwhat is it?\\nshow me another\\n' | larp-mllm chat -o out/"""
+COMMANDS = "/video PATH shows a video with the next message, /new forgets what was said"
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "chat", help="talk in text and videos", description=DESCRIPTION, formatter_class=options.Defaults
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("question", nargs="?", help="ask this alone (default: read messages, one a line)")
+    parser.add_argument(
+        "--video",
+        dest="videos",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="a video that the question, or the first message, shows; may be repeated",
+    )
+    parser.add_argument("-o", "--out", type=Path, default=Path(), help="the folder of the answers' videos")
+    options.add_model(parser)
+    options.add_text_sampling(parser.add_argument_group("text"), max_new_tokens=256, prefix="text_")
+    videos = parser.add_argument_group("videos")
+    videos.add_argument("--max-videos", type=int, default=4, help="videos in an answer at most; 0: text alone")
+    options.add_video_sampling(videos, guidance_scale=2.0)
+    options.add_scale(videos)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Answer the question, or one line after another until they end."""
+    from larp.engine.log import check_writable
+    from larp_mllm.checks import check_count
+
+    if arguments.scale is not None:
+        check_count("scale", arguments.scale)
+    check_writable(_next_path(arguments.out))
+    talk = Conversation(arguments)
+    for path in arguments.videos or ():
+        talk.show(path)
+    if arguments.question is not None:
+        talk.say(arguments.question)
+        return
+    talk.open()  # a model that cannot be loaded is told before the first line
+    for line in _lines():
+        try:
+            talk.take(line)
+        except (ValueError, OSError) as error:
+            print(f"larp-mllm: {error}", file=sys.stderr, flush=True)
+
+
+class Conversation:
+    """What was said, and the videos that the next message will show."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.arguments = arguments
+        self.messages: list[dict] = []
+        self.shown: list[dict] = []
+        self.model: Mllm | None = None
+
+    def open(self) -> "Mllm":
+        """Load the model, once."""
+        from larp_mllm.generation import open_model
+
+        if self.model is None:
+            self.model = open_model(**options.model_options(self.arguments))
+        return self.model
+
+    def take(self, line: str) -> None:
+        """A line of a conversation: a message, or a command."""
+        line = line.strip()
+        name, _, argument = line.partition(" ")
+        if name == "/video" and argument.strip():
+            self.show(Path(argument.strip()))
+        elif line == "/new":
+            self.messages, self.shown = [], []
+        elif line.startswith("/"):
+            raise ValueError(f"{line!r} is no command: {COMMANDS}")
+        elif line:
+            self.say(line)
+
+    def show(self, path: Path) -> None:
+        """Let the next message show a video. Raises VideoError."""
+        from larp.data.video import probe
+
+        probe(path)
+        self.shown.append({"type": "video", "video": path})
+
+    def say(self, text: str) -> None:
+        """Send a message and print the answer. After a ValueError the conversation is what it was, without the message."""
+        from larp_mllm.generation import chat
+
+        content, self.shown = [*self.shown, {"type": "text", "text": text}], []
+        messages = [*self.messages, {"role": "user", "content": content}]
+        printer = _Printer(self.arguments)
+        try:
+            answer = chat(
+                messages,
+                max_videos=self.arguments.max_videos,
+                progress=printer,
+                **options.text_sampling(self.arguments, "text_"),
+                **options.video_sampling(self.arguments),
+                model=self.model or self.open(),
+            )
+        finally:
+            printer.close()
+        self.messages = [*messages, answer]
+
+
+class _Printer:
+    """Prints an answer as it comes."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        from tqdm import tqdm
+
+        self.out, self.scale, self.begun = arguments.out, arguments.scale, False
+        self.bar = tqdm(desc="drawing codes", unit="code", delay=2, leave=False)
+
+    def __call__(self, progress: "Progress") -> None:
+        if progress.text:
+            print(progress.text if self.begun else progress.text.lstrip(), end="", flush=True)
+            self.begun = True
+        if progress.kind == "codes":
+            self.bar.total = progress.total
+            self.bar.update(progress.done - self.bar.n)
+        for video in progress.previews or ():
+            self._end_line()
+            print(video.save(_next_path(self.out), self.scale or options.visible_scale(video)), flush=True)
+
+    def close(self) -> None:
+        """End the line that was begun."""
+        self.bar.close()
+        self._end_line()
+
+    def _end_line(self) -> None:
+        if self.begun:
+            print(flush=True)
+        self.begun = False
+
+
+def _next_path(folder: Path) -> Path:
+    return next(path for number in itertools.count() if not (path := folder / f"chat-{number}.mp4").exists())
+
+
+def _lines():
+    """The lines of the standard input; a person at a terminal is asked for them."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    print(f"{COMMANDS}; Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print()
+            return

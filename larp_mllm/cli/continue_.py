@@ -1,0 +1,50 @@
+"""larp-mllm continue: a video that goes on."""
+
+import argparse
+from pathlib import Path
+
+from larp_mllm.cli import options
+
+DESCRIPTION = """\
+Let a video go on, with a language model of training/train_mllm.py that was trained on continuation (tokens extracted with
+--condition-frames). What is written is the whole video, first the frames at hand, resized and cropped to the model's size,
+then the new ones, window by window: the last frames of each are what the next one goes on from. Of a file that was
+filmed faster than the clips the model was trained on every n-th frame counts, as in training. The sound is left out.
+
+examples:
+  larp-mllm continue clip.mp4 --seconds 2                               # clip-continued.mp4
+  larp-mllm continue clip.mp4 --seconds 2 -n 4 -o out/on.mp4            # four ways to go on: out/on-0.mp4 ... out/on-3.mp4
+  larp-mllm continue clip.mp4 --seconds 1 --prompt "a person surfing" --guidance-scale 2"""
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "continue", help="let a video go on", description=DESCRIPTION, formatter_class=options.Defaults
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument("video", type=Path, help="a video file, of any size")
+    parser.add_argument("--seconds", type=float, required=True, help="how much longer the video becomes")
+    parser.add_argument("--prompt", default="", help="what the video shows, if it is to be said")
+    options.add_videos_out(parser, "the video's name-continued")
+    options.add_video_sampling(parser, guidance_scale=1.0)
+    options.add_model(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the videos; print their paths."""
+    from larp.longvideo import check_paths
+    from larp_mllm.generation import continue_video
+
+    stem = f"{arguments.video.stem}-continued"
+    options.check_videos_out(arguments, stem)
+    check_paths(arguments.video, arguments.out or f"{stem}.mp4")
+    videos = continue_video(
+        arguments.video,
+        arguments.seconds,
+        prompt=arguments.prompt,
+        num_videos=arguments.num_videos,
+        **options.video_sampling(arguments),
+        **options.model_options(arguments),
+    )
+    options.save_videos(videos if isinstance(videos, list) else [videos], arguments, stem)

@@ -1,0 +1,42 @@
+"""larp-mllm export: a stock checkpoint for other programs."""
+
+import argparse
+from pathlib import Path
+
+from larp_mllm.cli.options import Defaults
+
+
+def add(commands) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "export",
+        help="write a model as a stock checkpoint that transformers and vLLM serve",
+        description="Writes a checkpoint of the base architecture (Qwen2ForCausalLM, LlamaForCausalLM, ...): the adapter's "
+        "rows as rows of embedding and head, LoRA folded in, the text tokenizer with words for the ids of videos, the video "
+        "tokenizer, and a README.md that shows how to use it from transformers and vLLM.",
+        formatter_class=Defaults,
+    )
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--model",
+        help="folder of a trained model or of its run, or owner/name on the hub (default: see larp-mllm --help)",
+    )
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; it appears when it is whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the model's)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the folder; print it, and how to use it."""
+    from larp_mllm.export import check_target, export
+    from larp_mllm.home import find_model
+
+    import torch
+
+    check_target(arguments.to, arguments.overwrite)
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    folder = export(find_model(arguments.model), arguments.to, overwrite=arguments.overwrite, dtype=dtype)
+    print(folder)
+    print(f"how to use it: {folder / 'README.md'} (transformers, vLLM, and how ids become frames)")

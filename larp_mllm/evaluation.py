@@ -1,0 +1,192 @@
+"""What a language model learned from videos of named classes: bits, agreement with a judge, captions, continuation.
+
+Each function measures one of these on held-out data and returns plain values for a record. Shapes: n clips, T frames of which
+G are given, N codes of a clip.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from larp.data.clips import ClipShape, pixels_to_clip
+from larp.data.datasets import VideoSet, humanize
+from larp.data.extraction import repeat_last
+from larp.data.loader import iterate_once
+from larp.data.tokens import TokenCache
+from larp.metrics.classifier import ClipClassifier, agreement
+from larp.metrics.clipsets import RealClips, countable
+from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
+from larp_mllm.dataset import PHRASINGS, caption_phrases
+from larp_mllm.figures import caption_figures, clustered_mean, code_bits, frequency_bits
+from larp_mllm.mllm import Mllm
+from larp_mllm.sampling import VideoSampling
+from larp_mllm.video import Video
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def clip_shape(mllm: Mllm) -> ClipShape:
+    """The shape of the clips that a model was trained on."""
+    return ClipShape(*mllm.processor.video_tokenizer.config.clip_shape, mllm.model.config.frame_stride)
+
+
+def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch_size: int) -> dict[str, Any]:
+    """Bits per code of the clips of a cache: after a caption, in every phrasing, without one, and what to compare them with.
+
+    train: the training clips, for what knowing no more than how often each code occurs costs. Returns "first_phrasing",
+    "all_phrasings", "without_text" and "text_saves" (without - first), each {"mean", "interval_95"} over the videos;
+    "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
+    """
+    phrases = caption_phrases(cache)
+    prompts = {text: _prompt(mllm, text) for text in {"", *(text for row in phrases for text in row)}}
+
+    def bits(texts: Sequence[str]) -> Tensor:
+        return code_bits(mllm.model, [prompts[text] for text in texts], cache.codes, batch_size)
+
+    # Rows with fewer phrasings than others start again with their first.
+    each = [bits([row[k % len(row)] for row in phrases]) for k in range(max(map(len, phrases)))]
+    without = bits([""] * len(phrases))
+    report = {
+        "first_phrasing": clustered_mean(each[0], cache.videos),
+        "all_phrasings": clustered_mean(torch.stack(each).mean(dim=0), cache.videos),
+        "by_phrasing": [values.mean().item() for values in each],
+        "without_text": clustered_mean(without, cache.videos),
+        "text_saves": clustered_mean(without - each[0], cache.videos),
+        "uniform": math.log2(cache.codebook_size),
+        "num_clips": len(cache),
+        "num_videos": len(cache.videos.unique()),
+    }
+    if train is not None:
+        report["frequencies"] = frequency_bits(train.codes, cache.codes, cache.codebook_size)
+    return report
+
+
+def prompts_of(videos: VideoSet) -> list[tuple[str, ...]]:
+    """For each class the texts that ask for it: the phrasings of its name, or the captions of its videos if they say more."""
+    names = [humanize(name) for name in videos.classes]
+    if all(item.caption in (None, names[item.label]) for item in videos.items):
+        return [tuple(phrasing.format(name) for phrasing in PHRASINGS) for name in names]
+    own = [{item.caption for item in videos.items if item.label == number} for number in range(len(names))]
+    return [tuple(sorted(texts - {None})) or (name,) for name, texts in zip(names, own, strict=True)]
+
+
+def split_evenly(num_videos: int, classes: int) -> list[int]:
+    """The class numbers of so many videos, the classes in turn; ValueError unless each gets equally many."""
+    if num_videos < 1 or num_videos % classes:
+        near = [count * classes for count in (num_videos // classes, num_videos // classes + 1) if count > 0]
+        raise ValueError(
+            f"num_videos={num_videos} is no multiple of the {classes} classes: give {' or '.join(map(str, near))}"
+        )
+    return [number % classes for number in range(num_videos)]
+
+
+def generated_agreement(
+    mllm: Mllm, classifier: ClipClassifier, texts: Sequence[Sequence[str]], num_videos: int, sampling: VideoSampling
+) -> tuple[dict[str, Any], list[list[Video]]]:
+    """How often videos are taken for the class that they were written for: (as `agreement`, the videos of each class).
+
+    texts: for each class the prompts, which come in turn. ValueError unless num_videos is a multiple of the classes.
+    """
+    count = len(texts)
+    labels = split_evenly(num_videos, count)
+    prompts = [texts[label][number // count % len(texts[label])] for number, label in enumerate(labels)]
+    videos = mllm.generate(prompts, sampling=sampling)
+    taken_for = torch.cat([classifier.predict(pixels_to_clip(video.frames)[None]) for video in videos])
+    return agreement(labels, taken_for, classifier.classes), [videos[label::count] for label in range(count)]
+
+
+def caption_accuracy(mllm: Mllm, videos: VideoSet, batch_size: int) -> dict[str, Any]:
+    """How often the likeliest caption of the centre clip of a video names its class: as `caption_figures`, with the 50 most
+    frequent captions and their counts, and the "skipped" videos, which cannot be read. ValueError if none can.
+    """
+    once = iterate_once(videos, clip_shape(mllm), batch_size)
+    wanted: list[int] = []
+    captions: list[str] = []
+    for batch in tqdm(once, desc="describing", unit="batch", delay=2):
+        wanted += batch["label"].tolist()
+        captions += mllm.describe(list(batch["clip"]))
+    if not wanted:
+        raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {once.skipped[0][0]}")
+    frequent = sorted(set(captions), key=lambda text: (-captions.count(text), text))[:50]
+    return caption_figures(captions, wanted, videos.classes) | {
+        "captions": {text: captions.count(text) for text in frequent},
+        "skipped": skipped_entries(once.skipped),
+    }
+
+
+@torch.inference_mode()
+def continuation_figures(
+    mllm: Mllm,
+    videos: VideoSet,
+    num_clips: int,
+    seed: int,
+    samplings: dict[str, VideoSampling],
+    batch_size: int,
+    look: Callable[[str, list[str], Tensor], None],
+) -> dict[str, Any]:
+    """PSNR of frames predicted from the first G frames of real clips, beside what takes no prediction, and bits of the codes.
+
+    Args:
+        videos: labelled; a damaged one is replaced by another window, and named.
+        num_clips, seed: clips drawn from all windows that do not overlap, see `RealClips`.
+        samplings: how to draw, by name; each is measured.
+        look: is told (the name, the videos' names, clips (n, 3, T, 2 H, W) with the original above its prediction).
+
+    Returns what `psnr_figures` does for each way; "above": the gains over copying; "given_frames_regenerated": PSNR of the
+    given frames out of the codes written; "bits_after": bits per code after given frames, text, both, nothing; "skipped".
+    """
+    tokenizer, layout, shape = mllm.processor.video_tokenizer, mllm.processor.layout, clip_shape(mllm)
+    given, device = mllm.model.config.given_frames, tokenizer.codebook.device
+    items, counts, skipped = countable(videos)
+    drawn = RealClips(items, counts, shape, num_clips, seed, batch_size)
+    real, before, whole = [], [], []
+    values: dict[str, list[Tensor]] = {way: [] for way in BASELINES}
+    for cpu_clip in drawn.drawn():
+        clip = cpu_clip.to(device)
+        real.append(cpu_clip)
+        before.append(tokenizer.encode(repeat_last(clip, given)))
+        whole.append(tokenizer.encode(clip))
+        for way, made in baselines(tokenizer, clip, given, before[-1], whole[-1]).items():
+            values[way].append(frame_psnr(clip, made, given))
+    clips, given_codes, codes = torch.cat(real), torch.cat(before).tolist(), torch.cat(whole).cpu()
+    psnrs, seams = {way: torch.cat(parts) for way, parts in values.items()}, {}
+    chosen = [items[video] for video, _ in drawn.windows]
+    for way, sampling in samplings.items():
+        made = mllm.continue_clips(clips[:, :, :given], shape.frames, sampling=sampling)
+        psnrs[way], seams[way] = frame_psnr(clips, made.frames, given), made.seam_psnr.double().mean().item()
+        look(way, [item.name for item in chosen], torch.cat([clips, made.frames], dim=3))
+    texts = prompts_of(videos)
+    spoken = [mllm.processor.encode_text(texts[item.label][0]) for item in chosen]
+    contexts = {
+        "given_frames_and_text": [layout.continuation(*pair) for pair in zip(spoken, given_codes, strict=True)],
+        "given_frames": [layout.continuation([], row) for row in given_codes],
+        "text": [layout.prompt(text) for text in spoken],
+        "nothing": [layout.prompt([])] * len(codes),
+    }
+    groups = torch.tensor([video for video, _ in drawn.windows])
+    return psnr_figures(psnrs) | {
+        "given": given,
+        "frame": list(range(given + 1, shape.frames + 1)),
+        "above": {
+            way: {base: paired_gain((psnrs[way] - psnrs[base]).mean(dim=1)) for base in (COPY, CODED_COPY)}
+            for way in samplings
+        },
+        "given_frames_regenerated": seams,
+        "bits_after": {
+            name: clustered_mean(code_bits(mllm.model, prompts, codes, batch_size), groups)
+            for name, prompts in contexts.items()
+        },
+        "num_clips": len(clips),
+        "skipped": skipped_entries([*skipped, *drawn.skipped]),
+    }
+
+
+def skipped_entries(skipped: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    """(name, reason) of videos that could not be read, as a record says it."""
+    return [{"name": name, "reason": reason} for name, reason in skipped]
+
+
+def _prompt(mllm: Mllm, text: str) -> list[int]:
+    return mllm.processor.layout.prompt(mllm.processor.encode_text(text))

@@ -1,0 +1,139 @@
+"""What a language model with video vocabulary knows, in figures: bits for codes, and classes read out of captions.
+
+Shapes: n clips, N codes of a clip, K codebook size, C classes.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from larp.data.datasets import humanize
+from larp.metrics.classifier import wilson
+from larp_mllm.dataset import PHRASINGS
+from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.sequence import check_length
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+
+@torch.inference_mode()
+def code_bits(
+    model: LarpMllmForCausalLM, prompts: Sequence[Sequence[int]], codes: Tensor, batch_size: int = 32
+) -> Tensor:
+    """Bits per code that the model needs for clips after their prompts, teacher-forced: float64 (n,) on the CPU.
+
+    Args:
+        prompts: n lists of ids that end in video_start, such as `Layout.prompt` and `Layout.continuation` give.
+        codes: (n, N) in [0, K).
+        batch_size: clips in one pass; it does not change the figure beyond rounding.
+
+    Only codes can stand where a code is due, so the K code logits alone are compared. ValueError if the numbers differ or
+    the ids exceed the positions of the base model.
+    """
+    if len(prompts) != len(codes):
+        raise ValueError(f"{len(prompts)} prompts for the codes of {len(codes)} clips; need one for each")
+    count, bits = codes.shape[1], torch.empty(len(codes), dtype=torch.float64)
+    longest = max(map(len, prompts), default=0)
+    check_length(longest + count, model.config.text_config.max_position_embeddings, "scoring: the prompt and the video")
+    # Sorted by length, a pass holds little padding.
+    order = sorted(range(len(codes)), key=lambda row: len(prompts[row]))
+    for first in tqdm(range(0, len(order), batch_size), desc="scoring codes", unit="batch", delay=2, leave=False):
+        rows = order[first : first + batch_size]
+        lengths = torch.tensor([len(prompts[row]) for row in rows])
+        ids = torch.zeros(len(rows), int(lengths.max()) + count, dtype=torch.int64)
+        for place, row in enumerate(rows):
+            own = [*prompts[row], *model.vocabulary.code_to_id(codes[row].long()).tolist()]
+            ids[place, : len(own)] = torch.tensor(own)
+        # Padding stands on the right, where nothing that counts can see it.
+        states = model.base.base_model(
+            inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
+        ).last_hidden_state
+        places = (lengths[:, None] - 1 + torch.arange(count)).to(states.device)
+        logits = model.code_logits(states.take_along_dim(places[..., None], dim=1)).float()
+        wanted = codes[rows].long().to(logits.device)
+        nats = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none").double()
+        bits[rows] = (nats.mean(dim=1) / math.log(2)).cpu()
+    return bits
+
+
+def clustered_mean(values: Tensor, groups: Tensor) -> dict[str, Any]:
+    """The mean of values (n,) with its 95 % interval, where those of one group int64 (n,) are alike (clips of one video).
+
+    The interval is None for fewer than two groups.
+    """
+    values = values.double()
+    mean = values.mean().item()
+    _, place = groups.unique(return_inverse=True)
+    number = int(place.max()) + 1
+    if number < 2:
+        return {"mean": mean, "interval_95": None}
+    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, place, values - mean)
+    reach = 1.96 * math.sqrt(sums.square().sum().item() * number / (number - 1)) / len(values)
+    return {"mean": mean, "interval_95": [mean - reach, mean + reach]}
+
+
+def frequency_bits(train: Tensor, held_out: Tensor, codebook_size: int) -> dict[str, float]:
+    """What knowing only how often each code occurs is worth, in bits per code: codes (n, N) and (m, N) in [0, K).
+
+    Returns entropy (of the training codes' frequencies) and held_out (what the held-out codes cost by these, with one added
+    to each count, so that a code that training never saw has a price).
+    """
+    counts = torch.bincount(train.long().flatten(), minlength=codebook_size).double()
+    seen = counts[counts > 0] / counts.sum()
+    cost = -((counts + 1) / (counts.sum() + codebook_size)).log2()
+    return {"entropy": -(seen * seen.log2()).sum().item(), "held_out": cost[held_out.long()].mean().item()}
+
+
+def class_in_caption(caption: str, classes: Sequence[str], phrasings: Sequence[str] = PHRASINGS) -> int | None:
+    """The number of the class that a caption names, None if it names none or several alike.
+
+    classes: names as data sets spell them ("PlayingPiano"). A caption that is a class in one of `phrasings` names it. Else it
+    is the class whose words all occur in the caption, in any order; of several, the one with the most words, as "walking"
+    is part of "walking with a dog". Case, punctuation and white space do not count.
+    """
+    said = _words(caption)
+    names = [humanize(name) for name in classes]
+    exact = [number for number, name in enumerate(names) if said in [_words(p.format(name)) for p in phrasings]]
+    if len(exact) == 1:
+        return exact[0]
+    found = {number: len(_words(name)) for number, name in enumerate(names) if set(_words(name)) <= set(said)}
+    most = [number for number, words in found.items() if words == max(found.values())]
+    return most[0] if len(most) == 1 else None
+
+
+def caption_figures(captions: Sequence[str], wanted: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+    """How often captions (n,) name the class of their video, `wanted` (n,) in [0, C); a caption that names none is wrong.
+
+    Returns accuracy with Wilson's interval of 95 %, chance (1 / C), most_frequent (what always naming the most frequent class
+    would reach), num_clips, unread (captions that name no class), by_class (name -> share) and confusion: for each wanted
+    class the counts of the classes named, in the order of `classes`, and last of those that were unread. ValueError if the
+    lengths differ or there is no caption.
+    """
+    if len(captions) != len(wanted) or not len(wanted):
+        raise ValueError(f"{len(captions)} captions for {len(wanted)} videos; need one for each, at least 1")
+    confusion = [[0] * (len(classes) + 1) for _ in classes]
+    for caption, label in zip(captions, wanted, strict=True):
+        named = class_in_caption(caption, classes)
+        confusion[label][len(classes) if named is None else named] += 1
+    sums = [sum(row) for row in confusion]
+    hits = sum(row[number] for number, row in enumerate(confusion))
+    return {
+        "accuracy": hits / len(wanted),
+        "interval_95": wilson(hits, len(wanted)),
+        "chance": 1 / len(classes),
+        "most_frequent": max(sums) / len(wanted),
+        "num_clips": len(wanted),
+        "unread": sum(row[-1] for row in confusion),
+        "by_class": {
+            name: confusion[number][number] / sums[number] for number, name in enumerate(classes) if sums[number]
+        },
+        "confusion": confusion,
+    }
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())

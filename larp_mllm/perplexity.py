@@ -1,0 +1,78 @@
+"""How well a model predicts plain text: measured before and after training, it says how much was lost.
+
+Shapes: S ids of a piece, n scored positions, H hidden width, V rows of the base model's head.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.text_data import TextSet
+
+import torch
+from torch import Tensor
+
+SHIPPED = Path(__file__).parent / "held_out_text.txt"
+"""Plain English about everyday things, written for this purpose; for runs without held-out text of their own."""
+_CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
+
+
+def shipped_text() -> list[str]:
+    """The held-out text that comes with the package, as documents."""
+    return [SHIPPED.read_text(encoding="utf-8").strip()]
+
+
+def text_perplexity(model, processor, documents: Sequence[str], length: int) -> dict[str, float]:
+    """Score `documents`, cut into pieces of at most `length` ids.
+
+    model: a LarpMllmForCausalLM, or a plain causal LM for comparison; processor: gives encode_text and layout. Returns
+    tokens (how many were scored), nll (nats per token) and perplexity, both over text ids alone, so that they compare with the base
+    model's; of a LarpMllmForCausalLM also video_start and video_end, the mean probability that each has where text goes
+    on. ValueError for documents without a token to score.
+    """
+    pieces = TextSet(list(documents), processor.encode_text, processor.layout, length)
+    return score_text(model, [pieces[index] for index in range(len(pieces))])
+
+
+@torch.no_grad()
+def score_text(model, pieces: Sequence[TokenSequence]) -> dict[str, float]:
+    """`text_perplexity` of pieces that are encoded already."""
+    with_video = isinstance(model, LarpMllmForCausalLM)
+    sums = torch.zeros(4, dtype=torch.float64)  # nll, positions, video_start, video_end
+    training = model.training
+    model.eval()
+    try:
+        for piece in pieces:
+            labels = piece.labels[1:].to(model.device)
+            scored = labels != IGNORE
+            base = model.base if with_video else model
+            hidden = base.base_model(input_ids=piece.ids[None].to(model.device), use_cache=False).last_hidden_state
+            hidden, targets = hidden[0, :-1][scored], labels[scored]
+            for first in range(0, len(targets), _CHUNK):
+                part = slice(first, first + _CHUNK)
+                sums += _score(model, base, hidden[part], targets[part], with_video)
+    finally:
+        model.train(training)
+    count = int(sums[1])
+    if not count:
+        raise ValueError("the held-out text has no token to score: give a longer one with --eval-text txt:FILE")
+    nll = sums[0].item() / count
+    # Above this e^x is no float any more; a model that bad needs no exact figure.
+    scores = {"tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    if with_video:
+        scores |= {"video_start": sums[2].item() / count, "video_end": sums[3].item() / count}
+    return scores
+
+
+def _score(model, base, hidden: Tensor, targets: Tensor, with_video: bool) -> Tensor:
+    """hidden (n, H), targets (n,) -> float64 (4,): summed nll over text ids, n, summed probabilities of the controls."""
+    text = base.get_output_embeddings()(hidden).float()
+    nll = torch.nn.functional.cross_entropy(text, targets, reduction="sum")
+    controls = torch.zeros(2, device=text.device)
+    if with_video:
+        logits = (hidden @ model.adapter.control_rows().T).float()
+        every = torch.logaddexp(text.logsumexp(-1), logits.logsumexp(-1))
+        controls = (logits - every[:, None]).exp().sum(0)
+    return torch.stack([nll.double(), nll.new_tensor(len(targets)).double(), *controls.double()]).cpu()

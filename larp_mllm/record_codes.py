@@ -1,0 +1,176 @@
+"""The videos of records: which files may be read, and their codes, encoded once and kept in files.
+
+folder/<tokenizer and clip>-<videos>.safetensors   codes of some videos; each file appears whole or not at all
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from larp.data.clips import ClipShape, frames_to_clip
+from larp.data.extraction import read_windows
+from larp.data.listing import VideoItem
+from larp.data.threads import in_order
+from larp.data.tokens import CODE_VERSION, file_state
+from larp.data.video import VideoError, probe, read_video
+from larp.tokenizer import LarpTokenizer
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+# A colon that only names have; FFmpeg would take what is before it for a protocol, such as concat: or http:.
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+_CHUNK = 64
+"""Videos in one file; so many at most are encoded again after an interruption."""
+_BATCH = 8
+"""Clips in one pass of the tokenizer."""
+_WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A clip of a video file: from `start` seconds on, or (None) its middle."""
+
+    path: Path
+    start: float | None
+
+
+def check_start(start: object, where: str) -> float | None:
+    """`start` as seconds; ValueError unless it is absent or a number of 0 or more."""
+    if start is None:
+        return None
+    if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < math.inf:
+        raise ValueError(f'{where}: "start" must be a number of seconds of 0 or more, got {start!r}')
+    return float(start)
+
+
+def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path:
+    """The file that a record calls `name`, relative to `root`, with links and .. resolved.
+
+    Raises ValueError for what is no name, a URL or another protocol, a file outside of `root` unless `allow_outside`,
+    and a file that is not there.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise ValueError(f"{where}: a video must be the name of a file, got {name!r}")
+    if _PROTOCOL.match(name):
+        raise ValueError(
+            f"{where}: {name} looks like a URL or protocol, and none is opened: download the video, and name the file "
+            f"(a file that is really called so: ./{name})"
+        )
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+        inside, there = path.is_relative_to(base), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long
+        raise ValueError(f"{where}: {name} cannot be found ({error}): give the name of a video file") from None
+    if not inside and not allow_outside:
+        raise ValueError(
+            f"{where}: {name} lies at {path}, outside of the data root {base}: move it there, set --data-root to a folder "
+            "that holds it, or allow videos outside with --allow-outside"
+        )
+    if not there:
+        raise ValueError(
+            f"{where}: there is no video file {path}: names are relative to {base} (--data-root changes it)"
+        )
+    return path
+
+
+def encode_excerpts(
+    excerpts: Iterable[Excerpt], tokenizer: LarpTokenizer, cache: Path, stride: int
+) -> tuple[dict[Excerpt, Tensor], dict[Excerpt, str]]:
+    """Excerpts -> (codes int (N,) of each, why the others cannot be read); each is read once, and never again.
+
+    Args:
+        tokenizer: on the device that it should run on.
+        cache: the folder of the files; codes found there are taken, unless the video or the tokenizer is another.
+        stride: every n-th frame of the file is one of the clip.
+
+    Raises ValueError if the folder cannot be written to, or a file in it is damaged.
+    """
+    shape = ClipShape(*tokenizer.config.clip_shape, stride)
+    made_with = [tokenizer.weight_hash(), CODE_VERSION, stride, *tokenizer.config.clip_shape]
+    prefix = _digest(made_with)
+    codes = _read_cache(cache, prefix)
+    keys = {excerpt: _digest([str(excerpt.path), excerpt.start, *file_state(excerpt.path)]) for excerpt in excerpts}
+    missing = [excerpt for excerpt, key in keys.items() if key not in codes]
+    reasons: dict[Excerpt, str] = {}
+    with tqdm(total=len(missing), desc="encoding videos of records", unit="video", delay=1) as bar:
+        for first in range(0, len(missing), _CHUNK):
+            chunk = missing[first : first + _CHUNK]
+            found = {}
+            for excerpt, row in _encode(chunk, tokenizer, shape):
+                if isinstance(row, Tensor):
+                    found[keys[excerpt]] = row
+                else:
+                    reasons[excerpt] = str(row)
+                bar.update()
+            if found:
+                _write_cache(cache / f"{prefix}-{_digest(sorted(found))}.safetensors", found)
+            codes |= found
+    return {excerpt: codes[key] for excerpt, key in keys.items() if key in codes}, reasons
+
+
+def _encode(excerpts: list[Excerpt], tokenizer: LarpTokenizer, shape: ClipShape):
+    """Yield (excerpt, codes or the VideoError) in batches of the tokenizer."""
+    device = next(tokenizer.parameters()).device
+    small = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
+    waiting: list[tuple[Excerpt, Tensor]] = []
+    clips = in_order(lambda excerpt: _clip_or_error(excerpt, shape), excerpts, _WORKERS)
+    for number, (excerpt, clip) in enumerate(zip(excerpts, clips, strict=True), 1):
+        if isinstance(clip, VideoError):
+            yield excerpt, clip
+        else:
+            waiting.append((excerpt, clip))
+        if waiting and (len(waiting) == _BATCH or number == len(excerpts)):
+            encoded = tokenizer.encode(torch.stack([clip for _, clip in waiting]).to(device)).cpu().to(small)
+            yield from zip([excerpt for excerpt, _ in waiting], encoded, strict=True)
+            waiting = []
+
+
+def _clip_or_error(excerpt: Excerpt, shape: ClipShape) -> Tensor | VideoError:
+    try:
+        if excerpt.start is None:
+            return read_windows(VideoItem(excerpt.path, excerpt.path.name), shape, 1)[0].clip
+        first = round(excerpt.start * probe(excerpt.path).fps)
+        frames = read_video(excerpt.path, first, shape.frames, shape.stride)[0]
+        return frames_to_clip(frames, shape.height, shape.width)
+    except VideoError as error:
+        return error
+
+
+def _read_cache(folder: Path, prefix: str) -> dict[str, Tensor]:
+    codes: dict[str, Tensor] = {}
+    for path in sorted(folder.glob(f"{prefix}-*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                rows, keys = file.get_tensor("codes"), json.loads(file.metadata()["videos"])
+            codes |= zip(keys, rows, strict=True)
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): delete this file; its videos are then encoded again"
+            ) from error
+    return codes
+
+
+def _write_cache(path: Path, codes: dict[str, Tensor]) -> None:
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"codes": torch.stack(list(codes.values()))}, part, metadata={"videos": json.dumps(list(codes))})
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"the codes of videos cannot be written to {path.parent} ({error}): choose another folder"
+        ) from error
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]

@@ -1,0 +1,257 @@
+"""JSONL records of text and videos in any order, and chats with videos, as token sequences.
+
+    {"text": "first <video>, then <video>", "videos": ["a.mp4", {"path": "b.mp4", "start": 2.5, "loss": false}]}
+    {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What is it?"}]},
+                  {"role": "assistant", "content": "A wave."}]}
+
+In the first form all is learned, unless "loss" of the record or a video says otherwise; in the second what the assistant
+says. Videos are names of files below the data root, by default the folder of the JSONL file.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from larp.data.listing import text_lines
+from larp_mllm.conversation import chat_parts, chat_segments, check_loss, check_text
+from larp_mllm.processing import LarpMllmProcessor
+from larp_mllm.record_codes import Excerpt, check_start, encode_excerpts, find_video
+from larp_mllm.sequence import (
+    PLACEHOLDER,
+    TokenSequence,
+    check_length,
+    check_placeholders,
+    encode,
+    interleaved,
+)
+
+from torch import Tensor
+from tqdm import tqdm
+
+_SHOWN = 5
+"""Bad records that an error lists."""
+_FORMS = '{"messages": [...]}, or {"text": "... <video> ...", "videos": [...]}'
+
+
+class RecordSet:
+    """Token sequences of records: `records[i]`, each with the name FILE:LINE in `names`."""
+
+    def __init__(self, sequences: Iterable[TokenSequence], names: Sequence[str]):
+        # Half the memory, which many records need for as long as training lasts.
+        self._rows = [(sequence.ids.int(), sequence.labels.int()) for sequence in sequences]
+        self.names = tuple(names)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> TokenSequence:
+        ids, labels = self._rows[number]
+        return TokenSequence(ids.long(), labels.long())
+
+    @property
+    def longest(self) -> int:
+        """How many ids the longest record has."""
+        return max(len(ids) for ids, _ in self._rows)
+
+
+@dataclass(frozen=True)
+class _Interleaved:
+    """A record of the form text and videos, read and checked."""
+
+    name: str
+    text: str
+    loss: bool
+    parts: tuple[tuple[Excerpt, bool], ...]
+
+    @property
+    def videos(self) -> list[Excerpt]:
+        return [video for video, _ in self.parts]
+
+    def sequence(self, processor: LarpMllmProcessor, codes: Mapping[Excerpt, Tensor]) -> TokenSequence:
+        videos = [(codes[video].tolist(), loss) for video, loss in self.parts]
+        segments = interleaved(self.text, videos, processor.encode_text, self.loss, self.name)
+        return encode(segments, processor.layout)
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A record of messages, read and checked; the "video" of each video part is an Excerpt."""
+
+    name: str
+    messages: list[dict[str, Any]]
+
+    @property
+    def videos(self) -> list[Excerpt]:
+        parts = [part for message in self.messages for part in message["content"]]
+        return [part["video"] for part in parts if part["type"] == "video"]
+
+    def sequence(self, processor: LarpMllmProcessor, codes: Mapping[Excerpt, Tensor]) -> TokenSequence:
+        def codes_of(part: dict) -> list[int]:
+            return codes[part["video"]].tolist()
+
+        segments = chat_segments(self.messages, processor.tokenizer, processor.encode_text, codes_of, self.name)
+        return encode(segments, processor.layout, framed=False)
+
+
+def open_records(
+    paths: str | Path | Sequence[str | Path],
+    processor: LarpMllmProcessor,
+    *,
+    data_root: str | Path | None = None,
+    allow_outside: bool = False,
+    cache: str | Path,
+    stride: int = 1,
+    positions: int | None = None,
+) -> RecordSet:
+    """Read JSONL files of records, encode their videos, and make token sequences of them.
+
+    Args:
+        paths: one file or several.
+        processor: its video tokenizer encodes, on the device where it is.
+        data_root: the folder that video names are relative to and must lie in, links resolved; None: that of each file.
+        allow_outside: take videos from elsewhere, too.
+        cache: the folder in which codes are kept, see larp_mllm/record_codes.py; if one process has been through, others
+            only read there.
+        stride: every n-th frame of a video is one of its clip. Of a video longer than a clip the middle is taken, or what
+            begins at its "start" (seconds).
+        positions: of the base model; None: records may be as long as they are.
+
+    Raises ValueError that lists the first bad records as FILE:LINE with what is wrong: another form, unknown keys, other
+    numbers of placeholders and videos, URLs, videos that are missing, outside of the root, unreadable or too short,
+    records in which nothing is learned, and such as have more ids than `positions`.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    problems = _Problems()
+    records = [record for path in paths for record in _read(path, data_root, allow_outside, problems)]
+    problems.check()
+    excerpts = dict.fromkeys(video for record in records for video in record.videos)
+    codes, reasons = encode_excerpts(excerpts, processor.video_tokenizer, Path(cache), stride)
+    found = RecordSet(_sequences(records, processor, codes, reasons, positions, problems), [r.name for r in records])
+    problems.check()
+    return found
+
+
+def _sequences(records, processor, codes, reasons, positions: int | None, problems) -> Iterator[TokenSequence]:
+    for record in tqdm(records, desc="reading records", unit="record", delay=1):
+        with problems.noted():
+            if bad := next((video for video in record.videos if video in reasons), None):
+                raise ValueError(f"{record.name}: {reasons[bad]}: mend the video, or leave the record out")
+            yield _sequence(record, processor, codes, positions)
+
+
+def _sequence(record: _Interleaved | _Chat, processor, codes, positions: int | None) -> TokenSequence:
+    sequence = record.sequence(processor, codes)
+    if not sequence.targets:
+        raise ValueError(
+            f'{record.name}: nothing in it is learned: set "loss" to true for a text or video, or leave it out'
+        )
+    if positions is not None:
+        check_length(len(sequence.ids), positions, record.name)
+    return sequence
+
+
+# Reading
+
+
+class _Problems:
+    """Collects what is wrong with records, so that one run shows more than the first of them."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.found.append(str(error))
+
+    def check(self) -> None:
+        """Raise ValueError if something was found."""
+        if len(self.found) == 1:
+            raise ValueError(self.found[0])
+        if self.found:
+            more = len(self.found) - _SHOWN
+            lines = [*self.found[:_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
+            raise ValueError("\n  ".join([f"{len(self.found)} bad records:", *lines]))
+
+
+def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
+    try:
+        lines = text_lines(path, "records")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    root = path.parent if data_root is None else Path(data_root)
+    if not root.is_dir():
+        raise ValueError(f"--data-root {root}: there is no such folder: give the one that holds the videos")
+    records, count = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        count += 1
+        with problems.noted():
+            records.append(_record(_parsed(line, name := f"{path}:{number}"), name, root, allow_outside))
+    if not count:
+        raise ValueError(f"{path}: holds no record; a line is {_FORMS}")
+    return records
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        given = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise ValueError(f"{where}: broken JSON: {error}") from None
+    if not isinstance(given, dict) or not given:
+        raise ValueError(f"{where}: a record must be an object, {_FORMS}, got {line.strip()[:40]}")
+    return given
+
+
+def _record(given: dict[str, Any], name: str, root: Path, allow_outside: bool) -> _Interleaved | _Chat:
+    def excerpt(video: Any, start: Any, where: str) -> Excerpt:
+        return Excerpt(find_video(video, root, allow_outside, where), check_start(start, where))
+
+    if "messages" in given:
+        _check_keys(given, {"messages"}, name)
+        return _Chat(name, _with_excerpts(given["messages"], name, excerpt))
+    _check_keys(given, {"text", "videos", "loss"}, name)
+    if "text" not in given:
+        raise ValueError(f"{name}: neither messages nor a text: a record is {_FORMS}")
+    text, loss = check_text(given["text"], f"{name}: text"), check_loss(given, True, name)
+    videos = given.get("videos", [])
+    if not isinstance(videos, list):
+        raise ValueError(f"{name}: videos must be a list, got {type(videos).__name__}")
+    if not text.strip():
+        raise ValueError(f"{name}: the record is empty: give it a text with {PLACEHOLDER} where a video stands")
+    check_placeholders(text.count(PLACEHOLDER), len(videos), name)
+    parts = []
+    for number, video in enumerate(videos, 1):
+        where = f"{name}, video {number}"
+        video = video if isinstance(video, dict) else {"path": video}
+        _check_keys(video, {"path", "start", "loss"}, where)
+        parts.append((excerpt(video.get("path"), video.get("start"), where), check_loss(video, loss, where)))
+    return _Interleaved(name, text, loss, tuple(parts))
+
+
+def _with_excerpts(messages: Any, name: str, excerpt) -> list[dict[str, Any]]:
+    found = []
+    for number, (message, parts) in enumerate(zip(messages, chat_parts(messages, name), strict=True), 1):
+        content = []
+        for part in parts:
+            if part.text is not None:
+                content.append({"type": "text", "text": part.text, "loss": part.loss})
+                continue
+            where = f"{name}: message {number}"
+            video = excerpt(part.given.get("video", part.given.get("path")), part.given.get("start"), where)
+            content.append({"type": "video", "video": video, "loss": part.loss})
+        found.append({"role": message["role"], "content": content})
+    return found
+
+
+def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known))}")

@@ -1,0 +1,156 @@
+"""What a run of training/train_mllm.py says about itself: training.json in the model folder, and how to read it."""
+
+import json
+import resource
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from larp.engine.log import read_metrics, write_json
+from larp.metrics.protocols import versions
+from larp_mllm.home import RUN_MODEL
+
+TRAINING = "training.json"
+REPORT = "report.json"
+CONFIG = "config.json"
+
+
+def surroundings() -> dict[str, Any]:
+    """What a report says about the machine: versions, and the most memory that this process has had, in GiB."""
+    known = versions() | {name: metadata.version(name) for name in ("transformers", "peft", "deepspeed")}
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"versions": known, "peak_memory_gib": round(most, 2)}
+
+
+def write_report(report: dict[str, Any], run: Path) -> None:
+    """Write the report into the run folder and, as training.json, into its model folder."""
+    write_json(run / RUN_MODEL / TRAINING, report)
+    write_json(run / REPORT, report)
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """What is known of the training of a model folder or a run folder: its report, or how far the run has come.
+
+    A run has "run" (its folder), "config" (its options) and "last" (its last line of metrics); "report" is there once
+    the model is. Raises ValueError for a folder that is neither, and for a model without training.json.
+    """
+    folder = Path(folder)
+    if (report := _read(folder / TRAINING)) is not None:
+        return {"report": report}
+    options = _read(folder / CONFIG) or {}
+    if "joint" in options and "align" in options:
+        last = (read_metrics(folder) or [None])[-1]
+        found: dict[str, Any] = {
+            "run": str(folder),
+            "config": _read(folder / "config.resumed.json") or options,
+            "last": last,
+        }
+        report = _read(folder / RUN_MODEL / TRAINING)
+        return found | ({"report": report} if report is not None else {})
+    if (report := _read(folder / RUN_MODEL / TRAINING)) is not None:
+        return {"report": report}
+    if any((where / "model.safetensors").is_file() for where in (folder, folder / RUN_MODEL)):
+        raise ValueError(
+            f"{folder} holds a model without {TRAINING}: it was trained before that file was written, or copied without it; "
+            "nothing is known about its training"
+        )
+    raise ValueError(
+        f"{folder} is no folder of a model or of a run of training/train_mllm.py"
+        f"{'' if folder.is_dir() else ' (there is no such folder)'}: give OUT or OUT/{RUN_MODEL}"
+    )
+
+
+def describe_training(found: dict[str, Any]) -> str:
+    """`read_training` in words, a fact a line. ValueError if what was written down is not whole."""
+    report = found.get("report")
+    try:
+        lines = [] if report is None else _finished(report)
+        if "config" in found and (report is None or report["steps"] < _total(found["config"])):
+            lines = [*_under_way(found), *lines]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{TRAINING} or {CONFIG} is not as training/train_mllm.py writes it ({type(error).__name__}: {error}): --json "
+            "prints what is there"
+        ) from error
+    return "\n".join(lines)
+
+
+def headline(report: dict[str, Any]) -> list[str]:
+    """The figures of a report in a few lines."""
+    lines, score = [], report.get("eval") or {}
+    named = (
+        ("video_bits", "{:.2f} bits per video token"),
+        ("text_nll", "{:.3f} nats per caption token"),
+        ("chat_bits", "{:.2f} bits per video token in a chat"),
+        ("continuation_bits", "{:.2f} bits per video token after given frames"),
+        ("records_video_bits", "{:.2f} bits per video token of records"),
+        ("records_text_nll", "{:.3f} nats per text token of records"),
+    )
+    if told := [form.format(score[name]) for name, form in named if name in score]:
+        lines.append(f"held out: {', '.join(told)}")
+    if text := report.get("text"):
+        before, after = text["before"], text.get("after")
+        change = "" if after is None else f" -> {after['perplexity']:.4g}"
+        lines.append(
+            f"text:     perplexity {before['perplexity']:.4g}{change} ({before['tokens']} tokens of {text['data']})"
+        )
+    return lines
+
+
+def _finished(report: dict[str, Any]) -> list[str]:
+    lines = [f"base:     {report['base']}, {report['adapter']} adapter"]
+    for stage in report["stages"]:
+        rates = ", ".join(f"{name} {stage[name]:g}" for name in ("adapter_lr", "llm_lr") if name in stage)
+        what = {"adapter": "adapter alone", "full": "everything"}.get(
+            stage["trained"], f"LoRA of rank {stage.get('lora_rank')}"
+        )
+        time = f", {stage['seconds']:.0f} s" if "seconds" in stage else ""
+        lines.append(
+            f"stage:    {stage['name']}, {stage['steps']} steps, {what} ({stage['parameters']:,} parameters), {rates}{time}"
+        )
+    lines.append("tasks:    " + ", ".join(f"{name} {share:.0%}" for name, share in report["tasks"].items() if share))
+    for name, text in (("tokens", "clips of"), ("eval_tokens", "held-out clips of")):
+        if part := report["data"].get(name):
+            lines.append(f"data:     {part['clips']} {text} {part.get('data', 'a token cache')}")
+    if records := report["data"].get("records"):
+        lines.append(f"data:     {records['trained_on']} records, {records['held_out']} held out")
+    if pieces := report["data"].get("text_pieces"):
+        lines.append(f"data:     {pieces} pieces of text")
+    lines += headline(report)
+    lines.append(f"took:     {report['steps']} steps of {report['batch_size']} records, {report['seconds']:.0f} s, "
+                 f"{report['peak_memory_gib']:.1f} GiB at most in one process")  # fmt: skip
+    lines.append("with:     " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))
+    return lines
+
+
+def _under_way(found: dict[str, Any]) -> list[str]:
+    last, total = found["last"], _total(found["config"])
+    if last is None:
+        return [f"run:      {found['run']} has written no metrics yet, of {total} steps"]
+    told = [
+        f"{name} {last[name]:.4g}"
+        for name in ("video_bits", "video_accuracy", "text_nll", "text_accuracy")
+        if last.get(name) is not None
+    ]
+    return [
+        f"run:      {found['run']} is at step {last['step']} of {total}, in the stage {last.get('stage', '?')}; still "
+        "training, or stopped (go on with it with --resume)",
+        f"last:     {', '.join(told)}",
+    ]
+
+
+def _total(config: dict[str, Any]) -> int:
+    return config["align"]["steps"] + config["joint"]["steps"]
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None if the file is not there. ValueError if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy the folder again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object: copy the folder again")
+    return found

@@ -1,0 +1,82 @@
+"""What shows how far a language model is, while it trains and at the end: videos for captions, captions for videos."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from larp.data.clips import contact_sheet
+from larp.engine.log import write_json
+from larp_mllm.dataset import CaptionedVideos, evaluation_rows
+from larp_mllm.mllm import Mllm
+from larp_mllm.sampling import TextSampling, VideoSampling
+from larp_mllm.writer import draw_text
+
+SHEET, CAPTIONS = "sheet.png", "captions.json"
+_SMALLEST = 256  # pixels of height that an MP4 is scaled up to, so that players show it well
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The videos and captions that are sampled in training; ValueError for values out of range."""
+
+    every: int = 0
+    """Steps from one folder samples/step-NUMBER (contact sheet, captions) of the weights of that moment to the next; 0 makes none."""
+    videos: int = 8
+    """How many, then and when training ends, for captions of held-out videos, which are captioned in turn. 0 samples nothing."""
+    guidance_scale: float = 2.0
+    temperature: float = 1.0
+
+    def __post_init__(self):
+        for name in ("every", "videos"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be 0 (none) or more")
+        self.drawing(0)
+
+    def drawing(self, seed: int) -> VideoSampling:
+        """How codes are drawn."""
+        return VideoSampling(guidance_scale=self.guidance_scale, temperature=self.temperature, seed=seed)
+
+
+def write_samples(
+    mllm: Mllm, held_out: CaptionedVideos, config: SamplingConfig, seed: int, folder: Path, movies: bool
+) -> list[str]:
+    """Write a contact sheet of videos for held-out captions, captions.json of held-out videos, and MP4s if `movies`.
+
+    Returns the files, the sheet first. The prompts are the first different captions of rows spread over the set; each
+    video described is the one that its caption stands for.
+    """
+    chosen: dict[str, int] = {}
+    for row in evaluation_rows(len(held_out), len(held_out)):
+        chosen.setdefault(held_out.phrases[row][0], row)
+    rows = [list(chosen.values())[i] for i in evaluation_rows(len(chosen), config.videos)]
+    if not rows:
+        return []
+    texts = [held_out.phrases[row][0] for row in rows]
+    videos = mllm.generate(texts, sampling=config.drawing(seed))
+    folder.mkdir(parents=True, exist_ok=True)
+    contact_sheet([video.frames for video in videos], texts, folder / SHEET)
+    write_json(folder / CAPTIONS, describe_rows(mllm, held_out, rows))
+    files = [folder / SHEET, folder / CAPTIONS]
+    if movies:
+        scale = max(1, _SMALLEST // videos[0].frames.shape[1])
+        for number, (video, text) in enumerate(zip(videos, texts, strict=True)):
+            slug = re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-")
+            files.append(video.save(folder / f"{number:02d}-{slug}.mp4", scale))
+    return [str(path) for path in files]
+
+
+def describe_rows(mllm: Mllm, data: CaptionedVideos, rows: list[int]) -> list[dict[str, Any]]:
+    """What the model writes for the codes of some rows, beside what they may be called."""
+    layout = mllm.processor.layout
+    questions = [layout.question(data.cache.codes[row].tolist()) for row in rows]
+    stops = [] if layout.eos is None else [layout.eos]
+    answers = draw_text(mllm.model, questions, TextSampling(), stops)
+    return [
+        {
+            "video": data.cache.names[row],
+            "captions": list(data.phrases[row]),
+            "described": mllm.processor.decode_text(ids),
+        }
+        for row, ids in zip(rows, answers, strict=True)
+    ]

@@ -1,0 +1,159 @@
+"""The stages of a training: `align` (the language model frozen, the adapter trained), then `joint` (LoRA or all).
+
+    plan = stages(AlignConfig(), JointConfig())     # one after the other; 0 steps leave a stage out
+    stage = stage_at(plan, step)                    # steps are counted over both
+
+What goes from one to the next is a file, the adapter's whole weights: it is the same whatever ZeRO stage cut them up.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from larp.engine.sharding import whole
+from larp_mllm.finetuning import Method, TrainedPart
+from larp_mllm.modeling import LarpMllmForCausalLM
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+ADAPTER_FILE = Path("align", "adapter.safetensors")
+_MOST_WARMUP = 50
+_LLM_LR = {"lora": 1e-4, "full": 2e-5}
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The stage in which the language model is frozen and the adapter is trained."""
+
+    steps: int = 500
+    """0 leaves the stage out."""
+    adapter_lr: float = 1e-3
+    warmup: int | None = None
+    """Steps over which the rate rises; by default a tenth of the stage, at most 50."""
+
+    def __post_init__(self):
+        _check(self, "align", "adapter_lr")
+
+
+@dataclass(frozen=True)
+class JointConfig:
+    """The stage in which the language model learns as well."""
+
+    steps: int = 2000
+    """0 leaves the stage out."""
+    method: Method = "lora"
+    """Low-rank updates beside the projections of the language model (LoRA), which are folded in at the end, or all its weights."""
+    adapter_lr: float = 5e-4
+    llm_lr: float | None = None
+    """Learning rate of the language model; by default 1e-4 for LoRA and 2e-5 for all weights."""
+    lora_rank: int = 32
+    lora_alpha: int | None = None
+    """The updates count lora_alpha / lora_rank times; by default twice."""
+    warmup: int | None = None
+    """Steps over which the rates rise; by default a tenth of the stage, at most 50."""
+
+    def __post_init__(self):
+        _check(self, "joint", "adapter_lr", "llm_lr")
+        for name in ("lora_rank", "lora_alpha"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"joint.{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: what it trains, from global step `first` on, for `steps` steps."""
+
+    name: Literal["align", "joint"]
+    first: int
+    steps: int
+    trained: TrainedPart
+    adapter_lr: float
+    llm_lr: float
+    warmup: int
+    lora_rank: int = 1
+    lora_alpha: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The global step at which the stage is done."""
+        return self.first + self.steps
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint of this stage must agree in to be resumed, as plain values."""
+        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha} if self.trained == "lora" else {}
+        return {"stage": self.name, "first_step": self.first, "trained": self.trained, **lora}
+
+    @property
+    def summary(self) -> dict:
+        """What a report says about the stage."""
+        lora = {"lora_rank": self.lora_rank} if self.trained == "lora" else {}
+        rates = {"adapter_lr": self.adapter_lr} | ({} if self.trained == "adapter" else {"llm_lr": self.llm_lr})
+        return {"name": self.name, "steps": self.steps, "trained": self.trained, **lora, **rates}
+
+
+def stages(align: AlignConfig, joint: JointConfig) -> list[Stage]:
+    """The stages that have steps, in order; ValueError if none has."""
+    llm_lr = _LLM_LR[joint.method] if joint.llm_lr is None else joint.llm_lr
+    both = [
+        Stage("align", 0, align.steps, "adapter", align.adapter_lr, 0.0, _warmup(align)),
+        Stage(
+            "joint", align.steps, joint.steps, joint.method, joint.adapter_lr, llm_lr, _warmup(joint),
+            joint.lora_rank, joint.lora_alpha,
+        ),
+    ]  # fmt: skip
+    plan = [stage for stage in both if stage.steps]
+    if not plan:
+        raise ValueError("align.steps and joint.steps are both 0: there is nothing to train; give one of them steps")
+    return plan
+
+
+def stage_at(plan: Sequence[Stage], step: int) -> Stage:
+    """The stage that wrote a checkpoint at this global step: the border belongs to the stage that ends there."""
+    return next((stage for stage in plan if step <= stage.last), plan[-1])
+
+
+def save_adapter(model: LarpMllmForCausalLM, folder: Path, zero_stage: int, is_main: bool) -> None:
+    """Write the adapter's whole weights into a run folder; the file is whole or not there. Collective."""
+    with whole(model.adapter, zero_stage):
+        if is_main:
+            path = folder / ADAPTER_FILE
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(f".{os.getpid()}.tmp")
+            save_file({name: tensor.contiguous() for name, tensor in model.adapter.state_dict().items()}, part)
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+
+
+def load_adapter(model: LarpMllmForCausalLM, folder: Path) -> None:
+    """Put what `save_adapter` wrote into a fresh model; ValueError if it is not there or does not fit."""
+    path = folder / ADAPTER_FILE
+    try:
+        model.adapter.load_state_dict(load_file(path, device=str(model.device)))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}, the adapter that the stage align ended with, cannot be used ({str(error).splitlines()[0]}): train "
+            "anew with another --out"
+        ) from error
+
+
+def _warmup(config: AlignConfig | JointConfig) -> int:
+    return min(_MOST_WARMUP, config.steps // 10) if config.warmup is None else config.warmup
+
+
+def _check(config: AlignConfig | JointConfig, name: str, *rates: str) -> None:
+    if config.steps < 0:
+        raise ValueError(f"{name}.steps must be 0 (the stage is left out) or more, got {config.steps}")
+    for rate in rates:
+        value = getattr(config, rate)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}.{rate} must be a positive number, got {value}")
+    if config.steps and config.warmup is not None and not 0 <= config.warmup < config.steps:
+        raise ValueError(
+            f"{name}.warmup is {config.warmup} steps of a stage of {config.steps}: it must be 0 or more and shorter than the "
+            "stage; lower it, leave it out, or train longer"
+        )

@@ -1,0 +1,168 @@
+"""Text alone, mixed in so that a language model keeps what it knows: documents -> pieces of a length.
+
+- `txt:FILE`: documents are separated by blank lines
+- `jsonl:FILE`: the field "text" of each line
+- `hf:NAME[,config=NAME][,split=train][,column=text]`: a data set of the hub (owner/name) or a folder of its files, read by
+  the package `datasets` (pip install 'larp-mllm[text]')
+"""
+
+import copy
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from larp.data.listing import text_lines
+from larp_mllm.conversation import check_text
+from larp_mllm.sequence import IGNORE, Layout, TokenSequence
+
+import torch
+from tqdm import tqdm
+
+_HUB_OPTIONS = {"config": None, "split": "train", "column": "text"}
+
+
+class TextSet:
+    """Documents as token sequences of at most `length` ids, all of them learned.
+
+    A longer document is cut into pieces. None of its ids is dropped: each piece begins with the last id of the one
+    before, so that every id but a document's first is predicted once. Begin and end ids stand only where a document
+    begins and ends.
+
+    Args:
+        documents: texts; those of white space alone are left out.
+        encode_text: text -> text ids (LarpMllmProcessor.encode_text).
+        layout: with the base's begin and end ids.
+        length: ids of a piece at most; ValueError if under 2, of which one could be predicted.
+    """
+
+    def __init__(self, documents: Sequence[str], encode_text: Callable[[str], list[int]], layout: Layout, length: int):
+        if length < 2:
+            raise ValueError(f"pieces of text must have at least 2 ids, got {length}: raise --sequence-length")
+        self._pieces: list[torch.Tensor] = []
+        self._documents: list[int] = []
+        begin, end = ([] if id is None else [id] for id in (layout.bos, layout.eos))
+        for number, document in enumerate(tqdm(documents, desc="reading text", unit="document", delay=1)):
+            if document.strip():
+                # Half the memory, which much text needs for as long as training lasts.
+                ids = torch.tensor([*begin, *encode_text(document), *end], dtype=torch.int32)
+                starts = range(0, max(1, len(ids) - 1), length - 1)
+                self._pieces += [ids[start : start + length] for start in starts]
+                self._documents += [number] * len(starts)
+        if not self._pieces:
+            raise ValueError(f"none of the {len(documents)} documents holds text: give others")
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, number: int) -> TokenSequence:
+        ids = self._pieces[number].long()
+        labels = ids.clone()
+        labels[:1] = IGNORE
+        return TokenSequence(ids, labels)
+
+    def hold_out(self, every: int = 20) -> tuple["TextSet", "TextSet"]:
+        """Split off every n-th document, of fewer the last: (the others, the held-out ones). ValueError for a single one."""
+        numbers = list(dict.fromkeys(self._documents))
+        held = set(numbers[every - 1 :: every] or numbers[-1:])
+        if len(held) == len(numbers):
+            raise ValueError(
+                f"the text is {len(numbers)} documents, too few to hold out one in {every}: give --eval-text, or more "
+                "documents (blank lines part those of txt:)"
+            )
+        return self._chosen(held, False), self._chosen(held, True)
+
+    def _chosen(self, documents: set[int], among: bool) -> "TextSet":
+        places = [place for place, number in enumerate(self._documents) if (number in documents) == among]
+        chosen = copy.copy(self)
+        chosen._pieces = [self._pieces[place] for place in places]
+        chosen._documents = [self._documents[place] for place in places]
+        return chosen
+
+
+def open_text(specs: str | Sequence[str]) -> list[str]:
+    """The documents of all specs, one after another; see the top of this file for the specs.
+
+    Raises ValueError that names the spec, and FILE:LINE, for an unknown kind or option, a file that is absent or not UTF-8,
+    a line without text, and a data set that cannot be loaded. Code from a data set is never run.
+    """
+    documents: list[str] = []
+    for spec in [specs] if isinstance(specs, str) else specs:
+        kind, colon, rest = spec.partition(":")
+        if kind not in _READERS or not colon or not rest:
+            raise ValueError(f"text {spec!r}: give txt:FILE, jsonl:FILE or hf:NAME")
+        found = _READERS[kind](rest, spec)
+        if not any(document.strip() for document in found):
+            raise ValueError(f"text {spec}: holds no text")
+        documents += found
+    return documents
+
+
+def _read_txt(path: str, spec: str) -> list[str]:
+    return [document for document in re.split(r"\n\s*\n", "".join(_lines(path, spec))) if document.strip()]
+
+
+def _read_jsonl(path: str, spec: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(_lines(path, spec), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: broken JSON: {error}") from None
+        if not isinstance(row, dict) or "text" not in row:
+            raise ValueError(f'{path}:{number}: each line must be an object with a "text", got {line.strip()[:40]}')
+        documents.append(check_text(row["text"], f"{path}:{number}: text"))
+    return documents
+
+
+def _lines(path: str, spec: str) -> list[str]:
+    try:
+        return text_lines(path, f"text {spec}")
+    except OSError as error:
+        raise ValueError(f"text {spec}: {path} cannot be read: {error.strerror}") from error
+
+
+def _read_hub(rest: str, spec: str) -> list[str]:
+    name, options = _hub_options(rest, spec)
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ValueError(
+            f"text {spec}: data sets of the hub need the package datasets: pip install 'larp-mllm[text]', or give txt:FILE "
+            "or jsonl:FILE"
+        ) from error
+    try:
+        rows = load_dataset(name, options["config"], split=options["split"])
+        columns = list(rows.column_names)
+    except Exception as error:  # datasets, the hub and their readers raise families of their own
+        said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise ValueError(
+            f"text {spec}: the data set cannot be loaded ({type(error).__name__}: {said}). Check its name, config= and split=; "
+            "without network, load it once where there is one (it is then in the local cache), or give the folder of its "
+            "files, txt:FILE or jsonl:FILE"
+        ) from error
+    if options["column"] not in columns:
+        raise ValueError(f"text {spec}: has no column {options['column']!r}; column= one of {', '.join(columns)}")
+    texts = rows[options["column"]]
+    return [check_text(text, f"text {spec}: row {number}") for number, text in enumerate(texts)]
+
+
+def _hub_options(rest: str, spec: str) -> tuple[str, dict[str, str | None]]:
+    name, *pieces = rest.split(",")
+    options: dict[str, str | None] = dict(_HUB_OPTIONS)
+    for piece in pieces:
+        key, _, value = piece.partition("=")
+        if key not in options or not value:
+            raise ValueError(f"text {spec}: {piece!r} is no option; known are {', '.join(f'{k}=' for k in options)}")
+        options[key] = value
+    # A bare name could be one of the readers inside of `datasets`, which would take any file of the current folder.
+    if not (name and Path(name).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"text {spec}: {name or 'nothing'} is neither a name of the hub (owner/name) nor a folder; URLs are not opened"
+        )
+    return name, options
+
+
+_READERS = {"txt": _read_txt, "jsonl": _read_jsonl, "hf": _read_hub}

@@ -1,0 +1,109 @@
+"""The options of training/train_mllm.py: the docstring under a field is its text in `--help`."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from larp.engine.settings import EngineConfig
+from larp_mllm.bases import is_tiny
+from larp_mllm.dataset import Tasks
+from larp_mllm.samples import SamplingConfig
+from larp_mllm.stages import AlignConfig, JointConfig, stages
+
+TOKENS = Path("runs/tokens")
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """The size of the bases tiny-qwen2 and tiny-llama; others have their own."""
+
+    layers: int = 4
+    width: int = 192
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class TrainMllmConfig:
+    """Train a language model with video vocabulary: stage align, then stage joint."""
+
+    base: str = "Qwen2-0.5B"
+    """Hub name, alias (Qwen2-0.5B, Llama-3.2-1B, ...), folder, or tiny-qwen2 / tiny-llama (random, no network)."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with a base; only for authors you trust."""
+    tokens: Path | None = None
+    """Token cache to train on, from training/extract_tokens.py; by default runs/tokens, unless records or text are given."""
+    eval_tokens: Path | None = None
+    """Token cache to evaluate on; by default every 20th video of `tokens`, which is then not trained on."""
+    records: tuple[Path, ...] = ()
+    """JSONL files of interleaved text and videos: chats ({"messages": [...]}) or {"text": "... <video> ...", "videos": [...]}."""
+    data_root: Path | None = None
+    """The folder that the records' videos lie in; by default that of each file of records."""
+    allow_outside: bool = False
+    """Records may name videos outside their root."""
+    stride: int | None = None
+    """Every n-th frame of the records' videos; by default as in the token cache, else 1."""
+    text: tuple[str, ...] = ()
+    """Plain text to mix in, so that the language model keeps what it knows: txt:FILE, jsonl:FILE or hf:NAME (package datasets)."""
+    eval_text: tuple[str, ...] = ()
+    """Text whose perplexity is reported before and after; by default a held-out part of `text`, else one that comes along."""
+    tokenizer: str | None = None
+    """Folder or hub name of the LARP tokenizer; by default the one that the token cache names."""
+    out: Path = Path("runs/mllm")
+    """Run folder."""
+    adapter: Literal["codebook", "free"] = "codebook"
+    """Video rows made from the codebook, or free rows (the baseline)."""
+    batch_size: int = 64
+    """Records per optimizer step, all ranks together."""
+    sequence_length: int | None = None
+    """Records are packed into rows of so many ids; by default as many as the longest record of a step has. Changes speed alone."""
+    weight_decay: float = 0.01
+    """Of matrices; norms, biases and embeddings have none."""
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
+    """How the learning rates fall within each stage."""
+    final_lr: float = 0.02
+    """The last learning rate of a stage as a fraction of the first."""
+    text_weight: float = 1.0
+    """Weight of a text target against a video target in the loss."""
+    z_loss: float = 0.0
+    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual, 0 is off."""
+    head_chunk: int = 1024
+    """Positions whose logits exist at a time: fewer take less memory."""
+    fps: float | None = None
+    """Frames per second of the generated videos; by default those of the token cache, else 8."""
+    eval_videos: int = 256
+    """Held-out videos that are scored at most."""
+    log_every: int = 10
+    save_every: int = 500
+    seed: int = 0
+    resume: bool = False
+    """Go on with the run in `out`."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    align: AlignConfig = field(default_factory=AlignConfig)
+    joint: JointConfig = field(default_factory=JointConfig)
+    tasks: Tasks = field(default_factory=Tasks)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        plan = stages(self.align, self.joint)
+        if is_tiny(self.base) and plan[-1].trained != "full":
+            raise ValueError(
+                f"--base {self.base} is random, and the last stage leaves it so (it trains the {plan[-1].trained}): give "
+                "--joint.method full and --joint.steps"
+            )
+        for name in ("log_every", "save_every", "eval_videos", "head_chunk", "stride", "sequence_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("z_loss", "text_weight", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be a positive number, got {self.fps}")
+
+    @property
+    def token_folder(self) -> Path | None:
+        """The token cache to train on; None for a run on records and text alone."""
+        return TOKENS if self.tokens is None and not self.records and not self.text else self.tokens

@@ -1,0 +1,79 @@
+"""What counts as a video: files, Videos, uint8 frames and float clips -> clips of a tokenizer's size."""
+
+from pathlib import Path
+from typing import Any
+
+from larp.tokenizer import LarpTokenizer
+from larp_mllm.video import Video
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Videos = str | Path | Video | np.ndarray | Tensor
+
+
+def to_frames(video: Videos, num_frames: int, stride: int) -> np.ndarray | Tensor:
+    """A file or a Video -> its frames, uint8 (T, H, W, 3), of a file every `stride`-th around its middle; other videos
+    as they are. Raises VideoError for a file that cannot be read, ShortVideoError for one of too few frames.
+    """
+    if isinstance(video, Video):
+        return video.frames
+    if not isinstance(video, (str, Path)):
+        return video
+    from larp.data.video import ShortVideoError, count_frames, read_video
+
+    span = (num_frames - 1) * stride + 1
+    held = count_frames(video)
+    try:
+        return read_video(video, max(0, held - span) // 2, num_frames, stride)[0]
+    except ShortVideoError as error:
+        if error.frames >= span:  # the header had promised more
+            return read_video(video, (error.frames - span) // 2, num_frames, stride)[0]
+        reach = f" at stride {stride} (which reach over {span})" if stride > 1 else ""
+        raise ShortVideoError(
+            f"{video}: has {error.frames} frames, the model reads {num_frames}{reach}: give a longer video",
+            error.frames,
+        ) from error
+
+
+def to_clip(video: np.ndarray | Tensor, tokenizer: LarpTokenizer) -> Tensor:
+    """uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1] -> float32 clip of the tokenizer's size.
+
+    Frames are resized and of a longer video the middle is read, a clip is taken as it is. ValueError for other shapes,
+    dtypes or ranges.
+    """
+    from larp.data.clips import frames_to_clip
+
+    config = tokenizer.config
+    pixels = video.detach().cpu() if isinstance(video, Tensor) else torch.from_numpy(_array(video))
+    if pixels.is_floating_point() and pixels.ndim == 4 and pixels.shape[0] == 3:
+        tokenizer.check_clip(pixels[None])
+        return pixels.float()
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+        raise ValueError(_not_a_video(f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"))
+    frames = pixels.numpy()
+    if len(frames) < config.num_frames:
+        raise ValueError(
+            f"the video has {len(frames)} frames, the video tokenizer reads {config.num_frames}: give a longer one"
+        )
+    start = (len(frames) - config.num_frames) // 2
+    return frames_to_clip(frames[start : start + config.num_frames], config.height, config.width)
+
+
+def _array(video: Any) -> np.ndarray:
+    try:
+        array = np.asarray(video)
+        known = array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)
+    except ValueError as error:  # frames of different sizes
+        raise ValueError(_not_a_video(str(error))) from error
+    if not known:
+        raise ValueError(_not_a_video(f"{array.dtype} {array.shape}" if array.ndim else repr(video)))
+    return np.require(array, requirements=("C", "W"))  # as torch shares it
+
+
+def _not_a_video(found: str) -> str:
+    return (
+        "a video must be uint8 frames (T, H, W, 3) of 0..255, or a float clip (3, T, H, W) in [0, 1], "
+        f"got {found}: convert it"
+    )

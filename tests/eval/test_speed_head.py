@@ -1,0 +1,96 @@
+"""`eval/speed.py --what head` on small heads: both ways agree, and every figure is there; figures themselves are the machine's."""
+
+import json
+from dataclasses import replace
+
+from eval import speed
+from larp_mllm import head_speed
+from larp_mllm.head_speed import HeadCase, HeadSize, describe_heads, difference, one_pass
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+SIZE = HeadSize(hidden=16, vocab_size=400, codebook_size=48, positions=60, text_share=0.1, chunk=20)
+CASES = [(batch, trained) for batch in head_speed.BATCHES for trained in (False, True)]
+
+
+def options(tmp_path):
+    sizes = [f"--head.{name.replace('_', '-')}={value}" for name, value in vars(SIZE).items()]
+    return ["--what", "head", "--device", "cpu", "--rounds", "2", *sizes, "--out", str(tmp_path / "head.json")]
+
+
+def test_the_head_from_the_command_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(head_speed, "in_fresh_process", lambda work, *arguments: work(*arguments))
+    report = speed.main(options(tmp_path))
+    assert json.loads((tmp_path / "head.json").read_text()) == report
+    assert "encode" not in report and "model" not in report
+    for batch, trained in CASES:
+        case = report["head"][f"{batch}, {'trained' if trained else 'frozen'}"]
+        assert case["largest_difference"] < 1e-4
+        ours, plain = case["ours"], case["plain"]
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert len(ours["all_seconds"]) == 2 and ours["share_of_rate"] > 0 and ours["peak_memory"] > 1e8
+        assert ours["operations"] < plain["operations"]
+    printed = capsys.readouterr().out
+    assert "text only, trained" in printed and "GFLOP/s" in printed and "memory of the pass" in printed
+
+
+@pytest.mark.parametrize("batch, trained", CASES)
+@pytest.mark.parametrize("plain", [False, True])
+def test_operations_are_those_that_torch_counts(batch, trained, plain):
+    case = HeadCase(SIZE, batch, trained, "cpu", "fp32")
+    model = case.build()
+    hidden, labels = case.inputs(model)
+    with FlopCounterMode(display=False) as counter:
+        if plain:
+            head_speed.plain_loss(model, hidden, labels).backward()
+        else:
+            model(inputs_embeds=hidden, labels=labels, head_chunk=SIZE.chunk).loss.backward()
+    counted = sum(product.flops * (1 + product.gradients) for product in case.products(plain))
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def test_a_way_that_differs_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(head_speed, "in_fresh_process", lambda work, *arguments: work(*arguments))
+    plain = head_speed.plain_loss
+    monkeypatch.setattr(head_speed, "plain_loss", lambda *arguments: plain(*arguments) * 1.02)
+    with pytest.raises(ValueError, match=r"differ by 0\.0.* \(mixed\)"):
+        speed.main(options(tmp_path))
+    assert not (tmp_path / "head.json").exists()
+
+
+def test_gradients_are_compared_too():
+    case = HeadCase(SIZE, "mixed", True, "cpu", "fp32")
+    ours, plain = one_pass(case, plain=False), one_pass(case, plain=True)
+    assert difference(ours, plain) < 1e-5
+    ours["gradients"][-1] = ours["gradients"][-1] * 0.9
+    assert difference(ours, plain) == pytest.approx(0.1, rel=1e-3)
+
+
+def test_sizes_that_cannot_be_are_refused():
+    for wrong, message in (({"chunk": 1}, "chunk must be at least 2, got 1"), ({"text_share": 1.0}, "between 0 and 1")):
+        with pytest.raises(ValueError, match=message):
+            replace(SIZE, **wrong)
+
+
+def test_the_table_names_both_ways_of_each_case():
+    own = {
+        "seconds": 2.0,
+        "floor_seconds": 1.0,
+        "share_of_rate": 0.5,
+        "peak_memory": 2**31,
+        "memory_of_the_pass": 2**30,
+    }
+    case = {"ours": own, "plain": own, "time_ratio": {"median": 0.25}, "memory_of_the_pass_ratio": 0.125}
+    lines = describe_heads({"multiply_rates": {"torch": 5e9}, "mixed, frozen": case})
+    assert "5 GFLOP/s" in lines[0] and lines[2].split() == [
+        "mixed,",
+        "frozen",
+        "ours",
+        "2.000",
+        "1.000",
+        "50.0%",
+        "2.00",
+        "1.00",
+    ]
+    assert "time ratio 0.250" in lines[-1] and "0.125" in lines[-1]

@@ -1,0 +1,114 @@
+"""larp_mllm.figures: bits, intervals, and classes read out of captions."""
+
+import math
+
+from larp_mllm.figures import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
+from tests.larp_mllm.tiny import K, N
+
+import pytest
+import torch
+
+CLASSES = ("PlayingPiano", "PlayingViolin", "Surfing", "Walking", "WalkingWithDog")
+
+
+@pytest.fixture
+def uniform(qwen):
+    """The tiny model, to which all codes are alike while the test runs."""
+    output = qwen.model.adapter.code_output
+    before = {name: tensor.clone() for name, tensor in output.state_dict().items()}
+    with torch.no_grad():
+        for parameter in output.parameters():
+            parameter.zero_()
+    yield qwen
+    output.load_state_dict(before)
+
+
+def test_to_a_uniform_model_every_code_costs_log2_k(uniform):
+    layout = uniform.processor.layout
+    codes = torch.randint(K, (3, N))
+    prompts = [layout.prompt([]), layout.prompt([5, 6, 7]), layout.continuation([5], [0] * N)]
+    assert code_bits(uniform.model, prompts, codes).tolist() == pytest.approx([math.log2(K)] * 3)
+
+
+def test_bits_are_those_of_the_models_own_loss(mllm):
+    """Each clip alone through forward, labels and all, gives the same as a padded batch of clips with other prompts."""
+    vocabulary, layout = mllm.model.vocabulary, mllm.processor.layout
+    texts = ["", "a person surfing", "a blue square moving up", "x"]
+    prompts = [layout.prompt(mllm.processor.encode_text(text)) for text in texts]
+    prompts.append(layout.continuation(mllm.processor.encode_text("a"), [3, 1, 2, 0]))
+    codes = torch.randint(K, (len(prompts), N))
+    bits = code_bits(mllm.model, prompts, codes.to(torch.int16), batch_size=2)
+    assert bits.std() > 1e-4
+    for prompt, row, found in zip(prompts, codes.tolist(), bits.tolist(), strict=True):
+        ids = torch.tensor([[*prompt, *vocabulary.span(row)[1:]]])
+        labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
+        labels[:, -1] = -100
+        with torch.no_grad():
+            out = mllm.model(input_ids=ids, labels=labels)
+        assert int(out.video_count) == N
+        assert found == pytest.approx(out.video_nll.item() / N / math.log(2), rel=1e-5)
+
+
+def test_numbers_that_do_not_fit_are_named(qwen):
+    prompt = qwen.processor.layout.prompt([])
+    with pytest.raises(ValueError, match="2 prompts for the codes of 1 clips"):
+        code_bits(qwen.model, [prompt, prompt], torch.zeros(1, N, dtype=torch.int64))
+    with pytest.raises(ValueError, match="1024 positions"):
+        code_bits(qwen.model, [[0] * 1021 + prompt], torch.zeros(1, N, dtype=torch.int64))
+
+
+def test_clips_of_one_video_count_as_one_in_the_interval():
+    values = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    apart = clustered_mean(values, torch.arange(4))
+    reach = 1.96 * values.std().item() / 2
+    assert apart["mean"] == 3 and apart["interval_95"] == pytest.approx([3 - reach, 3 + reach])
+    # Each clip four times over says nothing more.
+    again = clustered_mean(values.repeat(4), torch.tensor([7, 9, 8, 3]).repeat(4))
+    assert again["interval_95"] == pytest.approx(apart["interval_95"])
+    assert clustered_mean(values, torch.zeros(4, dtype=torch.int64)) == {"mean": 3.0, "interval_95": None}
+
+
+def test_frequencies_are_worth_their_entropy():
+    train = torch.tensor([[0, 0, 0, 1]] * 100, dtype=torch.int16)
+    figures = frequency_bits(train, torch.tensor([[0, 1], [0, 3]]), 4)
+    assert figures["entropy"] == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
+    costs = [-math.log2(count / 404) for count in (301, 101, 301, 1)]
+    assert figures["held_out"] == pytest.approx(sum(costs) / 4)
+
+
+@pytest.mark.parametrize(
+    "caption, named",
+    [
+        ("surfing", "Surfing"),
+        ("a video of a person playing violin", "PlayingViolin"),
+        ("Someone is  Surfing.", "Surfing"),
+        ("two men playing the old piano", "PlayingPiano"),
+        ("a person walking", "Walking"),
+        ("a man with a dog walking", "WalkingWithDog"),
+        ("playing piano and violin", None),
+        ("playing", None),
+        ("windsurfing", None),
+        ("", None),
+    ],
+)
+def test_the_class_is_read_out_of_a_caption(caption, named):
+    number = class_in_caption(caption, CLASSES)
+    assert (None if number is None else CLASSES[number]) == named
+
+
+def test_a_phrasing_counts_before_the_words_in_it():
+    """A class whose name is that of another in a phrasing is meant where both could be."""
+    assert class_in_caption("dog walking", ("walking", "WalkingDog"), ("{}", "dog {}")) == 0
+
+
+def test_figures_of_captions():
+    captions = ["surfing", "a person surfing", "playing piano", "who knows", "walking"]
+    figures = caption_figures(captions, [2, 2, 1, 1, 3], CLASSES)
+    assert figures["accuracy"] == 0.6 and figures["num_clips"] == 5 and figures["unread"] == 1
+    assert (figures["chance"], figures["most_frequent"]) == (0.2, 0.4)
+    assert figures["by_class"] == {"PlayingViolin": 0, "Surfing": 1, "Walking": 1}
+    assert figures["confusion"][1] == [1, 0, 0, 0, 0, 1] and figures["confusion"][2] == [0, 0, 2, 0, 0, 0]
+    low, high = figures["interval_95"]
+    assert (round(low, 2), round(high, 2)) == (0.23, 0.88)  # Wilson's for 3 of 5, from tables
+    with pytest.raises(ValueError, match="1 captions for 2 videos"):
+        caption_figures(["x"], [0, 1], CLASSES)

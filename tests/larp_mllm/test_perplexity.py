@@ -1,0 +1,72 @@
+"""Perplexity of text: the base model's own figure, whatever the adapter; and what the controls take from it."""
+
+import math
+
+from larp_mllm.perplexity import score_text, shipped_text, text_perplexity
+from larp_mllm.sequence import IGNORE, TokenSequence
+from tests.larp_mllm.tiny import tiny_mllm
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+TEXT = ["the kettle was on the stove", "rain fell, and fell, and fell again"]
+
+
+def test_it_is_the_perplexity_of_the_base_model(mllm):
+    found = text_perplexity(mllm.model, mllm.processor, TEXT, 1024)
+    plain = text_perplexity(mllm.model.base, mllm.processor, TEXT, 1024)
+    assert (found["tokens"], found["nll"]) == (plain["tokens"], plain["nll"]) and "video_start" not in plain
+    # Against the formula, by way of the whole forward pass.
+    nll, count = 0.0, 0
+    for text in TEXT:
+        ids = torch.tensor([*mllm.processor.encode_text(text), mllm.processor.layout.eos])
+        logits = mllm.model.base(input_ids=ids[None]).logits[0, :-1]
+        nll, count = nll + F.cross_entropy(logits, ids[1:], reduction="sum").item(), count + len(ids) - 1
+    assert found["tokens"] == count
+    assert found["nll"] == pytest.approx(nll / count, rel=1e-6)
+    assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
+
+
+def test_the_mass_that_controls_take_is_that_of_the_whole_softmax(mllm):
+    found = text_perplexity(mllm.model, mllm.processor, TEXT[:1], 1024)
+    ids = torch.tensor([*mllm.processor.encode_text(TEXT[0]), mllm.processor.layout.eos])
+    v = mllm.model.vocabulary
+    with torch.no_grad():
+        hidden = mllm.model.base.base_model(input_ids=ids[None]).last_hidden_state[0, :-1]
+        probabilities = mllm.model.text_logits(hidden).softmax(-1).mean(0)
+    assert found["video_start"] == pytest.approx(probabilities[v.video_start].item(), rel=1e-4)
+    assert found["video_end"] == pytest.approx(probabilities[v.video_end].item(), rel=1e-4)
+
+
+def test_a_control_that_takes_everything_shows_but_does_not_change_the_perplexity():
+    mllm = tiny_mllm()
+    before = text_perplexity(mllm.model, mllm.processor, TEXT, 1024)
+    with torch.no_grad():
+        hidden = mllm.model.base.base_model(input_ids=torch.tensor([[5, 6]])).last_hidden_state.mean((0, 1))
+        mllm.model.adapter.control_output.weight[0] = 100 * hidden
+    after = text_perplexity(mllm.model, mllm.processor, TEXT, 1024)
+    assert after["nll"] == before["nll"]
+    assert after["video_start"] > 0.3 > before["video_start"]
+
+
+def test_only_what_is_labelled_is_scored_and_training_mode_is_kept(qwen):
+    ids = torch.tensor([5, 6, 7, 8])
+    masked = torch.tensor([IGNORE, 6, IGNORE, IGNORE])
+    qwen.model.train()
+    assert score_text(qwen.model, [TokenSequence(ids, masked)])["tokens"] == 1
+    assert qwen.model.training
+    qwen.model.eval()
+    with pytest.raises(ValueError, match=r"no token to score.*--eval-text"):
+        score_text(qwen.model, [TokenSequence(ids, torch.full_like(ids, IGNORE))])
+
+
+def test_long_text_is_scored_whole(qwen):
+    long = " ".join(TEXT * 20)
+    pieces = text_perplexity(qwen.model, qwen.processor, [long], 64)
+    assert pieces["tokens"] == len(qwen.processor.encode_text(long))  # all but the first, and the end
+
+
+def test_a_text_comes_along():
+    (text,) = shipped_text()
+    assert 1300 < len(text.split()) < 2000

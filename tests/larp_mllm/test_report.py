@@ -1,0 +1,94 @@
+"""`larp-mllm train-info`: of a model, of a run under way, and of folders that know nothing."""
+
+import json
+
+from larp.config import to_dict
+from larp_mllm.cli import main
+from larp_mllm.report import describe_training, read_training, write_report
+from larp_mllm.training_config import TrainMllmConfig
+from tests.larp_mllm.tiny import tiny_mllm
+
+import pytest
+
+REPORT = {
+    "base": "Qwen2-0.5B",
+    "adapter": "codebook",
+    "steps": 2500,
+    "batch_size": 64,
+    "stages": [
+        {"name": "align", "steps": 500, "trained": "adapter", "adapter_lr": 1e-3, "parameters": 1234567, "seconds": 60.0},
+        {
+            "name": "joint", "steps": 2000, "trained": "lora", "lora_rank": 32, "adapter_lr": 5e-4, "llm_lr": 1e-4,
+            "parameters": 7654321, "seconds": 600.0,
+        },
+    ],
+    "tasks": {"text_to_video": 0.6, "video_to_text": 0.2, "continuation": 0.2},
+    "data": {"tokens": {"clips": 7564, "data": "ucf101:UCF"}, "records": {"trained_on": 95, "held_out": 5}},
+    "eval": {"videos": 10, "video_bits": 3.91, "text_nll": 0.5, "continuation_bits": 3.5},
+    "text": {"data": "txt:news", "before": {"tokens": 900, "perplexity": 12.0}, "after": {"tokens": 900, "perplexity": 12.5}},
+    "seconds": 660.0,
+    "peak_memory_gib": 3.2,
+    "versions": {"torch": "2.13.0"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as training leaves it before its first step."""
+    folder = tmp_path / "run"
+    (folder / "model").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(TrainMllmConfig()) | {"recipe": None}, default=str))
+    return folder
+
+
+def test_a_model_and_its_run_tell_the_same_story(run, capsys):
+    write_report(REPORT, run)
+    told = describe_training(read_training(run))
+    assert told == describe_training(read_training(run / "model"))
+    for words in (
+        "Qwen2-0.5B", "align, 500 steps, adapter alone (1,234,567 parameters)", "joint, 2000 steps, LoRA of rank 32",
+        "llm_lr 0.0001", "text_to_video 60%", "7564 clips of ucf101:UCF", "95 records, 5 held out",
+        "3.91 bits per video token", "perplexity 12 -> 12.5", "660 s", "3.2 GiB", "torch 2.13.0",
+    ):  # fmt: skip
+        assert words in told
+    assert "under way" not in told and "--resume" not in told
+    main(["train-info", str(run)])
+    assert capsys.readouterr().out.strip() == told
+    main(["train-info", str(run / "model"), "--json"])
+    assert json.loads(capsys.readouterr().out)["report"] == REPORT
+
+
+def test_a_run_under_way_says_how_far_it_is(run, capsys):
+    main(["train-info", str(run)])
+    assert "has written no metrics yet, of 2500 steps" in capsys.readouterr().out
+    lines = [{"step": 510, "time": 1.0, "stage": "joint", "video_bits": 5.125, "text_nll": 0.75}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5')
+    main(["train-info", str(run)])
+    told = capsys.readouterr().out
+    assert "step 510 of 2500, in the stage joint" in told and "video_bits 5.125" in told and "--resume" in told
+    main(["train-info", str(run), "--json"])
+    assert json.loads(capsys.readouterr().out)["last"]["step"] == 510
+    # More steps asked for after it had ended: both.
+    write_report(REPORT | {"steps": 400}, run)
+    main(["train-info", str(run)])
+    told = capsys.readouterr().out
+    assert "step 510 of 2500" in told and "Qwen2-0.5B" in told
+
+
+def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
+    tiny_mllm().save(tmp_path / "old")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/training.json").write_text("{")
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "partial/training.json").write_text('{"base": 3, "adapter": [], "stages": {"a": 1}}')
+    for name, words in (
+        ("old", "without training.json"),
+        ("empty", "no folder of a model or of a run"),
+        ("nowhere", "there is no such folder"),
+        ("damaged", "not valid JSON"),
+        ("partial", "not as training/train_mllm.py writes it"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["train-info", str(tmp_path / name)])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err

@@ -1,0 +1,146 @@
+"""Text documents as pieces of a length, from files and from data sets."""
+
+import json
+import sys
+
+from larp_mllm.sequence import IGNORE, Layout
+from larp_mllm.text_data import TextSet, open_text
+from larp_mllm.vocabulary import Vocabulary
+
+import pytest
+
+FRAMED = Layout(Vocabulary(300, 8, 2), 1, 2)
+BARE = Layout(Vocabulary(300, 8, 2), None, None)
+
+
+def encode(text):
+    return [10 + ord(letter) - ord("a") for letter in text]
+
+
+def ids(pieces):
+    return [pieces[i].ids.tolist() for i in range(len(pieces))]
+
+
+def test_a_long_document_is_cut_into_pieces_and_each_of_its_ids_is_predicted_once():
+    pieces = TextSet(["abcdefg"], encode, FRAMED, 4)
+    whole = [1, *encode("abcdefg"), 2]
+    assert ids(pieces) == [whole[0:4], whole[3:7], whole[6:9]], "each begins with the last id of the one before"
+    predicted = [label for i in range(len(pieces)) for label in pieces[i].labels.tolist() if label != IGNORE]
+    assert predicted == whole[1:]
+    assert sum(pieces[i].targets for i in range(len(pieces))) == len(whole) - 1
+
+
+@pytest.mark.parametrize("length", range(2, 12))
+def test_nothing_is_dropped_whatever_the_length(length):
+    for layout in (FRAMED, BARE):
+        pieces = TextSet(["abcdefg", "", "a", " \n"], encode, layout, length)
+        assert max(map(len, ids(pieces))) <= length
+        targets = sum(pieces[i].targets for i in range(len(pieces)))
+        assert targets == (8 + 2 if layout is FRAMED else 6)
+
+
+def test_pieces_of_under_two_ids_and_documents_without_text_are_refused():
+    with pytest.raises(ValueError, match="at least 2 ids, got 1: raise --sequence-length"):
+        TextSet(["a"], encode, BARE, 1)
+    with pytest.raises(ValueError, match="none of the 2 documents holds text"):
+        TextSet(["", " "], encode, BARE, 8)
+
+
+def test_whole_documents_are_held_out():
+    documents = ["abcdef", "ghijkl", "mnopqr", "stuvwx", "yz"]
+    train, held = TextSet(documents, encode, BARE, 3).hold_out(2)
+    assert {ids(held)[0][0], ids(held)[3][0]} == {encode("g")[0], encode("s")[0]}
+    assert ids(held) == ids(TextSet([documents[1], documents[3]], encode, BARE, 3))
+    assert ids(train) == ids(TextSet(documents[::2], encode, BARE, 3))
+    assert ids(TextSet(documents, encode, BARE, 3).hold_out(20)[1]) == [encode("yz")], "of few documents, the last"
+    with pytest.raises(ValueError, match=r"1 documents, too few.*--eval-text"):
+        TextSet(["abc"], encode, BARE, 8).hold_out()
+
+
+def test_documents_come_from_text_files_and_json_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n\n \nthree\n\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "four", "id": 1}\n\n{"text": "five"}\n')
+    found = open_text((f"txt:{tmp_path}/a.txt", f"jsonl:{tmp_path}/b.jsonl"))
+    assert [document.strip() for document in found] == ["one\ntwo", "three", "four", "five"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": "a"}\n{"text": 5}\n', r"b.jsonl:2: text must be a text, got 5"),
+        ('{"text": "a"}\nhello\n', r"b.jsonl:2: broken JSON"),
+        ('{"content": "a"}\n', r'b.jsonl:1: each line must be an object with a "text"'),
+        ("[" * 100_000, r"b.jsonl:1: broken JSON"),
+        ('{"text": "\\ud800"}\n', "half a character"),
+        ("\n", "holds no text"),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_broken_lines_are_named(tmp_path, content, said):
+    (tmp_path / "b.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=said):
+        open_text([f"jsonl:{tmp_path}/b.jsonl"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("wiki.txt", "give txt:FILE, jsonl:FILE or hf:NAME"),
+        ("csv:a.csv", "give txt:FILE"),
+        ("txt:", "give txt:FILE"),
+        ("txt:/nowhere.txt", r"text txt:/nowhere.txt: there is no file"),
+        ("hf:a/b,rows=5", "'rows=5' is no option; known are config=, split=, column="),
+        ("hf:https://example.org/a", "URLs are not opened"),
+        ("hf:,split=train", "nothing is neither"),
+        ("hf:json", "json is neither a name of the hub"),
+    ],
+)
+def test_unknown_specs_are_errors_with_the_remedy(spec, said):
+    with pytest.raises(ValueError, match=said):
+        open_text([spec])
+
+
+def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'larp-mllm\[text\]'"):
+        open_text(["hf:owner/name"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder of JSON lines that the package `datasets` reads, without network."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "wiki").mkdir()
+    for split, words in (("train", ["one", "", "two"]), ("test", ["three"])):
+        rows = [json.dumps({"text": word, "title": f"T{word}"}) for word in words]
+        (tmp_path / "wiki" / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
+    return tmp_path / "wiki"
+
+
+@pytest.mark.slow
+def test_data_sets_are_read_by_split_and_column(folder):
+    assert open_text([f"hf:{folder}"]) == ["one", "", "two"]
+    assert open_text([f"hf:{folder},split=test,column=title"]) == ["Tthree"]
+    assert open_text([f"hf:{folder},split=train[:1]"]) == ["one"]
+    with pytest.raises(ValueError, match=r"no column 'body'; column= one of text, title"):
+        open_text([f"hf:{folder},column=body"])
+    with pytest.raises(ValueError, match=r"cannot be loaded .*Check its name, config= and split="):
+        open_text([f"hf:{folder},split=dev"])
+
+
+@pytest.mark.slow
+def test_code_of_a_data_set_is_never_run(folder, tmp_path):
+    (folder / "wiki.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match=r"cannot be loaded .*scripts"):
+        open_text([f"hf:{folder}"])
+    with pytest.raises(ValueError, match="neither a name of the hub"):
+        open_text([f"hf:{folder}/wiki.py"])
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.slow
+def test_a_name_that_nothing_is_found_under_is_an_error_with_the_remedy(folder):
+    with pytest.raises(ValueError, match=r"hf:nobody/nothing: the data set cannot be loaded.*local cache"):
+        open_text(["hf:nobody/nothing"])
