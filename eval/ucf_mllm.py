@@ -27,7 +27,8 @@ from larp.metrics.classifier import VERSION, classifier_of, judge_real, require_
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
-from larp_mllm.evaluation import (
+from larp_mllm.home import find_model
+from larp_mllm.metrics.evaluation import (
     caption_accuracy,
     clip_shape,
     continuation_figures,
@@ -36,7 +37,6 @@ from larp_mllm.evaluation import (
     prompts_of,
     split_evenly,
 )
-from larp_mllm.home import find_model
 from larp_mllm.mllm import Mllm
 from larp_mllm.sampling import VideoSampling
 
@@ -195,7 +195,7 @@ class Job:
             "clips": f"{shape.frames} frames of {shape.height}x{shape.width} at stride {shape.stride}, short side resized, centre crop",
             "bits": "teacher-forced, over code logits alone; all clips of the cache; intervals of 95 % with videos as clusters",
             "agreement": "larp.metrics.classifier; real: centre clips; generated: 8 bits, classes and phrasings in turn; Wilson's intervals",
-            "captions": "centre clips, likeliest words; class read by larp_mllm.figures.class_in_caption; none read is wrong",
+            "captions": "centre clips, likeliest words; class read by larp_mllm.metrics.figures.class_in_caption; none read is wrong",
             "continuation": "windows that do not overlap, drawn by the seed; no text, no guidance; PSNR of predicted frames, mean over clips",
             "model": {
                 "base": own.text_config.model_type,

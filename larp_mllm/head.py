@@ -1,8 +1,8 @@
 """The loss of a head, in pieces: never more than one piece of logits in memory, and none of a kind that is not scored.
 
 A piece's logits are turned into their own gradient where they stand. Where the weights of the head are at hand, the
-gradients are taken in the forward pass at once, so that nothing is computed twice; where ZeRO-3 has cut up weights that
-are trained, they can only be collected by the module's own backward pass, and the pieces are computed again in it.
+gradients are taken in the forward pass at once, so that nothing is computed twice; where ZeRO-3 has cut them up, they
+and their gradients belong to the module's own passes, and the pieces are computed again in the backward pass.
 
 Shapes: n positions, H hidden width, C classes.
 """
@@ -71,15 +71,16 @@ class _GradientsInForward(torch.autograd.Function):
                 parts = head.parts_of(piece.view_as(piece))
             scores.append(_scored(parts, targets, *settings))
             inputs = [tensor for tensor, need in zip((piece, *head.weights), wanted, strict=True) if need]
+            ends = [part for part in parts if part.requires_grad]
             with torch.autocast(hidden.device.type, enabled=False):
-                found = iter(torch.autograd.grad(parts, inputs, [part.detach() for part in parts]))
+                found = iter(torch.autograd.grad(ends, inputs, [part.detach() for part in ends]))
             if wanted[0]:
                 of_hidden.append(next(found))
             for index, need in enumerate(wanted[1:]):
                 if need:
                     one = next(found)
                     of_weights[index] = one if of_weights[index] is None else of_weights[index].add_(one)
-            del parts
+            del parts, ends
         ctx.gradients = [torch.cat(of_hidden) if wanted[0] else None, *of_weights]
         loss, nll, correct = map(sum, zip(*scores, strict=True))
         ctx.mark_non_differentiable(nll, correct)

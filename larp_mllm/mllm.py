@@ -109,8 +109,9 @@ class Mllm:
     def describe(self, videos: list, sampling: TextSampling = _CAPTION, progress: Report | None = None) -> list[str]:
         """Captions of videos: files, Videos, uint8 frames (T, H, W, 3), or clips (3, T, H, W) in [0, 1].
 
-        Of a longer video the frames around its middle are read; of a file every `frame_stride`-th. ValueError for what is no video, or has too few frames, and for more
-        `max_new_tokens` than the base has room for beside the video.
+        Of a longer video the frames around its middle are read; of a file every `frame_stride`-th. A caption has at
+        least one word piece. ValueError for what is no video, or has too few frames, and for more `max_new_tokens` than
+        the base has room for beside the video.
         """
         layout, model = self.processor.layout, self.model
         room = positions(model) - len(layout.question([0] * layout.vocabulary.tokens_per_video))

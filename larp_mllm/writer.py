@@ -115,7 +115,7 @@ def draw_text(
     stops: Sequence[int],
     report: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """Text ids after each of B prompts, each until an id of `stops` (which is left out) or `max_new_tokens`.
+    """Text ids after each of B prompts, at least one each, until an id of `stops` (left out) or `max_new_tokens`.
 
     report(texts so far) is called after each id. ValueError if the ids would exceed the positions of the base.
     """
@@ -126,6 +126,8 @@ def draw_text(
     for index in range(most):
         logits = reader.text_logits()
         logits[:, model.vocabulary.video_start :] = -torch.inf
+        if index == 0:
+            logits[:, list(stops)] = -torch.inf
         ids = sampling.draw(logits, uniforms[:, index])
         for row, chosen in enumerate(ids.tolist()):
             going[row] = going[row] and chosen not in stops

@@ -35,21 +35,21 @@ from larp.engine.log import RunLog, check_wandb
 from larp.engine.schedules import lr_factor
 from larp.engine.state import check_folder, load_state, newest_state, open_run, save_state
 from larp_mllm.bases import check_positions, is_tiny, load_base
-from larp_mllm.collate import pack
-from larp_mllm.corpus import Corpus, Videos, open_corpus, open_videos
-from larp_mllm.dataset import TrainingMix
-from larp_mllm.finetuning import optimizer, prepare, write_model
+from larp_mllm.data.collate import pack
+from larp_mllm.data.corpus import Corpus, Videos, open_corpus, open_videos
+from larp_mllm.data.dataset import TrainingMix
+from larp_mllm.engine.finetuning import optimizer, prepare, write_model
+from larp_mllm.engine.perplexity import score_text
+from larp_mllm.engine.report import headline, surroundings, write_report
+from larp_mllm.engine.samples import write_samples
+from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
+from larp_mllm.engine.settings import TrainMllmConfig
+from larp_mllm.engine.stages import Stage, load_adapter, save_adapter, stage_at, stages
 from larp_mllm.home import remember_newest
 from larp_mllm.mllm import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
-from larp_mllm.perplexity import score_text
 from larp_mllm.processing import LarpMllmProcessor, words_hash
-from larp_mllm.report import headline, surroundings, write_report
-from larp_mllm.samples import write_samples
-from larp_mllm.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.sequence import TokenSequence
-from larp_mllm.stages import Stage, load_adapter, save_adapter, stage_at, stages
-from larp_mllm.training_config import TrainMllmConfig
 
 import torch
 from torch import Tensor

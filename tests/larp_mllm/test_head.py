@@ -101,6 +101,17 @@ def test_the_head_is_called_as_often_as_said_whatever_is_scored(cut, times):
         assert all(gradient is not None for gradient in subject.gradients())
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_rows_learn_beside_a_frozen_head_and_hidden_states_without_a_gradient(cut):
+    subject = Subject(trained=False, cut=cut)
+    subject.hidden.requires_grad_(False)
+    score(subject.head, subject.hidden, subject.targets, 3).loss.backward()
+    own = subject.rows.grad.clone()
+    subject.rows.grad = None
+    subject.plain(1.0, 0.0)[0].backward()
+    torch.testing.assert_close(own, subject.rows.grad)
+
+
 def test_nothing_is_differentiated_where_nobody_asks():
     subject = Subject()
     with torch.no_grad():

@@ -2,7 +2,7 @@
 
 import resource
 
-from larp_mllm.finetuning import prepare
+from larp_mllm.engine.finetuning import prepare
 from larp_mllm.modeling import LarpMllmForCausalLM
 
 import pytest

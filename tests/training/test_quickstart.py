@@ -15,7 +15,14 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_whole_way(tmp_path):
     out = tmp_path / "quick"
     tokenizer = "--data shapes:count=48 --steps 4 --save-every 2 --eval-clips 8 --optimizer.warmup 1"
-    options = ["--tokenizer-options", tokenizer, "--mllm-options", "--joint.steps 3 --joint.warmup 1", "--prompt", "a blue square"]
+    options = [
+        "--tokenizer-options",
+        tokenizer,
+        "--mllm-options",
+        "--joint.steps 3 --joint.warmup 1",
+        "--prompt",
+        "a blue square",
+    ]
     command = [sys.executable, str(ROOT / "training/quickstart.py"), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)

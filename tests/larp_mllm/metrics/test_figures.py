@@ -1,8 +1,8 @@
-"""larp_mllm.figures: bits, intervals, and classes read out of captions."""
+"""larp_mllm.metrics.figures: bits, intervals, and classes read out of captions."""
 
 import math
 
-from larp_mllm.figures import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
+from larp_mllm.metrics.figures import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
 from tests.larp_mllm.tiny import K, N
 
 import pytest

@@ -1,6 +1,6 @@
 """Records share rows without seeing each other, and nothing is lost on the way."""
 
-from larp_mllm.collate import collate, pack
+from larp_mllm.data.collate import collate, pack
 from larp_mllm.sequence import IGNORE, Layout, TokenSequence, encode, text_to_video, video_to_text
 
 import pytest

@@ -2,7 +2,8 @@
 
 import math
 
-from larp_mllm.perplexity import score_text, shipped_text, text_perplexity
+from larp_mllm.data.text_data import shipped_text
+from larp_mllm.engine.perplexity import score_text, text_perplexity
 from larp_mllm.sequence import IGNORE, TokenSequence
 from tests.larp_mllm.tiny import tiny_mllm
 

@@ -19,6 +19,8 @@ from larp_mllm.sequence import IGNORE, Layout, TokenSequence
 import torch
 from tqdm import tqdm
 
+SHIPPED = Path(__file__).parent / "held_out_text.txt"
+"""Plain English about everyday things, written for this purpose; for runs without held-out text of their own."""
 _HUB_OPTIONS = {"config": None, "split": "train", "column": "text"}
 
 
@@ -78,6 +80,11 @@ class TextSet:
         chosen._pieces = [self._pieces[place] for place in places]
         chosen._documents = [self._documents[place] for place in places]
         return chosen
+
+
+def shipped_text() -> list[str]:
+    """The held-out text that comes with the package, as documents."""
+    return [SHIPPED.read_text(encoding="utf-8").strip()]
 
 
 def open_text(specs: str | Sequence[str]) -> list[str]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 
 from larp_mllm.conversation import chat_segments
-from larp_mllm.dataset import (
+from larp_mllm.data.dataset import (
     PHRASINGS,
     TASKS,
     CaptionedVideos,
@@ -14,10 +14,10 @@ from larp_mllm.dataset import (
     evaluation_rows,
     mirrored,
 )
-from larp_mllm.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
-from larp_mllm.records import RecordSet
+from larp_mllm.data.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
+from larp_mllm.data.records import RecordSet
+from larp_mllm.data.text_data import TextSet
 from larp_mllm.sequence import IGNORE, TokenSequence, encode
-from larp_mllm.text_data import TextSet
 from tests.larp_mllm.tiny import CAPTIONS, K, open_cache
 
 import pytest

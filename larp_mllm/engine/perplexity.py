@@ -5,23 +5,15 @@ Shapes: S ids of a piece, n scored positions, H hidden width, V rows of the base
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
+from larp_mllm.data.text_data import TextSet
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.sequence import IGNORE, TokenSequence
-from larp_mllm.text_data import TextSet
 
 import torch
 from torch import Tensor
 
-SHIPPED = Path(__file__).parent / "held_out_text.txt"
-"""Plain English about everyday things, written for this purpose; for runs without held-out text of their own."""
 _CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
-
-
-def shipped_text() -> list[str]:
-    """The held-out text that comes with the package, as documents."""
-    return [SHIPPED.read_text(encoding="utf-8").strip()]
 
 
 def text_perplexity(model, processor, documents: Sequence[str], length: int) -> dict[str, float]:

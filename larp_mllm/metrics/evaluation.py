@@ -16,8 +16,8 @@ from larp.data.tokens import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
 from larp.metrics.clipsets import RealClips, countable
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
-from larp_mllm.dataset import PHRASINGS, caption_phrases
-from larp_mllm.figures import caption_figures, clustered_mean, code_bits, frequency_bits
+from larp_mllm.data.dataset import PHRASINGS, caption_phrases
+from larp_mllm.metrics.figures import caption_figures, clustered_mean, code_bits, frequency_bits
 from larp_mllm.mllm import Mllm
 from larp_mllm.sampling import VideoSampling
 from larp_mllm.video import Video

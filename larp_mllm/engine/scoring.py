@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from larp.engine.ranks import Ranks, reduce_sum
-from larp_mllm.collate import collate
-from larp_mllm.corpus import Corpus
-from larp_mllm.dataset import CaptionedVideos, evaluation_rows
+from larp_mllm.data.collate import collate
+from larp_mllm.data.corpus import Corpus
+from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
 from larp_mllm.sequence import IGNORE, TokenSequence
 
 import torch

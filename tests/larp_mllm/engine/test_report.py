@@ -4,8 +4,8 @@ import json
 
 from larp.config import to_dict
 from larp_mllm.cli import main
-from larp_mllm.report import describe_training, read_training, write_report
-from larp_mllm.training_config import TrainMllmConfig
+from larp_mllm.engine.report import describe_training, read_training, write_report
+from larp_mllm.engine.settings import TrainMllmConfig
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

@@ -15,11 +15,11 @@ from larp.data.tokens import TokenCache, TokenCacheError
 from larp.engine.backend import Ranks
 from larp.engine.log import read_metrics as metrics
 from larp.engine.state import newest_state
-from larp_mllm.dataset import CaptionedVideos, Tasks, TrainingMix
+from larp_mllm.data.dataset import CaptionedVideos, Tasks, TrainingMix
+from larp_mllm.engine.samples import SamplingConfig
+from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.home import find_model
-from larp_mllm.samples import SamplingConfig
 from larp_mllm.sampling import VideoSampling
-from larp_mllm.training_config import TrainMllmConfig
 from larp_mllm.video import Video
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
 from training import train_mllm
@@ -30,7 +30,7 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = [
     "--tiny.layers=1",
     "--tiny.width=32",

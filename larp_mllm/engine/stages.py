@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from larp.engine.sharding import whole
-from larp_mllm.finetuning import Method, TrainedPart
+from larp_mllm.engine.finetuning import Method, TrainedPart
 from larp_mllm.modeling import LarpMllmForCausalLM
 
 from safetensors import SafetensorError

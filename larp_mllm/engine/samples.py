@@ -7,7 +7,7 @@ from typing import Any
 
 from larp.data.clips import contact_sheet
 from larp.engine.log import write_json
-from larp_mllm.dataset import CaptionedVideos, evaluation_rows
+from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
 from larp_mllm.mllm import Mllm
 from larp_mllm.sampling import TextSampling, VideoSampling
 from larp_mllm.writer import draw_text

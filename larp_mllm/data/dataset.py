@@ -9,10 +9,10 @@ from larp.data.datasets import humanize
 from larp.data.tokens import TokenCache, batch_rows
 from larp.noise import BatchNoise
 from larp_mllm.conversation import chat_segments
-from larp_mllm.dialogues import DIALOGUES, dialogue, drawn_dialogue
-from larp_mllm.records import RecordSet
+from larp_mllm.data.dialogues import DIALOGUES, dialogue, drawn_dialogue
+from larp_mllm.data.records import RecordSet
+from larp_mllm.data.text_data import TextSet
 from larp_mllm.sequence import Layout, TokenSequence, check_length, continuation, encode, text_to_video, video_to_text
-from larp_mllm.text_data import TextSet
 
 import torch
 

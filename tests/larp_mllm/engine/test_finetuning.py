@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from larp.engine.ranks import Ranks
-from larp_mllm.finetuning import merged_weights, optimizer, prepare, write_model
+from larp_mllm.engine.finetuning import merged_weights, optimizer, prepare, write_model
+from larp_mllm.engine.stages import AlignConfig, JointConfig, load_adapter, save_adapter, stage_at, stages
 from larp_mllm.mllm import Mllm
-from larp_mllm.stages import AlignConfig, JointConfig, load_adapter, save_adapter, stage_at, stages
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

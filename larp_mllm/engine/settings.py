@@ -7,9 +7,9 @@ from typing import Literal
 
 from larp.engine.settings import EngineConfig
 from larp_mllm.bases import is_tiny
-from larp_mllm.dataset import Tasks
-from larp_mllm.samples import SamplingConfig
-from larp_mllm.stages import AlignConfig, JointConfig, stages
+from larp_mllm.data.dataset import Tasks
+from larp_mllm.engine.samples import SamplingConfig
+from larp_mllm.engine.stages import AlignConfig, JointConfig, stages
 
 TOKENS = Path("runs/tokens")
 

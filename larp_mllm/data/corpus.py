@@ -8,12 +8,11 @@ from typing import Any
 from larp.data.tokens import TokenCache
 from larp.engine.ranks import Ranks, barrier
 from larp.tokenizer import LarpTokenizer
-from larp_mllm.dataset import CaptionedVideos, caption_phrases
-from larp_mllm.perplexity import shipped_text
+from larp_mllm.data.dataset import CaptionedVideos, caption_phrases
+from larp_mllm.data.records import RecordSet, open_records
+from larp_mllm.data.text_data import TextSet, open_text, shipped_text
 from larp_mllm.processing import LarpMllmProcessor
-from larp_mllm.records import RecordSet, open_records
 from larp_mllm.sequence import TokenSequence
-from larp_mllm.text_data import TextSet, open_text
 
 HELD_OUT = 20
 """Every so manieth video, record or piece of text is held out where no other data are given to judge on."""

@@ -17,8 +17,8 @@ from typing import Any
 
 from larp.data.listing import text_lines
 from larp_mllm.conversation import chat_parts, chat_segments, check_loss, check_text
+from larp_mllm.data.record_codes import Excerpt, check_start, encode_excerpts, find_video
 from larp_mllm.processing import LarpMllmProcessor
-from larp_mllm.record_codes import Excerpt, check_start, encode_excerpts, find_video
 from larp_mllm.sequence import (
     PLACEHOLDER,
     TokenSequence,
@@ -113,7 +113,7 @@ def open_records(
         processor: its video tokenizer encodes, on the device where it is.
         data_root: the folder that video names are relative to and must lie in, links resolved; None: that of each file.
         allow_outside: take videos from elsewhere, too.
-        cache: the folder in which codes are kept, see larp_mllm/record_codes.py; if one process has been through, others
+        cache: the folder in which codes are kept, see larp_mllm/data/record_codes.py; if one process has been through, others
             only read there.
         stride: every n-th frame of a video is one of its clip. Of a video longer than a clip the middle is taken, or what
             begins at its "start" (seconds).

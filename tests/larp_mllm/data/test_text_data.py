@@ -3,8 +3,8 @@
 import json
 import sys
 
+from larp_mllm.data.text_data import TextSet, open_text
 from larp_mllm.sequence import IGNORE, Layout
-from larp_mllm.text_data import TextSet, open_text
 from larp_mllm.vocabulary import Vocabulary
 
 import pytest

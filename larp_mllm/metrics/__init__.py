@@ -1,0 +1,1 @@
+"""What a trained language model is worth, in figures."""
