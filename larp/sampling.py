@@ -125,13 +125,13 @@ def check_sampling(
     """Raise a ValueError that names the sampling option that is out of range, not finite, or no number."""
     if not (_is_finite(temperature) and (temperature == 0 or COLDEST <= temperature <= HOTTEST)):
         raise ValueError(
-            f"temperature is {temperature}; it must be a finite number: 0 (always the likeliest) or {COLDEST:g} to {HOTTEST:g}"
+            f"temperature is {temperature!r}; it must be a finite number: 0 (always the likeliest) or {COLDEST:g} to {HOTTEST:g}"
         )
-    if not isinstance(top_k, Integral) or top_k < 0:
-        raise ValueError(f"top_k is {top_k}; it must be a whole number: 0 (off) or more")
+    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 0:
+        raise ValueError(f"top_k is {top_k!r}; it must be a whole number: 0 (off) or more")
     if not (_is_finite(top_p) and LEAST_TOP_P <= top_p <= 1):
         raise ValueError(
-            f"top_p is {top_p}; it must lie in [{LEAST_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
+            f"top_p is {top_p!r}; it must lie in [{LEAST_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
         )
     if not (_is_finite(min_p) and 0 <= min_p <= 1):
         raise ValueError(f"min_p is {min_p}; it must lie in [0, 1], where 0 is off")
@@ -143,7 +143,8 @@ def _as_guidance(guidance: float | Guidance) -> Guidance:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and abs(value) < math.inf
+    # True and False are numbers to Python, and a mistake where a number is meant.
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from larp_mllm.hub import first_line, is_hub_name, reach
+from larp_mllm.weights import not_finite, pickled_in
 
 import torch
 from transformers import (
@@ -43,6 +44,7 @@ ALIASES = {
     "SmolLM2-1.7B": "HuggingFaceTB/SmolLM2-1.7B",
     "Mistral-7B": "mistralai/Mistral-7B-v0.3",
 }
+_EXAMPLES = ("Qwen2-0.5B", "Llama-3.2-1B", "SmolLM2-135M")
 TINY = {"tiny-qwen2": Qwen2Config, "tiny-llama": LlamaConfig}
 TINY_VOCABULARY = 512
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -79,9 +81,8 @@ def load_base(
         return model.to(dtype), tokenizer
     source = ALIASES.get(name, name)
     if not Path(source).is_dir() and not is_hub_name(source):
-        raise BaseError(
-            f"--base {name}: no such folder, and no hub name (owner/name) or alias{_meant(name)}. {_remedy()}"
-        )
+        what = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
+        raise BaseError(f"--base {name}: {what}, and no hub name (owner/name) or alias{_meant(name)} {_remedy()}")
     try:
         model, tokenizer = _load(source, trust_remote_code, dtype)
         _check_model(model)
@@ -115,7 +116,12 @@ def _read(
     config = AutoConfig.from_pretrained(source, **options)
     _check_config(config)
     _check_files(Path(source))
-    model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **options)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below, with all others
+        **options,
+    )  # fmt: skip
+    _check_weights(model, found)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:
@@ -136,11 +142,30 @@ def _check_config(config: PreTrainedConfig) -> None:
 def _check_files(folder: Path) -> None:
     if not folder.is_dir() or any(folder.glob("*.safetensors")):
         return
-    if pickled := sorted(file.name for file in folder.glob("*.bin")):
+    if pickled := pickled_in(folder):
         raise _Unfit(
-            f"its weights are pickled ({pickled[0]}), and loading pickle runs any code in it. If you trust it, convert it to "
+            f"its weights are pickled ({pickled}), and loading pickle runs any code in it. If you trust it, convert it to "
             "safetensors, once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and copy the tokenizer"
         )
+
+
+def _check_weights(model: PreTrainedModel, found: dict) -> None:
+    """What transformers would fill in at random, after a mere warning."""
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += [
+        f"{name} has shape {tuple(a)} in place of {tuple(b)}"
+        for name, a, b in sorted(found["mismatched_keys"], key=str)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        unknown = sorted(found["unexpected_keys"])
+        unused = f" (and {unknown[0]} of its files has no place in it)" if unknown else ""
+        raise _Unfit(
+            f"its weights do not fit its config.json, {'; '.join(wrong[:3])}{more}{unused}: copy all of its files again, "
+            "or restore those that belong together"
+        )
+    if (bad := not_finite(model.named_parameters())) is not None:
+        raise _Unfit(f"its tensor {bad} holds NaN or infinity: it is damaged, copy it again or take another")
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -169,6 +194,38 @@ def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "t
             f"--base {name}: it has {positions} positions, a video of this tokenizer takes {tokens_per_video + 2} and its text "
             "some more: take a base with more positions, or a tokenizer with fewer codes per video"
         )
+
+
+def check_rows(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "the base") -> None:
+    """BaseError if a control token that the text tokenizer puts of itself has no row in the base's embedding.
+
+    Those are its begin and end of text and what its chat template writes; of others, text that holds one is refused.
+    """
+    rows = base.get_input_embeddings().num_embeddings
+    asked = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    missing = {id: what for what, id in asked.items() if id is not None and id >= rows}
+    for id in (id for id in _template_ids(tokenizer) if id >= rows):
+        missing.setdefault(id, "chat template")
+    if missing:
+        told = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} ({id}, {missing[id]})" for id in sorted(missing))
+        raise BaseError(
+            f"--base {name}: its embedding has {rows} rows, too few for {told} of its text tokenizer: let the base have them, "
+            "once, with model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or take a base whose rows "
+            "cover its tokenizer"
+        )
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:  # what is used in its place writes begin and end of text alone
+        return []
+    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    for first in (0, 1):  # some templates know no system role
+        try:
+            text = tokenizer.apply_chat_template(chat[first:], tokenize=False)
+        except Exception:  # jinja raises a family of its own; a chat that needs the template says what is wrong
+            continue
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return []
 
 
 def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int) -> Qwen2Config | LlamaConfig:
@@ -218,11 +275,11 @@ def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def _meant(name: str) -> str:
     near = difflib.get_close_matches(name, [*ALIASES, *TINY], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."
 
 
 def _remedy() -> str:
     return (
-        "Give a local folder with a transformers checkpoint, a hub name or an alias "
-        f"({', '.join(ALIASES)}), or --base tiny-qwen2, which needs no network"
+        "Give a local folder with a transformers checkpoint, a hub name or an alias such as "
+        f"{', '.join(_EXAMPLES)}, or --base tiny-qwen2, which needs no network"
     )

@@ -7,7 +7,7 @@ from larp_mllm.home import MODEL_TYPE
 from larp_mllm.vocabulary import Vocabulary
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 AdapterKind = Literal["codebook", "free"]
@@ -47,6 +47,13 @@ class LarpMllmConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """The config that a config.json holds; ValueError where it is none, which names the field."""
+        text = config_dict.get("text_config")
+        kind = text.get("model_type") if isinstance(text, dict) else None
+        if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+            raise ValueError(
+                f"config.json of a {MODEL_TYPE} model: text_config has the model_type {kind!r}, which this version of "
+                "transformers does not know: copy the model folder again, or update transformers"
+            )
         try:
             return super().from_dict(config_dict, **kwargs)
         except (StrictDataclassError, AttributeError, TypeError) as error:
@@ -62,7 +69,9 @@ class LarpMllmConfig(PreTrainedConfig):
         for name in ("text_size", "codebook_size", "code_dim", "tokens_per_video", "frame_stride"):
             _check_number(name, getattr(self, name), 1)
         _check_number("given_frames", self.given_frames, 0)
-        if not (isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0):
+        if isinstance(self.fps, bool) or not (
+            isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
+        ):
             raise ValueError(f"config.json: fps must be a number above 0, got {self.fps!r}")
         rows = self.text_config.vocab_size
         if self.text_size < rows:
@@ -81,7 +90,7 @@ class LarpMllmConfig(PreTrainedConfig):
 
 
 def _check_number(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or value < lowest:
+    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
         raise ValueError(
             f"config.json: {name} must be a whole number of at least {lowest}, got {value!r}: restore the config.json that was written with "
             "the weights"

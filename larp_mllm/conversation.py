@@ -18,7 +18,8 @@ ROLES = ("system", "user", "assistant")
 # For tokenizers without a chat template: those of base models, which were never taught to chat.
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    # A line break as it is would go with the tag before it: transformers renders with trim_blocks.
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
@@ -50,21 +51,23 @@ def chat_segments(
 
     Args:
         messages: `{"role": "system"|"user"|"assistant", "content": text or parts}` in order; a part is `{"type": "text",
-            "text": ...}` or `{"type": "video", "video" or "path": ...}`, with "loss": whether it is learned. By default
-            what the assistant says is; and with the last part of its turn, the token that ends the turn.
+            "text": ...}` or `{"type": "video", "video" or "path": ...}`. "loss": true or false, of a message or (which goes
+            before it) of a part, says whether that is learned. By default what the assistant says is; and with the last
+            part of its turn, the token that ends the turn.
         tokenizer: of transformers; DEFAULT_TEMPLATE is used if it has no chat template.
         encode_text: text -> text ids, none of them a control token (LarpMllmProcessor.encode_text).
         codes_of: a part of type video -> its N codes.
         where: what errors call the chat.
         answer: end with what the template puts before an answer.
 
-    Raises ValueError for messages of another form, and if the template refuses them (some know no system role, or want
-    user and assistant to take turns), leaves one out, repeats one, or ends a learned turn without a control token.
+    Raises ValueError for messages of another form, a "loss" of what has nothing to learn or of a chat to be answered, and if
+    the template refuses them (some know no system role, or want user and assistant to take turns), leaves one out, repeats
+    one, or ends a learned turn without a control token.
     """
     turns = chat_parts(messages, where)
     roles = [message["role"] for message in messages]
-    if answer and roles[-1] == "assistant":
-        raise ValueError(f"{where}: the last message is the assistant's, there is nothing to answer: add a user's")
+    if answer:
+        _check_asks(messages, where)
     rendered = _render(roles, tokenizer, where, answer)
     pieces, controls = _Pieces(tokenizer, encode_text), control_ids(tokenizer)
     segments: list[Segment] = []
@@ -85,13 +88,18 @@ def chat_segments(
     return [segment for segment in segments if segment.content]
 
 
-def chat_parts(messages: Any, where: str) -> list[list[Part]]:
-    """Check messages, and give the texts and videos of each. Raises ValueError, naming `where` and the message."""
+def chat_parts(messages: Any, where: str, learned: bool = True) -> list[list[Part]]:
+    """Check messages, and give the texts and videos of each; learned: whether what the assistant says is, by default.
+
+    Raises ValueError, naming `where` and the message.
+    """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
             f'{where}: "messages" must be a list of at least one {{"role", "content"}}, got {_brief(messages)}'
         )
-    return [_message_parts(message, f"{where}: message {number}") for number, message in enumerate(messages, 1)]
+    return [
+        _message_parts(message, learned, f"{where}: message {number}") for number, message in enumerate(messages, 1)
+    ]
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -110,17 +118,22 @@ def stop_ids(tokenizer) -> list[int]:
 # Messages
 
 
-def _message_parts(message: Any, where: str) -> list[Part]:
-    if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise ValueError(f'{where} must be {{"role": ..., "content": ...}}, got {_brief(message)}')
+def _message_parts(message: Any, learned: bool, where: str) -> list[Part]:
+    if not isinstance(message, dict) or set(message) - {"loss"} != {"role", "content"}:
+        raise ValueError(
+            f'{where} must be {{"role": ..., "content": ...}}, with "loss" or without, got {_brief(message)}'
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise ValueError(f"{where}: the role must be one of {', '.join(ROLES)}, got {_brief(role)}")
+    loss = check_loss(message, learned and role == "assistant", where)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
         raise ValueError(f"{where}: content must be a text, or a list of text and video parts, got {_brief(content)}")
-    parts = [_part(part, role == "assistant", f"{where}, part {number}") for number, part in enumerate(content, 1)]
+    parts = [_part(part, loss, f"{where}, part {number}") for number, part in enumerate(content, 1)]
+    if message.get("loss") and not any(part.text != "" for part in parts):
+        raise ValueError(f'{where} ({role}) is empty, and "loss": true has nothing to learn: leave it out')
     # An empty system message means: without the one that the template would put.
     if role != "system" and not any(part.text is None or part.text.strip() for part in parts):
         raise ValueError(f"{where} ({role}) is empty: give it a text or a video, or leave it out")
@@ -138,14 +151,29 @@ def _part(part: Any, learned: bool, where: str) -> Part:
         raise ValueError(f"{where}: unknown key {unknown[0]!r} in a {kind} part: {remedy}")
     loss = check_loss(part, learned, where)
     if kind == "text":
-        return Part(check_text(part.get("text"), f"{where}: text"), part, loss)
+        text = check_text(part.get("text"), f"{where}: text")
+        if part.get("loss") and not text:
+            raise ValueError(f'{where}: the text is empty, and "loss": true has nothing to learn: leave the part out')
+        return Part(text, part, loss)
     if ("video" in part) == ("path" in part):
         raise ValueError(f'{where}: a video part has either "video" or "path", got {_brief(part)}')
     return Part(None, part, loss)
 
 
+def _check_asks(messages: Any, where: str) -> None:
+    """ValueError unless the checked messages can be answered: the last is not the assistant's, and none has a "loss"."""
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the last message is the assistant's, there is nothing to answer: add a user's")
+    for number, message in enumerate(messages, 1):
+        parts = [] if isinstance(message["content"], str) else message["content"]
+        if any("loss" in given for given in (message, *parts)):
+            raise ValueError(
+                f'{where}: message {number} has a "loss", but nothing is learned of a chat that is answered: leave it out'
+            )
+
+
 def check_loss(given: dict, default: bool, where: str) -> bool:
-    """The "loss" of a record or part, by default `default`; ValueError unless it is true or false."""
+    """The "loss" of a record, message or part, by default `default`; ValueError unless it is true or false."""
     loss = given.get("loss", default)
     if not isinstance(loss, bool):
         raise ValueError(f'{where}: "loss" must be true or false, got {_brief(loss)}')

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.engine.log import check_writable
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.conversation import stop_ids
 from larp_mllm.export_readme import readme
@@ -20,8 +21,10 @@ from larp_mllm.export_words import add_words, loader_of
 from larp_mllm.home import read_config
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import VIDEO_TOKENIZER, LarpMllmProcessor
+from larp_mllm.quiet import quiet
 from larp_mllm.video import Video
 from larp_mllm.vocabulary import Vocabulary
+from larp_mllm.weights import told_if_unwritable
 
 import torch
 from torch import Tensor, nn
@@ -55,18 +58,21 @@ def export(
         from larp_mllm.mllm import Mllm
 
         model = Mllm.load(model, "cpu")
-    to.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    with told_if_unwritable(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     part = aside / "new"
-    part.mkdir()
     try:
-        _write(model, part, dtype, max_shard_size)
-        _share(part)
-        check_target(to, overwrite)
-        if to.exists():
-            # Into the folder that goes away in any case: there is no time at which half of an export is left.
-            os.replace(to, aside / "old")
-        os.replace(part, to)
+        with told_if_unwritable(to):
+            part.mkdir()
+            with quiet():
+                _write(model, part, dtype, max_shard_size)
+            _share(part)
+            check_target(to, overwrite)
+            if to.exists():
+                # Into the folder that goes away in any case: there is no time at which half of an export is left.
+                os.replace(to, aside / "old")
+            os.replace(part, to)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return to
@@ -180,7 +186,11 @@ def _describe(model: LarpMllmForCausalLM, processor: LarpMllmProcessor, words: d
 
 
 def check_target(to: Path, overwrite: bool) -> None:
-    """ValueError unless an export may be written to `to`: new or empty, or with `overwrite` an earlier export."""
+    """ValueError unless an export may be written to `to`: new or empty, or with `overwrite` an earlier export, and in a
+    folder that takes files.
+    """
+    to = to.absolute()
+    check_writable(to.parent / f"{to.name}.new" if to.is_dir() else to)
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     if not to.is_dir() or not (to / LAYOUT).is_file():

@@ -6,7 +6,7 @@ Each says what is wrong with its arguments before a model is loaded, writes noth
 from functools import lru_cache
 from pathlib import Path
 
-from larp_mllm.checks import check_count, check_prompt, check_prompts, check_seconds
+from larp_mllm.checks import check_count, check_progress, check_prompt, check_prompts, check_seconds
 from larp_mllm.device import check_device
 from larp_mllm.home import find_model
 from larp_mllm.mllm import Mllm, check_dtype
@@ -62,6 +62,7 @@ def generate(
     check_prompts(prompts)
     check_count("num_videos", num_videos)
     check_count("preview_every", preview_every, least=0)
+    check_progress(progress)
     sampling = VideoSampling(guidance_scale, temperature, top_k, top_p, seed, batch_size)
     opened = open_model(model, device, dtype)
     videos = opened.generate(prompts, num_videos, sampling, progress, preview_every)
@@ -87,6 +88,7 @@ def describe(
     Of a longer video the frames around its middle are read. temperature, top_k, top_p: of the draw of a word piece; 0
     takes the likeliest. max_new_tokens: length at most. progress is called after each. The others as in `generate`.
     """
+    check_progress(progress)
     sampling = TextSampling(temperature, top_k, top_p, max_new_tokens, seed)
     return open_model(model, device, dtype).describe([video], sampling, progress)[0]
 
@@ -118,6 +120,7 @@ def continue_video(
     check_prompt(prompt)
     check_count("num_videos", num_videos)
     check_seconds(seconds)
+    check_progress(progress)
     sampling = VideoSampling(guidance_scale, temperature, top_k, top_p, seed, batch_size)
     videos = open_model(model, device, dtype).continue_video(video, seconds, prompt, num_videos, sampling, progress)
     return videos if num_videos != 1 else videos[0]
@@ -144,11 +147,13 @@ def chat(
     """The model's answer to a conversation; it may hold text and videos in any order.
 
     messages: `{"role": "user", "content": "..."}`, or as content a list of `{"type": "text", "text": "..."}` and
-    `{"type": "video", "video": file, Video or array}`. Returned is a message of the role assistant of that form, its videos
-    as Videos: append it to `messages` to go on. `text_*` and max_new_tokens are for its text, the others for its videos as
-    in `generate`; it holds at most `max_videos`. progress is called after each id, with the pieces of text as they come.
+    `{"type": "video", "video": file, Video or array}`, of a file with "start" from so many seconds on. Returned is a message
+    of the role assistant of that form, its videos as Videos: append it to `messages` to go on. `text_*` and
+    max_new_tokens are for its text, the others for its videos as in `generate`; it holds at most `max_videos`. progress
+    is called after each id, with the pieces of text as they come.
     """
     check_count("max_videos", max_videos, least=0)
+    check_progress(progress)
     video = VideoSampling(guidance_scale, temperature, top_k, top_p, seed)
     text = TextSampling(text_temperature, text_top_k, text_top_p, max_new_tokens, seed)
     return open_model(model, device, dtype).chat(messages, video, text, max_videos, progress)
@@ -161,6 +166,8 @@ def open_model(model: Model = None, device: str | None = None, dtype: str | torc
         if device is not None or dtype is not None:
             raise ValueError("this model is loaded already: give device and dtype to Mllm.load, or the model's folder")
         return model
+    if model is not None and not isinstance(model, (str, Path)):
+        raise ValueError(f"model must be a folder, a hub name or a loaded Mllm, got {model!r}")
     if device is not None:
         check_device(device)
     folder = find_model(model).resolve()

@@ -29,6 +29,13 @@ def remember_newest(model: str | Path) -> Path:
     return pointer
 
 
+def forget_newest(model: str | Path) -> None:
+    """Take back `remember_newest` of this folder; nothing happens if another is pointed at."""
+    pointer = home() / POINTER
+    if pointer.is_file() and _read_pointer(pointer) == Path(model).resolve():
+        pointer.unlink()
+
+
 def find_model(model: str | Path | None = None) -> Path:
     """The folder to load: the model folder that was chosen, or the `model` of a run folder of train_mllm.py, or the
     snapshot of a hub repository "owner/name", which is fetched unless it is in the local cache.

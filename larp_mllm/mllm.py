@@ -4,14 +4,14 @@ Shapes: B videos, F frames of a video, N codes per video.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from larp.continuation import LongClip, continue_windows
 from larp.data.clips import clip_to_frames, pixels_to_clip
+from larp.hub import make_folder
 from larp_mllm.answer import Answer
 from larp_mllm.checks import check_count, check_prompt, check_prompts, check_seconds
 from larp_mllm.conversation import chat_segments, stop_ids
@@ -20,16 +20,17 @@ from larp_mllm.home import find_model
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.progress import CodeProgress, Report, TextProgress
+from larp_mllm.quiet import quiet
 from larp_mllm.sampling import TextSampling, VideoSampling
 from larp_mllm.sequence import encode
 from larp_mllm.sources import all_frames
 from larp_mllm.video import Video
+from larp_mllm.weights import told_if_unwritable
 from larp_mllm.writer import draw_answer, draw_codes, draw_text, positions, sensible_threads
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 _VIDEO, _CONTINUATION = VideoSampling(), VideoSampling(guidance_scale=1.0)
 _CAPTION, _ANSWER = TextSampling(), TextSampling(max_new_tokens=256)
@@ -56,17 +57,19 @@ class Mllm:
         ValueError if one of them is unfit.
         """
         dtype, device, folder = check_dtype(dtype), choose_device(device), find_model(folder)
-        with _quiet():
+        with quiet():
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
             # Here, not by .to(): that would round the frequencies of the rotary positions as well.
             model = LarpMllmForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
         return cls(model.to(device).eval(), processor)
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` reads."""
-        with _quiet():
+        """Write a folder that `load` reads. ValueError, naming it, if it cannot be written."""
+        self._record_tokenizer()
+        with told_if_unwritable(folder), quiet():
+            make_folder(folder)
             self.model.save_pretrained(folder)
-        self.processor.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
 
     def push_to_hub(
         self, repo: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
@@ -75,8 +78,15 @@ class Mllm:
 
         private: of a new repository. token: by default that of the hub's login. revision: a branch.
         """
-        self.model.push_to_hub(repo, private=private, token=token, revision=revision)
+        self._record_tokenizer()
+        with quiet():
+            self.model.push_to_hub(repo, private=private, token=token, revision=revision)
         self.processor.push_to_hub(repo, private=private, token=token, revision=revision)
+
+    def _record_tokenizer(self) -> None:
+        # Without it `load` could not tell that the codes mean what they should.
+        if not self.model.config.video_tokenizer_hash:
+            self.model.config.video_tokenizer_hash = self.processor.video_tokenizer.weight_hash()
 
     def generate(
         self,
@@ -203,7 +213,8 @@ class Mllm:
         known = pixels_to_clip(frames[-given:])[None].expand(num_videos, -1, -1, -1, -1)
         total = given + max(1, round(seconds * fps))
         long = self.continue_clips(known, total, [prompt] * num_videos, sampling, progress)
-        return [Video(np.concatenate([frames, clip_to_frames(clip[:, given:])]), fps, prompt) for clip in long.frames]
+        new = [clip_to_frames(clip[:, given:]) for clip in long.frames]
+        return [Video(np.concatenate([frames, drawn]), fps, prompt, given=len(frames)) for drawn in new]
 
     def chat(
         self,
@@ -216,8 +227,9 @@ class Mllm:
         """The answer to a conversation, which may hold text and videos in any order.
 
         messages: `{"role": "user", "content": "..."}`, or as content a list of `{"type": "text", "text": "..."}` and
-        `{"type": "video", "video": ...}` with a file, a Video or an array. Returned is such a message, of the role
-        assistant, its videos as Videos: append it to `messages` to go on. It ends where the model ends it, after
+        `{"type": "video", "video": ...}` with a file (and "start", the seconds to begin at, else its middle is shown), a
+        Video or an array. Returned is such a message, of the role assistant, its videos as Videos: append it to
+        `messages` to go on. It ends where the model ends it, after
         `max_new_tokens`, or where the positions of the base do; a video is begun only where all of it has room, and at
         most `max_videos` times. ValueError for messages that do not fit, before anything is drawn.
         """
@@ -278,7 +290,7 @@ class Mllm:
 
     def _codes_of(self, part: dict) -> list[int]:
         """The codes of a video in a message; those that a Video was made from, if they are of this tokenizer."""
-        video = part["video"] if "video" in part else part["path"]
+        video = self.processor.video_of(part)
         if isinstance(video, Video) and self._made(video):
             return list(video.codes)
         return self.processor.encode_videos([video])[0]
@@ -300,15 +312,3 @@ def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}, or leave it out")
     return DTYPES[dtype]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # transformers shows bars over reading and writing weights; `generate` in a script should print nothing.
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            logging.enable_progress_bar()

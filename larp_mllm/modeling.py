@@ -4,13 +4,17 @@ Text ids go through the base model's own embedding and head; video ids go throug
 sequence, H hidden width, V rows of the base head, K codes, N codes per video.
 """
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from larp_mllm.adapter import TokenAdapter
 from larp_mllm.configuration import LarpMllmConfig
 from larp_mllm.head import Head, is_cut, score
+from larp_mllm.quiet import quiet
 from larp_mllm.vocabulary import Vocabulary
+from larp_mllm.weights import check_finite, check_fit, check_folder
 
 import torch
 import torch.nn.functional as F
@@ -103,11 +107,17 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
         """Load strictly: a missing, unknown or misshapen tensor is a ValueError, not a silent random weight.
 
-        So is a file of weights that is truncated or absent; the message names it.
+        So are files of weights that are truncated, absent or pickled, sizes that cannot be, and NaN or infinity; the
+        message names file or tensor.
         """
-        kwargs["ignore_mismatched_sizes"] = True  # they are named below, with all others
+        # Those of other sizes are named below, with all others; pickles can run code.
+        kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
+        folder = Path(path, kwargs.get("subfolder", "")) if isinstance(path, (str, os.PathLike)) else None
         try:
-            model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+            with quiet(bars=True):
+                if folder is not None and folder.is_dir():
+                    check_folder(cls, folder, kwargs.get("config"))
+                model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path}/model.safetensors cannot be read ({error}); it may be missing or truncated: copy the model "
@@ -116,11 +126,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         wrong = [f"{name} is missing" for name in info["missing_keys"]]
         wrong += [f"{name} is unknown" for name in info["unexpected_keys"]]
         wrong += [f"{name} has shape {tuple(a)} in place of {tuple(b)}" for name, a, b in info["mismatched_keys"]]
-        if wrong:
-            raise ValueError(
-                f"{path}: the weights do not fit config.json: {'; '.join(sorted(wrong)[:3])}"
-                f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the two files that belong together"
-            )
+        check_fit(wrong, str(path))
+        check_finite(model, str(path))
         return (model, info) if output_loading_info else model
 
     @property

@@ -53,7 +53,7 @@ def _picture(frames: np.ndarray, video: "Video") -> str:
             if path.stat().st_size <= _MOST_BYTES:
                 return element.format(_data(path, media))
         path = Path(folder, "x.png")
-        contact_sheet([frames], [""], path, cell=160)
+        contact_sheet([frames], [""], path, cell=160, given=video.given)
         return f'<img src="{_data(path, "image/png")}">'
 
 

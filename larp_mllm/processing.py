@@ -6,24 +6,26 @@ user types stays plain text, `<|video_start|>` and `<|im_end|>` included.
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from larp.tokenizer import LarpTokenizer
+from larp_mllm.checks import check_count, check_start, is_whole
 from larp_mllm.configuration import LarpMllmConfig
 from larp_mllm.home import MODEL_TYPE, read_config
 from larp_mllm.hub import PROCESSOR_FILES, fetched, upload
 from larp_mllm.plain_text import PlainText
 from larp_mllm.sequence import PLACEHOLDER, Layout, encode
 from larp_mllm.tokenizer_checks import check_saved, check_tokenizers, load_text_tokenizer, words_hash
+from larp_mllm.video import Video
 from larp_mllm.video_input import Videos, to_clip, to_frames
 from larp_mllm.vocabulary import Vocabulary
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 VIDEO_TOKENIZER = "video_tokenizer"
 PROCESSOR_CONFIG = "processor_config.json"
@@ -34,13 +36,22 @@ _FROM_AUTO = {"_from_auto", "trust_remote_code", "force_download", "config"}
 class LarpMllmProcessor(ProcessorMixin):
     """The base model's text tokenizer, the LARP tokenizer and the id layout that joins them.
 
-    `frame_stride`: of a video file every so many-th frame is read. Raises ValueError if the LARP tokenizer has another
-    codebook or number of tokens than the layout.
+    `frame_stride`: of a video file every so many-th frame is read. Rows are padded on the text tokenizer's own side, which
+    for many a base is the right; to generate from several at once pad them on the left (`padding_side="left"`). Raises
+    ValueError for what is no tokenizer, and if the LARP tokenizer has another codebook or number of tokens than the layout.
     """
 
     model_input_names = ("input_ids", "attention_mask")
 
     def __init__(self, tokenizer, video_tokenizer: LarpTokenizer, vocabulary: Vocabulary, frame_stride: int = 1):
+        for what, given, kind in (
+            ("text tokenizer", tokenizer, PreTrainedTokenizerBase),
+            ("video tokenizer", video_tokenizer, LarpTokenizer),
+            ("vocabulary", vocabulary, Vocabulary),
+        ):
+            if not isinstance(given, kind):
+                raise ValueError(f"the {what} must be a {kind.__name__}, got {type(given).__name__}: load it first")
+        check_count("frame_stride", frame_stride)
         own = (video_tokenizer.codebook_size, video_tokenizer.num_tokens)
         if own != (vocabulary.codebook_size, vocabulary.tokens_per_video):
             raise ValueError(
@@ -80,11 +91,31 @@ class LarpMllmProcessor(ProcessorMixin):
         ValueError for other shapes, dtypes or ranges, and for clips of different shapes in one call.
         """
         count = self.video_tokenizer.config.num_frames
-        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in videos]
+        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in _listed(videos)]
         if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
             raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
         return self.video_tokenizer.encode(torch.stack(clips).to(device)).tolist() if clips else []
+
+    def video_of(self, part: dict[str, Any]) -> Videos:
+        """The video of a part of a message, `{"type": "video", "video" or "path": ...}`; of a file with "start" the frames
+        from so many seconds on, as in records. ValueError for another "start", and for one of what is no file.
+        """
+        video = part["video"] if "video" in part else part["path"]
+        start = check_start(part.get("start"), "a video part")
+        if start is None:
+            return video
+        if not isinstance(video, (str, Path)):
+            raise ValueError(
+                f'a video part: "start" is for files, got a {type(video).__name__}: give the frames that are meant'
+            )
+        from larp.data.video import ShortVideoError, probe, read_video
+
+        try:
+            first = round(start * probe(video).fps)
+            return read_video(video, first, self.video_tokenizer.config.num_frames, self.frame_stride)[0]
+        except ShortVideoError as error:
+            raise ShortVideoError(f'{error}: lower its "start" ({start:g})', error.frames) from error
 
     def decode_videos(self, codes: Tensor) -> list[np.ndarray]:
         """codes int64 (B, N) -> B videos, uint8 (T, H, W, 3)."""
@@ -95,7 +126,7 @@ class LarpMllmProcessor(ProcessorMixin):
 
     def __call__(
         self,
-        text: str | Sequence[str],
+        text: str | Sequence[str] | None = None,
         videos: Sequence[Videos] | Sequence[Sequence[Videos]] | None = None,
         *,
         add_special_tokens: bool = True,
@@ -108,9 +139,15 @@ class LarpMllmProcessor(ProcessorMixin):
 
         text: one, with its videos; or several, with a list of videos for each. add_special_tokens: put the base's begin
         id first, where it has one. open_video: end with video_start, after which the model writes a video.
-        padding: bring several texts to one length, on `padding_side` (default: the side of the text tokenizer;
-        generation needs left). ValueError, naming the text, if videos and placeholders differ in number.
+        padding: bring several texts to one length, on `padding_side` (default: the side of the text tokenizer). ValueError,
+        naming the text, if videos and placeholders differ in number.
         """
+        if not isinstance(text, str) and not (
+            isinstance(text, Sequence) and all(isinstance(content, str) for content in text)
+        ):
+            raise ValueError(
+                f"text must be a str, or a list of them, with {PLACEHOLDER} where a video stands, got {text!r}"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         groups = _groups(text, texts, videos)
         begin = [self.layout.bos] if add_special_tokens and self.layout.bos is not None else []
@@ -166,8 +203,9 @@ class LarpMllmProcessor(ProcessorMixin):
         """A chat, or several, in the text tokenizer's own template -> input_ids; with return_dict a BatchFeature.
 
         messages: `{"role", "content"}`, content a str or parts `{"type": "text", "text"}` and `{"type": "video",
-        "video"}` (or "path"). Contents are encoded apart from the template, so none can speak for another role.
-        tokenize=False: the text instead, for the eye, with `<video>` for videos. Raises ValueError, naming the message.
+        "video"}` (or "path"; with "start", see `video_of`). Contents are encoded apart from the template, so none can
+        speak for another role. tokenize=False: the text instead, for the eye, with `<video>` for videos. Raises
+        ValueError, naming the message.
         """
         single = not messages or isinstance(messages[0], dict)
         chats = [messages] if single else messages
@@ -185,7 +223,7 @@ class LarpMllmProcessor(ProcessorMixin):
         from larp_mllm.conversation import chat_segments
 
         def codes_of(part: dict) -> list[int]:
-            return self.encode_videos([part["video"] if "video" in part else part["path"]])[0]
+            return self.encode_videos([self.video_of(part)])[0]
 
         segments = chat_segments(messages, self.tokenizer, self.encode_text, codes_of, where, answer)
         return encode(segments, self.layout, framed=False).ids.tolist()
@@ -199,6 +237,7 @@ class LarpMllmProcessor(ProcessorMixin):
 
     def decode(self, ids) -> list[str | np.ndarray]:
         """ids -> texts and uint8 videos (T, H, W, 3) in order, empty texts left out. ValueError for a broken span."""
+        ids = _whole_numbers(ids, self.vocabulary.size)
         contents = [
             self.decode_text(content) if kind == "text" else self.decode_videos(torch.tensor([content]))[0]
             for kind, content in self.vocabulary.split(ids)
@@ -265,17 +304,22 @@ class LarpMllmProcessor(ProcessorMixin):
             raise ValueError(f"LarpMllmProcessor.from_pretrained knows no {', '.join(sorted(unknown))}: leave them out")
         where = str(folder)
         folder = fetched(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
-        saved = read_config(folder / PROCESSOR_CONFIG) or {}
+        saved = read_config(folder / PROCESSOR_CONFIG)
         if (read_config(folder / "config.json") or {}).get("model_type") == MODEL_TYPE:
             config = LarpMllmConfig.from_pretrained(folder)
             vocabulary, stride = config.vocabulary, config.frame_stride
         else:
             config = None
-            vocabulary, stride = _saved_layout(saved, where)
+            vocabulary, stride = _saved_layout(saved or {}, where)
         tokenizer = load_text_tokenizer(folder)
         video_tokenizer = LarpTokenizer.from_pretrained((folder / VIDEO_TOKENIZER).resolve(), device=device)
         if config is not None:
             check_tokenizers(config, tokenizer, video_tokenizer, where)
+        if saved is None:
+            raise ValueError(
+                f"{where}: {PROCESSOR_CONFIG} is missing, which records the tokenizers that the model was trained with: copy the "
+                "model folder again"
+            )
         check_saved(saved, tokenizer, video_tokenizer, where)
         return cls(tokenizer, video_tokenizer, vocabulary, stride)
 
@@ -283,7 +327,7 @@ class LarpMllmProcessor(ProcessorMixin):
 def _saved_layout(saved: dict, where: str) -> tuple[Vocabulary, int]:
     names = ("text_size", "codebook_size", "tokens_per_video", "frame_stride")
     values = [saved.get(name) for name in names]
-    if not all(isinstance(value, int) for value in values):
+    if not all(map(is_whole, values)):
         raise ValueError(
             f"{where} holds no processor of a language model with video vocabulary ({PROCESSOR_CONFIG} and config.json say "
             "nothing of one): give the folder that training wrote, OUT/model"
@@ -293,7 +337,7 @@ def _saved_layout(saved: dict, where: str) -> tuple[Vocabulary, int]:
 
 def _groups(text: str | Sequence[str], texts: list[str], videos) -> list[Sequence]:
     """The videos of each text."""
-    videos = [] if videos is None else list(videos)
+    videos = [] if videos is None else _listed(videos)
     if isinstance(text, str):
         return [videos]
     if not videos:
@@ -303,6 +347,22 @@ def _groups(text: str | Sequence[str], texts: list[str], videos) -> list[Sequenc
             f"{len(texts)} texts need a list of {len(texts)} lists of videos, one for each text (empty where it has none)"
         )
     return videos
+
+
+def _listed(videos: Any) -> list:
+    if isinstance(videos, (str, Path, Video)) or not isinstance(videos, Iterable):
+        raise ValueError(f"videos must be a list of them, got {str(videos)[:60]!r}: for one give a list of one")
+    return list(videos)
+
+
+def _whole_numbers(ids: Any, size: int) -> list[int]:
+    """`ids` as a list; ValueError unless they are whole numbers in [0, size)."""
+    ids = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids
+    if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
+        raise ValueError(f"ids must be one row of whole numbers, got {str(ids)[:80]!r}")
+    if wrong := [i for i in ids if not 0 <= i < size]:
+        raise ValueError(f"id {wrong[0]} is none of this model: its ids are 0 to {size - 1}")
+    return list(ids)
 
 
 def _padded(row: list[int], length: int, fill: int, side: str) -> list[int]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from larp_mllm.checks import check_count
+from larp_mllm.checks import check_count, check_progress
 
 from torch import Tensor
 from tqdm import tqdm
@@ -52,6 +52,7 @@ class CodeProgress:
         every: int = 0,
     ):
         check_count("preview_every", every, least=0)
+        check_progress(report)
         self.total, self.done, self.report, self.preview, self.every = total, 0, report, preview, every
         self.bar = None if report else tqdm(total=total, desc="drawing codes", unit="code", delay=2, leave=False)
 
@@ -79,6 +80,7 @@ class TextProgress:
     """
 
     def __init__(self, total: int, report: Report | None, decode: Callable[[list[int]], str]):
+        check_progress(report)
         self.total, self.report, self.decode, self.told = total, report, decode, ""
 
     def __call__(self, ids: list[int], done: int, last: bool = False) -> None:

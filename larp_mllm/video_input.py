@@ -46,12 +46,12 @@ def to_clip(video: np.ndarray | Tensor, tokenizer: LarpTokenizer) -> Tensor:
     from larp.data.clips import frames_to_clip
 
     config = tokenizer.config
-    pixels = video.detach().cpu() if isinstance(video, Tensor) else torch.from_numpy(_array(video))
+    pixels = video.detach().cpu() if isinstance(video, Tensor) else torch.from_numpy(to_array(video))
     if pixels.is_floating_point() and pixels.ndim == 4 and pixels.shape[0] == 3:
         tokenizer.check_clip(pixels[None])
         return pixels.float()
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise ValueError(_not_a_video(f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"))
+        raise ValueError(not_a_video(f"{str(pixels.dtype).removeprefix('torch.')} {tuple(pixels.shape)}"))
     frames = pixels.numpy()
     if len(frames) < config.num_frames:
         raise ValueError(
@@ -61,18 +61,20 @@ def to_clip(video: np.ndarray | Tensor, tokenizer: LarpTokenizer) -> Tensor:
     return frames_to_clip(frames[start : start + config.num_frames], config.height, config.width)
 
 
-def _array(video: Any) -> np.ndarray:
+def to_array(video: Any) -> np.ndarray:
+    """The array of uint8 or floats that `video` is, of any shape; ValueError if it is none."""
     try:
         array = np.asarray(video)
         known = array.dtype == np.uint8 or np.issubdtype(array.dtype, np.floating)
     except ValueError as error:  # frames of different sizes
-        raise ValueError(_not_a_video(str(error))) from error
+        raise ValueError(not_a_video(str(error))) from error
     if not known:
-        raise ValueError(_not_a_video(f"{array.dtype} {array.shape}" if array.ndim else repr(video)))
+        raise ValueError(not_a_video(f"{array.dtype} {array.shape}" if array.ndim else repr(video)))
     return np.require(array, requirements=("C", "W"))  # as torch shares it
 
 
-def _not_a_video(found: str) -> str:
+def not_a_video(found: str) -> str:
+    """What to say of a video that is something else."""
     return (
         "a video must be uint8 frames (T, H, W, 3) of 0..255, or a float clip (3, T, H, W) in [0, 1], "
         f"got {found}: convert it"

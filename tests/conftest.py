@@ -1,5 +1,7 @@
 """Fixtures for all tests: where real data lie, and a home of their own for caches."""
 
+import itertools
+import resource
 from pathlib import Path
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+_homes = itertools.count()
 
 
 def beside(name: str) -> Path:
@@ -36,9 +39,19 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def full_disk():
+    """No file grows beyond 4 kB, as if the disk were full; the system says "File too large"."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory, monkeypatch):
-    """Keep rendered videos and the pointer to the newest model out of the user's home."""
+    """Keep rendered videos out of the user's home, and the pointer to the newest model out of that and other tests'."""
     home = tmp_path_factory.getbasetemp() / "home"
     monkeypatch.setenv("LARP_DATA", str(home / "data"))
-    monkeypatch.setenv("LARP_MLLM_HOME", str(home / "mllm"))
+    monkeypatch.setenv("LARP_MLLM_HOME", str(home / f"mllm-{next(_homes)}"))
+    monkeypatch.delenv("LARP_MLLM_MODEL", raising=False)

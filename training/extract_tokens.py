@@ -42,7 +42,8 @@ class ExtractTokensConfig:
     stride: int = 1
     """Every n-th frame of a video is a frame of a clip."""
     flips: bool = False
-    """Encode every clip mirrored as well."""
+    """Encode every clip mirrored as well; the language model is taught captions with left and right changed where these are
+    directions, by a rule that knows the usual phrases."""
     condition_frames: int = 0
     """For frame prediction: how many first frames of a clip are given, 1 to T - 1 (the paper: 5); their codes are stored
     beside."""

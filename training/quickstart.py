@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 
+from larp.config import run_script
+
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle moving left"
 
@@ -32,6 +34,8 @@ def main() -> None:
     parser.add_argument("--mllm-options", default="", help="more options for train_mllm.py, in one string")
     arguments = parser.parse_args()
     out = arguments.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: choose another place with --out")
     if arguments.fresh and out.exists():
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,4 +133,4 @@ def summarise(out: Path, stages: Stages) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script("quickstart.py", main)

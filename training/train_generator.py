@@ -23,7 +23,7 @@ from larp.engine.backend import Engine, EngineConfig, Ranks, make_engine
 from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.engine.sharding import whole, whole_copy
-from larp.engine.state import load_state, open_run, save_state
+from larp.engine.state import check_folder, load_state, open_run, save_state
 from larp.generator import GeneratorConfig, LarpGenerator, Task, code_loss
 from larp.metrics.prediction import predict_codes
 from larp.noise import BatchNoise
@@ -152,6 +152,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
     began = time.time()
     ranks = backend.start(config.seed)
     try:
+        check_folder(config.out, config.resume)
         source, held_out, tokenizer = open_data(config, ranks)
         config = config.in_steps(len(source))
         model = build_model(config, source)
@@ -160,10 +161,12 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         engine = make_generator_engine(config, model, len(source), ranks)
         check_wandb(config.wandb)
         # Last, so that a mistake in the options leaves no run folder behind.
-        saved = open_run(config.out, to_dict(config) | {"recipe": recipe}, config.resume, config.steps)
+        engines, model_id = {"generator": engine}, identity(engine, source, held_out, config)
+        options = to_dict(config) | {"recipe": recipe}
+        saved = open_run(config.out, options, config.resume, config.steps, engines, model_id)
         best: dict[str, float] = {}
         if saved is not None:
-            load_state({"generator": engine}, saved, identity(engine, source, held_out, config))
+            load_state(engines, saved, model_id)
             best = saved.extra
         finished = fit(engine, source, held_out, config, best, samples)
         skipped = {tuple(entry) for entries in backend.gather_objects(source.skipped) for entry in entries}

@@ -9,6 +9,7 @@ OUT/samples, OUT/report.json.
 """
 
 import gc
+import math
 import re
 import shutil
 import sys
@@ -32,15 +33,16 @@ from larp.engine.backend import (
     stop_requested,
 )
 from larp.engine.log import RunLog, check_wandb
+from larp.engine.ranks import main_first
 from larp.engine.schedules import lr_factor
 from larp.engine.state import check_folder, load_state, newest_state, open_run, save_state
-from larp_mllm.bases import check_positions, is_tiny, load_base
+from larp_mllm.bases import check_positions, check_rows, is_tiny, load_base
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, Videos, open_corpus, open_videos
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.finetuning import optimizer, prepare, write_model
+from larp_mllm.engine.finetuning import optimizer, prepare, write_model, wrong_tensor
 from larp_mllm.engine.perplexity import score_text
-from larp_mllm.engine.report import headline, surroundings, write_report
+from larp_mllm.engine.report import headline, refuse, surroundings, write_report, wrong_figures
 from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -114,23 +116,28 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     plan = stages(config.align, config.joint)
     videos = open_videos(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
-    corpus = open_data(config, videos, mllm, ranks)
+    corpus = open_data(config, videos, mllm)
     mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text)
     check_wandb(config.wandb)
     before = newest_state(config.out) if config.resume else None
     run = Run(config, ranks, plan, videos, corpus, mix, stage_at(plan, before.step if before else 0))
-    text = {"data": corpus.held_out_text_name, "before": judge_text(mllm, corpus, ranks)}
+    text = {"data": corpus.held_out_text_name, "before": judge_text(mllm, corpus, config, ranks)}
     begin(run, mllm)
     del mllm  # of which a later stage must not find a second copy in memory
-    state = open_run(config.out, {"recipe": recipe, **to_dict(config)}, config.resume, plan[-1].last)
+    engines, options = {"model": run.engine}, {"recipe": recipe, **to_dict(config)}
+    state = open_run(config.out, options, config.resume, plan[-1].last, engines, identity(run))
     if state is not None:
-        load_state({"model": run.engine}, state, identity(run))
+        load_state(engines, state, identity(run))
         run.skipped, run.seconds = state.loader_state["skipped"], state.loader_state["seconds"]
         run.parameters = state.loader_state["parameters"] | run.parameters
     shown = ("video_bits", "video_accuracy", "text_nll")
     with RunLog(config.out, ranks, plan[-1].last, run.step, shown, config.wandb, to_dict(config)) as log:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in mix.shares.items())
-        log.say(f"{config.base}: {shares}; perplexity of held-out text {text['before']['perplexity']:.4g}")
+        log.say(
+            f"{config.base}: {shares}; perplexity {text['before']['perplexity']:.4g} of held-out text ({text['data']})"
+        )
+        for note in corpus.notes:
+            log.say(f"note: {note}")
         stopped = loop(run, log)
         while not stopped and run.stage is not plan[-1]:
             next_stage(run)
@@ -144,10 +151,10 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
 # --------------------------------------------------------------------------------------------------------- data and model
 
 
-def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm, ranks: Ranks) -> Corpus:
+def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm) -> Corpus:
     """All data as sequences for this model."""
     return open_corpus(
-        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, ranks,
+        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings,
         records=config.records, data_root=config.data_root, allow_outside=config.allow_outside,
         stride=mllm.model.config.frame_stride, encoded=config.out / "records", text=config.text,
         eval_text=config.eval_text, sequence_length=config.sequence_length,
@@ -163,6 +170,7 @@ def build(config: TrainMllmConfig, videos: Videos, ranks: Ranks) -> Mllm:
     )
     clips = videos.tokenizer
     check_positions(base, clips.num_tokens, config.base)
+    check_rows(base, tokenizer, config.base)
     cache = videos.train if videos.train is not None else videos.held_out
     fps = config.fps or (OLD_FPS if cache is None else cache.frame_rate(OLD_FPS))
     stride = config.stride or (1 if cache is None else cache.key["stride"])
@@ -290,9 +298,22 @@ def sample_on_the_way(run: Run, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
-def judge_text(mllm: Mllm, corpus: Corpus, ranks: Ranks) -> dict[str, float]:
-    """The perplexity of the held-out text, measured by the first rank. Collective."""
-    return broadcast_object(score_text(mllm.model, corpus.held_out_text) if ranks.is_main else None)
+def judge_text(mllm: Mllm, corpus: Corpus, config: TrainMllmConfig, ranks: Ranks) -> dict[str, float]:
+    """The perplexity of the held-out text before training, measured by the first rank. Collective.
+
+    ValueError if it is no number: nothing could be learned then.
+    """
+
+    def judge() -> dict[str, float] | None:
+        return score_text(mllm.model, corpus.held_out_text, config.eval_videos) if ranks.is_main else None
+
+    found = broadcast_object(main_first(judge))
+    if not math.isfinite(found["nll"]):
+        raise ValueError(
+            f"--base {config.base} gives {found['nll']} nats per token of held-out text, though its weights are finite: "
+            "it is damaged, or its config.json is not its own; copy it again or take another"
+        )
+    return found
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -343,15 +364,16 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
     if run.ranks.is_main:
         # Before anything else can fail: what was trained is there to be used.
         write_report(report, config.out)
-        remember_newest(folder)
-    report["eval"] = evaluate(run)
-    held_out, run.mllm, run.engine = run.corpus.held_out_videos, None, run.engine.close()
-    gc.collect()
-    if run.ranks.is_main:
-        # What is judged and sampled is what was saved: the engine's own module may be sharded, and on other ranks too.
-        mllm = Mllm.load(folder, str(run.ranks.device))
-        text["after"] = score_text(mllm.model, run.corpus.held_out_text)
-        write_report(report, config.out)
+    refuse(broadcast_object(wrong_tensor(folder) if run.ranks.is_main else None), report)
+    try:
+        mllm = judge_model(run, report, folder)
+    finally:
+        if run.ranks.is_main and not wrong_figures(report):
+            remember_newest(folder)
+    report = broadcast_object(report)
+    refuse(next(iter(wrong_figures(report)), None), report)
+    if mllm is not None:
+        held_out = run.corpus.held_out_videos
         report["samples"] = (
             write_samples(mllm, held_out, config.sampling, config.seed, config.out / "samples", movies=True)
             if held_out is not None
@@ -364,6 +386,20 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         if report["samples"]:
             print(f"samples:  {report['samples'][0]}")
     return broadcast_object(report)
+
+
+def judge_model(run: Run, report: dict, folder: Path) -> Mllm | None:
+    """Put the figures of what was trained into the report; returns the saved model, on the first rank. Collective."""
+    report["eval"] = evaluate(run)
+    run.mllm, run.engine = None, run.engine.close()
+    gc.collect()
+    if not run.ranks.is_main:
+        return None
+    # What is judged and sampled is what was saved: the engine's own module may be sharded, and on other ranks too.
+    mllm = Mllm.load(folder, str(run.ranks.device))
+    report["text"]["after"] = score_text(mllm.model, run.corpus.held_out_text, run.config.eval_videos)
+    write_report(report, run.config.out)
+    return mllm
 
 
 if __name__ == "__main__":

@@ -296,7 +296,6 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     config, c, ranks = trainer.config, trainer.config.model, trainer.ranks
     shape = ClipShape(c.num_frames, c.height, c.width, config.stride)
     micro = backend.micro_batch(config.batch_size, config.engine.accumulation, ranks)
-    state.check_folder(config.out, config.resume)
     check_wandb(config.wandb)
     first_pass = iterate_once(test, shape, batch=1)
     if next(iter(first_pass), None) is None:
@@ -308,7 +307,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         train, shape, config.batch_size, micro, config.seed, ranks.rank, ranks.world_size, flip=config.flip,
         workers=0 if config.in_memory else config.workers, in_memory=config.in_memory,
     )  # fmt: skip
-    saved = state.open_run(config.out, to_dict(config), config.resume, config.steps)
+    saved = state.open_run(config.out, to_dict(config), config.resume, config.steps, trainer.engines, identity(config))
     if saved is not None:
         state.load_state(trainer.engines, saved, identity(config))
         loader.load_state_dict(saved.loader_state)
@@ -420,6 +419,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = sys.argv[1:] if argv is None else argv
     config, recipe = parse(TrainTokenizerConfig, arguments, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE)
     ranks = backend.start(config.seed)
+    state.check_folder(config.out, config.resume)  # before videos are rendered or listed
     if ranks.is_main and recipe == DEFAULT_RECIPE and config.data.startswith("shapes:"):
         print(
             f"recipe {recipe}: a tiny tokenizer on the built-in videos. For real data: "

@@ -6,7 +6,9 @@ itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +17,12 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK = 32
+# How many times longer than the frame a picture may become before the crop; ones wider still are cropped first.
+_MOST_LONG = 4
+# Pixels: the widest picture of a contact sheet.
+_WIDEST = 4096
+# Of the pictures of a contact sheet that were given.
+_GIVEN = "#2f6fdf"
 
 
 @dataclass(frozen=True)
@@ -67,13 +75,41 @@ def scale_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize uint8 (T, H, W, 3) frames so that they just cover height x width, then crop the centre; uint8 in and out.
 
-    See `scale_frames`; the aspect ratio is kept.
+    See `scale_frames`; the aspect ratio is kept. Memory and time are bounded whatever it is.
     """
     old_height, old_width = frames.shape[1:3]
     scale = max(height / old_height, width / old_width)
     new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    if new[1] > _MOST_LONG * width:
+        return _resize_wide(frames, height, width, new[1])
+    if new[0] > _MOST_LONG * height:
+        turned = _resize_wide(frames.transpose(0, 2, 1, 3), width, height, new[0])
+        return np.ascontiguousarray(turned.transpose(0, 2, 1, 3))
     top, left = (new[0] - height) // 2, (new[1] - width) // 2
     return np.ascontiguousarray(scale_frames(frames, *new)[:, top : top + height, left : left + width])
+
+
+def _resize_wide(frames: np.ndarray, height: int, width: int, whole: int) -> np.ndarray:
+    """The middle `width` columns of frames resized to height x whole, from no more columns than these are made of.
+
+    The filter is F.interpolate's, written out along the width: a triangle as wide as a pixel of the coarser grid.
+    """
+    ratio = frames.shape[2] / whole
+    reach = max(1.0, ratio)
+    centres = ((whole - width) // 2 + np.arange(width) + 0.5) * ratio
+    first, end = max(0, int(centres[0] - reach)), min(frames.shape[2], math.ceil(centres[-1] + reach))
+    columns = np.arange(first, end) + 0.5
+    weights = np.clip(1 - np.abs(columns - centres[:, None]) / reach, 0, None)
+    weights = torch.from_numpy(weights / weights.sum(1, keepdims=True)).float()
+    parts = []
+    for begin in range(0, len(frames), _CHUNK):
+        part = torch.from_numpy(np.ascontiguousarray(frames[begin : begin + _CHUNK, :, first:end]))
+        size = height, end - first
+        part = F.interpolate(
+            part.permute(0, 3, 1, 2).float(), size=size, mode="bilinear", antialias=True, align_corners=False
+        )
+        parts.append((part @ weights.T).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy())
+    return np.concatenate(parts)
 
 
 def pixels_to_clip(frames: np.ndarray) -> torch.Tensor:
@@ -113,12 +149,20 @@ def side_by_side(
 
 
 def contact_sheet(
-    videos: Sequence[np.ndarray], captions: Sequence[str], path: str | Path, columns: int = 8, cell: int = 80
+    videos: Sequence[np.ndarray],
+    captions: Sequence[str],
+    path: str | Path,
+    columns: int = 8,
+    cell: int = 80,
+    given: int = 0,
 ) -> None:
     """Write a PNG with one row for each uint8 (T, H, W, 3) video: its caption above `columns` evenly spaced frames.
 
-    Frames are enlarged by whole factors (nearest neighbour) up to `cell` pixels high, or shrunk to it. The file is
-    replaced in one step. ValueError if captions and videos do not pair up.
+    Frames are enlarged by whole factors (nearest neighbour) up to `cell` pixels high, or shrunk to it; very wide ones
+    become lower. If the first `given` frames of each were there before the others were made, these are framed in blue,
+    and half of the columns show what was made, as far as there is so much. The file is replaced in one step. ValueError
+    if captions and videos do not pair up; OSError that names the file if it cannot be written, and then nothing new is
+    there.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -126,35 +170,56 @@ def contact_sheet(
         raise ValueError(
             f"{len(videos)} videos and {len(captions)} captions; need one caption for each video, at least 1"
         )
-    font, line, gap = ImageFont.load_default(size=14), 22, 3
-    rows = [[_enlarge(video[k], cell) for k in _spread(len(video), columns)] for video in videos]
-    width = max(sum(p.width + gap for p in row) for row in rows) + gap
+    font, gap = ImageFont.load_default(size=14), max(3, cell // 24) if given else 3
+    line = 16 + 2 * gap
+    rows = [[(k < given, _enlarge(video[k], cell)) for k in _spread(len(video), columns, given)] for video in videos]
+    width = max(sum(picture.width + gap for _, picture in row) for row in rows) + gap
     width = max(width, *(int(font.getlength(text)) + 4 * gap for text in captions))
-    sheet = Image.new("RGB", (width, sum(row[0].height + line + gap for row in rows) + gap), "white")
+    sheet = Image.new("RGB", (width, sum(row[0][1].height + line + gap for row in rows) + gap), "white")
     draw, y = ImageDraw.Draw(sheet), 0
     for row, text in zip(rows, captions, strict=True):
         draw.text((2 * gap, y + gap), text, fill="black", font=font)
         y, x = y + line, gap
-        for picture in row:
+        for framed, picture in row:
+            if framed:
+                draw.rectangle((x - gap, y - gap, x + picture.width + gap - 1, y + picture.height + gap - 1), _GIVEN)
             sheet.paste(picture, (x, y))
             x += picture.width + gap
-        y += row[0].height + gap
+        y += row[0][1].height + gap
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".writing-{path.name}")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(temporary, format="PNG")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _spread(frames: int, columns: int) -> list[int]:
-    return [round(k) for k in np.linspace(0, frames - 1, min(columns, frames))]
+def _spread(frames: int, columns: int, given: int) -> list[int]:
+    """The frames that a row shows: evenly spaced, apart among the given ones and the others."""
+
+    def evenly(first: int, count: int, shown: int) -> list[int]:
+        return [first + round(k) for k in np.linspace(0, count - 1, min(count, shown))]
+
+    made = frames - given
+    if not given or made <= 0:
+        return evenly(0, frames, columns)
+    before = min(given, max(columns // 2, columns - made))
+    return evenly(0, given, before) + evenly(given, made, columns - before)
 
 
 def _enlarge(frame: np.ndarray, cell: int):
     from PIL import Image
 
     picture = Image.fromarray(frame)
-    if picture.height > cell:
-        return picture.resize((max(1, round(picture.width * cell / picture.height)), cell), Image.Resampling.BILINEAR)
-    factor = cell // picture.height
+    scale = min(cell / picture.height, _WIDEST / picture.width)
+    if scale < 1:
+        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+        return picture.resize(size, Image.Resampling.BILINEAR)
+    factor = int(scale)
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -1,11 +1,13 @@
-"""Opening video files, every one treated as hostile: the demuxer is chosen from the file's first bytes (so playlists,
-which open other files, are refused), the picture size is checked before a frame is decoded, and every failure is a
-`VideoError` that names the file.
+"""Opening video files, every one treated as hostile: only regular files are opened (a pipe would be waited for without
+end), the demuxer is chosen from the file's first bytes (so playlists, which open other files, are refused), the picture
+size is checked before a frame is decoded, and every failure is a `VideoError` that names the file.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +45,7 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
     FFmpeg's many exceptions inside the block become VideoError.
     """
     try:
+        _check_regular(path)
         with open(path, "rb") as file:
             name = _container_format(path, file.read(256))
             file.seek(0)
@@ -71,16 +74,32 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
         raise VideoError(f"{path}: cannot be decoded: {reason}") from error
 
 
+def _check_regular(path: str | Path) -> None:
+    """VideoError for what is there but no file; opening a pipe without a writer would wait for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFIFO: "a pipe (fifo)", stat.S_IFSOCK: "a socket"}
+        found = kinds.get(stat.S_IFMT(mode), "a device")
+        raise VideoError(f"{path}: is {found}, no file: write the video to a file, and give its name")
+
+
+def as_url(path: str | Path) -> str | None:
+    """The URL that a name is, with the second slash that pathlib takes away; None for the name of a file."""
+    # A single letter before the colon is a drive.
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))
+    return f"{found[1]}://{str(path)[found.end() :]}" if found else None
+
+
 def _not_there(path: str | Path, error: OSError) -> str:
     """What to say of a name that is no file."""
     if str(path) in ("", "."):  # a Path of nothing is the current folder
         return f"no video was named ({str(path)!r}): give the name of a video file"
     if isinstance(error, IsADirectoryError):
         return f"{path}: is a folder: give the name of a video file in it"
-    # pathlib makes one slash of two; a single letter before the colon is a drive.
-    if url := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path)):
-        address = f"{url[1]}://{str(path)[url.end() :]}"
-        return f"{address}: URLs are not opened: download the video, and give the name of the file"
+    if url := as_url(path):
+        return f"{url}: URLs are not opened: download the video, and give the name of the file"
     return f"{path}: no such file"
 
 

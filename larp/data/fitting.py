@@ -37,9 +37,6 @@ class Fitting:
         for name, size in (("source", self.source), ("frame", self.frame)):
             if min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(f"{name}: {size[1]}x{size[0]} pixels are not between 1 and {MAX_PIXELS}")
-        covering = max(new / old for new, old in zip(self.frame, self.source, strict=True))
-        if self.fit == "crop" and self.source[0] * self.source[1] * covering**2 > MAX_PIXELS:
-            raise ValueError(f"{self.source[1]}x{self.source[0]} pixels are too narrow to crop: choose stretch or pad")
 
     @property
     def picture(self) -> tuple[int, int, int, int]:

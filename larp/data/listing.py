@@ -85,12 +85,17 @@ def as_folder(root: str, spec: str) -> Path:
 
 
 def as_file(path: str, spec: str) -> Path:
-    """Return the file of a path; DataError if there is none."""
-    if not Path(path).expanduser().is_file():
+    """Return the regular file of a path; DataError if there is none. A pipe would be waited for, maybe for ever."""
+    file = Path(path).expanduser()
+    if not path:
+        raise DataError(f"{spec}: the path is missing after the colon")
+    if not file.is_file():
         raise DataError(
-            f"{spec}: there is no file {path!r}" if path else f"{spec}: the path is missing after the colon"
+            f"{spec}: {path!r} is a folder, a pipe or a device: give the name of a file"
+            if file.exists()
+            else f"{spec}: there is no file {path!r}"
         )
-    return Path(path).expanduser()
+    return file
 
 
 def videos_below(folder: Path) -> list[Path]:

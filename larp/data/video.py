@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, opened
+from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, as_url, opened
 
 import av
 import numpy as np
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from larp.data.audio import AudioTrack
 
 MAX_BYTES = 8 * 2**30
+# Frames per second that can be written: a GIF counts 16 bits of hundredths of a second, and no player shows a thousand.
+LEAST_FPS, MOST_FPS = 0.01, 1000.0
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
 )
@@ -124,7 +127,8 @@ class VideoWriter:
     everywhere but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row
     or column. "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed
     setting, ignored by other codecs. `audio` goes along as it is; where the container cannot hold it, it is left out
-    and `audio.notes` says why. Raises VideoError, with the encoders at hand if `codec` is missing.
+    and `audio.notes` says why. Raises VideoError for a rate that `check_fps` refuses, a URL, a file that cannot be written,
+    and a missing `codec`, with the encoders at hand.
     """
 
     def __init__(
@@ -139,17 +143,19 @@ class VideoWriter:
         audio: AudioTrack | None = None,
     ):
         self.path = Path(path)
+        check_output(self.path)
         self._rate, self._audio = _rational(fps), audio
         self._encoding = _Encoding(codec, quality, pixel_format, preset)
         self._size: tuple[int, ...] | None = None
         self._sink: _Movie | _Gif | None = None
 
     def __enter__(self) -> VideoWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self._temporary = tempfile.mkstemp(
-            prefix=".writing-", suffix=self.path.suffix or ".mp4", dir=self.path.parent
-        )
-        os.close(handle)
+        with self._errors():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle, self._temporary = tempfile.mkstemp(
+                prefix=".writing-", suffix=self.path.suffix or ".mp4", dir=self.path.parent
+            )
+            os.close(handle)
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -173,8 +179,8 @@ class VideoWriter:
                     raise VideoError(f"{self.path}: no frame was written")
                 with self._errors():
                     self._sink.finish()
-                os.chmod(self._temporary, 0o644)
-                os.replace(self._temporary, self.path)
+                    os.chmod(self._temporary, 0o644)
+                    os.replace(self._temporary, self.path)
         finally:
             if isinstance(self._sink, _Movie):
                 self._sink.close()
@@ -202,10 +208,31 @@ class VideoWriter:
         except VideoError:
             raise
         except DECODE_ERRORS as error:
+            if isinstance(error, OSError) and error.strerror:  # a full disk, a folder: no fault of the encoding
+                raise VideoError(f"{self.path}: cannot be written: {error.strerror}") from error
+            if isinstance(self._sink, _Gif):
+                raise VideoError(f"{self.path}: cannot be written as a GIF: {error}") from error
             raise VideoError(
                 f"{self.path}: cannot be written with codec {self._encoding.codec!r}, pixel format "
                 f"{self._encoding.pixel_format!r}: {error}"
             ) from error
+
+
+def check_fps(fps: float) -> float:
+    """The frames per second as a float; VideoError unless they are a number from `LEAST_FPS` to `MOST_FPS`."""
+    if not isinstance(fps, Real) or not LEAST_FPS <= fps <= MOST_FPS:
+        raise VideoError(
+            f"fps is {fps!r}; it must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, to be written to files"
+        )
+    return float(fps)
+
+
+def check_output(path: str | Path) -> None:
+    """VideoError for what no file can be called, and for a URL, of which a folder would be made."""
+    if "\0" in str(path):
+        raise VideoError(f"{str(path)!r} holds a zero byte: give the name of a file")
+    if (url := as_url(path)) and not Path(path).parent.is_dir():
+        raise VideoError(f"{url}: URLs are not written to: give the name of a file")
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) -> None:
@@ -387,6 +414,4 @@ def _missing_encoder(path: Path, codec: str) -> str:
 
 
 def _rational(fps: float) -> Fraction:
-    if not 0 < fps <= 1000:
-        raise VideoError(f"fps must be in (0, 1000], not {fps}")
-    return Fraction(fps).limit_denominator(1001)
+    return Fraction(check_fps(fps)).limit_denominator(1001)

@@ -22,7 +22,9 @@ import math
 import os
 import random
 import warnings
+import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ from larp.engine.ranks import (
     set_current_ranks,
 )
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, deepspeed_settings, micro_batch
+from larp.engine.sharding import restore_linear
 
 import numpy as np
 import torch
@@ -71,6 +74,10 @@ __all__ = [
 
 # ----------------------------------------------------------------------------------------------------- start and finish
 
+
+# How long a rank waits for the others, which may encode many videos or write samples in the meantime; that one has died, it
+# learns from the connection or the launcher, long before.
+_PATIENCE = timedelta(hours=12)
 
 # The variables that start() set itself because no launcher had; None while no session runs.
 _own_variables: tuple[str, ...] | None = None
@@ -114,6 +121,8 @@ def finish() -> None:
     import deepspeed.comm.comm as comm
 
     signals.restore()
+    _sharding.clear()
+    restore_linear()
     if torch.distributed.is_initialized():
         comm.destroy_process_group()
     # deepspeed believes for ever that it is initialised; without this a second start() would skip the real work.
@@ -161,7 +170,7 @@ def _init_distributed() -> None:
         # Nobody else comes to the launcher's port, which is the same for every job on the machine.
         os.environ["MASTER_PORT"] = str(free_port())
     try:
-        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False)
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=_PATIENCE)
     except torch.distributed.DistNetworkError as error:
         raise ValueError(
             f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, perhaps because another job uses it: choose "
@@ -222,6 +231,10 @@ def make_engine(
     return Engine(module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average)
 
 
+# The engines of stage 3 that are open: while there are any, torch computes linear layers as they need it.
+_sharding: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
 class Engine:
     """A module in training: forward, backward, step, save, load. Made by `make_engine`.
 
@@ -238,6 +251,8 @@ class Engine:
         self._lr_factor, self._max_skipped = lr_factor, max_skipped
         self._partly_frozen = not all(p.requires_grad for p in module.parameters())
         settings = deepspeed_settings(module, config, global_batch, ranks)
+        if config.zero_stage == 3:
+            _sharding.add(self)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
@@ -337,9 +352,13 @@ class Engine:
             safe_set_full_fp32_param(parameter, parameter)
 
     def close(self) -> None:
-        """Let go of the module and the optimizer, so that their memory is free for a next engine; the last call on this one."""
-        self._engine.destroy()
+        """Let go of the module and the optimizer, so that their memory is free for a next engine; only `close` may follow."""
+        if self._engine is not None:
+            self._engine.destroy()
         self._engine = None
+        _sharding.discard(self)
+        if not _sharding:
+            restore_linear()
 
     def _apply_lr(self) -> None:
         # Always by way of the optimizer: loading a checkpoint puts new group objects there.

@@ -24,8 +24,19 @@ _WANDB_ID = "wandb-id.txt"
 
 
 def write_json(path: Path | str, obj: Any) -> None:
-    """Write `obj` as indented JSON such that after a crash the file holds the old or the new content, never a half."""
-    write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+    """Write `obj` as indented JSON such that after a crash the file holds the old or the new content, never a half.
+
+    Numbers that are not finite become null: JSON has none, and other programs would refuse the whole file.
+    """
+    write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(obj: Any) -> Any:
+    if isinstance(obj, dict):
+        return {key: _finite(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_finite(value) for value in obj]
+    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -44,6 +55,9 @@ def check_writable(path: Path) -> None:
 
     An existing file counts as writable: it is replaced. For use before long work whose result goes there.
     """
+    from larp.data.video import check_output  # FFmpeg, which few need who log
+
+    check_output(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give the name of a file, such as {path / 'NAME'}")
     folder = next(parent for parent in path.absolute().parents if parent.exists())

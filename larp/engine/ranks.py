@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,3 +129,25 @@ def broadcast_object(obj: Any) -> Any:
     box = [obj]
     torch.distributed.broadcast_object_list(box, src=0, device=ranks.device)
     return box[0]
+
+
+def main_first(work: Callable[[], Any]) -> Any:
+    """`work()` of the main rank, and then, when what it left on disk is there, of each other one. Collective.
+
+    What the main rank raises for a mistake of the user (ValueError, OSError) is raised on all of them, where `of_main` of the
+    error says that it is told already: see larp.config.run_script.
+    """
+    ranks, found, error = current_ranks(), None, None
+    if ranks.is_main:
+        try:
+            found = work()
+        except (ValueError, OSError) as raised:
+            error = raised
+    told = broadcast_object(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if told is not None:
+        again = ValueError(told)
+        again.of_main = True
+        raise again
+    return found if ranks.is_main else work()

@@ -17,6 +17,7 @@ _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 300.0
 
 _requested = threading.Event()
+_stopped_by = int(signal.SIGTERM)
 _stop_watching: threading.Event | None = None
 _old_handlers: dict[int, Any] = {}
 
@@ -26,6 +27,11 @@ def stop_flag() -> bool:
     for all ranks'.
     """
     return _requested.is_set()
+
+
+def stopped_by() -> int:
+    """The signal that asked the last run of this process to stop: SIGINT for Ctrl-C, else SIGTERM."""
+    return _stopped_by
 
 
 def watch_launcher() -> None:
@@ -40,7 +46,9 @@ def note_signals() -> None:
     """Note SIGTERM and the first Ctrl-C instead of dying from them. Does nothing outside the main thread, where Python
     allows no handlers.
     """
+    global _stopped_by
     _requested.clear()
+    _stopped_by = int(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             _old_handlers[number] = signal.signal(number, _note)
@@ -70,10 +78,12 @@ def launcher_chain() -> tuple[int, ...]:
 
 
 def _note(signum: int, frame: FrameType | None) -> None:
+    global _stopped_by
     if signum == signal.SIGINT:
         if _requested.is_set():
             raise KeyboardInterrupt
         os.write(2, b"\nstopping after the next steps, and saving; Ctrl-C again stops at once\n")
+    _stopped_by = signum
     _requested.set()
 
 

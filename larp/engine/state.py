@@ -26,6 +26,7 @@ from typing import IO, Any
 from larp.engine import backend
 from larp.engine.backend import Engine
 from larp.engine.log import METRICS_FILE, write_json
+from larp.engine.ranks import main_first
 
 import torch
 
@@ -57,22 +58,37 @@ class SavedState:
 
 
 def check_folder(folder: Path | str, resume: bool) -> None:
-    """Raise ValueError on every rank if the run folder holds a run already and `resume` is false. Collective."""
-    started = any((Path(folder) / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
-    if backend.broadcast_object(started and not resume):
+    """Raise ValueError on every rank if the run folder holds a run already and `resume` is false, or is no folder. Collective."""
+    main_first(lambda: _check_folder(Path(folder), resume))
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be a run folder, {there} is a file: choose another place with --out")
+    started = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
+    if started and not resume and backend.current_ranks().is_main:
         raise ValueError(
             f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out "
             "(nothing was changed)"
         )
 
 
-def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool, steps: int) -> SavedState | None:
+def open_run(
+    folder: Path | str,
+    config: Mapping[str, Any],
+    resume: bool,
+    steps: int,
+    engines: Mapping[str, Engine] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> SavedState | None:
     """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
 
     Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
     that of a resumed one beside it as config.resumed.json, saying which options changed. Collective. Call it when
-    nothing else can fail for a mistake of the user. Raises ValueError as `check_folder` does, if another process trains in
-    the folder, and if the checkpoint lies beyond `steps`, the length of the run.
+    nothing else can fail for a mistake of the user. Raises ValueError, before anything is written or said, as `check_folder`
+    does, if another process trains in the folder, if the checkpoint lies beyond `steps`, the length of the run, and where
+    `engines` are given, as `load_state` does with them and `model`.
     """
     folder = Path(folder)
     check_folder(folder, resume)
@@ -85,6 +101,9 @@ def open_run(folder: Path | str, config: Mapping[str, Any], resume: bool, steps:
             f"{folder} is at step {state.step} already, beyond the {steps} steps asked for: give more steps, or train anew in "
             "another folder"
         )
+    if state is not None and engines is not None:
+        _check_model(state, model)
+        _check_engines(engines, state)
     if backend.current_ranks().is_main:
         folder.mkdir(parents=True, exist_ok=True)
         first = folder / CONFIG_FILE

@@ -5,10 +5,12 @@ the parsed arguments. What a command does lives in the libraries; they are impor
 """
 
 import argparse
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from larp_mllm.cli import (
     chat,
@@ -48,19 +50,40 @@ else the newest one trained on this machine. `make quickstart` trains a small on
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2.
 
-    Ctrl-C and SIGTERM end it with a message too, codes 130 and 143, and nothing half-written stays behind.
+    Ctrl-C and SIGTERM end it with a message too, codes 130 and 143, and nothing half-written stays behind. If nobody
+    reads its output any more (`| head -1`) it ends in silence, code 141.
     """
     parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
-        with _sigterm_raised():
-            arguments.run(arguments)
+        try:
+            arguments = parser.parse_args(argv)
+            with _sigterm_raised():
+                arguments.run(arguments)
+        finally:
+            _flush()
+    except BrokenPipeError:
+        parser.exit(141)
     except (ValueError, OSError) as error:
         parser.exit(2, f"larp-mllm: {error}\n")
     except _Terminated:
         parser.exit(143, "larp-mllm: stopped\n")
     except KeyboardInterrupt:
         parser.exit(130, "larp-mllm: stopped\n")
+
+
+def _flush() -> None:
+    """Write out what was printed, now, while an error can be told."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Python would try once more at its end, and complain again.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ValueError(
+            f"the output cannot be written ({error.strerror}): free space, or send it elsewhere"
+        ) from error
 
 
 class _Terminated(KeyboardInterrupt):

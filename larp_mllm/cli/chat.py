@@ -18,14 +18,15 @@ comes, videos are written into OUT as chat-0.mp4, chat-1.mp4, ..., past what exi
 With QUESTION it gives one answer; without, each line that is read is a message (a pipe will do), and these are commands:
   /video PATH    the next message shows this video
   /new           forget what was said
-Ctrl-D ends the conversation.
+  /help          what these commands are
+  /quit          end the conversation, as Ctrl-D does
 
 examples:
   larp-mllm chat "what happens here?" --video clip.mp4
   larp-mllm chat "show me a person surfing" -o out/ --guidance-scale 3
   larp-mllm chat --text-temperature 0.7 --text-top-k 40
   printf '/video clip.mp4\\nwhat is it?\\nshow me another\\n' | larp-mllm chat -o out/"""
-COMMANDS = "/video PATH shows a video with the next message, /new forgets what was said"
+COMMANDS = "/video PATH shows a video with the next message, /new forgets what was said, /quit or Ctrl-D ends"
 
 
 def add(commands) -> None:
@@ -68,8 +69,12 @@ def run(arguments: argparse.Namespace) -> None:
         return
     talk.open()  # a model that cannot be loaded is told before the first line
     for line in _lines():
+        if line.strip() == "/quit":
+            return
         try:
             talk.take(line)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
         except (ValueError, OSError) as error:
             print(f"larp-mllm: {error}", file=sys.stderr, flush=True)
 
@@ -99,6 +104,8 @@ class Conversation:
             self.show(Path(argument.strip()))
         elif line == "/new":
             self.messages, self.shown = [], []
+        elif line == "/help":
+            print(COMMANDS, file=sys.stderr)
         elif line.startswith("/"):
             raise ValueError(f"{line!r} is no command: {COMMANDS}")
         elif line:
@@ -172,7 +179,7 @@ def _lines():
     if not sys.stdin.isatty():
         yield from sys.stdin
         return
-    print(f"{COMMANDS}; Ctrl-D ends", file=sys.stderr)
+    print(COMMANDS, file=sys.stderr)
     while True:
         try:
             yield input("> ")

@@ -9,7 +9,8 @@ DESCRIPTION = """\
 Let a video go on, with a language model of training/train_mllm.py that was trained on continuation (tokens extracted with
 --condition-frames). What is written is the whole video, first the frames at hand, resized and cropped to the model's size,
 then the new ones, window by window: the last frames of each are what the next one goes on from. Of a file that was
-filmed faster than the clips the model was trained on every n-th frame counts, as in training. The sound is left out.
+filmed faster than the clips the model was trained on every n-th frame counts, as in training. The sound is left out. A
+contact sheet (.png) frames the frames at hand in blue.
 
 examples:
   larp-mllm continue clip.mp4 --seconds 2                               # clip-continued.mp4

@@ -29,7 +29,9 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the folder; print it, and how to use it."""
+    """Write the folder; print it, and beside the output how to use it."""
+    import sys
+
     from larp_mllm.export import check_target, export
     from larp_mllm.home import find_model
 
@@ -39,4 +41,4 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     folder = export(find_model(arguments.model), arguments.to, overwrite=arguments.overwrite, dtype=dtype)
     print(folder)
-    print(f"how to use it: {folder / 'README.md'} (transformers, vLLM, and how ids become frames)")
+    print(f"how to use it: {folder / 'README.md'} (transformers, vLLM, and how ids become frames)", file=sys.stderr)

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from larp.data.tokens import TokenCache
-from larp.engine.ranks import Ranks, barrier
+from larp.engine.ranks import main_first
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.data.dataset import CaptionedVideos, caption_phrases
+from larp_mllm.data.held_out import HELD_OUT, held_out_rows
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
+from larp_mllm.data.twins import same_text, same_videos, same_videos_of_records
 from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.sequence import TokenSequence
 
-HELD_OUT = 20
-"""Every so manieth video, record or piece of text is held out where no other data are given to judge on."""
 TEXT_LENGTH = 512
 """Ids of a piece of text at most, where --sequence-length does not say it."""
+SHORTEST_TEXT = 16
+"""Ids of a piece of text at least: in shorter ones nearly every word is predicted without what was before it."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Corpus:
     text: TextSet | None
     held_out_text: list[TokenSequence]
     held_out_text_name: str
+    notes: tuple[str, ...] = ()
+    """What is held out and trained on all the same, a line each."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -59,6 +63,8 @@ class Corpus:
             told["records"] = {"trained_on": len(self.records), "held_out": len(self.held_out_records or ())}
         if self.text is not None:
             told["text_pieces"] = len(self.text)
+        if self.notes:
+            told["notes"] = list(self.notes)
         return told
 
 
@@ -66,13 +72,13 @@ class Part:
     """Some of the sequences of a set, by number."""
 
     def __init__(self, whole: Any, rows: Sequence[int]):
-        self._whole, self._rows = whole, list(rows)
+        self._whole, self.rows = whole, list(rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __getitem__(self, index: int) -> TokenSequence:
-        return self._whole[self._rows[index]]
+        return self._whole[self.rows[index]]
 
 
 def open_videos(tokens: Path | None, eval_tokens: Path | None, tokenizer: str | None, device="cpu") -> Videos:
@@ -106,7 +112,6 @@ def open_corpus(
     videos: Videos,
     processor: LarpMllmProcessor,
     positions: int,
-    ranks: Ranks,
     *,
     records: Sequence[Path] = (),
     data_root: Path | None = None,
@@ -126,6 +131,11 @@ def open_corpus(
             f"sequence_length is {sequence_length}, but the base model has {positions} positions: lower it, or choose another "
             "--base"
         )
+    if sequence_length is not None and sequence_length < SHORTEST_TEXT:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, but text is cut into pieces of so many ids, and these are too few to learn "
+            f"from or to judge by: raise it to {SHORTEST_TEXT} or more"
+        )
 
     def captioned(cache: TokenCache | None) -> CaptionedVideos | None:
         return cache and CaptionedVideos(cache, processor.layout, processor.encode_text, positions, processor.tokenizer)
@@ -135,34 +145,59 @@ def open_corpus(
         options = dict(
             data_root=data_root, allow_outside=allow_outside, cache=encoded, stride=stride, positions=positions
         )
-        if ranks.is_main:
-            found = open_records(records, processor, **options)
-        barrier()
-        found = open_records(records, processor, **options) if found is None else found
-    length = sequence_length or min(positions, TEXT_LENGTH)
-    pieces = TextSet(open_text(tuple(text)), processor.encode_text, processor.layout, length) if text else None
-    if eval_text:
-        judged, name = open_text(tuple(eval_text)), ", ".join(eval_text)
-    elif pieces is not None and len(pieces) >= HELD_OUT:
-        (pieces, judged), name = pieces.hold_out(HELD_OUT), f"one piece in {HELD_OUT} of {', '.join(text)}"
-    else:
-        judged, name = shipped_text(), "the text that comes with the package"
-    if not isinstance(judged, TextSet):
-        judged = TextSet(judged, processor.encode_text, processor.layout, length)
+        found = main_first(lambda: open_records(records, processor, **options))
     train = captioned(videos.train)
     if sequence_length is not None:
         _check_rows(train, found, sequence_length)
-    # Records have no other judges than their own: a list too short to spare any is trained on whole.
-    spare = found is not None and len(found) >= HELD_OUT
+    pieces, judged, name = _open_texts(
+        tuple(text), tuple(eval_text), processor, sequence_length or min(positions, TEXT_LENGTH)
+    )
+    records_to_train, records_to_judge = _split(found)
+    notes: list[str] = []
+    if videos.train is not None and videos.held_out is not None:
+        notes += same_videos(videos.train, videos.held_out)
+    if records_to_judge is not None:
+        notes += same_videos_of_records(found, records_to_judge.rows)
+    if pieces is not None:
+        notes += same_text(pieces, judged)
     return Corpus(
         train,
         captioned(videos.held_out),
-        Part(found, [row for row in range(len(found)) if row % HELD_OUT != HELD_OUT - 1]) if spare else found,
-        Part(found, range(HELD_OUT - 1, len(found), HELD_OUT)) if spare else None,
+        records_to_train,
+        records_to_judge,
         pieces,
         [judged[index] for index in range(len(judged))],
         name,
+        tuple(notes),
     )
+
+
+def _open_texts(
+    text: tuple[str, ...], eval_text: tuple[str, ...], processor: LarpMllmProcessor, length: int
+) -> tuple[TextSet | None, TextSet, str]:
+    """The text to train on, the text to judge on, and what the latter is called; in pieces of at most `length` ids."""
+
+    def pieces_of(documents: list[str]) -> TextSet:
+        return TextSet(documents, processor.encode_text, processor.layout, length)
+
+    pieces = pieces_of(open_text(text)) if text else None
+    if eval_text:
+        return pieces, pieces_of(open_text(eval_text)), ", ".join(eval_text)
+    if pieces is not None and (parts := pieces.hold_out()) is not None:
+        train, judged, unit = parts
+        return train, judged, f"one {unit} in {HELD_OUT} of {', '.join(text)}"
+    return pieces, pieces_of(shipped_text()), "the text that comes with the package"
+
+
+def _split(records: RecordSet | None) -> "tuple[RecordSet | Part | None, Part | None]":
+    """(records to train on, records to judge by): every 20th, with those that equal it.
+
+    Records have no other judges than their own: a list too short to spare any is trained on whole.
+    """
+    held = held_out_rows(records.contents) if records is not None else []
+    if not held:
+        return records, None
+    return Part(records, sorted(set(range(len(records))) - set(held))), Part(records, held)
 
 
 def _check_rows(videos: CaptionedVideos | None, records: RecordSet | None, length: int) -> None:

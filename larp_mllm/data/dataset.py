@@ -1,7 +1,6 @@
 """Token caches, records and text -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from larp.data.tokens import TokenCache, batch_rows
 from larp.noise import BatchNoise
 from larp_mllm.conversation import chat_segments
 from larp_mllm.data.dialogues import DIALOGUES, dialogue, drawn_dialogue
+from larp_mllm.data.mirroring import mirrored
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.sequence import Layout, TokenSequence, check_length, continuation, encode, text_to_video, video_to_text
@@ -20,7 +20,6 @@ import torch
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
 TASKS = (*VIDEO_TASKS, "interleaved", "text")
-_MIRROR = {"left": "right", "right": "left", "Left": "Right", "Right": "Left"}
 
 
 @dataclass(frozen=True)
@@ -228,11 +227,6 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
     # A data set with classes calls its videos by their class; only a caption of its own says more.
     texts = tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
     return tuple(mirrored(text) for text in texts) if cache.flipped[row] else texts
-
-
-def mirrored(text: str) -> str:
-    """The caption of the mirrored video: left and right change places."""
-    return re.sub(r"\b([Ll]eft|[Rr]ight)\b", lambda found: _MIRROR[found[0]], text)
 
 
 def evaluation_rows(rows: int, most: int) -> list[int]:

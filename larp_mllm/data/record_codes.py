@@ -5,7 +5,6 @@ folder/<tokenizer and clip>-<videos>.safetensors   codes of some videos; each fi
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from larp.data.extraction import read_windows
 from larp.data.listing import VideoItem
 from larp.data.threads import in_order
 from larp.data.tokens import CODE_VERSION, file_state
-from larp.data.video import VideoError, probe, read_video
+from larp.data.video import ShortVideoError, VideoError, probe, read_video
 from larp.tokenizer import LarpTokenizer
 
 import torch
@@ -41,15 +40,6 @@ class Excerpt:
 
     path: Path
     start: float | None
-
-
-def check_start(start: object, where: str) -> float | None:
-    """`start` as seconds; ValueError unless it is absent or a number of 0 or more."""
-    if start is None:
-        return None
-    if isinstance(start, bool) or not isinstance(start, int | float) or not 0 <= start < math.inf:
-        raise ValueError(f'{where}: "start" must be a number of seconds of 0 or more, got {start!r}')
-    return float(start)
 
 
 def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path:
@@ -86,7 +76,7 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
 def encode_excerpts(
     excerpts: Iterable[Excerpt], tokenizer: LarpTokenizer, cache: Path, stride: int
 ) -> tuple[dict[Excerpt, Tensor], dict[Excerpt, str]]:
-    """Excerpts -> (codes int (N,) of each, why the others cannot be read); each is read once, and never again.
+    """Excerpts -> (codes int (N,) of each, why the others cannot be read and what to do); each is read once, and never again.
 
     Args:
         tokenizer: on the device that it should run on.
@@ -110,7 +100,7 @@ def encode_excerpts(
                 if isinstance(row, Tensor):
                     found[keys[excerpt]] = row
                 else:
-                    reasons[excerpt] = str(row)
+                    reasons[excerpt] = f"{row}: {_remedy(row, excerpt, shape.span, stride)}, or leave the record out"
                 bar.update()
             if found:
                 _write_cache(cache / f"{prefix}-{_digest(sorted(found))}.safetensors", found)
@@ -144,6 +134,13 @@ def _clip_or_error(excerpt: Excerpt, shape: ClipShape) -> Tensor | VideoError:
         return frames_to_clip(frames, shape.height, shape.width)
     except VideoError as error:
         return error
+
+
+def _remedy(error: VideoError, excerpt: Excerpt, span: int, stride: int) -> str:
+    if not isinstance(error, ShortVideoError):
+        return "mend the video"
+    ways = ['lower its "start"'] if excerpt.start and error.frames >= span else []
+    return " or ".join([*ways, *(["lower --stride"] if stride > 1 else [])]) or "give a longer video"
 
 
 def _read_cache(folder: Path, prefix: str) -> dict[str, Tensor]:

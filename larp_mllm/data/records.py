@@ -4,20 +4,24 @@
     {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What is it?"}]},
                   {"role": "assistant", "content": "A wave."}]}
 
-In the first form all is learned, unless "loss" of the record or a video says otherwise; in the second what the assistant
-says. Videos are names of files below the data root, by default the folder of the JSONL file.
+"loss", true or false, says what is learned. In the first form that is all of it, unless the record says otherwise, or a
+video for itself. In the second it is what the assistant says, or with "loss": false of the record nothing; a message says
+otherwise for itself, and a part of one before all. An "id" of a record is ignored. Videos are names of files below the
+data root, by default the folder of the JSONL file.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from larp.data.listing import text_lines
+from larp_mllm.checks import check_start
 from larp_mllm.conversation import chat_parts, chat_segments, check_loss, check_text
-from larp_mllm.data.record_codes import Excerpt, check_start, encode_excerpts, find_video
+from larp_mllm.data.held_out import content_numbers
+from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
 from larp_mllm.processing import LarpMllmProcessor
 from larp_mllm.sequence import (
     PLACEHOLDER,
@@ -37,12 +41,15 @@ _FORMS = '{"messages": [...]}, or {"text": "... <video> ...", "videos": [...]}'
 
 
 class RecordSet:
-    """Token sequences of records: `records[i]`, each with the name FILE:LINE in `names`."""
+    """Token sequences of records: `records[i]`, each with the name FILE:LINE in `names` and its files in `videos`."""
 
-    def __init__(self, sequences: Iterable[TokenSequence], names: Sequence[str]):
+    def __init__(
+        self, sequences: Iterable[TokenSequence], names: Sequence[str], videos: Sequence[Collection[Path]] = ()
+    ):
         # Half the memory, which many records need for as long as training lasts.
         self._rows = [(sequence.ids.int(), sequence.labels.int()) for sequence in sequences]
         self.names = tuple(names)
+        self.videos = tuple(map(frozenset, videos)) or (frozenset(),) * len(self.names)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -50,6 +57,11 @@ class RecordSet:
     def __getitem__(self, number: int) -> TokenSequence:
         ids, labels = self._rows[number]
         return TokenSequence(ids.long(), labels.long())
+
+    @property
+    def contents(self) -> list[int]:
+        """For each record a number, the same for records of the same ids: 0, 1, ... as they first come."""
+        return content_numbers(ids for ids, _ in self._rows)
 
     @property
     def longest(self) -> int:
@@ -129,7 +141,9 @@ def open_records(
     problems.check()
     excerpts = dict.fromkeys(video for record in records for video in record.videos)
     codes, reasons = encode_excerpts(excerpts, processor.video_tokenizer, Path(cache), stride)
-    found = RecordSet(_sequences(records, processor, codes, reasons, positions, problems), [r.name for r in records])
+    sequences = _sequences(records, processor, codes, reasons, positions, problems)
+    shown = [[video.path for video in record.videos] for record in records]
+    found = RecordSet(sequences, [record.name for record in records], shown)
     problems.check()
     return found
 
@@ -138,7 +152,7 @@ def _sequences(records, processor, codes, reasons, positions: int | None, proble
     for record in tqdm(records, desc="reading records", unit="record", delay=1):
         with problems.noted():
             if bad := next((video for video in record.videos if video in reasons), None):
-                raise ValueError(f"{record.name}: {reasons[bad]}: mend the video, or leave the record out")
+                raise ValueError(f"{record.name}: {reasons[bad]}")
             yield _sequence(record, processor, codes, positions)
 
 
@@ -216,9 +230,9 @@ def _record(given: dict[str, Any], name: str, root: Path, allow_outside: bool) -
         return Excerpt(find_video(video, root, allow_outside, where), check_start(start, where))
 
     if "messages" in given:
-        _check_keys(given, {"messages"}, name)
-        return _Chat(name, _with_excerpts(given["messages"], name, excerpt))
-    _check_keys(given, {"text", "videos", "loss"}, name)
+        _check_keys(given, {"messages", "loss", "id"}, name)
+        return _Chat(name, _with_excerpts(given["messages"], check_loss(given, True, name), name, excerpt))
+    _check_keys(given, {"text", "videos", "loss", "id"}, name)
     if "text" not in given:
         raise ValueError(f"{name}: neither messages nor a text: a record is {_FORMS}")
     text, loss = check_text(given["text"], f"{name}: text"), check_loss(given, True, name)
@@ -237,9 +251,10 @@ def _record(given: dict[str, Any], name: str, root: Path, allow_outside: bool) -
     return _Interleaved(name, text, loss, tuple(parts))
 
 
-def _with_excerpts(messages: Any, name: str, excerpt) -> list[dict[str, Any]]:
+def _with_excerpts(messages: Any, learned: bool, name: str, excerpt) -> list[dict[str, Any]]:
     found = []
-    for number, (message, parts) in enumerate(zip(messages, chat_parts(messages, name), strict=True), 1):
+    checked = chat_parts(messages, name, learned)
+    for number, (message, parts) in enumerate(zip(messages, checked, strict=True), 1):
         content = []
         for part in parts:
             if part.text is not None:

@@ -1,12 +1,13 @@
 """Text alone, mixed in so that a language model keeps what it knows: documents -> pieces of a length.
 
-- `txt:FILE`: documents are separated by blank lines
+- `txt:FILE`: documents are separated by blank lines; the line ends of other systems become line breaks
 - `jsonl:FILE`: the field "text" of each line
 - `hf:NAME[,config=NAME][,split=train][,column=text]`: a data set of the hub (owner/name) or a folder of its files, read by
   the package `datasets` (pip install 'larp-mllm[text]')
 """
 
 import copy
+import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from larp.data.listing import text_lines
 from larp_mllm.conversation import check_text
+from larp_mllm.data.held_out import HELD_OUT, content_numbers, held_out_rows
 from larp_mllm.sequence import IGNORE, Layout, TokenSequence
 
 import torch
@@ -21,6 +23,8 @@ from tqdm import tqdm
 
 SHIPPED = Path(__file__).parent / "held_out_text.txt"
 """Plain English about everyday things, written for this purpose; for runs without held-out text of their own."""
+ENOUGH = 256
+"""Ids that must be held out for their perplexity to say something."""
 _HUB_OPTIONS = {"config": None, "split": "train", "column": "text"}
 
 
@@ -41,44 +45,57 @@ class TextSet:
     def __init__(self, documents: Sequence[str], encode_text: Callable[[str], list[int]], layout: Layout, length: int):
         if length < 2:
             raise ValueError(f"pieces of text must have at least 2 ids, got {length}: raise --sequence-length")
-        self._pieces: list[torch.Tensor] = []
+        self.pieces: list[torch.Tensor] = []
+        """The ids of each piece, int32."""
         self._documents: list[int] = []
         begin, end = ([] if id is None else [id] for id in (layout.bos, layout.eos))
-        for number, document in enumerate(tqdm(documents, desc="reading text", unit="document", delay=1)):
+        for document in tqdm(documents, desc="reading text", unit="document", delay=1):
             if document.strip():
                 # Half the memory, which much text needs for as long as training lasts.
                 ids = torch.tensor([*begin, *encode_text(document), *end], dtype=torch.int32)
                 starts = range(0, max(1, len(ids) - 1), length - 1)
-                self._pieces += [ids[start : start + length] for start in starts]
+                self.pieces += [ids[start : start + length] for start in starts]
+                number = self._documents[-1] + 1 if self._documents else 0
                 self._documents += [number] * len(starts)
-        if not self._pieces:
+        if not self.pieces:
             raise ValueError(f"none of the {len(documents)} documents holds text: give others")
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self.pieces)
 
     def __getitem__(self, number: int) -> TokenSequence:
-        ids = self._pieces[number].long()
+        ids = self.pieces[number].long()
         labels = ids.clone()
         labels[:1] = IGNORE
         return TokenSequence(ids, labels)
 
-    def hold_out(self, every: int = 20) -> tuple["TextSet", "TextSet"]:
-        """Split off every n-th document, of fewer the last: (the others, the held-out ones). ValueError for a single one."""
-        numbers = list(dict.fromkeys(self._documents))
-        held = set(numbers[every - 1 :: every] or numbers[-1:])
-        if len(held) == len(numbers):
-            raise ValueError(
-                f"the text is {len(numbers)} documents, too few to hold out one in {every}: give --eval-text, or more "
-                "documents (blank lines part those of txt:)"
-            )
-        return self._chosen(held, False), self._chosen(held, True)
+    @property
+    def size(self) -> int:
+        """How many ids all pieces have."""
+        return sum(map(len, self.pieces))
 
-    def _chosen(self, documents: set[int], among: bool) -> "TextSet":
-        places = [place for place, number in enumerate(self._documents) if (number in documents) == among]
+    def hold_out(self, every: int = HELD_OUT, enough: int = ENOUGH) -> tuple["TextSet", "TextSet", str] | None:
+        """Split off every n-th document: (the others, the held-out ones, "document").
+
+        If these are under `enough` ids, or more than a quarter of all, every n-th piece, and "piece"; if that does not do
+        either, None. What is equal, be it documents or pieces, stays on one side.
+        """
+        whole: dict[int, list[torch.Tensor]] = {}
+        for piece, number in zip(self.pieces, self._documents, strict=True):
+            whole.setdefault(number, []).append(piece)
+        contents = dict(zip(whole, content_numbers(torch.cat(pieces) for pieces in whole.values()), strict=True))
+        by_document = [contents[number] for number in self._documents]
+        for unit, numbers in (("document", by_document), ("piece", content_numbers(self.pieces))):
+            held = set(held_out_rows(numbers, every))
+            judged = self._chosen([row for row in range(len(self)) if row in held])
+            if enough <= judged.size <= self.size // 4:
+                return self._chosen([row for row in range(len(self)) if row not in held]), judged, unit
+        return None
+
+    def _chosen(self, rows: list[int]) -> "TextSet":
         chosen = copy.copy(self)
-        chosen._pieces = [self._pieces[place] for place in places]
-        chosen._documents = [self._documents[place] for place in places]
+        chosen.pieces = [self.pieces[row] for row in rows]
+        chosen._documents = [self._documents[row] for row in rows]
         return chosen
 
 
@@ -125,10 +142,13 @@ def _read_jsonl(path: str, spec: str) -> list[str]:
 
 
 def _lines(path: str, spec: str) -> list[str]:
+    """The lines of a file, each with the end "\\n", whatever its own."""
     try:
-        return text_lines(path, f"text {spec}")
+        text = "".join(text_lines(path, f"text {spec}"))
     except OSError as error:
         raise ValueError(f"text {spec}: {path} cannot be read: {error.strerror}") from error
+    # Not splitlines(), which also cuts at U+2028 and its like.
+    return io.StringIO(text, newline=None).readlines()
 
 
 def _read_hub(rest: str, spec: str) -> list[str]:
@@ -161,7 +181,9 @@ def _hub_options(rest: str, spec: str) -> tuple[str, dict[str, str | None]]:
     options: dict[str, str | None] = dict(_HUB_OPTIONS)
     for piece in pieces:
         key, _, value = piece.partition("=")
-        if key not in options or not value:
+        if key in options and not value:
+            raise ValueError(f"text {spec}: {key}= has no value: write {key}=..., or leave it out")
+        if key not in options:
             raise ValueError(f"text {spec}: {piece!r} is no option; known are {', '.join(f'{k}=' for k in options)}")
         options[key] = value
     # A bare name could be one of the readers inside of `datasets`, which would take any file of the current folder.

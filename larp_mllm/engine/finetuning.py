@@ -8,8 +8,10 @@ from larp.engine.ranks import Ranks, barrier
 from larp.engine.sharding import whole
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.processing import LarpMllmProcessor
+from larp_mllm.weights import not_finite
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 Method = Literal["lora", "full"]
@@ -89,3 +91,12 @@ def write_model(
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
     barrier()
+
+
+def wrong_tensor(folder: Path) -> str | None:
+    """The name of the first tensor of a written model that holds NaN or infinity; they are read one after the other."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if (name := not_finite((name, file.get_tensor(name)) for name in file.keys())) is not None:  # noqa: SIM118
+                return name
+    return None

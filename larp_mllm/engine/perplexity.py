@@ -6,6 +6,8 @@ Shapes: S ids of a piece, n scored positions, H hidden width, V rows of the base
 import math
 from collections.abc import Sequence
 
+from larp_mllm.data.collate import collate
+from larp_mllm.data.dataset import evaluation_rows
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.modeling import LarpMllmForCausalLM
 from larp_mllm.sequence import IGNORE, TokenSequence
@@ -13,6 +15,7 @@ from larp_mllm.sequence import IGNORE, TokenSequence
 import torch
 from torch import Tensor
 
+_BATCH = 8  # pieces in one pass
 _CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
 
 
@@ -20,7 +23,7 @@ def text_perplexity(model, processor, documents: Sequence[str], length: int) -> 
     """Score `documents`, cut into pieces of at most `length` ids.
 
     model: a LarpMllmForCausalLM, or a plain causal LM for comparison; processor: gives encode_text and layout. Returns
-    tokens (how many were scored), nll (nats per token) and perplexity, both over text ids alone, so that they compare with the base
+    pieces, tokens (how many were scored), nll (nats per token) and perplexity, both over text ids alone, so that they compare with the base
     model's; of a LarpMllmForCausalLM also video_start and video_end, the mean probability that each has where text goes
     on. ValueError for documents without a token to score.
     """
@@ -29,19 +32,28 @@ def text_perplexity(model, processor, documents: Sequence[str], length: int) -> 
 
 
 @torch.no_grad()
-def score_text(model, pieces: Sequence[TokenSequence]) -> dict[str, float]:
-    """`text_perplexity` of pieces that are encoded already."""
+def score_text(model, pieces: Sequence[TokenSequence], most: int | None = None) -> dict[str, float]:
+    """`text_perplexity` of pieces that are encoded already: of all, or of at most `most`, spread evenly over them.
+
+    Also returns pieces, how many those are. ValueError for a text id that the base has no row for.
+    """
     with_video = isinstance(model, LarpMllmForCausalLM)
+    base = model.base if with_video else model
+    chosen = [pieces[row] for row in evaluation_rows(len(pieces), len(pieces) if most is None else most)]
+    _check_rows(base, chosen)
+    # Those of like length together, as most are alike; the sums do not depend on the order.
+    chosen.sort(key=lambda piece: len(piece.ids))
     sums = torch.zeros(4, dtype=torch.float64)  # nll, positions, video_start, video_end
     training = model.training
     model.eval()
     try:
-        for piece in pieces:
-            labels = piece.labels[1:].to(model.device)
+        for number in range(0, len(chosen), _BATCH):
+            # Padded on the right, which causal attention does not see.
+            batch = collate([[piece] for piece in chosen[number : number + _BATCH]])
+            labels = batch["labels"][:, 1:].to(model.device)
             scored = labels != IGNORE
-            base = model.base if with_video else model
-            hidden = base.base_model(input_ids=piece.ids[None].to(model.device), use_cache=False).last_hidden_state
-            hidden, targets = hidden[0, :-1][scored], labels[scored]
+            hidden = base.base_model(input_ids=batch["input_ids"].to(model.device), use_cache=False).last_hidden_state
+            hidden, targets = hidden[:, :-1][scored], labels[scored]
             for first in range(0, len(targets), _CHUNK):
                 part = slice(first, first + _CHUNK)
                 sums += _score(model, base, hidden[part], targets[part], with_video)
@@ -52,10 +64,20 @@ def score_text(model, pieces: Sequence[TokenSequence]) -> dict[str, float]:
         raise ValueError("the held-out text has no token to score: give a longer one with --eval-text txt:FILE")
     nll = sums[0].item() / count
     # Above this e^x is no float any more; a model that bad needs no exact figure.
-    scores = {"tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    scores = {"pieces": len(chosen), "tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
     if with_video:
         scores |= {"video_start": sums[2].item() / count, "video_end": sums[3].item() / count}
     return scores
+
+
+def _check_rows(base, pieces: Sequence[TokenSequence]) -> None:
+    rows = base.get_input_embeddings().num_embeddings
+    largest = max((int(piece.ids.max()) for piece in pieces if len(piece.ids)), default=0)
+    if largest >= rows:
+        raise ValueError(
+            f"the held-out text holds id {largest} of the text tokenizer, but the base model has {rows} rows: take the tokenizer "
+            "that it was trained with, resize its embedding once and save it, or give other text with --eval-text"
+        )
 
 
 def _score(model, base, hidden: Tensor, targets: Tensor, with_video: bool) -> Tensor:

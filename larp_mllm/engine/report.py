@@ -1,6 +1,7 @@
 """What a run of training/train_mllm.py says about itself: training.json in the model folder, and how to read it."""
 
 import json
+import math
 import resource
 from importlib import metadata
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from larp.engine.log import read_metrics, write_json
 from larp.metrics.protocols import versions
-from larp_mllm.home import RUN_MODEL
+from larp_mllm.home import MODEL_TYPE, RUN_MODEL, forget_newest, read_config
 
 TRAINING = "training.json"
 REPORT = "report.json"
@@ -26,6 +27,27 @@ def write_report(report: dict[str, Any], run: Path) -> None:
     """Write the report into the run folder and, as training.json, into its model folder."""
     write_json(run / RUN_MODEL / TRAINING, report)
     write_json(run / REPORT, report)
+
+
+def wrong_figures(report: dict[str, Any]) -> list[str]:
+    """The names of the figures of a report that are no numbers (NaN, infinity)."""
+    after = {f"text.after.{name}": value for name, value in (report["text"].get("after") or {}).items()}
+    found = {f"eval.{name}": value for name, value in (report.get("eval") or {}).items()} | after
+    return [name for name, value in found.items() if not math.isfinite(value)]
+
+
+def refuse(wrong: str | None, report: dict[str, Any]) -> None:
+    """FloatingPointError if something of a trained model is named, a tensor or a figure, that is no number any more.
+
+    `generate` without a model does not find it then, not even if it found an earlier one in the same folder.
+    """
+    if wrong is not None:
+        forget_newest(report["model"])
+        raise FloatingPointError(
+            f"{report['model']} is written, but of no use: its {wrong} is not finite ({report['skipped_updates']} of "
+            f"{report['steps']} updates were skipped). generate does not find it by itself; train anew in another folder, with "
+            "lower learning rates or with --engine.precision fp32"
+        )
 
 
 def read_training(folder: Path) -> dict[str, Any]:
@@ -49,14 +71,21 @@ def read_training(folder: Path) -> dict[str, Any]:
         return found | ({"report": report} if report is not None else {})
     if (report := _read(folder / RUN_MODEL / TRAINING)) is not None:
         return {"report": report}
-    if any((where / "model.safetensors").is_file() for where in (folder, folder / RUN_MODEL)):
+    places = (folder, folder / RUN_MODEL)
+    kinds = [kind for place in places if (kind := (read_config(place / CONFIG) or {}).get("model_type"))]
+    if any(kind != MODEL_TYPE for kind in kinds):
+        raise ValueError(
+            f"{folder} holds a {kinds[0]}, and this tells of language models with video vocabulary alone: give OUT or "
+            f"OUT/{RUN_MODEL} of training/train_mllm.py"
+        )
+    if any((place / "model.safetensors").is_file() for place in places):
         raise ValueError(
             f"{folder} holds a model without {TRAINING}: it was trained before that file was written, or copied without it; "
             "nothing is known about its training"
         )
+    why = "" if folder.is_dir() else " (that is a file)" if folder.exists() else " (there is no such folder)"
     raise ValueError(
-        f"{folder} is no folder of a model or of a run of training/train_mllm.py"
-        f"{'' if folder.is_dir() else ' (there is no such folder)'}: give OUT or OUT/{RUN_MODEL}"
+        f"{folder} is no folder of a model or of a run of training/train_mllm.py{why}: give OUT or OUT/{RUN_MODEL}"
     )
 
 
@@ -65,7 +94,8 @@ def describe_training(found: dict[str, Any]) -> str:
     report = found.get("report")
     try:
         lines = [] if report is None else _finished(report)
-        if "config" in found and (report is None or report["steps"] < _total(found["config"])):
+        # Of an ended run that was asked for more steps, the report tells until there are some.
+        if "config" in found and (report is None or report["steps"] < ((found["last"] or {}).get("step") or 0)):
             lines = [*_under_way(found), *lines]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
@@ -79,22 +109,35 @@ def headline(report: dict[str, Any]) -> list[str]:
     """The figures of a report in a few lines."""
     lines, score = [], report.get("eval") or {}
     named = (
-        ("video_bits", "{:.2f} bits per video token"),
-        ("text_nll", "{:.3f} nats per caption token"),
-        ("chat_bits", "{:.2f} bits per video token in a chat"),
-        ("continuation_bits", "{:.2f} bits per video token after given frames"),
-        ("records_video_bits", "{:.2f} bits per video token of records"),
-        ("records_text_nll", "{:.3f} nats per text token of records"),
+        ("video_bits", "video_accuracy", ".2f", "bits per video token"),
+        ("text_nll", "text_accuracy", ".3f", "nats per caption token"),
+        ("chat_bits", "chat_accuracy", ".2f", "bits per video token in a chat"),
+        ("continuation_bits", "continuation_accuracy", ".2f", "bits per video token after given frames"),
+        ("records_video_bits", "records_video_accuracy", ".2f", "bits per video token of records"),
+        ("records_text_nll", "records_text_accuracy", ".3f", "nats per text token of records"),
     )
-    if told := [form.format(score[name]) for name, form in named if name in score]:
+    told = [
+        f"{_number(score[name], form)} {words}" + (f" ({_number(score[hits], '.0%')} right)" if hits in score else "")
+        for name, hits, form, words in named
+        if name in score
+    ]
+    if told:
         lines.append(f"held out: {', '.join(told)}")
     if text := report.get("text"):
         before, after = text["before"], text.get("after")
-        change = "" if after is None else f" -> {after['perplexity']:.4g}"
+        change = "" if after is None else f" -> {_number(after['perplexity'], '.4g')}"
         lines.append(
-            f"text:     perplexity {before['perplexity']:.4g}{change} ({before['tokens']} tokens of {text['data']})"
+            f"text:     perplexity {_number(before['perplexity'], '.4g')}{change} "
+            f"({before['tokens']} tokens of {text['data']})"
         )
+    if skipped := report.get("skipped_updates"):
+        lines.append(f"skipped:  {skipped} of {report['steps']} updates, whose gradients were not finite")
     return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    # What is no number stands in a file as null.
+    return "not a number" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def _finished(report: dict[str, Any]) -> list[str]:

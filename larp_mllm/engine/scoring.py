@@ -90,14 +90,15 @@ def score_corpus(
 ) -> dict[str, float]:
     """`score_videos` on the held-out videos, of the tasks that were trained; and of held-out records, named records_...
 
-    A model that was trained on records alone is judged on text-to-video and video-to-text. Collective.
+    At most `most` of each, spread evenly; "records" says how many of them. A model that was trained on records alone is judged on text-to-video and video-to-text. Collective.
     """
     found: dict[str, float] = {}
     if (held_out := corpus.held_out_videos) is not None:
         tasks = [task for task in held_out.tasks if task in trained] or ("text_to_video", "video_to_text")
         found |= score_videos(forward, held_out, tasks, most, size, ranks)
     if corpus.held_out_records:
-        records = [corpus.held_out_records[index] for index in range(len(corpus.held_out_records))]
+        records = [corpus.held_out_records[row] for row in evaluation_rows(len(corpus.held_out_records), most)]
+        found["records"] = len(records)
         found |= {f"records_{name}": value for name, value in score(forward, records, size, ranks).items()}
     return found
 

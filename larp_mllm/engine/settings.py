@@ -56,7 +56,8 @@ class TrainMllmConfig:
     batch_size: int = 64
     """Records per optimizer step, all ranks together."""
     sequence_length: int | None = None
-    """Records are packed into rows of so many ids; by default as many as the longest record of a step has. Changes speed alone."""
+    """Records are packed into rows of so many ids, which changes speed alone, and text is cut into pieces of so many, 16 at
+    least; by default rows as long as the longest record of a step, and pieces of 512 ids."""
     weight_decay: float = 0.01
     """Of matrices; norms, biases and embeddings have none."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
@@ -72,7 +73,7 @@ class TrainMllmConfig:
     fps: float | None = None
     """Frames per second of the generated videos; by default those of the token cache, else 8."""
     eval_videos: int = 256
-    """Held-out videos that are scored at most."""
+    """Held-out videos, records and pieces of text that are scored at most, of each; they are spread evenly."""
     log_every: int = 10
     save_every: int = 500
     seed: int = 0

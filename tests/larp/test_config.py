@@ -1,12 +1,14 @@
 """Defaults, recipes and command lines: who wins, and what a mistake says."""
 
 import json
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from larp.config import ConfigError, check_types, from_dict, load_recipe, parse, run_script, to_dict
+from larp.engine import signals
 
 import pytest
 
@@ -235,3 +237,22 @@ def test_run_script_ends_a_mistake_with_one_message(capsys, tmp_path):
         run_script("x.py", lambda: {"stopped_at": 3})
     assert stopped.value.code == 143
     run_script("x.py", dict)
+
+
+def test_run_script_ends_after_ctrl_c_with_130(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    def saved_first():
+        signals.note_signals()
+        try:
+            signal.raise_signal(signal.SIGINT)
+            return {"stopped_at": 3} if signals.stop_flag() else {}
+        finally:
+            signals.restore()
+
+    for main in (interrupted, saved_first):
+        with pytest.raises(SystemExit) as stopped:
+            run_script("x.py", main)
+        assert stopped.value.code == 130
+    assert "x.py: interrupted" in capsys.readouterr().err

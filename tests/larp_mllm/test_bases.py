@@ -5,11 +5,12 @@ import time
 import urllib.error
 from pathlib import Path
 
-from larp_mllm.bases import ALIASES, BaseError, check_positions, load_base, tiny_tokenizer
+from larp_mllm.bases import ALIASES, BaseError, check_positions, check_rows, load_base, tiny_tokenizer
 from larp_mllm.hub import is_hub_name
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 
@@ -80,10 +81,12 @@ def test_pickled_weights_are_never_read(base):
             return Path.touch, (base / "ran",)
 
     (base / "model.safetensors").unlink()
-    torch.save({"model.embed_tokens.weight": Attack()}, base / "pytorch_model.bin")
-    with pytest.raises(BaseError, match=r"weights are pickled \(pytorch_model.bin\).*convert it to safetensors"):
-        load_base(str(base))
-    assert not (base / "ran").exists()
+    for name in ("model.pth", "pytorch_model.bin"):
+        torch.save({"model.embed_tokens.weight": Attack()}, base / name)
+        with pytest.raises(BaseError, match=rf"weights are pickled \({name}\).*convert it to safetensors"):
+            load_base(str(base))
+        assert not (base / "ran").exists()
+        (base / name).unlink()
 
 
 def test_a_base_without_its_text_tokenizer(base):
@@ -125,8 +128,84 @@ def test_a_base_with_too_few_positions_for_a_video():
 
 
 def test_a_misspelt_alias_is_guessed():
-    with pytest.raises(BaseError, match=r"Qwen2-05B: no such folder.*did you mean Qwen2-0.5B\?"):
+    with pytest.raises(BaseError, match=r"Qwen2-05B: no such folder.*did you mean Qwen2-0.5B\? Give") as refused:
         load_base("Qwen2-05B")
+    assert sum(alias in str(refused.value) for alias in ALIASES) <= 4  # not the whole list
+    with pytest.raises(BaseError, match=r"or alias\. Give"):
+        load_base("something else")
+
+
+def test_a_file_is_no_base(tmp_path):
+    (tmp_path / "base").write_text("")
+    with pytest.raises(BaseError, match="that is a file, not a folder"):
+        load_base(str(tmp_path / "base"))
+
+
+def rewrite(folder, change) -> None:
+    """Put other weights into a base's folder."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def rename(weights):
+    weights["model.norm.wait"] = weights.pop("model.norm.weight")
+
+
+def widen(weights):
+    weights["model.norm.weight"] = torch.ones(33)
+
+
+def poison(weights):
+    weights["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (rename, r"model\.norm\.weight is missing \(and model\.norm\.wait of its files has no place in it\)"),
+        (widen, r"model\.norm\.weight has shape \(33,\) in place of \(32,\)"),
+        (poison, r"its tensor model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"),
+    ],
+)
+def test_weights_that_are_not_whole_are_named_not_drawn_at_random(base, damage, words):
+    assert "lm_head.weight" not in load_file(base / "model.safetensors")  # tied: not missing
+    load_base(str(base))
+    rewrite(base, damage)
+    with pytest.raises(BaseError, match=words):
+        load_base(str(base))
+
+
+def test_a_missing_shard_is_named(base):
+    weights = load_file(base / "model.safetensors")
+    names = {name: f"model-0000{1 + ('layers.1' in name)}-of-00002.safetensors" for name in weights}
+    for file in set(names.values()):
+        save_file({n: w for n, w in weights.items() if names[n] == file}, base / file, metadata={"format": "pt"})
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    load_base(str(base))
+    (base / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(BaseError, match=r"model-00002-of-00002\.safetensors|layers\.1\..* is missing"):
+        load_base(str(base))
+
+
+def test_control_tokens_without_a_row_are_named(base):
+    model, tokenizer = load_base(str(base))
+    check_rows(model, tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    rows = model.get_input_embeddings().num_embeddings
+    with pytest.raises(
+        BaseError, match=rf"--base B: its embedding has {rows} rows, too few for '<\|turn\|>' \({rows}, chat"
+    ):
+        check_rows(model, tokenizer, "B")
+    tokenizer.chat_template = None  # then nothing writes it
+    check_rows(model, tokenizer)
+    tokenizer.add_special_tokens({"eos_token": "<|over|>"})
+    with pytest.raises(BaseError, match=r"'<\|over\|>' \(\d+, eos_token\).*resize_token_embeddings"):
+        check_rows(model, tokenizer, "B")
+    model.resize_token_embeddings(len(tokenizer))
+    check_rows(model, tokenizer)
 
 
 @pytest.mark.parametrize("error, words", [(404, "HTTP Error 404"), (401, "HTTP Error 401")])

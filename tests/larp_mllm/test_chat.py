@@ -1,6 +1,7 @@
 """Chats: answers of text and videos in any order, which can be passed on; what does not fit is said before anything is drawn."""
 
 import larp_mllm
+from larp.data.video import write_video
 from larp_mllm.conversation import chat_segments, stop_ids
 from larp_mllm.mllm import Mllm
 from larp_mllm.progress import Progress
@@ -111,6 +112,34 @@ def test_videos_are_given_as_files_videos_and_arrays(painter, tmp_path):
     )
     with pytest.raises(ValueError, match=r"gone\.mp4"):
         painter.chat([{"role": "user", "content": [{"type": "video", "video": tmp_path / "gone.mp4"}]}])
+
+
+def test_of_a_file_with_a_start_the_frames_from_there_on_are_shown(painter, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    path = tmp_path / "a.mkv"
+    write_video(path, frames, 10, codec="ffv1", pixel_format="bgr0")
+    encode_videos, messages = painter.processor.encode_videos, [{"role": "user", "content": [None]}]
+
+    def codes(**part) -> list[int]:
+        messages[0]["content"][0] = {"type": "video", **part}
+        (found,) = [
+            codes for kind, codes in painter.model.vocabulary.split(prompt_of(painter, messages)) if kind == "video"
+        ]
+        assert painter.processor.vocabulary.span(found)[1] in painter.processor.apply_chat_template(messages)
+        return found
+
+    assert codes(video=path) == encode_videos([frames[4:8]])[0]
+    assert codes(video=path, start=0) == encode_videos([frames[:4]])[0] != codes(path=str(path), start=0.7)
+    assert codes(path=str(path), start=0.7) == encode_videos([frames[7:11]])[0]
+    for words, part in {
+        r'a.mkv.*lower its "start" \(1\)': {"video": path, "start": 1},
+        '"start" must be a number of seconds from 0 to 1e.08, got -1': {"video": path, "start": -1},
+        '"start" must be a number of seconds .*, got 0:07': {"video": path, "start": "0:07"},
+        '"start" must be a number of seconds .*, got True': {"video": path, "start": True},
+        '"start" is for files, got a ndarray': {"video": frames, "start": 0.1},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            codes(**part)
 
 
 def test_options_of_text_and_video_act_apart(painter, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import larp_mllm.generation
 import larp_mllm.video
@@ -15,7 +16,7 @@ import pytest
 
 def test_generate_then_describe(qwen, tmp_path, capsys):
     qwen.save(tmp_path / "model")
-    capsys.readouterr()  # saving makes transformers import deepspeed, which says so once in a process
+    assert capsys.readouterr() == ("", "")
     out = tmp_path / "clip.mp4"
     main(["generate", "a red circle", "-o", str(out), "-n", "2", "--model", str(tmp_path / "model"), "--device", "cpu"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "clip-0.mp4"), str(tmp_path / "clip-1.mp4")]
@@ -211,6 +212,7 @@ def test_a_conversation_is_read_line_by_line(clip, painter, monkeypatch, capsys)
 
     monkeypatch.setattr(larp_mllm.generation, "chat", chat)
     lines = ["/video clip.mp4", "what is it?", "", "too long", "/video gone.mp4", "/nonsense", "go on", "/new", "again"]
+    lines += ["/help", " /quit", "never read"]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     main(["chat"])
     roles = [[message["role"] for message in messages] for messages in seen]
@@ -219,7 +221,8 @@ def test_a_conversation_is_read_line_by_line(clip, painter, monkeypatch, capsys)
     assert seen[2][1]["content"][0]["text"] == "answer 1" and len(seen[2][2]["content"]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert errors[0] == "larp-mllm: no room"
-    assert sum(line.startswith("larp-mllm: ") for line in errors) == 3 and "/video PATH shows" in errors[-1]
+    assert sum(line.startswith("larp-mllm: ") for line in errors) == 3 and "/video PATH shows" in errors[-2]
+    assert errors[-1].startswith("/video PATH shows") and "/quit" in errors[-1]
 
 
 def test_a_conversation_is_answered_in_text_as_it_comes(clip, capsys, monkeypatch):
@@ -246,6 +249,33 @@ def test_a_person_is_asked_for_lines_and_ctrl_d_ends(clip, capsys, monkeypatch):
     main(["chat", "--max-new-tokens", "4", "--max-videos", "0"])
     said = capsys.readouterr()
     assert "Ctrl-D ends" in said.err and len(said.out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("command", [["--help"], ["chat", "hello"], ["chat"]])
+def test_nobody_reads_the_output(clip, monkeypatch, capfd, command):
+    """As in `larp-mllm ... | head -1`."""
+    answered = []
+
+    def chat(messages, **_):
+        print("a word", flush=True)
+        answered.append(messages)
+
+    monkeypatch.setattr(larp_mllm.generation, "chat", chat)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n" * 3))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nowhere, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", nowhere)
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+    assert stopped.value.code == 141 and capfd.readouterr() == ("", "") and not answered
+
+
+@pytest.mark.parametrize("command", [["--help"], ["chat", "hello", "--max-new-tokens", "2", "--max-videos", "0"]])
+def test_an_output_that_takes_nothing_is_one_message(clip, monkeypatch, capsys, command):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        assert "No space left on device" in refused(capsys, *command)
 
 
 def test_chat_options_are_checked(clip, capsys):

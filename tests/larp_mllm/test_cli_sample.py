@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import larp.continuation
@@ -24,16 +25,28 @@ import torch
 NAMES = ("Archery", "Horse Race", "Surfing")
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A user's working folder: a tokenizer t (clips of 4 frames), generators c and p, and clip.mp4 of ten frames."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A tokenizer t (clips of 4 frames), generators c and p, clip.mp4 of ten frames; tokenizers and a video that do not fit."""
+    made = tmp_path_factory.mktemp("made")
     tokenizer = painting()
-    tokenizer.save_pretrained("t")
+    tokenizer.save_pretrained(made / "t")
     belongs = {"tokenizer_hash": tokenizer.weight_hash()}
-    drawn(class_names=NAMES, **belongs).save_pretrained("c/model")
-    drawn(task="frame-prediction", **belongs).save_pretrained("p")
-    write_video("clip.mp4", noise(10), 12.5)
+    drawn(class_names=NAMES, **belongs).save_pretrained(made / "c/model")
+    drawn(task="frame-prediction", **belongs).save_pretrained(made / "p")
+    write_video(made / "clip.mp4", noise(10), 12.5)
+    painting(code_dim=4).save_pretrained(made / "other")
+    painting(codebook_size=33).save_pretrained(made / "larger")
+    write_video(made / "short.mp4", noise(2), 12.5)
+    (made / "text").write_text("hello")
+    return made
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch) -> Path:
+    """A user's working folder, with all of `made`."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -74,7 +87,7 @@ def test_classes_take_turns(folder, capsys):
 
 def test_seed_and_index_decide_whatever_the_batch_size(folder):
     def bytes_of(*options):
-        sample("--generator", "c", "--class", "Surfing", "-n", "3", *options)
+        sample("--generator", "c", "--class", "Surfing", "-n", "3", "--scale", "1", *options)
         return [Path(f"out/{number:03d}-Surfing.mp4").read_bytes() for number in range(3)]
 
     first = bytes_of("--batch-size", "3")
@@ -83,10 +96,10 @@ def test_seed_and_index_decide_whatever_the_batch_size(folder):
 
 
 def test_every_sampling_option_reaches_the_sampler(folder, drawn_with):
-    sample("--generator", "c")
+    sample("--generator", "c", "--scale", "1")
     options = {"guidance-scale": 2, "guidance-final": 3, "guidance-start": 0.2, "guidance-stop": 0.9}
     options |= {"temperature": 0.9, "top-k": 7, "top-p": 0.8, "min-p": 0.1, "seed": 5}
-    sample("--generator", "c", *(f"--{name}={value}" for name, value in options.items()))
+    sample("--generator", "c", "--scale", "1", *(f"--{name}={value}" for name, value in options.items()))
     plain, chosen = drawn_with
     assert plain["guidance"] == Guidance(1.25) and plain["temperature"] == 1 and plain["seed"] == 0
     assert chosen["guidance"] == Guidance(2, 3, 0.2, 0.9) and chosen["temperature"] == 0.9
@@ -94,7 +107,7 @@ def test_every_sampling_option_reaches_the_sampler(folder, drawn_with):
 
 
 def test_a_video_goes_on(folder, capsys, drawn_with):
-    sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "-n", "2", "--seconds", "0.56")
+    sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "-n", "2", "--seconds", "0.56", "--scale", "1")
     *lines, sheet, seams = capsys.readouterr().out.splitlines()
     assert written() == ["000-clip.mp4", "001-clip.mp4", "sheet.png"] and sheet == "out/sheet.png"
     for number, line in enumerate(lines):
@@ -102,15 +115,16 @@ def test_a_video_goes_on(folder, capsys, drawn_with):
     assert re.match(r"seams: [\d.]+ dB on average of 8: PSNR", seams)
     assert probe("out/001-clip.mp4").frames == 7 and probe("out/001-clip.mp4").fps == 12.5
     assert all(call["guidance"] == Guidance(1.0) for call in drawn_with)
-    sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "--stride", "4")
+    sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "--stride", "4", "--scale", "1")
     assert probe("out/000-clip.mp4").fps == 3.125 and probe("out/000-clip.mp4").frames == 4
 
 
 def test_a_class_goes_on_with_another_generator(folder, capsys):
-    sample("--generator", "c", "--class", "Surfing", "--seconds", "1", "--continue-with", "p", "--given", "2")
+    small = ("--class", "Surfing", "--scale", "1")
+    sample("--generator", "c", *small, "--seconds", "1", "--continue-with", "p", "--given", "2")
     assert "12 frames at 12 fps, seams" in capsys.readouterr().out
     assert probe("out/000-Surfing.mp4").frames == 12
-    sample("--generator", "c", "--class", "Surfing", "--seconds", "0.25")
+    sample("--generator", "c", *small, "--seconds", "0.25")
     assert probe("out/000-Surfing.mp4").frames == 3
 
 
@@ -284,10 +298,6 @@ def test_the_averaged_weights_of_a_generator(folder, capsys):
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(folder, capsys, options, words):
-    painting(code_dim=4).save_pretrained("other")
-    painting(codebook_size=33).save_pretrained("larger")
-    write_video("short.mp4", noise(2), 12.5)
-    Path("text").write_text("hello")
     before = sorted(folder.rglob("*"))
     given = ["" if option == "=" else option for option in options.split()]
     said = refused(capsys, "sample", "-o", "out", "--tokenizer", "t", *given)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import larp.longvideo
 from larp.data.token_file import TokenizedVideo
 from larp.data.video import probe, read_video, write_video
+from larp.longvideo import Encoding
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.cli import main
 from tests.larp.data.odd_videos import write_unevenly, write_with_sound
@@ -23,13 +25,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A tokenizer, t, a video of ten frames, clip.mp4, and clip.larp, its codes."""
+    made, tokenizer = tmp_path_factory.mktemp("made"), painting(nested=True)
+    tokenizer.save_pretrained(made / "t")
+    write_video(made / "clip.mp4", noise(10), 12.5)
+    larp.longvideo.tokenize_video(made / "clip.mp4", tokenizer, Encoding(), name="t").save(made / "clip.larp")
+    return made
+
+
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working folder of a user who has a tokenizer, t, and a video of ten frames, clip.mp4."""
+def folder(made, tmp_path, monkeypatch) -> Path:
+    """The working folder of a user who has t and clip.mp4."""
+    shutil.copytree(made, tmp_path, ignore=shutil.ignore_patterns("clip.larp"), dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    painting(nested=True).save_pretrained(tmp_path / "t")
-    write_video("clip.mp4", noise(10), 12.5)
     return tmp_path
+
+
+@pytest.fixture
+def tokenized(made, folder) -> Path:
+    """The same folder, and clip.larp in it."""
+    shutil.copy(made / "clip.larp", folder)
+    return folder
 
 
 def test_reconstruct_prints_its_figures(folder, capsys):
@@ -138,6 +156,7 @@ def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys)
         ("tokenize", "http://example.com/a.mp4", "x.larp", "http://example.com/a.mp4: URLs are not opened"),
         ("reconstruct", "clip.mp4", "clip.mp4", "clip.mp4 is the video itself"),
         ("reconstruct", "clip.mp4", "/proc/x.mp4", "/proc takes no files"),
+        ("reconstruct", "clip.mp4", "http://x/y.mp4", "http://x/y.mp4: URLs are not written to"),
         ("reconstruct", "clip.mp4", "t", "suffix ''"),
         ("reconstruct", "none.mp4", "x.mp4", "none.mp4: no such file"),
         ("reconstruct", "text.mp4", "x.mp4", "text.mp4: does not begin like a video file"),
@@ -150,13 +169,14 @@ def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys)
         ("detokenize", "clip.larp", "x.larp", "suffix '.larp'"),
     ],
 )
-def test_bad_files_are_refused_before_a_tokenizer_is_loaded(folder, monkeypatch, capsys, command, source, out, words):
-    main(["tokenize", "clip.mp4", "-o", "clip.larp", "--tokenizer", "t"])
-    (folder / "text.mp4").write_text("hello, I am no video")
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+def test_bad_files_are_refused_before_a_tokenizer_is_loaded(
+    tokenized, monkeypatch, capsys, command, source, out, words
+):
+    (tokenized / "text.mp4").write_text("hello, I am no video")
+    before = {path: path.stat().st_mtime_ns for path in tokenized.rglob("*")}
     monkeypatch.setattr(LarpTokenizer, "from_pretrained", lambda *_, **__: pytest.fail("a tokenizer was loaded"))
     assert words in refused(capsys, command, source, "-o", out, "--tokenizer", "t")
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in tokenized.rglob("*")} == before
 
 
 @pytest.mark.parametrize(
@@ -184,11 +204,10 @@ def test_bad_options_are_named(folder, capsys, options, words):
 @pytest.mark.parametrize(
     "command", ["reconstruct clip.mp4 -o x.mp4", "tokenize clip.mp4 -o x.larp", "detokenize clip.larp -o x.mp4"]
 )
-def test_a_batch_has_a_window_at_least(folder, capsys, command, size):
-    main(["tokenize", "clip.mp4", "-o", "clip.larp", "--tokenizer", "t"])
-    before = sorted(folder.rglob("*"))
+def test_a_batch_has_a_window_at_least(tokenized, capsys, command, size):
+    before = sorted(tokenized.rglob("*"))
     said = refused(capsys, *command.split(), "--tokenizer", "t", "--batch-size", size)
-    assert f"batch_size must be at least 1, got {size}" in said and sorted(folder.rglob("*")) == before
+    assert f"batch_size must be at least 1, got {size}" in said and sorted(tokenized.rglob("*")) == before
 
 
 def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsys):
@@ -199,17 +218,29 @@ def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsy
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("command", ["reconstruct clip.mp4 -o x.mp4", "tokenize clip.mp4 -o x.larp",
-                                     "detokenize clip.larp -o x.mp4"])  # fmt: skip
-def test_sigterm_ends_every_command_and_leaves_nothing(folder, monkeypatch, capsys, command):
-    main(["tokenize", "clip.mp4", "-o", "clip.larp", "--tokenizer", "t"])
-    before, handler = sorted(folder.rglob("*")), signal.getsignal(signal.SIGTERM)
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, as at a terminal; what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("command, number, status", [
+    ("reconstruct clip.mp4 -o x.mp4", signal.SIGTERM, 143),
+    ("reconstruct clip.mp4 -o x.mp4", signal.SIGINT, 130),
+    ("tokenize clip.mp4 -o x.larp", signal.SIGTERM, 143),
+    ("detokenize clip.larp -o x.mp4", signal.SIGTERM, 143),
+])  # fmt: skip
+def test_a_signal_ends_every_command_and_leaves_nothing(
+    tokenized, monkeypatch, capsys, ctrl_c, command, number, status
+):
+    before, handler = sorted(tokenized.rglob("*")), signal.getsignal(signal.SIGTERM)
     real = LarpTokenizer.render, LarpTokenizer.project
-    capsys.readouterr()
 
     def terminated(work):
         def run(*given):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             return work(*given)
 
         return run
@@ -218,12 +249,13 @@ def test_sigterm_ends_every_command_and_leaves_nothing(folder, monkeypatch, caps
     monkeypatch.setattr(LarpTokenizer, "project", terminated(real[1]))
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--tokenizer", "t"])
-    assert stopped.value.code == 143 and capsys.readouterr().err == "larp-mllm: stopped\n"
-    assert sorted(folder.rglob("*")) == before and signal.getsignal(signal.SIGTERM) == handler
+    assert stopped.value.code == status and capsys.readouterr().err == "larp-mllm: stopped\n"
+    assert sorted(tokenized.rglob("*")) == before and signal.getsignal(signal.SIGTERM) == handler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_command_leaves_nothing_under_the_name(folder, number, status):
+def test_a_stopped_command_leaves_nothing_under_the_name(folder, ctrl_c, number, status):
     """The real signal, in the middle of a real run."""
     code = (
         "import sys, time, larp.longvideo as v; real = v.decode_windows\n"

@@ -82,6 +82,7 @@ def test_a_file_goes_on_at_the_tokenizers_size_for_so_many_seconds(going, tmp_pa
     frames, _ = read_video(tmp_path / "a.mp4")
     video = larp_mllm.continue_video(tmp_path / "a.mp4", seconds=0.5, prompt="surfing", model=going)
     assert video.fps == 10 and video.frames.shape == (14, 16, 16, 3) and video.prompt == "surfing"
+    assert video.given == 9
     assert np.array_equal(video.frames[:9], resize_frames(frames, 16, 16))
     known = pixels_to_clip(video.frames[6:9])[None]
     again = going.continue_clips(known, 8, ["surfing"], VideoSampling(guidance_scale=1.0))
@@ -101,6 +102,9 @@ def test_of_a_file_every_nth_frame_counts_and_the_last_is_one(going, tmp_path, m
     with pytest.raises(ValueError, match=r"b.mp4 has 2 frames at stride 2, fewer than the 3 .* give a longer one"):
         write_video(tmp_path / "b.mp4", frames_of(4), 10)
         going.continue_video(tmp_path / "b.mp4", 1)
+    write_video(tmp_path / "slow.mp4", frames_of(8), 0.016)
+    with pytest.raises(ValueError, match=r"slow.mp4: its fps is 0.008; .* convert the video to another rate"):
+        going.continue_video(tmp_path / "slow.mp4", 1)
 
 
 def test_videos_frames_and_clips_go_on_alike(going):
@@ -128,6 +132,8 @@ def test_what_does_not_fit_is_refused(going, tmp_path):
         "got float64": lambda: going.continue_video(frames / 255, 1),
         r"values in \[0, 1\]": lambda: going.continue_video(frames.astype(float).transpose(3, 0, 1, 2), 1),
         "got None": lambda: going.continue_video(None, 1),
+        "must be uint8 frames .*inhomogeneous": lambda: going.continue_video([frames, frames[:1]], 1),
+        r"float clip must be \(3, T, 16, 16\), got \(3, 5, 16, 8\)": lambda: going.continue_video(clips[0, ..., :8], 1),
         "gone.mp4": lambda: going.continue_video(tmp_path / "gone.mp4", 1),
         "at least the 3 given": lambda: going.continue_clips(clips[:, :, :2], 9),
         "total_frames must be a whole number of at least 5": lambda: going.continue_clips(clips, 4),

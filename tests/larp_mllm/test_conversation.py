@@ -47,6 +47,16 @@ def test_a_chat_of_plain_words_has_the_ids_of_the_base(family):
     assert ids(segments(TURNS, tokenizer)) == own
 
 
+def test_without_a_template_each_message_is_a_line(tmp_path):
+    tokenizer = build("base", tmp_path)
+    turns = [{"role": role, "content": content} for role, content in zip(
+        ("system", "user", "assistant", "user"), ("Be kind.", "a cat", "meow", "a dog"), strict=True)]  # fmt: skip
+    expected = "System: Be kind.\nUser: a cat\nAssistant: meow<|endoftext|>\nUser: a dog\n"
+    assert tokenizer.apply_chat_template(turns, chat_template=DEFAULT_TEMPLATE, tokenize=False) == expected
+    assert tokenizer.decode(ids(segments(turns, tokenizer))) == expected
+    assert tokenizer.decode(ids(segments(turns, tokenizer, answer=True))) == expected + "Assistant:"
+
+
 def test_what_is_answered_is_the_beginning_of_what_was_learned(family):
     _, tokenizer = family
     for end in ([{"type": "text", "text": "the violin."}], [VIDEO, {"type": "text", "text": "there"}]):
@@ -144,6 +154,16 @@ def test_what_a_template_refuses_is_an_error_that_names_the_record(chatml, templ
         ([], "at least one"),
         ("hello", "must be a list"),
         ([{"role": "user"}], r"a.jsonl:3: message 1 must be"),
+        ([{"role": "user", "content": "a", "lose": True}], r"a.jsonl:3: message 1 must be"),
+        ([{"role": "user", "content": "a", "loss": "yes"}], r'message 1: "loss" must be true or false, got .yes'),
+        (
+            [{"role": "system", "content": "", "loss": True}],
+            r"message 1 \(system\) is empty, .*nothing to learn: leave",
+        ),
+        (
+            [{"role": "user", "content": [VIDEO, {"type": "text", "text": "", "loss": True}]}],
+            "message 1, part 2: the text is empty, .*nothing to learn: leave",
+        ),
         ([{"role": "tool", "content": "a"}], "one of system, user, assistant, got 'tool'"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": 5}], "message 2: content must be"),
         ([{"role": "user", "content": " "}], r"message 1 \(user\) is empty"),
@@ -168,6 +188,12 @@ def test_bad_messages_are_errors_that_name_the_place(chatml, messages, said):
 def test_there_must_be_something_to_answer(chatml):
     with pytest.raises(ValueError, match="the last message is the assistant's"):
         segments(TURNS, chatml, answer=True)
+
+
+@pytest.mark.parametrize("flagged", [{"loss": False}, {"content": [{"type": "text", "text": "a", "loss": True}]}])
+def test_of_a_chat_to_be_answered_nothing_is_learned_so_that_a_loss_is_refused(chatml, flagged):
+    with pytest.raises(ValueError, match=r'message 3 has a "loss", but nothing is learned .*leave it out'):
+        segments([*TURNS[:2], TURNS[2] | flagged], chatml, answer=True)
 
 
 def test_a_template_that_cannot_show_the_end_of_a_turn_leaves_the_end_of_text(chatml):

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from larp_mllm.cli import main
 from larp_mllm.export import export, read_video_ids, stock_model
@@ -231,6 +232,33 @@ def test_nothing_is_lost_or_left_half_written(tmp_path, monkeypatch):
     assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
 
 
+def test_a_full_disk_is_told_by_the_folder_and_leaves_nothing(qwen, tmp_path, monkeypatch, full_disk):
+    out = tmp_path / "out"
+    told = pytest.raises(ValueError, match=rf"^{out} cannot be written \(.*File too large.*\): free space there")
+    with told:  # by its words
+        export(qwen, out)
+    monkeypatch.setattr("larp_mllm.export.add_words", lambda tokenizer, *_: (tokenizer, {}))
+    monkeypatch.setattr("larp_mllm.export.loader_of", lambda *_: "AutoTokenizer")
+    with told:  # by its weights
+        export(qwen, out)
+    assert not list(tmp_path.iterdir())
+    with told:
+        qwen.save(out)
+
+
+@pytest.mark.parametrize(
+    "to, words",
+    [("/proc/x", "/proc takes no files"), ("/proc", "takes no files|no earlier export"), ("/", "no earlier export")],
+)
+def test_a_target_that_takes_no_files_is_refused_before_a_model_is_loaded(to, words, monkeypatch, capsys):
+    monkeypatch.setattr("larp_mllm.home.find_model", lambda *_: pytest.fail("a model was looked for"))
+    with pytest.raises(ValueError, match=words):
+        export("gone", to)
+    with pytest.raises(SystemExit):
+        main(["export", "--to", to])
+    assert re.search(words, capsys.readouterr().err)
+
+
 def test_ids_that_are_no_video_are_refused(tmp_path):
     folder = export(make(tmp_path), tmp_path / "out")
     first = json.loads((folder / "larp.json").read_text())["first_code"]
@@ -245,14 +273,22 @@ def test_ids_that_are_no_video_are_refused(tmp_path):
 def test_the_command(qwen, tmp_path, capsys):
     qwen.save(tmp_path / "model")
     main(["export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"])
-    shown = capsys.readouterr().out
-    assert str(tmp_path / "out") in shown and "README.md" in shown
+    shown = capsys.readouterr()
+    assert shown.out == f"{tmp_path / 'out'}\n" and "README.md" in shown.err
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     # transformers reads the tiny tokenizer as another one for Qwen2; the README says so.
     assert "PreTrainedTokenizerFast.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(SystemExit) as stopped:
         main(["export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "out")])
     assert stopped.value.code == 2 and "--overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_output_of_a_fresh_process_is_the_folder_alone(qwen, tmp_path):
+    qwen.save(tmp_path / "model")
+    command = ["-m", "larp_mllm.cli", "export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout == f"{tmp_path / 'out'}\n" and done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-import larp_mllm
+import larp_mllm.generation
 from larp.data.video import probe
 from larp_mllm.home import find_model, remember_newest
 from larp_mllm.sampling import TextSampling, VideoSampling
@@ -92,6 +92,16 @@ BAD_OPTIONS = [
     {"batch_size": 0},
     {"seed": 1.5},
     {"seed": None},
+    # Of True, "2" and tensors nobody knows what number was meant.
+    {"seed": True},
+    {"num_videos": True},
+    {"batch_size": torch.tensor(2)},
+    {"temperature": True},
+    {"top_k": True},
+    {"top_p": "0.5"},
+    {"guidance_scale": torch.tensor(2.0)},
+    {"progress": "x"},
+    {"preview_every": "2"},
 ]
 
 
@@ -117,6 +127,28 @@ def test_a_prompt_that_is_no_text_is_refused(prompt, nothing_loads):
 def test_half_a_character_in_a_prompt_is_refused(nothing_loads):
     with pytest.raises(ValueError, match=r"'surf\\ud83c'.*position 4: remove it"):
         larp_mllm.generate("surf\ud83c")
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (0, "seconds is 0"), (True, "seconds is True"), ("2", "seconds is '2'"), (float("inf"), "seconds is inf"),
+    (3601, "seconds is 3601; at most 3600"), (torch.tensor(2.0), "seconds is tensor"),
+])  # fmt: skip
+def test_seconds_are_a_number_of_at_most_an_hour(seconds, words, nothing_loads):
+    with pytest.raises(ValueError, match=words):
+        larp_mllm.continue_video("clip.mp4", seconds)
+
+
+def test_what_is_no_model_or_cannot_be_called_is_refused(nothing_loads):
+    for call in (
+        larp_mllm.generate,
+        larp_mllm.describe,
+        larp_mllm.chat,
+        lambda x, **o: larp_mllm.continue_video(x, 1, **o),
+    ):
+        with pytest.raises(ValueError, match="model must be a folder, a hub name or a loaded Mllm, got 3"):
+            call("surfing", model=3)
+        with pytest.raises(ValueError, match="progress must be a function of a Progress, or None, got 'x'"):
+            call("surfing", progress="x")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta"])

@@ -1,11 +1,13 @@
 """The wrapper: the base unharmed, the loss exact, the round trip, what is refused."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 from larp_mllm.bases import load_base
 from larp_mllm.configuration import LarpMllmConfig
+from larp_mllm.mllm import Mllm
 from larp_mllm.modeling import IGNORE, LarpMllmForCausalLM
 from tests.larp_mllm.families import FAMILIES
 from tests.larp_mllm.tiny import tiny_mllm
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Gemma2Config
-from transformers.utils import hub
+from transformers.utils import hub, logging
 
 
 def mixed_ids(mllm, rows=3, length=9):
@@ -129,8 +131,8 @@ def saved(qwen, tmp_path):
 
     def change(fields=(), text_fields=(), tensors=()):
         config = json.loads((tmp_path / "config.json").read_text())
-        config.update(fields)
         config["text_config"].update(text_fields)
+        config.update(fields)
         (tmp_path / "config.json").write_text(json.dumps(config))
         weights = load_file(tmp_path / "model.safetensors") | dict(tensors)
         weights = {name: value for name, value in weights.items() if value is not None}
@@ -151,11 +153,71 @@ def saved(qwen, tmp_path):
         ),
         ({"fields": {"code_dim": 5}}, r"mlp.0.weight has shape \(32, 4\) in place of \(32, 5\).*belong together"),
         ({"fields": {"adapter": "free"}}, r"adapter.code_input.mlp.0.bias is unknown; .* and \d+ more"),
+        (
+            {"tensors": {"base.model.norm.weight": torch.full((32,), torch.nan)}},
+            "tensor base.model.norm.weight holds NaN",
+        ),
+        (
+            {"tensors": {"adapter.codebook": torch.full((16, 4), torch.inf)}},
+            "tensor adapter.codebook holds NaN or infin",
+        ),
+        ({"text_fields": {"hidden_size": 10**7}}, r"has shape \(32,\) in place of \(10000000,\)"),
+        (
+            {"text_fields": {"num_hidden_layers": 1000, "layer_types": None}},
+            r"num_hidden_layers = 1000, .* only \d+ tens",
+        ),
+        (
+            {"text_fields": {"num_attention_heads": 0}},
+            "describes a model that cannot be built .*Restore the config.json",
+        ),
+        (
+            {"text_fields": {"model_type": "nope"}},
+            "model_type 'nope', which this version of transformers does not know",
+        ),
+        ({"fields": {"model_type": "llama"}}, "config.json is missing, or not that of a larp_mllm model"),
+        ({"text_fields": {"model_type": "vit"}}, "says that the base is a vit, which is no causal language model"),
     ],
 )
-def test_tensors_that_do_not_fit_the_config_are_named(saved, changes, message):
-    with pytest.raises(ValueError, match=message):
-        AutoModelForCausalLM.from_pretrained(saved(**changes))
+def test_a_model_that_is_not_whole_is_refused_in_one_line(saved, caplog, capfd, changes, message):
+    folder = saved(**changes)
+    with caplog.at_level("INFO"), listening(caplog), pytest.raises(ValueError, match=message) as refused:
+        LarpMllmForCausalLM.from_pretrained(folder)
+    assert "\n" not in str(refused.value) and not caplog.records  # transformers' tables and warnings included
+    shown = capfd.readouterr()
+    assert shown.out == "" and "LOAD REPORT" not in shown.err
+
+
+@contextmanager
+def listening(caplog):
+    """Let `caplog` hear what transformers logs."""
+    logging.add_handler(caplog.handler)
+    yield
+    logging.remove_handler(caplog.handler)
+
+
+def test_pickled_weights_are_never_loaded(saved, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "ran",)
+
+    folder = saved()
+    (folder / "model.safetensors").rename(folder / "kept")
+    torch.save({"adapter.codebook": Attack()}, folder / "pytorch_model.bin")
+    index = {"weight_map": {"adapter.codebook": "pytorch_model.bin"}}
+    for load in (LarpMllmForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained, Mllm.load):
+        with pytest.raises(
+            ValueError, match=r"holds pickled weights \(pytorch_model.bin\).*: convert them to model.saf"
+        ):
+            load(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"names 'pytorch_model.bin', expected safetensors files"):
+        LarpMllmForCausalLM.from_pretrained(folder)
+    (folder / "kept").rename(folder / "model.safetensors")
+    LarpMllmForCausalLM.from_pretrained(folder)  # of both, safetensors is read
+    assert not (tmp_path / "ran").exists()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"an adapter of peft \(adapter_config.json\)"):
+        LarpMllmForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +225,8 @@ def test_tensors_that_do_not_fit_the_config_are_named(saved, changes, message):
     [
         ({"text_size": 50}, r"text_size is 50, below the base model's \d+ embedding rows.*Restore"),
         ({"text_size": "many"}, "text_size must be a whole number of at least 1, got 'many'"),
+        ({"frame_stride": True}, "frame_stride must be a whole number of at least 1, got True"),
+        ({"fps": True}, "fps must be a number above 0, got True"),
         ({"codebook_size": 0}, "codebook_size must be a whole number of at least 1, got 0"),
         ({"tokens_per_video": -1}, "tokens_per_video must be a whole number of at least 1, got -1"),
         ({"frame_stride": 0}, "frame_stride must be a whole number of at least 1"),

@@ -11,7 +11,7 @@ from larp_mllm.sampling import VideoSampling
 from larp_mllm.spans import SpanRules
 from larp_mllm.video import Video
 from larp_mllm.vocabulary import Vocabulary
-from tests.larp_mllm.tiny import CAPTIONS, tiny_video_tokenizer
+from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm, tiny_video_tokenizer
 from tests.larp_mllm.tokenizers import llama3
 
 import numpy as np
@@ -115,6 +115,73 @@ def test_saved_tokenizers_are_checked_at_load(qwen, tmp_path):
     tiny_video_tokenizer(seed=1).save_pretrained(tmp_path / "video_tokenizer")
     with pytest.raises(ValueError, match="weight hash"):
         LarpMllmProcessor.from_pretrained(tmp_path)
+
+
+def test_without_a_record_of_the_tokenizers_nothing_is_loaded(qwen, tmp_path):
+    qwen.save(tmp_path)
+    known = qwen.processor.video_tokenizer.weight_hash()
+    for name, key in (
+        ("config.json", "video_tokenizer_hash"),
+        ("processor_config.json", "video_tokenizer_hash"),
+        ("processor_config.json", "text_tokenizer_hash"),
+    ):
+        whole = (tmp_path / name).read_text()
+        saved = json.loads(whole)
+        (tmp_path / name).write_text(json.dumps({k: v for k, v in saved.items() if k != key}))
+        with pytest.raises(ValueError, match=f'{name} does not record {key}, .*write "{key}": "{saved[key]}" into'):
+            LarpMllmProcessor.from_pretrained(tmp_path)
+        (tmp_path / name).write_text(whole)
+    assert saved["video_tokenizer_hash"] == known
+    (tmp_path / "processor_config.json").rename(tmp_path / "kept")
+    with pytest.raises(ValueError, match=r"processor_config.json is missing, .*copy the model folder again"):
+        LarpMllmProcessor.from_pretrained(tmp_path)
+    (tmp_path / "kept").rename(tmp_path / "processor_config.json")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"given_frames": 4}))
+    with pytest.raises(ValueError, match="given_frames = 4, but a clip of the video tokenizer has 4 frames"):
+        LarpMllmProcessor.from_pretrained(tmp_path)
+
+
+def test_a_model_is_saved_with_the_record_of_its_video_tokenizer(tmp_path):
+    mllm = tiny_mllm()
+    mllm.model.config.video_tokenizer_hash = ""
+    mllm.save(tmp_path)
+    LarpMllmProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("ids, words", [
+    ([-1], r"id -1 is none of this model: its ids are 0 to \d+"),
+    ([10**6], "id 1000000 is none"),
+    ("abc", "one row of whole numbers, got 'abc'"),
+    (["1"], "one row of whole numbers"),
+    ([True], "one row of whole numbers"),
+    ([[1, 2]], "one row of whole numbers"),
+    (torch.rand(3), "one row of whole numbers"),
+    (5, "one row of whole numbers, got '5'"),
+    (None, "one row of whole numbers, got 'None'"),
+])  # fmt: skip
+def test_what_are_no_ids_is_not_decoded(qwen, ids, words):
+    with pytest.raises(ValueError, match=words):
+        qwen.processor.decode(ids)
+    with pytest.raises(ValueError, match=f"row 1: .*{words}"):
+        qwen.processor.batch_decode([[5], ids])
+
+
+def test_what_is_no_tokenizer_or_no_list_is_refused(qwen):
+    text, clips, vocabulary = qwen.processor.tokenizer, qwen.processor.video_tokenizer, qwen.processor.vocabulary
+    for arguments, words in (
+        ((None, clips, vocabulary), "the text tokenizer must be a PreTrainedTokenizerBase, got NoneType"),
+        ((3, clips, vocabulary), "the text tokenizer must be a PreTrainedTokenizerBase, got int"),
+        ((text, None, vocabulary), "the video tokenizer must be a LarpTokenizer, got NoneType"),
+        ((text, clips, 316), "the vocabulary must be a Vocabulary, got int"),
+        ((text, clips, vocabulary, 0), "frame_stride must be a whole number of at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LarpMllmProcessor(*arguments)
+    for videos in (3, "clip.mp4", Video(FRAMES.astype(np.uint8), 8.0)):
+        for call in (qwen.describe, lambda videos: qwen.processor("<video>", videos)):
+            with pytest.raises(ValueError, match="videos must be a list of them, got "):
+                call(videos)
 
 
 def test_a_text_tokenizer_that_has_grown_is_refused(qwen, tmp_path):

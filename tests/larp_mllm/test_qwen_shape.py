@@ -31,10 +31,10 @@ def test_the_adapter_and_then_lora_learn_at_the_shape_of_qwen2():
     ids = torch.cat([words, torch.tensor(spans)], dim=1)
     text = model(words).logits[..., :151_936]
     prepare(model, "adapter")
-    assert steps(model, ids, 2, 1e-4) > 0
+    assert steps(model, ids, 2, 1e-5) > 0
     assert torch.equal(model(words).logits[..., :151_936], text)
     prepare(model, "lora", 8)
-    assert steps(model, ids, 2, 1e-4) > 0
+    assert steps(model, ids, 2, 1e-5) > 0
     assert not torch.equal(model(words).logits[..., :151_936], text)
     # In kB: of 24 GB, most must be left to optimizer states and longer batches.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 10 * 2**20

@@ -18,6 +18,7 @@ ORDERS = {
     "transformers first": "from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor\nimport larp_mllm",
     "only the config first": "from transformers import AutoConfig\nimport larp_mllm\n"
     "from transformers import AutoModelForCausalLM, AutoProcessor",
+    "our bases first": "import larp_mllm.bases\nfrom transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor",
     "our model first": "import larp_mllm.modeling\nfrom transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor",
 }
 LOAD = """

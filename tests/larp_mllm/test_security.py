@@ -108,9 +108,11 @@ def test_it_still_does_after_saving_and_loading(processor, base, tmp_path):
     processor.save_pretrained(tmp_path)
     if base is not None:  # beside a model, whose config has a say in which tokenizer transformers makes
         v = processor.vocabulary
+        known = processor.video_tokenizer.weight_hash()
         sizes = dict(code_dim=4, codebook_size=v.codebook_size, tokens_per_video=v.tokens_per_video)
         text_config = base(vocab_size=v.text_size, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
-        LarpMllmConfig(text_config=text_config, text_size=v.text_size, **sizes).save_pretrained(tmp_path)
+        config = LarpMllmConfig(text_config=text_config, text_size=v.text_size, video_tokenizer_hash=known, **sizes)
+        config.save_pretrained(tmp_path)
     again = LarpMllmProcessor.from_pretrained(tmp_path)
     assert len(again.tokenizer) == len(processor.tokenizer)
     texts = list(attacks(processor.tokenizer))[::10]

@@ -3,9 +3,10 @@
 import base64
 import io
 import re
+from fractions import Fraction
 
 import larp.data.video
-from larp.data.video import VideoError
+from larp.data.video import VideoError, probe
 from larp_mllm import notebook
 from larp_mllm.video import Video
 
@@ -95,8 +96,72 @@ def test_what_cannot_be_shown_says_so_and_raises_nothing(monkeypatch):
         ([[[[0, 0, 0]]]], 8.0, "got list"),
         (np.zeros((2, 16, 16, 3), np.uint8), float("nan"), "fps is nan"),
         (np.zeros((2, 16, 16, 3), np.uint8), 0, "fps is 0"),
+        (np.zeros((2, 16, 16, 3), np.uint8), 1e-9, "fps is 1e-09; it must be a number from 0.01 to 1000"),
+        (np.zeros((2, 16, 16, 3), np.uint8), float("inf"), "fps is inf"),
+        (np.zeros((2, 16, 16, 3), np.uint8), "25", "fps is '25'"),
+        (np.zeros((2, 16, 16, 3), np.uint8), None, "fps is None"),
     ],
 )
 def test_what_is_no_video_is_refused_when_it_is_made(frames, fps, words):
     with pytest.raises(ValueError, match=words):
         Video(frames, fps)
+
+
+@pytest.mark.parametrize("given", [-1, 3, 0.5, True])
+def test_only_as_many_frames_as_there_are_can_be_given(given):
+    with pytest.raises(ValueError, match=f"given is {given}; of 2 frames"):
+        Video(np.zeros((2, 16, 16, 3), np.uint8), 8.0, given=given)
+
+
+@pytest.mark.parametrize("codes", [("1", "2"), "12", (1.0, 2.0), (True, 1), 3, None])
+def test_codes_that_are_no_whole_numbers_are_refused(codes):
+    with pytest.raises(ValueError, match=r"codes must be whole numbers, got .*: leave them out"):
+        Video(np.zeros((2, 16, 16, 3), np.uint8), 8.0, codes=codes)
+    assert Video(np.zeros((2, 16, 16, 3), np.uint8), 8.0, codes=np.arange(3)).codes == (0, 1, 2)
+
+
+@pytest.mark.parametrize("fps", [np.float32(25), np.int64(25), Fraction(25), 25])
+def test_a_rate_of_any_kind_of_number_can_be_saved(tmp_path, fps):
+    video = Video(np.zeros((2, 16, 16, 3), np.uint8), fps)
+    assert type(video.fps) is float and probe(video.save(tmp_path / "a.mp4")).fps == 25
+
+
+@pytest.mark.parametrize("path, scale, words", [
+    (None, 1, "give its name, got None"),
+    (3, 1, "give its name, got 3"),
+    ("a.mp4", 10**6, r"a.mp4: pictures of 24000000x16000000 pixels \(scale 1000000\).* 16384: choose a smaller scale"),
+    ("a.png", 1024, "16384"),
+    ("http://x/y.mp4", 1, "^http://x/y.mp4: URLs are not written to"),
+    ("http://x/y.png", 1, "^http://x/y.png: URLs are not written to"),
+    ("a\0.png", 1, "zero byte"),
+])  # fmt: skip
+def test_what_cannot_be_saved_is_refused_before_a_file_is_there(tmp_path, monkeypatch, path, scale, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        noise(2, 16, 24).save(path, scale)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4"])
+def test_a_full_disk_is_told_by_the_file_and_leaves_nothing(tmp_path, full_disk, suffix):
+    with pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
+        noise(8, 96, 96).save(tmp_path / f"a{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sheet_repeats_pixels_too(tmp_path):
+    small, large = (Image.open(noise(2, 64, 64).save(tmp_path / f"{scale}.png", scale)) for scale in (1, 3))
+    assert small.height < 64 + 40 and large.height > 3 * 64 and large.width > 2 * 3 * 64
+
+
+def test_the_sheet_of_a_video_that_goes_on_tells_what_was_at_hand(tmp_path):
+    def blue(video):
+        pixels = np.asarray(Image.open(video.save(tmp_path / "a.png")).convert("RGB")).astype(int)
+        return ((pixels == (0x2F, 0x6F, 0xDF)).all(-1)).sum()
+
+    dark = np.zeros((6, 64, 64, 3), np.uint8)
+    assert blue(Video(dark, 8.0)) == 0 < blue(Video(dark, 8.0, given=2)) < blue(Video(dark, 8.0, given=4))
+
+
+def test_a_sheet_of_very_wide_pictures_is_bounded(tmp_path):
+    assert Image.open(noise(2, 2, 6000).save(tmp_path / "a.png")).width < 2 * 4096 + 20

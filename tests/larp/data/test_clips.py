@@ -1,5 +1,7 @@
 """Frames to clips and back, clip starts, and the pictures for people."""
 
+import math
+
 from larp.data.clips import (
     ClipShape,
     choose_start,
@@ -7,6 +9,7 @@ from larp.data.clips import (
     contact_sheet,
     frames_to_clip,
     resize_frames,
+    scale_frames,
     side_by_side,
 )
 
@@ -51,6 +54,53 @@ def test_resize_is_antialiased_bilinear_of_the_short_side_then_centre_crop():
 @pytest.mark.parametrize("size", [(1, 1), (7, 200), (200, 7), (31, 33)])
 def test_any_size_becomes_the_asked_size(size):
     assert resize_frames(noise(2, *size), 16, 24).shape == (2, 16, 24, 3)
+
+
+def resized_then_cropped(video: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
+    """What `resize_frames` stands for: the whole picture resized, its centre cut out."""
+    scale = max(new / old for new, old in zip(frame, video.shape[1:3], strict=True))
+    new = [max(side, round(old * scale)) for side, old in zip(frame, video.shape[1:3], strict=True)]
+    top, left = ((whole - side) // 2 for whole, side in zip(new, frame, strict=True))
+    return scale_frames(video, *new)[:, top : top + frame[0], left : left + frame[1]]
+
+
+# Codes of stored videos rest on every bit.
+@pytest.mark.parametrize("size", [(240, 320), (64, 64), (360, 640), (65, 64), (640, 360), (64, 256), (256, 64)])
+def test_ordinary_pictures_keep_every_bit(size):
+    video = noise(2, *size)
+    assert np.array_equal(resize_frames(video, 64, 64), resized_then_cropped(video, (64, 64)))
+
+
+@pytest.mark.parametrize("size", [(2, 31), (31, 2), (1, 400), (90, 1001), (1300, 120), (40, 500)])
+@pytest.mark.parametrize("frame", [(16, 16), (16, 24), (15, 8)])
+def test_very_long_pictures_are_what_the_whole_picture_gives(size, frame):
+    video = noise(2, *size)
+    apart = np.abs(resize_frames(video, *frame) - resized_then_cropped(video, frame).astype(int))
+    assert apart.max() <= 1 and (apart > 0).mean() < 0.02  # where one of two sums is rounded up, the other down
+
+
+@pytest.mark.parametrize("size", [(1, 16000), (16000, 1), (3, 12000)])
+def test_the_work_is_bounded_whatever_the_aspect_ratio(monkeypatch, size):
+    made = []
+    real = F.interpolate
+
+    def watched(pixels, **options):
+        made.append(max(pixels.numel(), pixels.shape[0] * 3 * math.prod(options["size"])))
+        return real(pixels, **options)
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    assert resize_frames(np.zeros((4, *size, 3), np.uint8), 64, 64).shape == (4, 64, 64, 3)
+    assert max(made) <= 4 * 3 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("count, given, framed", [(7, 5, 5), (40, 32, 4), (40, 3, 3), (40, 0, 0), (5, 5, 5)])
+def test_given_frames_are_framed_and_leave_room_for_the_others(tmp_path, count, given, framed):
+    contact_sheet([np.full((count, 16, 16, 3), 40, np.uint8)], [""], tmp_path / "a.png", cell=16, given=given)
+    row = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[24, :, :].astype(int)  # through the pictures
+    blue, dark = row[:, 2] - row[:, 0] > 100, (row == 40).all(1)
+    edges = np.flatnonzero(np.diff(dark.astype(int)) == 1) + 1  # where a picture begins
+    assert len(edges) == min(count, 8) and [blue[x - 1] for x in edges[:framed]] == [True] * framed
+    assert [bool(blue[x + 16]) for x in edges] == [True] * framed + [False] * (len(edges) - framed)
 
 
 def test_starts_are_centred_or_cover_the_whole_range():

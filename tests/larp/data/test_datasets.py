@@ -207,6 +207,7 @@ def test_a_plus_or_comma_in_a_path_is_part_of_it(tmp_path):
         ("folder:", "the path is missing after the colon"),
         ("folder:/no/such", "there is no folder '/no/such'"),
         ("csv:/no/such.csv", "there is no file '/no/such.csv'"),
+        ("jsonl:/dev/null", "'/dev/null' is a folder, a pipe or a device"),
     ],
 )
 def test_unknown_specs_say_what_is_known(spec, message):

@@ -1,7 +1,9 @@
 """Video files: odd ones decode or are refused quickly, hostile ones are refused, written ones read back."""
 
 import os
+import signal
 import time
+from fractions import Fraction
 from pathlib import Path
 
 from larp.data.video import (
@@ -150,6 +152,45 @@ def test_bad_frames_and_fps_are_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("fps", [0.01, 1000, np.float32(25), Fraction(30000, 1001)])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
+def test_every_rate_that_is_taken_can_be_written(tmp_path, suffix, fps):
+    write_video(tmp_path / f"a{suffix}", moving_square(2), fps)
+    assert probe(tmp_path / f"a{suffix}").fps == pytest.approx(float(fps))
+
+
+@pytest.mark.parametrize("fps", [1e-9, 1e4, float("nan"), "25", None])
+def test_other_rates_are_refused(tmp_path, fps):
+    with pytest.raises(VideoError, match=r"fps is .*; it must be a number from 0.01 to 1000"):
+        write_video(tmp_path / "a.mp4", moving_square(2), fps)
+
+
+def test_the_slowest_gif_is_written(tmp_path):
+    write_video(tmp_path / "a.gif", moving_square(2), 0.01)
+    assert Image.open(tmp_path / "a.gif").info["duration"] == 100_000
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".mp4"])
+def test_a_full_disk_is_named_and_not_the_encoder(tmp_path, full_disk, suffix):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), dtype=np.uint8)
+    with pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
+        write_video(tmp_path / f"a{suffix}", noise, 10)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path, clip):
+    with pytest.raises(VideoError, match=r"clip.mp4/a.mp4: cannot be written: (Not a directory|File exists)"):
+        write_video(clip / "a.mp4", moving_square(), 10)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_urls_are_not_written_to(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(VideoError, match=r"^http://x/y.mp4: URLs are not written to"):
+        write_video(kind("http://x/y.mp4"), moving_square(), 10)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path, clip):
     before = clip.read_bytes()
     with pytest.raises(VideoError, match=r"cannot be written"):
@@ -181,6 +222,41 @@ def test_missing_files_and_folders_are_video_errors(tmp_path):
         read_video(tmp_path / "none.mp4")
     with pytest.raises(VideoError, match=rf"{tmp_path.name}: is a folder: give the name of a video file"):
         read_video(tmp_path)
+
+
+@pytest.fixture
+def impatient():
+    """Fails a test that waits: a pipe is opened by whoever waits for its writer."""
+
+    def tired(*_):
+        raise TimeoutError("waited")
+
+    before = signal.signal(signal.SIGALRM, tired)
+    signal.alarm(5)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("read", [read_video, probe, count_frames, lambda path: list(iter_frames(path))])
+def test_pipes_and_devices_are_refused_at_once(tmp_path, impatient, read):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("pipe.mp4")
+    (tmp_path / "null.mp4").symlink_to(os.devnull)
+    (tmp_path / "folder.mp4").symlink_to(".")
+    for name, found in {
+        "pipe": r"a pipe \(fifo\), no file: write the video to a file",
+        "link": "a pipe",
+        "null": "a device",
+        "folder": "a folder",
+    }.items():
+        with pytest.raises(VideoError, match=rf"{name}.mp4: is {found}"):
+            read(tmp_path / f"{name}.mp4")
+
+
+def test_a_link_to_a_file_is_read(tmp_path, clip):
+    (tmp_path / "link.mp4").symlink_to(clip)
+    assert probe(tmp_path / "link.mp4").frames == 12
 
 
 @pytest.mark.parametrize("kind", [str, Path])

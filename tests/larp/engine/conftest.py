@@ -23,15 +23,19 @@ def ranks(_session):
 @pytest.fixture
 def new_engine(ranks):
     """Make an engine on a tiny model, the same weights each time; two parameter groups with their own rates."""
+    made = []
 
     def make(config=EngineConfig(), factor=lambda step: 1.0, batch=8, **options):  # noqa: B008 - frozen
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
         groups = [{"params": module[0].parameters(), "lr": 1e-2}, {"params": module[2].parameters(), "lr": 1e-3}]
         optimizer = torch.optim.AdamW(groups, betas=(0.5, 0.9))
-        return make_engine(module, optimizer, factor, config, batch, ranks, **options)
+        made.append(make_engine(module, optimizer, factor, config, batch, ranks, **options))
+        return made[-1]
 
-    return make
+    yield make
+    for engine in made:
+        engine.close()
 
 
 def batch_of_step(step):

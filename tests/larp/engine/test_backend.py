@@ -7,8 +7,10 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
+from larp.config import run_script
 from larp.engine import backend, signals
 from larp.engine import ranks as rank_module
 from larp.engine.backend import EngineConfig, Ranks, make_engine, micro_batch, reduce_mean, reduce_sum
@@ -240,6 +242,28 @@ def test_one_process_reduces_to_itself(ranks):
     assert reduce_mean({"a": torch.tensor(2.0), "b": 3}) == {"a": 2.0, "b": 3.0} and reduce_mean({}) == {}
     assert reduce_sum(torch.tensor([1, 2])).tolist() == [1, 2]
     assert backend.broadcast_object({"a": 1}) == {"a": 1}
+
+
+def test_what_the_first_rank_refuses_all_refuse_and_one_tells(monkeypatch, capsys):
+    sent, worked = [], []
+
+    def work():
+        worked.append(rank_module.current_ranks().rank)
+        raise ValueError("record 3 is damaged")
+
+    # The two ranks one after the other: what the first one broadcasts is what the second one gets.
+    monkeypatch.setattr(rank_module, "broadcast_object", lambda obj: sent.append(obj) or sent[0])
+    for rank in (0, 1):
+        monkeypatch.setattr(rank_module, "_current", Ranks(rank, 2))
+        with pytest.raises(SystemExit) as ended:
+            run_script("x.py", lambda: rank_module.main_first(work))
+        assert ended.value.code == 2
+    assert worked == [0] and capsys.readouterr().err == "x.py: record 3 is damaged\n"
+
+
+def test_the_ranks_wait_for_one_that_works_alone(ranks):
+    group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    assert group.options._timeout >= timedelta(hours=12)
 
 
 def test_start_can_follow_finish_and_seeds_alike():

@@ -112,6 +112,13 @@ def test_wandb_that_is_absent_or_does_not_start_says_what_to_do(tmp_path, wandb,
     check_wandb(None)
 
 
+def test_write_json_writes_null_for_what_is_no_number(tmp_path):
+    write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.5, (float("inf"), 2)], "c": {"d": -float("inf")}})
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": None, "b": [1.5, [None, 2]], "c": {"d": None},
+    }  # fmt: skip
+
+
 def test_write_json_replaces_whole_files(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})

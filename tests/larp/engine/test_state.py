@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 from larp.engine.backend import EngineConfig
-from larp.engine.state import SavedState, load_state, newest_state, open_run, save_state
+from larp.engine.state import SavedState, check_folder, load_state, newest_state, open_run, save_state
+from training import train_generator, train_tokenizer
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_a_resumed_run_equals_one_that_never_stopped(new_engine, train, tmp_path
     assert same(weights(straight), weights(resumed))
 
 
-def test_stage_3_resumes_as_well(new_engine, train, tmp_path):
+def test_stage_3_resumes_as_well_and_leaves_torch_as_it_was(new_engine, train, tmp_path):
+    own = torch.nn.functional.linear
     engine = new_engine(EngineConfig(zero_stage=3))
     train(engine, 0, 2)
     save_state({"model": engine}, tmp_path, 2, {})
@@ -50,6 +52,11 @@ def test_stage_3_resumes_as_well(new_engine, train, tmp_path):
     resumed = new_engine(EngineConfig(zero_stage=3))
     load_state({"model": resumed}, newest_state(tmp_path))
     assert train(resumed, 2, 4) == losses
+    assert torch.nn.functional.linear is not own
+    engine.close()
+    assert torch.nn.functional.linear is not own, "the other one still needs it"
+    resumed.close()
+    assert torch.nn.functional.linear is own
 
 
 def test_the_learning_rate_of_the_new_run_wins(new_engine, train, tmp_path):
@@ -144,6 +151,42 @@ def test_a_folder_serves_one_process_at_a_time(ranks, tmp_path):
         other.kill()
     open_run(tmp_path / "run", {}, resume=False, steps=9)
     open_run(tmp_path / "run", {}, resume=True, steps=9)
+
+
+def test_a_refused_resume_changes_and_says_nothing(new_engine, tmp_path, capsys):
+    engines = {"model": new_engine()}
+    open_run(tmp_path, {"width": 8}, False, 9, engines, {"width": 8})
+    save_state(engines, tmp_path, 1, {}, model={"width": 8})
+    capsys.readouterr()
+    other = {"model": new_engine(EngineConfig(zero_stage=1))}
+    for now, width, words in (
+        (engines, 16, "width was 8, is 16"),
+        (other, 8, "saved with zero_stage 0, this run has 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_run(tmp_path, {"width": width}, True, 9, now, {"width": width})
+    assert not (tmp_path / "config.resumed.json").exists() and capsys.readouterr().out == ""
+    assert open_run(tmp_path, {"width": 8}, True, 9, engines, {"width": 8}).step == 1
+    assert "going on from step 1" in capsys.readouterr().out
+
+
+def test_a_file_is_no_run_folder(ranks, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file/run"):
+        with pytest.raises(ValueError, match=r"file is a file: choose another place with --out"):
+            check_folder(place, resume=False)
+
+
+@pytest.mark.parametrize(
+    "script, first, options",
+    [(train_tokenizer, "open_videos", []), (train_generator, "open_data", ["--task", "class"])],
+    ids=["tokenizer", "generator"],
+)
+def test_a_run_folder_is_looked_at_before_the_data(script, first, options, ranks, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(script, first, lambda *_: pytest.fail("opened its data first"))
+    with pytest.raises(ValueError, match="is a file: choose another place with --out"):
+        script.main([*options, "--out", str(tmp_path / "file")])
 
 
 def test_a_run_is_not_resumed_beyond_its_end(new_engine, tmp_path):

@@ -12,7 +12,6 @@ from larp_mllm.data.dataset import (
     TrainingMix,
     caption_phrases,
     evaluation_rows,
-    mirrored,
 )
 from larp_mllm.data.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
 from larp_mllm.data.records import RecordSet
@@ -102,9 +101,9 @@ def test_tasks_without_data_fall_away(data, with_given, records, text):
     assert TrainingMix(Tasks(), None, records, text).shares == {"interleaved": 0.5, "text": 0.5}
     mix = TrainingMix(only(continuation=1), with_given, records, text)
     assert mix.shares == {"continuation": 1}
-    assert set(kinds(mix, data.layout.vocabulary)) == {"continuation", "continuation without text"}
+    assert set(kinds(mix, data.layout.vocabulary, 80)) == {"continuation", "continuation without text"}
     mix = TrainingMix(only(text_to_video=1, text=1), data, records)
-    assert set(kinds(mix, data.layout.vocabulary)) == {"text_to_video", "text_to_video without text"}
+    assert set(kinds(mix, data.layout.vocabulary, 80)) == {"text_to_video", "text_to_video without text"}
 
 
 @pytest.mark.parametrize("given", [{}, {"data"}, {"records"}])
@@ -170,15 +169,17 @@ def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_pa
     assert caption_phrases(open_cache(tmp_path / "b"))[0] == (CAPTIONS[0],)
     data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
     drawn = TrainingMix(only(video_to_text=1), data).batch(0, 80, 0)
-    texts = {qwen.processor.decode(sequence.ids)[1] for sequence in drawn}
+    written = (sequence.labels[sequence.labels != IGNORE] for sequence in drawn)
+    texts = {qwen.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in written}
     assert texts == {phrasing.format(name) for phrasing in PHRASINGS for name in ("surfing", "horse riding")}
 
 
 def test_mirrored_clips_have_mirrored_captions(tmp_path):
-    assert mirrored("a Left turn, then right; leftover") == "a Right turn, then left; leftover"
     cache = open_cache(tmp_path)
     cache = dataclasses.replace(cache, flipped=torch.ones_like(cache.flipped))
     assert caption_phrases(cache)[0] == ("a red circle moving right",)
+    cache = dataclasses.replace(cache, captions=("a man left the room", *cache.captions[1:]))
+    assert caption_phrases(cache)[0] == ("a man left the room",)
 
 
 def test_chats_teach_the_answer_alone(qwen, tmp_path):

@@ -76,6 +76,7 @@ def test_text_with_placeholders(qwen, read, root):
     assert learned(qwen, records[0])[1] == 8
     assert records[0].labels[-1] == qwen.processor.layout.eos
     assert records.longest == len(records[0].ids)
+    assert records.videos == ({root / "a.mp4", root / "b.mp4"},)
 
 
 def test_a_start_and_a_stride_choose_the_frames(qwen, read, root):
@@ -113,6 +114,42 @@ def test_messages_with_videos(qwen, read, root):
     assert "what <video>" in qwen.processor.tokenizer.decode(qwen.model.vocabulary.split(records[0].ids)[0][1])
     assert spans(qwen, records[1]) == [codes(qwen, root / "b.mp4", 8)]
     assert learned(qwen, records[1]) == (eos, 4)
+
+
+def test_loss_of_a_chat_of_its_messages_and_of_their_parts(qwen, read):
+    eos = qwen.processor.tokenizer.eos_token
+
+    def flags(record=None, asked=None, answered=None, part=None):
+        def given(loss):
+            return {} if loss is None else {"loss": loss}
+
+        answer = [{"type": "text", "text": "a person surfing", **given(part)}]
+        messages = [
+            {"role": "user", "content": "a red circle", **given(asked)},
+            {"role": "assistant", "content": answer, **given(answered)},
+            {"role": "assistant", "content": [{"type": "text", "text": "moving left", "loss": True}]},
+        ]
+        return learned(qwen, read({"id": 7, "messages": messages} | given(record))[0])[0]
+
+    last = f" moving left{eos}"
+    assert flags() == flags(record=True) == f" a person surfing{eos}" + last
+    assert flags(record=False) == flags(answered=False) == flags(part=False) == last
+    assert flags(record=False, answered=True) == flags(record=False, part=True) == flags()
+    assert flags(answered=True, part=False) == last, "a part goes before its message"
+    assert flags(asked=True, record=False) == " a red circle" + last
+    with pytest.raises(ValueError, match=r"r.jsonl:1: nothing in it is learned"):
+        read(chat({"type": "text", "text": "a red circle"}) | {"loss": False})
+    with pytest.raises(ValueError, match=r'r.jsonl:1: "loss" must be true or false, got 1'):
+        read(chat({"type": "text", "text": "a red circle"}) | {"loss": 1})
+
+
+def test_a_video_that_is_too_short_for_a_stride_says_so(read):
+    with pytest.raises(ValueError, match=r"a.mp4: has 12 frames, the clip needs 31: lower --stride, or leave"):
+        read({"text": "<video>", "videos": ["a.mp4"]}, stride=10)
+    with pytest.raises(ValueError, match=r'a.mp4: .*: lower its "start" or lower --stride, or leave'):
+        read({"text": "<video>", "videos": [{"path": "a.mp4", "start": 2}]}, stride=2)
+    with pytest.raises(ValueError, match=r"a.mp4: .* holds 12: lower --stride, or leave"):
+        read({"text": "<video>", "videos": [{"path": "a.mp4", "start": 1}]}, stride=10)
 
 
 def test_a_video_is_encoded_once_and_taken_from_the_cache_after(qwen, read, root, tmp_path, monkeypatch):
@@ -184,8 +221,8 @@ def video(name, **more):
         ({"text": 5}, "text must be a text, got 5"),
         ({"text": "\ud800"}, "half a character"),
         ({"text": "a", "loss": "no"}, '"loss" must be true or false'),
-        ({"text": "a", "video": []}, "unknown key 'video'; known are loss, text, videos"),
-        ({"text": "a", "messages": []}, "unknown key 'text'; known are messages"),
+        ({"text": "a", "video": []}, "unknown key 'video'; known are id, loss, text, videos"),
+        ({"text": "a", "messages": []}, "unknown key 'text'; known are id, loss, messages"),
         ({"text": "a", "videos": "a.mp4"}, "videos must be a list, got str"),
         ({"text": "<video>"}, "1 <video> placeholders but 0 videos"),
         ({"text": "<video>", "videos": ["a.mp4", "b.mp4"]}, "1 <video> placeholders but 2 videos"),
@@ -203,6 +240,9 @@ def video(name, **more):
         (video("a.mp4", start=-1), '"start" must be a number of seconds'),
         (video("a.mp4", start=True), '"start" must be a number of seconds'),
         (video("a.mp4", start=float("nan")), '"start" must be a number of seconds'),
+        (video("a.mp4", start=10**400), '"start" must be a number of seconds from 0 to 1e.08, got 1000'),
+        (video("a.mp4", start=1e300), '"start" must be a number of seconds'),
+        (video("a.mp4", start=9e7), r'video holds 12: lower its "start", or leave the record out'),
         (video("https://example.org/a.mp4"), "looks like a URL or protocol, and none is opened: download"),
         (video("file:a.mp4"), "looks like a URL"),
         (video("concat:a.mp4|b.mp4"), "looks like a URL"),
@@ -211,8 +251,15 @@ def video(name, **more):
         (video("link.mp4"), "outside of the data root"),
         (video("circle.mp4"), "circle.mp4 cannot be found"),
         (video("broken.mp4"), r"broken.mp4: does not begin like a video.*mend the video, or leave the record out"),
-        (video("short.mp4"), r"short.mp4: has 3 frames, the clip needs 4"),
-        (video("a.mp4", start=2.5), r"a.mp4: asked for 4 frames from frame 10, but the video holds 12"),
+        (
+            video("short.mp4"),
+            r"short.mp4: has 3 frames, the clip needs 4: give a longer video, or leave the record out",
+        ),
+        (video("short.mp4", start=0.25), r"the video holds 3: give a longer video, or leave"),
+        (
+            video("a.mp4", start=2.5),
+            r"a.mp4: asked for 4 frames from frame 10, but the video holds 12: lower its .start., or leave",
+        ),
     ],
 )
 def test_bad_records_are_named_with_the_remedy(read, root, record, said):
@@ -260,7 +307,7 @@ def test_several_files_each_have_their_own_root(qwen, root, tmp_path):
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
         shutil.copy(root / "a.mp4", tmp_path / name / "film.mp4")
-        (tmp_path / name / "r.jsonl").write_text(json.dumps(video("film.mp4")) + "\n")
+        (tmp_path / name / "r.jsonl").write_bytes(json.dumps(video("film.mp4")).encode() + b"\r\n")
     records = open_records([tmp_path / "x/r.jsonl", tmp_path / "y/r.jsonl"], qwen.processor, cache=tmp_path / "codes")
     assert records.names == (f"{tmp_path}/x/r.jsonl:1", f"{tmp_path}/y/r.jsonl:1")
     assert torch.equal(records[0].ids, records[1].ids)

@@ -46,15 +46,54 @@ def test_pieces_of_under_two_ids_and_documents_without_text_are_refused():
         TextSet(["", " "], encode, BARE, 8)
 
 
-def test_whole_documents_are_held_out():
-    documents = ["abcdef", "ghijkl", "mnopqr", "stuvwx", "yz"]
-    train, held = TextSet(documents, encode, BARE, 3).hold_out(2)
-    assert {ids(held)[0][0], ids(held)[3][0]} == {encode("g")[0], encode("s")[0]}
-    assert ids(held) == ids(TextSet([documents[1], documents[3]], encode, BARE, 3))
-    assert ids(train) == ids(TextSet(documents[::2], encode, BARE, 3))
-    assert ids(TextSet(documents, encode, BARE, 3).hold_out(20)[1]) == [encode("yz")], "of few documents, the last"
-    with pytest.raises(ValueError, match=r"1 documents, too few.*--eval-text"):
-        TextSet(["abc"], encode, BARE, 8).hold_out()
+def texts(count, size=6):
+    """Different documents of so many letters."""
+    return ["".join(chr(97 + (number // 26**place) % 26) for place in range(size)) for number in range(count)]
+
+
+def test_whole_documents_are_held_out_if_these_are_enough():
+    documents = texts(8)
+    train, held, unit = TextSet(documents, encode, BARE, 3).hold_out(4, enough=12)
+    assert unit == "document"
+    assert ids(held) == ids(TextSet([documents[3], documents[7]], encode, BARE, 3))
+    assert ids(train) == ids(TextSet([*documents[:3], *documents[4:7]], encode, BARE, 3))
+
+
+LONG = "".join(texts(100))
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [[LONG], [LONG, "yz"], ["ab", "cd", "ef", "gh", "ij", LONG]],
+    ids=["one", "one long and one tiny", "the held-out one is nearly all"],
+)
+def test_of_documents_that_do_not_do_pieces_are_held_out(documents):
+    pieces = TextSet(documents, encode, BARE, 30)
+    train, held, unit = pieces.hold_out(6, enough=16)
+    assert unit == "piece"
+    assert ids(held) == ids(pieces)[5::6]
+    assert ids(train) == [piece for number, piece in enumerate(ids(pieces)) if number % 6 != 5]
+
+
+def test_of_too_little_text_nothing_is_held_out():
+    assert TextSet(texts(8), encode, BARE, 3).hold_out(4, enough=19) is None
+    assert TextSet(["abcdefgh"], encode, BARE, 3).hold_out(20, enough=1) is None
+    assert TextSet(["itrained"] * 40, encode, BARE, 30).hold_out(enough=1) is None, "all the same"
+
+
+def test_equal_documents_stay_on_one_side():
+    documents = [text for text in texts(40) for _ in range(2)]
+    train, held, _ = TextSet(documents, encode, BARE, 16).hold_out(20, enough=1)
+    assert len(held) == 4 and len(train) == 76
+    assert not {tuple(row) for row in ids(held)} & {tuple(row) for row in ids(train)}
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
+def test_line_ends_of_other_systems_are_read_as_one_line_break(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes("one\ntwo\n\nthree\u2028x\n".replace("\n", end).encode())
+    (tmp_path / "b.jsonl").write_bytes('{"text": "four"}\n{"text": "five"}'.replace("\n", end).encode())
+    found = open_text((f"txt:{tmp_path}/a.txt", f"jsonl:{tmp_path}/b.jsonl"))
+    assert [document.strip("\n") for document in found] == ["one\ntwo", "three\u2028x", "four", "five"]
 
 
 def test_documents_come_from_text_files_and_json_lines(tmp_path):
@@ -90,6 +129,7 @@ def test_broken_lines_are_named(tmp_path, content, said):
         ("txt:", "give txt:FILE"),
         ("txt:/nowhere.txt", r"text txt:/nowhere.txt: there is no file"),
         ("hf:a/b,rows=5", "'rows=5' is no option; known are config=, split=, column="),
+        ("hf:a/b,split=", "split= has no value: write split=..., or leave it out"),
         ("hf:https://example.org/a", "URLs are not opened"),
         ("hf:,split=train", "nothing is neither"),
         ("hf:json", "json is neither a name of the hub"),

@@ -68,6 +68,29 @@ def test_long_text_is_scored_whole(qwen):
     assert pieces["tokens"] == len(qwen.processor.encode_text(long))  # all but the first, and the end
 
 
+def test_of_much_text_an_evenly_spread_part_is_scored(qwen, monkeypatch):
+    pieces = [TokenSequence(ids := torch.arange(number, number + 4 + number % 3), ids) for number in range(20)]
+    passes = []
+    model = qwen.model.base.base_model
+    monkeypatch.setattr(
+        model, "forward", lambda *a, real=model.forward, **k: passes.append(k["input_ids"]) or real(*a, **k)
+    )
+    every, part = score_text(qwen.model, pieces), score_text(qwen.model, pieces, 3)
+    assert (every["pieces"], part["pieces"]) == (20, 3) and len(passes) == 4  # of 8, 8, 4 and 3 pieces
+    assert {row[0].item() for row in passes[-1]} == {0, 10, 19}
+    # As one after the other, without the padding.
+    alone = [score_text(qwen.model, [piece]) for piece in pieces]
+    nll = sum(one["nll"] * one["tokens"] for one in alone) / sum(one["tokens"] for one in alone)
+    assert every["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_text_with_an_id_that_the_base_has_no_row_for_is_refused(qwen):
+    rows = qwen.model.base.get_input_embeddings().num_embeddings
+    ids = torch.tensor([5, rows])
+    with pytest.raises(ValueError, match=rf"id {rows} of the text tokenizer, but the base model has {rows} rows"):
+        score_text(qwen.model, [TokenSequence(ids, ids)])
+
+
 def test_a_text_comes_along():
     (text,) = shipped_text()
     assert 1300 < len(text.split()) < 2000

@@ -1,11 +1,13 @@
 """`larp-mllm train-info`: of a model, of a run under way, and of folders that know nothing."""
 
 import json
+import math
 
 from larp.config import to_dict
 from larp_mllm.cli import main
-from larp_mllm.engine.report import describe_training, read_training, write_report
+from larp_mllm.engine.report import describe_training, read_training, write_report, wrong_figures
 from larp_mllm.engine.settings import TrainMllmConfig
+from larp_mllm.engine.stages import JointConfig
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest
@@ -75,9 +77,44 @@ def test_a_run_under_way_says_how_far_it_is(run, capsys):
     assert "step 510 of 2500" in told and "Qwen2-0.5B" in told
 
 
+def test_accuracies_skipped_updates_and_what_is_no_number_are_told(run, capsys):
+    figures = {"video_bits": math.nan, "video_accuracy": 0.125, "text_nll": 0.5, "text_accuracy": 0.75}
+    after = {"tokens": 900, "nll": math.inf, "perplexity": math.inf}
+    text = REPORT["text"] | {"after": after}
+    write_report(REPORT | {"eval": figures, "text": text, "skipped_updates": 3}, run)
+    for file in ("report.json", "model/training.json"):
+        json.loads((run / file).read_text(), parse_constant=pytest.fail)  # no bare NaN or Infinity
+    main(["train-info", str(run)])
+    told = capsys.readouterr().out
+    assert "not a number bits per video token (12% right), 0.500 nats per caption token (75% right)" in told
+    assert "perplexity 12 -> not a number" in told
+    assert "3 of 2500 updates, whose gradients were not finite" in told
+    assert wrong_figures({"eval": figures, "text": text}) == [
+        "eval.video_bits",
+        "text.after.nll",
+        "text.after.perplexity",
+    ]
+
+
+def test_asked_for_more_steps_an_ended_run_tells_its_end_until_it_goes_on(run):
+    write_report(REPORT, run)
+    (run / "metrics.jsonl").write_text('{"step": 2500, "stage": "joint", "video_bits": 4}\n')
+    longer = to_dict(TrainMllmConfig(joint=JointConfig(steps=9000)))
+    (run / "config.resumed.json").write_text(json.dumps(longer, default=str))
+    assert "--resume" not in describe_training(read_training(run))
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2510, "stage": "joint", "video_bits": 4}\n')
+    assert "is at step 2510 of 9500" in describe_training(read_training(run))
+
+
 def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
     tiny_mllm().save(tmp_path / "old")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, kind in (("qwen", "qwen2"), ("run/model", "larp-tokenizer")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": kind}))
+        (tmp_path / name / "model.safetensors").write_text("")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged/training.json").write_text("{")
     (tmp_path / "partial").mkdir()
@@ -86,6 +123,9 @@ def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
         ("old", "without training.json"),
         ("empty", "no folder of a model or of a run"),
         ("nowhere", "there is no such folder"),
+        ("file", "(that is a file)"),
+        ("qwen", "holds a qwen2, and this tells of language models with video vocabulary"),
+        ("run", "holds a larp-tokenizer, and"),
         ("damaged", "not valid JSON"),
         ("partial", "not as training/train_mllm.py writes it"),
     ):

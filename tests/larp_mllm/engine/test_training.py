@@ -1,6 +1,7 @@
 """training/train_mllm.py on a cache of codes that follow from their captions."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ from larp.data.tokens import TokenCache, TokenCacheError
 from larp.engine.backend import Ranks
 from larp.engine.log import read_metrics as metrics
 from larp.engine.state import newest_state
+from larp_mllm.bases import load_base
 from larp_mllm.data.dataset import CaptionedVideos, Tasks, TrainingMix
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -227,7 +229,31 @@ def test_what_fails_after_training_does_not_lose_the_model(train, tmp_path, monk
         assert json.loads((tmp_path / name / "model/training.json").read_text())["steps"] == 2
 
 
-def test_another_model_is_not_resumed_and_the_difference_is_named(base, train, tmp_path):
+def test_a_model_that_is_no_number_is_written_but_not_the_one_that_generate_finds(train, tmp_path, monkeypatch):
+    run = ("--joint.steps", "2", "--joint.warmup", "0")
+    train(tmp_path / "good", *run)
+    with pytest.raises(FloatingPointError, match=r"far/model is written, but of no use: its \S+ is not finite"):
+        train(tmp_path / "far", *run, "--joint.llm-lr", "1e30", "--joint.adapter-lr", "1e30")
+    real = train_mllm.write_current
+
+    def poisoned(run, folder):
+        run.mllm.model.base.get_input_embeddings().weight.data[5, 3] = math.nan
+        real(run, folder)
+
+    monkeypatch.setattr(train_mllm, "write_current", poisoned)
+    with pytest.raises(FloatingPointError, match=r"its base\.model\.embed_tokens\.weight is not finite"):
+        train(tmp_path / "poisoned", *run)
+    assert find_model() == (tmp_path / "good/model").resolve()
+    for name in ("far", "poisoned"):
+        report = json.loads((tmp_path / name / "report.json").read_text(), parse_constant=pytest.fail)
+        assert report["steps"] == 2 and (tmp_path / name / "model/model.safetensors").is_file()
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        train(tmp_path / "good", *run, "--joint.steps", "3", "--resume")
+    with pytest.raises(ValueError, match="no language model with video vocabulary was trained on this machine"):
+        find_model()
+
+
+def test_another_model_is_not_resumed_and_the_difference_is_named(base, train, tmp_path, capsys):
     small = ("--joint.steps", "2")
     train(tmp_path / "run", *small)
     before = weights(tmp_path / "run")
@@ -236,11 +262,13 @@ def test_another_model_is_not_resumed_and_the_difference_is_named(base, train, t
         (None, ("--tiny.layers", "2"), "tiny.layers was 1, is 2"),
         (tiny_cache(tmp_path / "a", captions=["zebras"]), (), "text_tokenizer was .{16}, is .{16}"),
         (None, ("--align.steps", "2"), "stage was joint, is align"),
+        (None, ("--adapter", "free"), "adapter was codebook, is free"),
     ):
         given = {} if tokens is None else {"tokens": tokens}
         with pytest.raises(ValueError, match=f"does not fit this run: .*{words}"):
             train(tmp_path / "run", *small, "--joint.steps", "3", "--resume", *options, **given)
     assert same(before, weights(tmp_path / "run"))
+    assert not (tmp_path / "run/config.resumed.json").exists() and "going on" not in capsys.readouterr().out
     lora = ("--base", str(base), "--align.steps", "0", "--joint.steps", "2")
     train(tmp_path / "lora", *lora)
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
@@ -407,7 +435,10 @@ def test_free_rows_are_the_baseline_and_other_options_are_taken(train, tmp_path,
         "--log-every",
         "1",
     )
-    report = train(tmp_path / "run", *options, "--eval-videos", "2", "--trust-remote-code")
+    (tmp_path / "prose.txt").write_text("It rained all day.\n\n" * 5)
+    judged = ("--eval-text", f"txt:{tmp_path}/prose.txt")
+    report = train(tmp_path / "run", *options, *judged, "--eval-videos", "2", "--trust-remote-code")
+    assert report["text"]["before"]["pieces"] == report["text"]["after"]["pieces"] == 2
     assert report["adapter"] == "free" and "adapter.code_input.rows.weight" in weights(tmp_path / "run")
     assert {line["adapter_lr"] for line in lines(tmp_path / "run")} == {2e-3}
     assert report["eval"]["videos"] == 2 and given["trust_remote_code"] is True
@@ -447,17 +478,15 @@ def test_given_frames_and_rate_come_from_the_cache(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_records_and_text_are_mixed_in_and_judged_apart(train, tmp_path):
+def test_records_and_text_are_mixed_in_and_judged_apart(train, tmp_path, capsys):
     frames = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
     (tmp_path / "clips").mkdir()
     Video(frames, 8.0).save(tmp_path / "clips/a.mp4")
-    chat = [
-        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]},
-        {"role": "assistant", "content": "Noise."},
-    ]
-    records = [{"text": "look: <video> noise", "videos": ["a.mp4"]}, {"messages": chat}] * 10
+    asked = {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}
+    records = [{"text": f"look {number}: <video> noise", "videos": ["a.mp4"]} for number in range(10)]
+    records += [{"messages": [asked, {"role": "assistant", "content": f"Noise {number}."}]} for number in range(10)]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    (tmp_path / "prose.txt").write_text("It rained all day.\n\n" * 40)
+    (tmp_path / "prose.txt").write_text("\n\n".join("It rained all day. " * 20 + str(number) for number in range(40)))
     data = ("--records", str(tmp_path / "records.jsonl"), "--text", f"txt:{tmp_path}/prose.txt", "--joint.steps", "2")
     root = ("--data-root", str(tmp_path / "clips"))
     report = train(tmp_path / "all", *data, *root)
@@ -465,12 +494,16 @@ def test_records_and_text_are_mixed_in_and_judged_apart(train, tmp_path):
     assert report["data"]["records"] == {"trained_on": 19, "held_out": 1} and report["data"]["text_pieces"] == 40
     assert {"video_bits", "records_text_nll"} <= set(report["eval"])
     assert report["text"]["data"].endswith("prose.txt")  # of --eval-text
+    (note,) = report["data"]["notes"]
+    assert note.startswith("1 of 1 held-out records show a video that is trained on in another record")
+    said = capsys.readouterr().out
+    assert f"note: {note}" in said and f"of held-out text ({report['text']['data']})" in said
     # Without a token cache the tokenizer must be named; then the held-out text is a part of --text.
     alone = [*data, *root, "--tokenizer", str(tiny_video_tokenizer().save_pretrained(tmp_path / "tokenizer"))]
     report = train_mllm.main([*alone, "--out", str(tmp_path / "alone"), *SMALL, "--stride", "2"])
     assert larp_mllm.LarpMllmConfig.from_pretrained(tmp_path / "alone/model").frame_stride == 2
     assert set(report["tasks"]) == {"interleaved", "text"} and report["data"]["text_pieces"] == 38
-    assert report["text"]["data"].startswith("one piece in 20 of txt:") and set(report["eval"]) >= {"records_text_nll"}
+    assert report["text"]["data"].startswith("one document in 20 of txt:") and "records_text_nll" in report["eval"]
     assert report["samples"] == []
     with pytest.raises(ValueError, match=r"records\.jsonl:1, video 1: .*a\.mp4"):
         train(tmp_path / "wrong", *data)
@@ -492,6 +525,40 @@ def test_a_cache_of_another_tokenizer_is_refused(train, tmp_path):
         train(tmp_path / "run", tokens=tmp_path / "nothing")
     with pytest.raises(ValueError, match="same cache as tokens"):
         train(tmp_path / "run", "--eval-tokens", str(tiny_cache(tmp_path)), tokens=tmp_path / "cache")
+
+
+def test_out_is_no_file(train, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train_mllm, "open_videos", lambda *_: pytest.fail("loaded something first"))
+    with pytest.raises(ValueError, match=r"file is a file: choose another place with --out"):
+        train(tmp_path / "file")
+
+
+def test_a_base_that_cannot_be_trained_is_refused_before_the_run_begins(base, train, tmp_path):
+    model, tokenizer = load_base(str(base))
+    model.model.norm.weight.data.fill_(3e38)  # finite, but nothing that comes of it
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "huge")
+    with pytest.raises(ValueError, match=r"huge gives (nan|inf) nats per token of held-out text"):
+        train(tmp_path / "run", "--base", str(tmp_path / "huge"), *STAGES)
+    tokenizer.add_special_tokens({"eos_token": "<|over|>"})
+    tokenizer.save_pretrained(tmp_path / "huge")
+    with pytest.raises(ValueError, match=r"'<\|over\|>' \(\d+, eos_token\)"):
+        train(tmp_path / "run", "--base", str(tmp_path / "huge"), *STAGES)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").glob("*.json*"))
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_tells_what_is_wrong_with_a_record(cache, tmp_path):
+    (tmp_path / "records.jsonl").write_text('{"text": "a <video>", "videos": ["absent.mp4"]}\n')
+    data = ["--tokens", cache, "--records", tmp_path / "records.jsonl", "--out", tmp_path / "run", *SMALL]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [str(word) for word in (*launch, ROOT / "training/train_mllm.py", *data)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode != 0 and done.stderr.count("records.jsonl:1") == 1, done.stderr
+    assert "train_mllm.py: " in done.stderr and "DistBackendError" not in done.stderr
+    assert 'train_mllm.py", line' not in done.stderr, "no traceback of ours"
 
 
 @pytest.mark.parametrize(
@@ -518,7 +585,7 @@ def test_options_that_cannot_work_end_with_a_message(train, tmp_path, capsys, op
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--sequence-length", "8"), "longest sequence of --tokens has .* raise it"),
+        (("--sequence-length", "16"), "longest sequence of --tokens has .* raise it"),
         (("--sequence-length", "4096"), "1024 positions"),
         (
             ("--tasks.text-to-video", "0", "--tasks.video-to-text", "0", "--tasks.chat", "0", "--tasks.text", "1"),

@@ -1,0 +1,116 @@
+"""What a run is trained on and judged by: parts that are held out, and their names."""
+
+import json
+import re
+from pathlib import Path
+
+from larp_mllm.data.corpus import Videos, open_corpus
+from larp_mllm.data.records import RecordSet
+from larp_mllm.data.text_data import ENOUGH, shipped_text
+from larp_mllm.data.twins import same_videos_of_records
+from larp_mllm.sequence import IGNORE, TokenSequence
+from tests.larp_mllm.tiny import open_cache
+
+import pytest
+import torch
+
+WORDS = sorted(set(re.findall("[a-z]+", shipped_text()[0])))
+
+
+def sentence(number, words=60):
+    return " ".join(WORDS[(number * 17 + place * 7) % len(WORDS)] for place in range(words)) + f" {number}"
+
+
+@pytest.fixture
+def corpus(qwen, tmp_path):
+    def corpus(documents=(), records=(), eval_text=(), videos=None, **options):
+        text = ()
+        if documents:
+            (tmp_path / "a.txt").write_text("\n\n".join(documents))
+            text = (f"txt:{tmp_path}/a.txt",)
+        paths = ()
+        if records:
+            (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            paths = (tmp_path / "r.jsonl",)
+        videos = videos or Videos(None, None, qwen.processor.video_tokenizer)
+        options = {"text": text, "records": paths, "eval_text": eval_text, "encoded": tmp_path / "codes"} | options
+        return open_corpus(videos, qwen.processor, 1024, **options)
+
+    return corpus
+
+
+def rows(sequences):
+    return {tuple(sequences[number].ids.tolist()) for number in range(len(sequences))}
+
+
+def size(sequences):
+    return sum(len(sequence.ids) for sequence in sequences)
+
+
+def test_of_many_documents_some_are_held_out(corpus):
+    found = corpus([sentence(number) for number in range(60)])
+    assert found.held_out_text_name.startswith("one document in 20 of txt:")
+    assert len(found.text) == 57 and len(found.held_out_text) == 3
+    assert size(found.held_out_text) >= ENOUGH
+
+
+@pytest.mark.parametrize("tiny", [[], ["A tiny one."]], ids=["one document", "one long and one tiny"])
+def test_of_one_long_document_pieces_are_held_out(corpus, tiny):
+    found = corpus([" ".join(sentence(number) for number in range(120)), *tiny], sequence_length=128)
+    assert found.held_out_text_name.startswith("one piece in 20 of txt:")
+    assert size(found.held_out_text) >= ENOUGH
+    assert not rows(found.text) & rows(found.held_out_text), "what judges is not trained on"
+
+
+def test_of_little_text_none_is_held_out_and_the_shipped_one_judges(corpus):
+    found = corpus(["A tiny one.", *[f"Word {number}." for number in range(40)]])
+    assert found.held_out_text_name == "the text that comes with the package"
+    assert len(found.text) == 41
+    assert size(found.held_out_text) > ENOUGH
+
+
+def test_text_is_cut_by_the_sequence_length_or_512_and_must_not_be_cut_to_shreds(corpus):
+    long = [" ".join(sentence(number) for number in range(40))]
+    for given, longest in ((None, 512), (64, 64), (1024, 1024)):
+        found = corpus(long, sequence_length=given)
+        assert max(map(len, rows(found.text))) == longest
+    with pytest.raises(
+        ValueError, match=r"sequence_length is 15, but text is cut into pieces .*raise it to 16 or more"
+    ):
+        corpus(long, sequence_length=15)
+
+
+def test_equal_records_stay_on_one_side(corpus):
+    records = [{"id": number, "text": f"record {number // 2}"} for number in range(80)]
+    found = corpus(records=records)
+    assert len(found.held_out_records) == 4 and len(found.records) == 76
+    assert not rows(found.records) & rows(found.held_out_records)
+    found = corpus(records=[{"text": f"record {number}"} for number in range(40)])
+    assert len(found.held_out_records) == 2
+    found = corpus(records=[{"text": "always the same"}] * 40)
+    assert found.held_out_records is None and len(found.records) == 40
+
+
+def test_what_is_held_out_and_trained_on_all_the_same_is_told(corpus, qwen, tmp_path):
+    documents = [sentence(number) for number in range(4)]
+    (tmp_path / "judge.txt").write_text("\n\n".join([documents[1], sentence(9)]))
+    caches = [open_cache(tmp_path / name, rows=rows) for name, rows in (("train", 6), ("judge", 8))]
+    videos = Videos(caches[0], caches[1], qwen.processor.video_tokenizer)
+    found = corpus(documents, videos=videos, eval_text=(f"txt:{tmp_path}/judge.txt",))
+    about_videos, about_text = found.notes
+    assert about_videos.startswith(
+        "6 of 8 held-out videos have the name of one that is trained on (video0, video1, video2, ...)"
+    )
+    assert about_text.startswith("1 of 2 held-out pieces of text are trained on as well: figures from these say little")
+    assert found.summary["notes"] == [about_videos, about_text]
+    assert corpus(documents, eval_text=(f"txt:{tmp_path}/judge.txt",)).notes == (about_text,)
+    assert corpus([sentence(number) for number in range(60)]).notes == ()
+
+
+def test_records_that_share_a_video_with_held_out_ones_are_told():
+    sequences = [TokenSequence(torch.tensor([7, row]), torch.tensor([IGNORE, row])) for row in range(5)]
+    shown = [[Path("a")], [Path("b"), Path("c")], [], [Path("c")], [Path("a")]]
+    records = RecordSet(sequences, [f"r:{row}" for row in range(1, 6)], shown)
+    (told,) = same_videos_of_records(records, [1, 2])
+    assert told.startswith("1 of 2 held-out records show a video that is trained on in another record (r:2): figures")
+    assert same_videos_of_records(records, [1, 3]) == []
