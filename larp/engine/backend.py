@@ -47,7 +47,6 @@ from larp.engine.ranks import (
     set_current_ranks,
 )
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, deepspeed_settings, micro_batch
-from larp.engine.sharding import restore_linear
 
 import numpy as np
 import torch
@@ -122,7 +121,7 @@ def finish() -> None:
 
     signals.restore()
     _sharding.clear()
-    restore_linear()
+    _restore_linear()
     if torch.distributed.is_initialized():
         comm.destroy_process_group()
     # deepspeed believes for ever that it is initialised; without this a second start() would skip the real work.
@@ -358,7 +357,7 @@ class Engine:
         self._engine = None
         _sharding.discard(self)
         if not _sharding:
-            restore_linear()
+            _restore_linear()
 
     def _apply_lr(self) -> None:
         # Always by way of the optimizer: loading a checkpoint puts new group objects there.
@@ -399,3 +398,12 @@ class Engine:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(own["scaler"])
         self._apply_lr()
         return state["larp"]["client"]
+
+
+def _restore_linear() -> None:
+    """Give torch its own nn.functional.linear back, which the first engine of stage 3 replaces for the whole process."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
+
+    if nn.functional.linear is zero3_linear_wrap:
+        nn.functional.linear = Patches.linear_bk

@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 does, undone for a while or for good: weights that it has cut up, the function that it puts into torch."""
+"""Looking at the whole weights of a module that ZeRO stage 3 has cut up."""
 
 from __future__ import annotations
 
@@ -39,12 +39,3 @@ def whole_copy(module: nn.Module, make: Callable[[], nn.Module], zero_stage: int
         weights = {name: weight.detach().clone() for name, weight in module.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy
-
-
-def restore_linear() -> None:
-    """Give torch its own nn.functional.linear back, which the first engine of stage 3 replaces for the whole process."""
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
-
-    if nn.functional.linear is zero3_linear_wrap:
-        nn.functional.linear = Patches.linear_bk

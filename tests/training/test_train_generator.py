@@ -212,6 +212,7 @@ def test_a_run_whose_tokenizer_is_gone_trains_without_samples(home, tmp_path, ca
     assert report["samples"]
 
 
+@pytest.mark.slow
 def test_zero_stage_3_trains_validates_saves_and_resumes_like_stage_0(home, tmp_path):
     whole = tuned(home, tmp_path / "0", save_every=3)
     sharded = dataclasses.replace(whole, out=tmp_path / "3", engine=EngineConfig(zero_stage=3))

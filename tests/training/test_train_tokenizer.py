@@ -244,6 +244,7 @@ def test_checkpointed_activations_change_no_loss(recipe, finished, tmp_path):
     assert losses(tmp_path) == losses(finished) and same_weights(finished, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision", "accumulation"), [("1", "fp32", "1"), ("2", "bf16", "2")])
 def test_sharded_engines_train_to_the_losses_of_whole_ones(recipe, tmp_path, stage, precision, accumulation):
     """Tokenizer and discriminator, a continuous start, codes that are moved, and the average."""
@@ -387,6 +388,7 @@ class FakeI3D(torch.nn.Module):
         return torch.nn.functional.pad(x.mean(dim=(3, 4)).flatten(1), (0, 352))
 
 
+@pytest.mark.slow
 def test_validation_takes_lpips_and_rfvd_where_their_weights_are_at_hand(recipe, tmp_path, monkeypatch, capsys):
     for source in (VGG16, LPIPS_HEADS, I3D_STYLEGANV):
         monkeypatch.delenv(source.variable, raising=False)

@@ -116,6 +116,7 @@ def test_compiling_needs_a_compiler(monkeypatch):
         train(tokenizer(), tokenizer_loss, compile=True)
 
 
+@pytest.mark.slow
 def test_compiled_checkpoints_are_the_same_and_go_on_without(monkeypatch, tmp_path):
     """With torch's tracing but without its C++: what the engine does with the blocks is the same."""
     compiled = []

@@ -135,6 +135,7 @@ def test_align_alone_leaves_the_perplexity_of_text_as_it_was(base, train, qwen, 
     assert text["before"]["video_start"] != text["after"]["video_start"]
 
 
+@pytest.mark.slow
 def test_wherever_it_is_stopped_a_run_goes_on_to_the_same_weights(base, train, tmp_path, monkeypatch):
     options = ("--base", str(base), *STAGES)
     train(tmp_path / "whole", *options)
@@ -253,6 +254,7 @@ def test_a_model_that_is_no_number_is_written_but_not_the_one_that_generate_find
         find_model()
 
 
+@pytest.mark.slow
 def test_another_model_is_not_resumed_and_the_difference_is_named(base, train, tmp_path, capsys):
     small = ("--joint.steps", "2")
     train(tmp_path / "run", *small)
@@ -345,6 +347,7 @@ def test_accumulation_and_packing_train_to_the_same_losses(train, tmp_path):
         assert one[name] == pytest.approx(four[name], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_nothing(base, train, tmp_path, monkeypatch):
     recomputed = []
     real = modeling_utils.checkpoint
