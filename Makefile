@@ -1,12 +1,13 @@
 # make install      the environment, in .venv
 # make quickstart   train and run everything on the built-in captioned videos (ARGS="--fresh" starts anew, "--help" tells more)
 # make test         the tests
+# make test-all     and those that take long
 PYTHON ?= python3
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-all lint clean
 
 install: .venv/installed
 
@@ -25,7 +26,10 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not long"
+
+test-all: test
+	$(BIN)/python -m pytest -m long
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

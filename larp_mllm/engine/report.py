@@ -14,6 +14,7 @@ from larp_mllm.home import MODEL_TYPE, RUN_MODEL, forget_newest, read_config
 TRAINING = "training.json"
 REPORT = "report.json"
 CONFIG = "config.json"
+_TOO_OFTEN = 0.01  # probability of a video in the midst of plain text
 
 
 def surroundings() -> dict[str, Any]:
@@ -130,6 +131,10 @@ def headline(report: dict[str, Any]) -> list[str]:
             f"text:     perplexity {_number(before['perplexity'], '.4g')}{change} "
             f"({before['tokens']} tokens of {text['data']})"
         )
+        if (expected := (after or {}).get("video_start") or 0) > _TOO_OFTEN:
+            lines.append(
+                f"          in it, a video is expected next with {expected:.1%}: mix text in with --text to unlearn that"
+            )
     if skipped := report.get("skipped_updates"):
         lines.append(f"skipped:  {skipped} of {report['steps']} updates, whose gradients were not finite")
     return lines

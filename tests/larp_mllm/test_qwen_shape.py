@@ -20,6 +20,7 @@ def qwen2_half_billion() -> Qwen2Config:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_adapter_and_then_lora_learn_at_the_shape_of_qwen2():
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(qwen2_half_billion())

@@ -291,6 +291,7 @@ def test_live_run_trains_and_resumes(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_with_sharded_weights_train_to_the_losses_of_one(home, tmp_path):
     """ZeRO 3, with clips encoded on the fly, dropped conditions and sheets on the way."""
     data = {"LARP_DATA": str(home / "data"), "OMP_NUM_THREADS": "1"}

@@ -280,6 +280,7 @@ def test_wandb_that_is_asked_for_but_absent_leaves_no_run(recipe, tmp_path, monk
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_shard_average_and_resume_like_one(recipe, tmp_path):
     """ZeRO 2 for both engines, bf16, accumulation and the average, interrupted once."""
     options = ["--recipe", str(recipe), "--optimizer.name", "adamw", "--engine.zero-stage", "2", "--ema", "0.9"]
@@ -307,7 +308,7 @@ def test_two_processes_shard_average_and_resume_like_one(recipe, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gan", ["0", "0.3"])
+@pytest.mark.parametrize("gan", [pytest.param("0", marks=pytest.mark.long), "0.3"])
 def test_two_processes_train_to_the_losses_of_one(recipe, tmp_path, gan):
     command = [Path(sys.executable).parent / "deepspeed", "--master_port", str(free_port())]
     script = [ROOT / "training/train_tokenizer.py", "--recipe", recipe, "--loss.gan", gan, "--steps", "30"]

@@ -342,6 +342,7 @@ def torchrun(count, *arguments):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", [0, 2])
 def test_two_processes_train_to_the_losses_of_one(tmp_path, stage):
     one = launch(torchrun(1, str(stage), str(tmp_path / "one")), tmp_path)

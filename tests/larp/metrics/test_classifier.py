@@ -123,6 +123,7 @@ def test_agreement_counts_and_bounds():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_it_knows_real_clips(clips_root, tmp_path, monkeypatch):
     """Four of five test clips of six classes of UCF-101, from groups of videos that it was not trained on."""
     from larp.data.datasets import open_videos

@@ -132,3 +132,11 @@ def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
         with pytest.raises(SystemExit) as stopped:
             main(["train-info", str(tmp_path / name)])
         assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("probability", "warned"), [(0.999, True), (0.001, False)])
+def test_it_warns_where_plain_text_makes_the_model_expect_videos(run, probability, warned):
+    after = REPORT["text"]["after"] | {"video_start": probability}
+    write_report(REPORT | {"text": REPORT["text"] | {"after": after}}, run)
+    told = describe_training(read_training(run))
+    assert ("a video is expected next with 99.9%: mix text in with --text" in told) is warned

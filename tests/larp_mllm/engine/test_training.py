@@ -154,7 +154,7 @@ def test_wherever_it_is_stopped_a_run_goes_on_to_the_same_weights(base, train, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ["0", "3"])
+@pytest.mark.parametrize("zero", ["0", pytest.param("3", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["train_step", "save_adapter", "load_adapter", "write_current"])
 def test_wherever_it_is_killed_a_run_goes_on_to_the_same_weights(base, train, tmp_path, monkeypatch, name, zero):
     """As by kill -9: nothing is saved on the way out, and the run goes on from its last checkpoint."""
@@ -373,7 +373,9 @@ def test_samples_on_the_way_change_nothing(base, train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("1", marks=pytest.mark.long), pytest.param("2", marks=pytest.mark.long), "3"]
+)
 def test_zero_stages_train_to_the_same_losses(base, train, tmp_path, stage):
     options = ("--base", str(base), "--align.steps", "3", "--joint.steps", "3", "--sampling.every", "2")
     for method in ("lora", "full"):
@@ -389,14 +391,16 @@ def test_zero_stages_train_to_the_same_losses(base, train, tmp_path, stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["0", "2", "3"])
+@pytest.mark.parametrize(
+    "stage", [pytest.param("0", marks=pytest.mark.long), "2", pytest.param("3", marks=pytest.mark.long)]
+)
 def test_two_processes_train_to_the_losses_of_one(base, cache, prose, train, tmp_path, stage):
     options = [
         "--base",
         str(base),
         *STAGES,
         "--sequence-length",
-        "48",
+        "64",
         "--sampling.every",
         "3",
         "--sampling.videos",
