@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from larp_mllm.home import MODEL_TYPE, RUN_MODEL, read_config
 from larp_mllm.hub import first_line, is_hub_name, reach
 from larp_mllm.weights import not_finite, pickled_in
 
@@ -95,6 +96,12 @@ def load_base(
     return model, tokenizer
 
 
+_HAS_VIDEOS = (
+    "is a language model that has a video vocabulary already, and cannot be a base again: go on with its run with --resume, or "
+    "take the base that it was made of"
+)
+
+
 class _Unfit(Exception):
     """What is wrong with a base, said in full."""
 
@@ -113,6 +120,8 @@ def _read(
     source: str, trust_remote_code: bool, dtype: torch.dtype, local_files_only: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    if (read_config(Path(source, RUN_MODEL, "config.json")) or {}).get("model_type") == MODEL_TYPE:
+        raise _Unfit(f"in its {RUN_MODEL} {_HAS_VIDEOS}")
     config = AutoConfig.from_pretrained(source, **options)
     _check_config(config)
     _check_files(Path(source))
@@ -132,6 +141,8 @@ def _read(
 
 
 def _check_config(config: PreTrainedConfig) -> None:
+    if config.model_type == MODEL_TYPE:
+        raise _Unfit(f"it {_HAS_VIDEOS}")
     if getattr(config, "is_encoder_decoder", False):
         raise _Unfit(f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)")
     made_for = config.architectures or []

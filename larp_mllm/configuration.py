@@ -65,6 +65,21 @@ class LarpMllmConfig(PreTrainedConfig):
         """The id layout that this config records."""
         return Vocabulary(self.text_size, self.codebook_size, self.tokens_per_video)
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of all ids, those of videos included; that of the base is `text_config.vocab_size`."""
+        return self.vocabulary.size if self.text_size else 0  # 0: the config without arguments, see __post_init__
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the base model."""
+        return self.text_config.hidden_size
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """The number of layers of the base model."""
+        return self.text_config.num_hidden_layers
+
     def _check(self) -> None:
         for name in ("text_size", "codebook_size", "code_dim", "tokens_per_video", "frame_stride"):
             _check_number(name, getattr(self, name), 1)

@@ -1,7 +1,8 @@
 """Chats <-> segments, through the text tokenizer's own chat template.
 
 The template is rendered around unguessable stand-ins, which are then cut out and replaced by the contents, encoded
-apart: what a user or a data set writes can never become a control token of the chat.
+apart: what a user or a data set writes can never become a control token of the chat. A template therefore sees no
+contents: white space that it would take off them is taken off, but `<think>` blocks of earlier answers stay.
 """
 
 import re
@@ -46,6 +47,8 @@ def chat_segments(
     codes_of: Callable[[dict], Iterable[int]],
     where: str = "messages",
     answer: bool = False,
+    learned: bool = True,
+    thinking: bool = False,
 ) -> list[Segment]:
     """A chat -> segments; encode them with framed=False, since the template brings its own begin and end.
 
@@ -58,39 +61,44 @@ def chat_segments(
         encode_text: text -> text ids, none of them a control token (LarpMllmProcessor.encode_text).
         codes_of: a part of type video -> its N codes.
         where: what errors call the chat.
-        answer: end with what the template puts before an answer.
+        answer: end with what the template puts before an answer. Of such a chat nothing is learned.
+        learned: whether what the assistant says is, by default. Where it is not, the assistant may have said nothing, and
+            a turn end without a control token.
+        thinking: what the template is told as enable_thinking; those that do not know it ignore it.
 
     Raises ValueError for messages of another form, a "loss" of what has nothing to learn or of a chat to be answered, and if
     the template refuses them (some know no system role, or want user and assistant to take turns), leaves one out, repeats
     one, or ends a learned turn without a control token.
     """
-    turns = chat_parts(messages, where)
+    learned = learned and not answer
+    turns = chat_parts(messages, where, learned, empty_answers=not learned)
     roles = [message["role"] for message in messages]
     if answer:
         _check_asks(messages, where)
-    rendered = _render(roles, tokenizer, where, answer)
+    rendered = _render(roles, tokenizer, where, answer, thinking)
     pieces, controls = _Pieces(tokenizer, encode_text), control_ids(tokenizer)
     segments: list[Segment] = []
-    learned = False
+    ends_learned = False
     for template, number in zip(rendered.pieces, [*rendered.order, None], strict=True):
         parts = [] if number is None else _trimmed(turns[number], rendered.trims[number])
         # The base reads a word together with the space before it.
         space = " " if template.endswith(" ") and (answer if number is None else parts) else ""
         ids = pieces.template(template.removesuffix(space))
-        segments += _turn_end(ids, controls, where) if learned else [Segment("text", ids, False)]
+        segments += _turn_end(ids, controls, where) if ends_learned else [Segment("text", ids, False)]
         for part in parts:
             if part.text is None:
                 segments.append(Segment("video", tuple(codes_of(part.given)), part.loss))
             else:
                 segments.append(Segment("text", pieces.content(space + part.text), part.loss))
             space = ""
-        learned = bool(parts) and roles[number] == "assistant" and parts[-1].loss
+        ends_learned = bool(parts) and roles[number] == "assistant" and parts[-1].loss
     return [segment for segment in segments if segment.content]
 
 
-def chat_parts(messages: Any, where: str, learned: bool = True) -> list[list[Part]]:
-    """Check messages, and give the texts and videos of each; learned: whether what the assistant says is, by default.
+def chat_parts(messages: Any, where: str, learned: bool = True, empty_answers: bool = False) -> list[list[Part]]:
+    """Check messages, and give the texts and videos of each.
 
+    learned: whether what the assistant says is, by default. empty_answers: whether it may have said nothing.
     Raises ValueError, naming `where` and the message.
     """
     if not isinstance(messages, list | tuple) or not messages:
@@ -98,7 +106,8 @@ def chat_parts(messages: Any, where: str, learned: bool = True) -> list[list[Par
             f'{where}: "messages" must be a list of at least one {{"role", "content"}}, got {_brief(messages)}'
         )
     return [
-        _message_parts(message, learned, f"{where}: message {number}") for number, message in enumerate(messages, 1)
+        _message_parts(message, learned, empty_answers, f"{where}: message {number}")
+        for number, message in enumerate(messages, 1)
     ]
 
 
@@ -118,7 +127,7 @@ def stop_ids(tokenizer) -> list[int]:
 # Messages
 
 
-def _message_parts(message: Any, learned: bool, where: str) -> list[Part]:
+def _message_parts(message: Any, learned: bool, empty_answers: bool, where: str) -> list[Part]:
     if not isinstance(message, dict) or set(message) - {"loss"} != {"role", "content"}:
         raise ValueError(
             f'{where} must be {{"role": ..., "content": ...}}, with "loss" or without, got {_brief(message)}'
@@ -135,7 +144,8 @@ def _message_parts(message: Any, learned: bool, where: str) -> list[Part]:
     if message.get("loss") and not any(part.text != "" for part in parts):
         raise ValueError(f'{where} ({role}) is empty, and "loss": true has nothing to learn: leave it out')
     # An empty system message means: without the one that the template would put.
-    if role != "system" and not any(part.text is None or part.text.strip() for part in parts):
+    may_be_empty = role == "system" or (role == "assistant" and empty_answers)
+    if not may_be_empty and not any(part.text is None or part.text.strip() for part in parts):
         raise ValueError(f"{where} ({role}) is empty: give it a text or a video, or leave it out")
     return [part for part in parts if part.text != ""]
 
@@ -225,13 +235,13 @@ class _Rendered:
     """For each message, whether white space before and after its content is taken off."""
 
 
-def _render(roles: list[str], tokenizer, where: str, answer: bool) -> _Rendered:
+def _render(roles: list[str], tokenizer, where: str, answer: bool, thinking: bool = False) -> _Rendered:
     chat = [{"role": role, "content": f"{_EDGE}X{_SECRET}N{number}X{_EDGE}"} for number, role in enumerate(roles)]
     own = None if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
-        # Thinking is off, as far as a template knows it: what is learned here is the answer.
+        # Thinking is off by default, as far as a template knows it: what is learned here is the answer.
         text = tokenizer.apply_chat_template(
-            chat, chat_template=own, tokenize=False, add_generation_prompt=answer, enable_thinking=False
+            chat, chat_template=own, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
         )
     except Exception as error:  # jinja raises a family of its own, and templates whatever they like
         said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -228,8 +228,8 @@ class Mllm:
 
         messages: `{"role": "user", "content": "..."}`, or as content a list of `{"type": "text", "text": "..."}` and
         `{"type": "video", "video": ...}` with a file (and "start", the seconds to begin at, else its middle is shown), a
-        Video or an array. Returned is such a message, of the role assistant, its videos as Videos: append it to
-        `messages` to go on. It ends where the model ends it, after
+        Video or an array. Returned is such a message, of the role assistant, its videos as Videos, its text empty if the
+        model says nothing: append it to `messages` to go on. It ends where the model ends it, after
         `max_new_tokens`, or where the positions of the base do; a video is begun only where all of it has room, and at
         most `max_videos` times. ValueError for messages that do not fit, before anything is drawn.
         """

@@ -11,19 +11,20 @@ from typing import Any, ClassVar
 
 from larp_mllm.adapter import TokenAdapter
 from larp_mllm.configuration import LarpMllmConfig
+from larp_mllm.forward_inputs import check_ids, check_options, kept
 from larp_mllm.head import Head, is_cut, score
 from larp_mllm.quiet import quiet
+from larp_mllm.sequence import IGNORE
 from larp_mllm.vocabulary import Vocabulary
 from larp_mllm.weights import check_finite, check_fit, check_folder
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-
-IGNORE = -100
+from transformers.utils import can_return_tuple
 
 
 @dataclass
@@ -33,6 +34,8 @@ class LarpMllmOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
     text_nll: Tensor | None = None
     text_correct: Tensor | None = None
     text_count: Tensor | None = None
@@ -140,8 +143,31 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self):
-        """The base model's text head."""
+        """The base model's text head; video ids have their rows in `adapter`."""
         return self.base.get_output_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the base another text embedding; ValueError for one of another shape."""
+        _check_same_shape("embedding", self.get_input_embeddings(), value)
+        self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the base another text head; ValueError for one of another shape."""
+        _check_same_shape("head", self.get_output_embeddings(), new_embeddings)
+        self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
+    ):
+        """The base model's text embedding, as it is; ValueError for another number of rows: ids of videos lie behind it."""
+        rows = self.config.text_config.vocab_size
+        if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
+            raise ValueError(
+                f"the text embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos "
+                "begin behind them): resize the base model and train with it, or write a stock checkpoint with larp-mllm "
+                "export and resize that"
+            )
+        return self.get_input_embeddings()
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """ids (B, S) int64 -> (B, S, H): text rows from the base, video rows from the adapter."""
@@ -163,6 +189,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         """(..., H) -> (..., K)."""
         return hidden @ self.adapter.code_rows().T
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -172,7 +199,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         num_items_in_batch: float | None = None,
         text_weight: float = 1.0,
         z_loss: float = 0.0,
@@ -181,11 +208,21 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> LarpMllmOutput:
         """One pass. ids and labels: int64 (B, S), label -100 = not a target; labels are shifted inside.
 
+        In place of input_ids, inputs_embeds (B, S, H) may be given. The other options are those of transformers' models;
+        what it hands on to attention goes to the base. logits_to_keep: for so many last positions, or those of a tensor.
         position_ids that restart in a row, without an attention_mask, are records packed into it: none sees another.
         loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch (default: the
         targets of this batch), in nats, with weight `text_weight` for text and 1 for codes. Logits exist for at most
-        `head_chunk` positions at a time.
+        `head_chunk` positions at a time. Raises ValueError for ids and labels that the model does not have, TypeError for
+        unknown options.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids (B, S) or inputs_embeds (B, S, H)")
+        check_options(kwargs, self.base.base_model)
+        check_ids(self.vocabulary, input_ids, labels)
+        for option in ("output_hidden_states", "output_attentions"):
+            if getattr(self.config, option, False):
+                kwargs.setdefault(option, True)
         decoded = self.base.base_model(
             inputs_embeds=self.embed(input_ids) if inputs_embeds is None else inputs_embeds,
             attention_mask=attention_mask,
@@ -195,11 +232,34 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden = decoded.last_hidden_state
+        inner = {"hidden_states": decoded.hidden_states, "attentions": decoded.attentions}
         if labels is None:
-            hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            hidden = kept(hidden, logits_to_keep)
             logits = torch.cat([self.text_logits(hidden), self.code_logits(hidden)], dim=-1)
-            return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values)
-        return self._score(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
+            return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values, **inner)
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels must be {tuple(hidden.shape[:2])} like the ids, got {tuple(labels.shape)}")
+        scores = self._score(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
+        return LarpMllmOutput(**scores, **inner)
+
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: tuple[Tensor, ...],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """As transformers' own, which would count with the ids of the base alone: the score of each id that was written."""
+        if beam_indices is None:
+            beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
+        written = int((beam_indices >= 0).sum(-1).max())
+        beam_indices = beam_indices[:, :written]
+        steps = torch.stack(scores[:written])
+        if normalize_logits:
+            steps = steps.log_softmax(-1)
+        place = torch.arange(written, device=steps.device)
+        chosen = steps[place, beam_indices.clamp_min(0), sequences[:, sequences.shape[1] - written :]]
+        return chosen.masked_fill(beam_indices < 0, 0)
 
     def _score(
         self,
@@ -209,28 +269,30 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         text_weight: float,
         z_loss: float,
         head_chunk: int,
-    ) -> LarpMllmOutput:
+    ) -> dict[str, Tensor]:
         # Inside a span only codes can be drawn, so code targets are scored among codes, and everything else among text
         # and controls. Both heads run even on an empty selection: every rank must touch every parameter.
         is_code = self.vocabulary.is_code(targets)
         is_text = (targets != IGNORE) & ~is_code
         counts = {"text": is_text.sum(), "video": is_code.sum()}
-        codes, text = self.vocabulary.id_to_code(targets[is_code]), self._text_classes(targets[is_text])
+        # As indices: a mask would wait for the device each time it is used.
+        at_text, at_code = is_text.nonzero(as_tuple=True), is_code.nonzero(as_tuple=True)
+        codes, text = self.vocabulary.id_to_code(targets[at_code]), self._text_classes(targets[at_text])
         head = self._text_head()
         # Where the head is cut up among ranks, all of them must call it equally often, whatever their targets are.
         pieces = _pieces(targets.numel() if head.cut else len(text), head_chunk)
         scores = {
-            "text": score(head, hidden[is_text], text, pieces, text_weight, z_loss),
-            "video": score(self._code_head(), hidden[is_code], codes, _pieces(len(codes), head_chunk), 1.0, z_loss),
+            "text": score(head, hidden[at_text], text, pieces, text_weight, z_loss),
+            "video": score(self._code_head(), hidden[at_code], codes, _pieces(len(codes), head_chunk), 1.0, z_loss),
         }
         if num_items is None:
             num_items = (counts["text"] + counts["video"]).clamp_min(1)
-        return LarpMllmOutput(
-            loss=(scores["video"].loss + scores["text"].loss) / num_items,
+        return {
+            "loss": (scores["video"].loss + scores["text"].loss) / num_items,
             **{f"{kind}_count": count for kind, count in counts.items()},
             **{f"{kind}_nll": own.nll.detach() for kind, own in scores.items()},
             **{f"{kind}_correct": own.correct for kind, own in scores.items()},
-        )
+        }
 
     def _text_head(self) -> Head:
         head, controls = self.base.get_output_embeddings(), self.adapter.control_rows()
@@ -254,6 +316,14 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
                 f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
             )
+
+
+def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:
+    if getattr(new, "weight", None) is None or new.weight.shape != old.weight.shape:
+        raise ValueError(
+            f"the {what} of the base model is {tuple(old.weight.shape)} and keeps this shape, got {new}: the ids of videos "
+            "begin behind its rows"
+        )
 
 
 def _pieces(positions: int, head_chunk: int) -> int:

@@ -6,9 +6,9 @@ user types stays plain text, `<|video_start|>` and `<|im_end|>` included.
 
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.checks import check_count, check_start, is_whole
@@ -16,10 +16,10 @@ from larp_mllm.configuration import LarpMllmConfig
 from larp_mllm.home import MODEL_TYPE, read_config
 from larp_mllm.hub import PROCESSOR_FILES, fetched, upload
 from larp_mllm.plain_text import PlainText
+from larp_mllm.rows import Batching, batched, check_side, whole_numbers
 from larp_mllm.sequence import PLACEHOLDER, Layout, encode
 from larp_mllm.tokenizer_checks import check_saved, check_tokenizers, load_text_tokenizer, words_hash
-from larp_mllm.video import Video
-from larp_mllm.video_input import Videos, to_clip, to_frames
+from larp_mllm.video_input import Videos, grouped, listed, to_clip, to_frames
 from larp_mllm.vocabulary import Vocabulary
 
 import numpy as np
@@ -31,19 +31,36 @@ VIDEO_TOKENIZER = "video_tokenizer"
 PROCESSOR_CONFIG = "processor_config.json"
 # What AutoProcessor passes on, and what means nothing here: no code of a repository is ever run, whatever is trusted.
 _FROM_AUTO = {"_from_auto", "trust_remote_code", "force_download", "config"}
+# Of transformers' apply_chat_template, and why not. A template takes other words than the messages' as its own, control
+# tokens included, so that these could not be kept plain text.
+_NO_CHAT_OPTIONS = {
+    "continue_final_message": "an answer is a new message: ask with a user's message last and add_generation_prompt=True",
+    "tools": "their words would not stay plain text: describe them in a system message",
+    "documents": "their words would not stay plain text: put them into a message",
+    "chat_template": "set processor.chat_template instead",
+    "return_assistant_tokens_mask": "training reads what is learned from records: larp_mllm.conversation.chat_segments",
+}
 
 
 class LarpMllmProcessor(ProcessorMixin):
     """The base model's text tokenizer, the LARP tokenizer and the id layout that joins them.
 
     `frame_stride`: of a video file every so many-th frame is read. Rows are padded on the text tokenizer's own side, which
-    for many a base is the right; to generate from several at once pad them on the left (`padding_side="left"`). Raises
-    ValueError for what is no tokenizer, and if the LARP tokenizer has another codebook or number of tokens than the layout.
+    for many a base is the right; to generate from several at once pad them on the left (`padding_side="left"`).
+    `chat_template`: for the text tokenizer, in place of its own. Raises ValueError for what is no tokenizer or template,
+    and if the LARP tokenizer has another codebook or number of tokens than the layout.
     """
 
     model_input_names = ("input_ids", "attention_mask")
 
-    def __init__(self, tokenizer, video_tokenizer: LarpTokenizer, vocabulary: Vocabulary, frame_stride: int = 1):
+    def __init__(
+        self,
+        tokenizer,
+        video_tokenizer: LarpTokenizer,
+        vocabulary: Vocabulary,
+        frame_stride: int = 1,
+        chat_template: str | dict[str, str] | None = None,
+    ):
         for what, given, kind in (
             ("text tokenizer", tokenizer, PreTrainedTokenizerBase),
             ("video tokenizer", video_tokenizer, LarpTokenizer),
@@ -58,7 +75,9 @@ class LarpMllmProcessor(ProcessorMixin):
                 f"the video tokenizer has {own[0]} codes and {own[1]} tokens per video, the language model is made for "
                 f"{vocabulary.codebook_size} and {vocabulary.tokens_per_video}; use the tokenizer it was trained with"
             )
-        super().__init__(tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
+        # First, since transformers sets the chat template before the tokenizer, which here holds it.
+        self.tokenizer = tokenizer
+        super().__init__(tokenizer, chat_template=tokenizer.chat_template if chat_template is None else chat_template)
         self.video_tokenizer = video_tokenizer
         self.vocabulary = vocabulary
         self.frame_stride = frame_stride
@@ -68,6 +87,17 @@ class LarpMllmProcessor(ProcessorMixin):
     def get_attributes(cls) -> list[str]:
         """What transformers keeps for a processor: the text tokenizer; the LARP tokenizer is none of its classes."""
         return ["tokenizer"]
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """That of the text tokenizer, which is saved with it; None: it has none, and chats are lines of "User: ..."."""
+        return self.tokenizer.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | dict[str, str] | None) -> None:
+        if template is not None and not isinstance(template, (str, dict)):
+            raise ValueError(f"chat_template must be a template, several by their names, or None, got {template!r}")
+        self.tokenizer.chat_template = template
 
     @property
     def layout(self) -> Layout:
@@ -80,9 +110,12 @@ class LarpMllmProcessor(ProcessorMixin):
             self._plain_text = PlainText(self.tokenizer)
         return self._plain_text.encode(text)
 
-    def decode_text(self, ids) -> str:
-        """Text ids -> text, special tokens and white space around it left out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+    def decode_text(self, ids, skip_special_tokens: bool = True) -> str:
+        """Text ids -> text, special tokens and white space around it left out; or with both, as it was written."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text.strip() if skip_special_tokens else text
 
     def encode_videos(self, videos: Sequence[Videos]) -> list[list[int]]:
         """Videos -> their codes. Each: a file, a Video, uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1].
@@ -91,7 +124,7 @@ class LarpMllmProcessor(ProcessorMixin):
         ValueError for other shapes, dtypes or ranges, and for clips of different shapes in one call.
         """
         count = self.video_tokenizer.config.num_frames
-        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in _listed(videos)]
+        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in listed(videos)]
         if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
             raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
@@ -131,16 +164,14 @@ class LarpMllmProcessor(ProcessorMixin):
         *,
         add_special_tokens: bool = True,
         open_video: bool = False,
-        return_tensors: Literal["pt", "np"] | None = None,
-        padding: bool = False,
-        padding_side: Literal["left", "right"] | None = None,
+        **batching: Unpack[Batching],
     ) -> BatchFeature:
         """`"before <video> after"` and one video for each `<video>` -> input_ids and attention_mask, lists or (B, S).
 
         text: one, with its videos; or several, with a list of videos for each. add_special_tokens: put the base's begin
         id first, where it has one. open_video: end with video_start, after which the model writes a video.
-        padding: bring several texts to one length, on `padding_side` (default: the side of the text tokenizer). ValueError,
-        naming the text, if videos and placeholders differ in number.
+        batching: return_tensors, padding, padding_side and max_length, see `larp_mllm.rows.Batching`; nothing is ever cut.
+        ValueError, naming the text, if videos and placeholders differ in number.
         """
         if not isinstance(text, str) and not (
             isinstance(text, Sequence) and all(isinstance(content, str) for content in text)
@@ -149,14 +180,14 @@ class LarpMllmProcessor(ProcessorMixin):
                 f"text must be a str, or a list of them, with {PLACEHOLDER} where a video stands, got {text!r}"
             )
         texts = [text] if isinstance(text, str) else list(text)
-        groups = _groups(text, texts, videos)
+        groups = grouped(videos, text)
         begin = [self.layout.bos] if add_special_tokens and self.layout.bos is not None else []
         rows = []
         for number, (content, group) in enumerate(zip(texts, groups, strict=True)):
             where = "the text" if isinstance(text, str) else f"text {number}"
             ids = self._interleaved(content, group, where)
             rows.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
-        return self._batch(rows, isinstance(text, str), return_tensors, padding, padding_side)
+        return batched(rows, self.tokenizer, isinstance(text, str), **batching)
 
     def _interleaved(self, text: str, videos: Sequence[Videos], where: str) -> list[int]:
         pieces = text.split(PLACEHOLDER)
@@ -170,62 +201,53 @@ class LarpMllmProcessor(ProcessorMixin):
             ids += self.vocabulary.span(codes) + self.encode_text(piece)
         return ids
 
-    def _batch(
-        self, rows: list[list[int]], single: bool, return_tensors: str | None, padding: bool, side: str | None
-    ) -> BatchFeature:
-        side = side or self.tokenizer.padding_side
-        if side not in ("left", "right"):
-            raise ValueError(f"padding_side must be left or right, got {side!r}")
-        lengths = [len(row) for row in rows]
-        masks = [[1] * length for length in lengths]
-        if padding:
-            # Masked out, so any text id will do.
-            fill = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
-            rows = [_padded(row, max(lengths), fill, side) for row in rows]
-            masks = [_padded(mask, max(lengths), 0, side) for mask in masks]
-        elif return_tensors is not None and len(set(lengths)) > 1:
-            raise ValueError(f"the texts have {sorted(set(lengths))} ids, a tensor needs one length: give padding=True")
-        if single and return_tensors is None:
-            rows, masks = rows[0], masks[0]
-        return BatchFeature({"input_ids": rows, "attention_mask": masks}, tensor_type=return_tensors)
-
     def apply_chat_template(
         self,
         messages: Sequence[dict] | Sequence[Sequence[dict]],
         *,
         add_generation_prompt: bool = False,
+        enable_thinking: bool = False,
         tokenize: bool = True,
-        return_tensors: Literal["pt", "np"] | None = None,
         return_dict: bool = False,
-        padding: bool = False,
-        padding_side: Literal["left", "right"] | None = None,
+        **options,
     ) -> Any:
         """A chat, or several, in the text tokenizer's own template -> input_ids; with return_dict a BatchFeature.
 
         messages: `{"role", "content"}`, content a str or parts `{"type": "text", "text"}` and `{"type": "video",
         "video"}` (or "path"; with "start", see `video_of`). Contents are encoded apart from the template, so none can
-        speak for another role. tokenize=False: the text instead, for the eye, with `<video>` for videos. Raises
-        ValueError, naming the message.
+        speak for another role; it cannot read them, so that `<think>` blocks of earlier answers stay. enable_thinking: what
+        the template is told. Training tells it False, after which Qwen3's puts an empty `<think>` block before the answer.
+        tokenize=False: the text instead, for the eye, with `<video>` for videos. options: return_tensors, padding,
+        padding_side and max_length, see `larp_mllm.rows.Batching`. Raises ValueError, naming the message, and for those
+        options of transformers that are not supported, tools and continue_final_message among them.
         """
+        batching = {name: options.pop(name) for name in Batching.__annotations__ if name in options}
+        for name, value in options.items():
+            if value or name not in _NO_CHAT_OPTIONS:
+                raise ValueError(
+                    f"apply_chat_template does not support {name}: {_NO_CHAT_OPTIONS.get(name, 'leave it out')}"
+                )
         single = not messages or isinstance(messages[0], dict)
         chats = [messages] if single else messages
         rows = [
-            self._chat(chat, "messages" if single else f"chat {number}", add_generation_prompt)
+            self._chat(chat, "messages" if single else f"chat {number}", add_generation_prompt, enable_thinking)
             for number, chat in enumerate(chats)
         ]
         if not tokenize:
             texts = [self._shown(row) for row in rows]
             return texts[0] if single else texts
-        batch = self._batch(rows, single, return_tensors, padding, padding_side)
+        batch = batched(rows, self.tokenizer, single, **batching)
         return batch if return_dict else batch["input_ids"]
 
-    def _chat(self, messages: Sequence[dict], where: str, answer: bool) -> list[int]:
+    def _chat(self, messages: Sequence[dict], where: str, answer: bool, thinking: bool) -> list[int]:
         from larp_mllm.conversation import chat_segments
 
         def codes_of(part: dict) -> list[int]:
             return self.encode_videos([self.video_of(part)])[0]
 
-        segments = chat_segments(messages, self.tokenizer, self.encode_text, codes_of, where, answer)
+        segments = chat_segments(
+            messages, self.tokenizer, self.encode_text, codes_of, where, answer, learned=False, thinking=thinking
+        )
         return encode(segments, self.layout, framed=False).ids.tolist()
 
     def _shown(self, ids: list[int]) -> str:
@@ -235,21 +257,31 @@ class LarpMllmProcessor(ProcessorMixin):
             for kind, content in self.vocabulary.split(ids)
         )
 
-    def decode(self, ids) -> list[str | np.ndarray]:
-        """ids -> texts and uint8 videos (T, H, W, 3) in order, empty texts left out. ValueError for a broken span."""
-        ids = _whole_numbers(ids, self.vocabulary.size)
+    def decode(
+        self, ids, skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
+    ) -> list[str | np.ndarray]:
+        """ids -> texts and uint8 videos (T, H, W, 3) in order, empty texts left out. ValueError for a broken span.
+
+        skip_special_tokens: of the texts, see `decode_text`; videos come in either case. Spaces are never cleaned up:
+        ValueError for clean_up_tokenization_spaces=True.
+        """
+        if clean_up_tokenization_spaces:
+            raise ValueError("clean_up_tokenization_spaces would change what was written: leave it out")
+        ids = whole_numbers(ids, self.vocabulary.size)
         contents = [
-            self.decode_text(content) if kind == "text" else self.decode_videos(torch.tensor([content]))[0]
+            self.decode_text(content, skip_special_tokens)
+            if kind == "text"
+            else self.decode_videos(torch.tensor([content]))[0]
             for kind, content in self.vocabulary.split(ids)
         ]
         return [content for content in contents if not (isinstance(content, str) and not content)]
 
-    def batch_decode(self, rows) -> list[list[str | np.ndarray]]:
-        """Rows of ids, a list or (B, S) -> `decode` of each. ValueError that names the row with a broken video span."""
+    def batch_decode(self, rows, **options) -> list[list[str | np.ndarray]]:
+        """Rows of ids, a list or (B, S) -> `decode` of each, with its options. ValueError that names the row."""
         decoded = []
         for number, row in enumerate(rows):
             try:
-                decoded.append(self.decode(row))
+                decoded.append(self.decode(row, **options))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
         return decoded
@@ -266,11 +298,26 @@ class LarpMllmProcessor(ProcessorMixin):
             "video_tokenizer_hash": self.video_tokenizer.weight_hash(),
         }
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the text tokenizer and processor_config.json into `folder`, the LARP tokenizer into its video_tokenizer/."""
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Write the text tokenizer and processor_config.json into `folder`, the LARP tokenizer into its video_tokenizer/.
+
+        push_to_hub: upload them as well, to `repo_id` (default: the folder's name); the other options are for this alone.
+        """
         self.tokenizer.save_pretrained(folder)
         self.video_tokenizer.save_pretrained(Path(folder) / VIDEO_TOKENIZER)
         (Path(folder) / PROCESSOR_CONFIG).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        if push_to_hub:
+            name = repo_id or Path(folder).resolve().name
+            self.push_to_hub(name, private=private, token=token, revision=revision)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
@@ -293,15 +340,19 @@ class LarpMllmProcessor(ProcessorMixin):
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        padding_side: Literal["left", "right"] | None = None,
         **from_auto,
     ) -> "LarpMllmProcessor":
         """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name"), and check it.
 
-        If a model's config.json lies beside it, that one's layout counts. Raises ValueError if the hub cannot be
-        reached, or if the text tokenizer or the LARP tokenizer is not the one the model was trained with.
+        If a model's config.json lies beside it, that one's layout counts. padding_side: of the text tokenizer, in place
+        of its own. Raises ValueError if the hub cannot be reached, or if the text tokenizer or the LARP tokenizer is not
+        the one the model was trained with.
         """
         if unknown := from_auto.keys() - _FROM_AUTO:
             raise ValueError(f"LarpMllmProcessor.from_pretrained knows no {', '.join(sorted(unknown))}: leave them out")
+        if padding_side is not None:
+            check_side(padding_side)
         where = str(folder)
         folder = fetched(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
         saved = read_config(folder / PROCESSOR_CONFIG)
@@ -321,6 +372,8 @@ class LarpMllmProcessor(ProcessorMixin):
                 "model folder again"
             )
         check_saved(saved, tokenizer, video_tokenizer, where)
+        if padding_side is not None:
+            tokenizer.padding_side = padding_side
         return cls(tokenizer, video_tokenizer, vocabulary, stride)
 
 
@@ -333,41 +386,6 @@ def _saved_layout(saved: dict, where: str) -> tuple[Vocabulary, int]:
             "nothing of one): give the folder that training wrote, OUT/model"
         )
     return Vocabulary(*values[:3]), values[3]
-
-
-def _groups(text: str | Sequence[str], texts: list[str], videos) -> list[Sequence]:
-    """The videos of each text."""
-    videos = [] if videos is None else _listed(videos)
-    if isinstance(text, str):
-        return [videos]
-    if not videos:
-        return [[] for _ in texts]
-    if len(videos) != len(texts) or not all(isinstance(group, (list, tuple)) for group in videos):
-        raise ValueError(
-            f"{len(texts)} texts need a list of {len(texts)} lists of videos, one for each text (empty where it has none)"
-        )
-    return videos
-
-
-def _listed(videos: Any) -> list:
-    if isinstance(videos, (str, Path, Video)) or not isinstance(videos, Iterable):
-        raise ValueError(f"videos must be a list of them, got {str(videos)[:60]!r}: for one give a list of one")
-    return list(videos)
-
-
-def _whole_numbers(ids: Any, size: int) -> list[int]:
-    """`ids` as a list; ValueError unless they are whole numbers in [0, size)."""
-    ids = ids.tolist() if isinstance(ids, (Tensor, np.ndarray)) else ids
-    if not isinstance(ids, Sequence) or not all(map(is_whole, ids)):
-        raise ValueError(f"ids must be one row of whole numbers, got {str(ids)[:80]!r}")
-    if wrong := [i for i in ids if not 0 <= i < size]:
-        raise ValueError(f"id {wrong[0]} is none of this model: its ids are 0 to {size - 1}")
-    return list(ids)
-
-
-def _padded(row: list[int], length: int, fill: int, side: str) -> list[int]:
-    filler = [fill] * (length - len(row))
-    return filler + row if side == "left" else row + filler
 
 
 AutoProcessor.register(LarpMllmConfig, LarpMllmProcessor)

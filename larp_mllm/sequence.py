@@ -144,7 +144,7 @@ def check_placeholders(placeholders: int, videos: int, where: str) -> None:
         )
 
 
-def check_length(length: int, positions: int, where: str) -> None:
+def check_length(length: int, positions: int, where: str, remedy: str = "shorten the text") -> None:
     """ValueError if `length` ids do not fit the `positions` of a model; nothing is ever truncated."""
     if length > positions:
-        raise ValueError(f"{where}: {length} ids, but the base model has {positions} positions: shorten the text")
+        raise ValueError(f"{where}: {length} ids, but the base model has {positions} positions: {remedy}")

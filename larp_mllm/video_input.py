@@ -1,5 +1,6 @@
-"""What counts as a video: files, Videos, uint8 frames and float clips -> clips of a tokenizer's size."""
+"""What counts as a video, and as several: files, Videos, uint8 frames, float clips -> clips of a tokenizer's size."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,27 @@ import torch
 from torch import Tensor
 
 Videos = str | Path | Video | np.ndarray | Tensor
+
+
+def listed(videos: Any) -> list:
+    """Several videos as a list; ValueError for a single one, and for what is no list."""
+    if isinstance(videos, (str, Path, Video)) or not isinstance(videos, Iterable):
+        raise ValueError(f"videos must be a list of them, got {str(videos)[:60]!r}: for one give a list of one")
+    return list(videos)
+
+
+def grouped(videos: Any, text: str | Sequence[str]) -> list[Sequence]:
+    """The videos of each text, of a single one all; None means no videos. ValueError unless each text has a list."""
+    videos = [] if videos is None else listed(videos)
+    if isinstance(text, str):
+        return [videos]
+    if not videos:
+        return [[] for _ in text]
+    if len(videos) != len(text) or not all(isinstance(group, (list, tuple)) for group in videos):
+        raise ValueError(
+            f"{len(text)} texts need a list of {len(text)} lists of videos, one for each text (empty where it has none)"
+        )
+    return videos
 
 
 def to_frames(video: Videos, num_frames: int, stride: int) -> np.ndarray | Tensor:

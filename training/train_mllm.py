@@ -43,6 +43,7 @@ from larp_mllm.data.dataset import TrainingMix
 from larp_mllm.engine.finetuning import optimizer, prepare, write_model, wrong_tensor
 from larp_mllm.engine.perplexity import score_text
 from larp_mllm.engine.report import headline, refuse, surroundings, write_report, wrong_figures
+from larp_mllm.engine.resuming import ended, going_on, nothing_to_do
 from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -78,6 +79,8 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, until `since`
     since: float = 0.0
     parameters: dict[str, int] = field(default_factory=dict)  # trained in each stage
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)  # learning rates that each stage began with
+    resumed: list[dict[str, Any]] = field(default_factory=list)  # see `going_on`
 
     @property
     def step(self) -> int:
@@ -89,7 +92,8 @@ class Run:
         now = time.monotonic()
         self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self.since
         self.since = now
-        return {"step": self.step, "skipped": self.skipped, "seconds": self.seconds, "parameters": self.parameters}
+        names = ("step", "skipped", "seconds", "parameters", "rates", "resumed")
+        return {name: getattr(self, name) for name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -114,6 +118,10 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     logging.disable_progress_bar()  # over reading and writing weights: the run has one of its own
     check_folder(config.out, config.resume)  # before a base is read that will not be needed
     plan = stages(config.align, config.joint)
+    if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last))) is not None:
+        if ranks.is_main:
+            print("\n".join([nothing_to_do(config.out, report), *headline(report)]))
+        return report
     videos = open_videos(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
     corpus = open_data(config, videos, mllm)
@@ -130,6 +138,10 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
         load_state(engines, state, identity(run))
         run.skipped, run.seconds = state.loader_state["skipped"], state.loader_state["seconds"]
         run.parameters = state.loader_state["parameters"] | run.parameters
+        run.rates |= state.loader_state.get("rates", {})
+    if config.resume:
+        kept = state.loader_state.get("resumed", []) if state is not None else []
+        run.resumed = going_on(config.out, options, run.step, kept)
     shown = ("video_bits", "video_accuracy", "text_nll")
     with RunLog(config.out, ranks, plan[-1].last, run.step, shown, config.wandb, to_dict(config)) as log:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in mix.shares.items())
@@ -154,7 +166,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
 def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm) -> Corpus:
     """All data as sequences for this model."""
     return open_corpus(
-        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings,
+        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, tasks=config.tasks,
         records=config.records, data_root=config.data_root, allow_outside=config.allow_outside,
         stride=mllm.model.config.frame_stride, encoded=config.out / "records", text=config.text,
         eval_text=config.eval_text, sequence_length=config.sequence_length,
@@ -189,6 +201,7 @@ def begin(run: Run, mllm: Mllm) -> None:
     prepare(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
     # Counted before the engine may shard them.
     run.parameters[stage.name] = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
+    run.rates[stage.name] = stage.rates
     if "continuation" in run.mix.shares:
         mllm.model.config.given_frames = run.corpus.videos.cache.key["condition_frames"]
     factor = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
@@ -345,6 +358,7 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         "stages": [
             {
                 **stage.summary,
+                **told["rates"].get(stage.name, {}),
                 "parameters": told["parameters"][stage.name],
                 "seconds": round(told["seconds"][stage.name], 1),
             }
@@ -353,6 +367,7 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         "tasks": run.mix.shares,
         "data": run.corpus.summary,
         "seed": config.seed,
+        **({"resumed": run.resumed} if run.resumed else {}),
         "text_tokenizer": words_hash(run.mllm.processor.tokenizer),
         "video_tokenizer": run.mllm.model.config.video_tokenizer_hash,
         "seconds": round(sum(told["seconds"].values()), 1),

@@ -8,7 +8,7 @@ from typing import Any
 from larp.data.tokens import TokenCache
 from larp.engine.ranks import main_first
 from larp.tokenizer import LarpTokenizer
-from larp_mllm.data.dataset import CaptionedVideos, caption_phrases
+from larp_mllm.data.dataset import CaptionedVideos, Tasks, caption_phrases, judged_tasks
 from larp_mllm.data.held_out import HELD_OUT, held_out_rows
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
@@ -113,6 +113,7 @@ def open_corpus(
     processor: LarpMllmProcessor,
     positions: int,
     *,
+    tasks: Tasks,
     records: Sequence[Path] = (),
     data_root: Path | None = None,
     allow_outside: bool = False,
@@ -124,7 +125,8 @@ def open_corpus(
 ) -> Corpus:
     """All data as sequences for a model of so many positions.
 
-    encoded: the folder where the codes of the records' videos are kept. Collective: the first rank encodes them.
+    encoded: the folder where the codes of the records' videos are kept. tasks: what is drawn of the data. Raises ValueError
+    if a sequence that can be drawn, or that judges, has too many ids. Collective: the first rank encodes the records.
     """
     if sequence_length is not None and sequence_length > positions:
         raise ValueError(
@@ -146,13 +148,18 @@ def open_corpus(
             data_root=data_root, allow_outside=allow_outside, cache=encoded, stride=stride, positions=positions
         )
         found = main_first(lambda: open_records(records, processor, **options))
-    train = captioned(videos.train)
+    train, held_out = captioned(videos.train), captioned(videos.held_out)
+    records_to_train, records_to_judge = _split(found)
+    if train is not None:
+        train.check_lengths(train.drawn(tasks))
+    if held_out is not None:
+        trained = [task for task in (train.tasks if train is not None else ()) if getattr(tasks, task) > 0]
+        held_out.check_lengths(held_out.judged(judged_tasks(held_out, trained)))
     if sequence_length is not None:
-        _check_rows(train, found, sequence_length)
+        _check_rows(train, records_to_train, tasks, sequence_length)
     pieces, judged, name = _open_texts(
         tuple(text), tuple(eval_text), processor, sequence_length or min(positions, TEXT_LENGTH)
     )
-    records_to_train, records_to_judge = _split(found)
     notes: list[str] = []
     if videos.train is not None and videos.held_out is not None:
         notes += same_videos(videos.train, videos.held_out)
@@ -162,7 +169,7 @@ def open_corpus(
         notes += same_text(pieces, judged)
     return Corpus(
         train,
-        captioned(videos.held_out),
+        held_out,
         records_to_train,
         records_to_judge,
         pieces,
@@ -200,12 +207,13 @@ def _split(records: RecordSet | None) -> "tuple[RecordSet | Part | None, Part | 
     return Part(records, sorted(set(range(len(records))) - set(held))), Part(records, held)
 
 
-def _check_rows(videos: CaptionedVideos | None, records: RecordSet | None, length: int) -> None:
-    """ValueError, before training, if something to train on is longer than a packed row."""
-    longest = {"records": records.longest} if records is not None else {}
-    if videos is not None:
-        texts = {max(phrases, key=len): row for row, phrases in enumerate(videos.phrases)}
-        longest["tokens"] = max(videos.longest(row) for row in texts.values())
+def _check_rows(videos: CaptionedVideos | None, records: "RecordSet | Part | None", tasks: Tasks, length: int) -> None:
+    """ValueError, before training, if something that can be drawn is longer than a packed row."""
+    longest = {}
+    if records is not None and tasks.interleaved:
+        longest["records"] = max(len(records[number].ids) for number in range(len(records)))
+    if videos is not None and (found := videos.longest(videos.drawn(tasks), length)) is not None:
+        longest["tokens"] = found[0]
     for name, ids in longest.items():
         if ids > length:
             raise ValueError(

@@ -1,14 +1,15 @@
 """Token caches, records and text -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
 
 import math
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from larp.data.datasets import humanize
 from larp.data.tokens import TokenCache, batch_rows
 from larp.noise import BatchNoise
 from larp_mllm.conversation import chat_segments
-from larp_mllm.data.dialogues import DIALOGUES, dialogue, drawn_dialogue
+from larp_mllm.data.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
 from larp_mllm.data.mirroring import mirrored
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
@@ -20,6 +21,9 @@ import torch
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
 TASKS = (*VIDEO_TASKS, "interleaved", "text")
+
+Draw = tuple[int, str, str, int]
+"""What `CaptionedVideos.sequence` takes: row, text, task, form of a dialogue."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class CaptionedVideos:
 
     encode_text: text -> text ids (LarpMllmProcessor.encode_text). positions: of the base model. tokenizer: the text
     tokenizer, by whose template chats are written; without it there are none. Raises ValueError if a video has neither a
-    caption nor a class, or if it makes more ids with its text than there are positions.
+    caption nor a class.
     """
 
     def __init__(
@@ -78,7 +82,6 @@ class CaptionedVideos:
         self.phrases = caption_phrases(cache)
         self._encode_text = encode_text
         self._encoded: dict[str, list[int]] = {}
-        self._check_lengths()
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -91,15 +94,18 @@ class CaptionedVideos:
 
     def fixed(self, row: int, task: str) -> TokenSequence:
         """A row for evaluation: in its first phrasing; continuation without text, as `continue_video` by default."""
-        return self.sequence(row, "" if task == "continuation" else self.phrases[row][0], task)
+        return self.sequence(row, self._fixed_text(row, task), task)
+
+    def _fixed_text(self, row: int, task: str) -> str:
+        return "" if task == "continuation" else self.phrases[row][0]
 
     def sequence(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
         """A row with this text; task: text_to_video, video_to_text, chat (in this form of a dialogue) or continuation.
 
-        Raises ValueError for continuation from a cache without given frames.
+        Raises ValueError for continuation from a cache without given frames, and if there are more ids than positions.
         """
         sequence = self._built(row, text, task, form)
-        check_length(len(sequence.ids), self.positions, f"video {self.cache.names[row]}")
+        self._check_length(len(sequence.ids), row, task)
         return sequence
 
     def _built(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
@@ -123,23 +129,46 @@ class CaptionedVideos:
             self._encoded[text] = self._encode_text(text) if text else []
         return self._encoded[text]
 
-    def longest(self, row: int) -> int:
-        """The number of ids of the longest sequence that a row can make."""
-        text = max(self.phrases[row], key=len)
-        plain = (len(self._built(row, text, task).ids) for task in self.tasks if task != "chat")
-        chats = (len(self._built(row, text, "chat", form).ids) for form in range(DIALOGUES) if "chat" in self.tasks)
-        return max(*plain, *chats)
+    def drawn(self, tasks: Tasks) -> Iterator[Draw]:
+        """All that a `TrainingMix` with these tasks can draw and that may be longest: each text once, with its first row."""
+        rows = {text: row for row in reversed(range(len(self))) for text in self.phrases[row]}
+        for task in (task for task in self.tasks if getattr(tasks, task) > 0):
+            without = task == "continuation" and not tasks.continuation_text
+            for text, row in ({"": 0} if without and rows else rows).items():
+                yield from ((row, text, task, form) for form in range(DIALOGUES if task == "chat" else 1))
 
-    def _check_lengths(self) -> None:
-        if not len(self):
-            return
-        # A tokenizer makes at most one id of a byte, so that only long captions need to be encoded to know.
-        lengths = [max(len(text.encode()) for text in phrases) for phrases in self.phrases]
-        shortest = min(range(len(self)), key=lengths.__getitem__)
-        around = self.longest(shortest)
-        for row, length in enumerate(lengths):
-            if around + length + 1 > self.positions:
-                check_length(self.longest(row), self.positions, f"video {self.cache.names[row]}")
+    def judged(self, tasks: Collection[str]) -> Iterator[Draw]:
+        """What `fixed` makes of the rows for these tasks, each text once."""
+        for task in tasks:
+            rows = {self._fixed_text(row, task): row for row in reversed(range(len(self)))}
+            yield from ((row, text, task, 0) for text, row in rows.items())
+
+    def longest(self, draws: Iterable[Draw], over: int = 0) -> tuple[int, int, str] | None:
+        """(ids, row, task) of the longest of the sequences, exactly; None if none has more than `over` ids.
+
+        Those that cannot have so many, seen by the size of their text, are not encoded.
+        """
+        # The ids of everything around a text: all videos of a cache have as many codes.
+        around: dict[tuple[str, int], int] = {}
+        found = None
+        for row, text, task, form in draws:
+            if (task, form) not in around:
+                around[task, form] = len(self._built(row, "a", task, form).ids) + max(map(len, WISHES))
+            most = max(over, found[0] if found else 0)
+            if around[task, form] + _most_ids(text) > most:
+                length = len(self._built(row, text, task, form).ids)
+                found = (length, row, task) if length > most else found
+        return found
+
+    def check_lengths(self, draws: Iterable[Draw]) -> None:
+        """ValueError that names the video of the longest sequence, if that has more ids than there are positions."""
+        if (longest := self.longest(draws, self.positions)) is not None:
+            self._check_length(*longest)
+
+    def _check_length(self, length: int, row: int, task: str) -> None:
+        option = f"--tasks.{task.replace('_', '-')} 0"
+        where = f"video {self.cache.names[row]} ({task.replace('_', '-')})"
+        check_length(length, self.positions, where, f"shorten the text, or leave the task out with {option}")
 
 
 class TrainingMix:
@@ -227,6 +256,20 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
     # A data set with classes calls its videos by their class; only a caption of its own says more.
     texts = tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
     return tuple(mirrored(text) for text in texts) if cache.flipped[row] else texts
+
+
+def _most_ids(text: str) -> int:
+    """Ids that a tokenizer makes of a text at most: one of a byte, and one of a space that it may put before.
+
+    Some tokenizers take characters apart or put them together first, so that the bytes of both are counted.
+    """
+    size = len(text.encode())
+    return 1 + size + (0 if text.isascii() else len(unicodedata.normalize("NFKD", text).encode()))
+
+
+def judged_tasks(held_out: CaptionedVideos, trained: Collection[str]) -> tuple[str, ...]:
+    """The tasks that held-out videos judge: those that were `trained`; after records alone, captions in both directions."""
+    return tuple(task for task in held_out.tasks if task in trained) or ("text_to_video", "video_to_text")
 
 
 def evaluation_rows(rows: int, most: int) -> list[int]:

@@ -63,11 +63,6 @@ class RecordSet:
         """For each record a number, the same for records of the same ids: 0, 1, ... as they first come."""
         return content_numbers(ids for ids, _ in self._rows)
 
-    @property
-    def longest(self) -> int:
-        """How many ids the longest record has."""
-        return max(len(ids) for ids, _ in self._rows)
-
 
 @dataclass(frozen=True)
 class _Interleaved:
@@ -163,7 +158,10 @@ def _sequence(record: _Interleaved | _Chat, processor, codes, positions: int | N
             f'{record.name}: nothing in it is learned: set "loss" to true for a text or video, or leave it out'
         )
     if positions is not None:
-        check_length(len(sequence.ids), positions, record.name)
+        length, span = len(sequence.ids), processor.video_tokenizer.num_tokens + 2
+        most = 2 * span * len(record.videos) > length
+        remedy = f"give it fewer videos ({span} ids each)" if most else "shorten the text"
+        check_length(length, positions, record.name, remedy)
     return sequence
 
 

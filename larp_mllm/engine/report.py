@@ -156,6 +156,12 @@ def _finished(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"stage:    {stage['name']}, {stage['steps']} steps, {what} ({stage['parameters']:,} parameters), {rates}{time}"
         )
+    for leg in report.get("resumed", ()):
+        named = {
+            name: ["default" if value is None else value for value in both] for name, both in leg["changed"].items()
+        }
+        changes = ", ".join(f"{name} {began} -> {now}" for name, (began, now) in named.items())
+        lines.append(f"resumed:  at step {leg['step']} with {changes or 'the options it began with'}")
     lines.append("tasks:    " + ", ".join(f"{name} {share:.0%}" for name, share in report["tasks"].items() if share))
     for name, text in (("tokens", "clips of"), ("eval_tokens", "held-out clips of")):
         if part := report["data"].get(name):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from larp.engine.ranks import Ranks, reduce_sum
 from larp_mllm.data.collate import collate
 from larp_mllm.data.corpus import Corpus
-from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
+from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows, judged_tasks
 from larp_mllm.sequence import IGNORE, TokenSequence
 
 import torch
@@ -94,8 +94,7 @@ def score_corpus(
     """
     found: dict[str, float] = {}
     if (held_out := corpus.held_out_videos) is not None:
-        tasks = [task for task in held_out.tasks if task in trained] or ("text_to_video", "video_to_text")
-        found |= score_videos(forward, held_out, tasks, most, size, ranks)
+        found |= score_videos(forward, held_out, judged_tasks(held_out, trained), most, size, ranks)
     if corpus.held_out_records:
         records = [corpus.held_out_records[row] for row in evaluation_rows(len(corpus.held_out_records), most)]
         found["records"] = len(records)

@@ -88,11 +88,15 @@ class Stage:
         return {"stage": self.name, "first_step": self.first, "trained": self.trained, **lora}
 
     @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates of what it trains, by name."""
+        return {"adapter_lr": self.adapter_lr} | ({} if self.trained == "adapter" else {"llm_lr": self.llm_lr})
+
+    @property
     def summary(self) -> dict:
         """What a report says about the stage."""
         lora = {"lora_rank": self.lora_rank} if self.trained == "lora" else {}
-        rates = {"adapter_lr": self.adapter_lr} | ({} if self.trained == "adapter" else {"llm_lr": self.llm_lr})
-        return {"name": self.name, "steps": self.steps, "trained": self.trained, **lora, **rates}
+        return {"name": self.name, "steps": self.steps, "trained": self.trained, **lora, **self.rates}
 
 
 def stages(align: AlignConfig, joint: JointConfig) -> list[Stage]:

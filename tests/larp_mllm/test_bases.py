@@ -110,6 +110,13 @@ def test_a_base_of_another_kind(base, fields, words):
         load_base(str(base))
 
 
+def test_a_model_with_video_vocabulary_is_no_base_and_neither_is_its_run(qwen, tmp_path):
+    qwen.save(tmp_path / "model")
+    for folder in (tmp_path, tmp_path / "model"):
+        with pytest.raises(BaseError, match=r"has a video vocabulary already, and cannot be a base again: .*--resume"):
+            load_base(str(folder))
+
+
 def test_a_base_whose_head_has_a_bias(base, tmp_path):
     config = PhiConfig(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     PhiForCausalLM(config).save_pretrained(tmp_path / "phi")

@@ -96,6 +96,23 @@ def test_the_answer_is_passed_on_and_its_videos_keep_their_codes(painter, monkey
     assert again["role"] == "assistant" and messages[1] is answer
 
 
+def test_an_answer_of_nothing_is_passed_on_too(painter, monkeypatch):
+    plain, ends = painter.model.text_logits, stop_ids(painter.processor.tokenizer)
+
+    def text_logits(hidden: torch.Tensor) -> torch.Tensor:
+        logits = plain(hidden)
+        logits[..., ends] += 1e4
+        return logits
+
+    with monkeypatch.context() as patch:
+        patch.setattr(painter.model, "text_logits", text_logits)
+        nothing = painter.chat(ASK, text_sampling=TEXT)
+        assert nothing == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+        assert painter.chat([*ASK, nothing, *ASK], text_sampling=TEXT) == nothing
+    assert painter.chat([*ASK, nothing, *ASK], text_sampling=TEXT, max_videos=0)["content"][0]["text"]
+    assert painter.processor.apply_chat_template([*ASK, nothing], tokenize=False).startswith("User: show me")
+
+
 def test_videos_are_given_as_files_videos_and_arrays(painter, tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     codes = painter.processor.encode_videos([frames])[0]

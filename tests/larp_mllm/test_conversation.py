@@ -167,6 +167,8 @@ def test_what_a_template_refuses_is_an_error_that_names_the_record(chatml, templ
         ([{"role": "tool", "content": "a"}], "one of system, user, assistant, got 'tool'"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": 5}], "message 2: content must be"),
         ([{"role": "user", "content": " "}], r"message 1 \(user\) is empty"),
+        ([TURNS[0], {"role": "assistant", "content": ""}], r"message 2 \(assistant\) is empty"),
+        ([TURNS[0], {"role": "assistant", "content": [], "loss": False}], r"message 2 \(assistant\) is empty"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"message 1, part 1 must be"),
         ([{"role": "user", "content": ["a"]}], "part 1 must be"),
         ([{"role": "user", "content": [{"type": "text"}]}], "text must be a text, got None"),
@@ -188,6 +190,20 @@ def test_bad_messages_are_errors_that_name_the_place(chatml, messages, said):
 def test_there_must_be_something_to_answer(chatml):
     with pytest.raises(ValueError, match="the last message is the assistant's"):
         segments(TURNS, chatml, answer=True)
+
+
+@pytest.mark.parametrize("nothing", ["", " ", [], [{"type": "text", "text": ""}]])
+def test_in_a_chat_to_be_answered_the_assistant_may_have_said_nothing(chatml, nothing):
+    found = segments([TURNS[0], {"role": "assistant", "content": nothing}, TURNS[2]], chatml, answer=True)
+    assert "<|im_start|>assistant\n<|im_end|>" in chatml.decode(ids(found)).replace(" ", "")
+    with pytest.raises(ValueError, match=r"message 3 \(user\) is empty"):
+        segments([*TURNS[:2], {"role": "user", "content": nothing}], chatml, answer=True)
+
+
+def test_in_a_chat_to_be_answered_a_turn_may_end_without_a_control_token(chatml):
+    chatml.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    found = segments(TURNS[:3], chatml, answer=True)
+    assert chatml.decode(ids(found)).startswith("user: a person surfing\nassistant: the man plays\nuser: two people?")
 
 
 @pytest.mark.parametrize("flagged", [{"loss": False}, {"content": [{"type": "text", "text": "a", "loss": True}]}])

@@ -253,24 +253,46 @@ def test_its_batches_are_what_generate_takes(qwen):
         qwen.processor.batch_decode(ids)
 
 
-def test_chats_become_ids_and_can_be_shown(qwen):
-    chat = [
-        {"role": "user", "content": [{"type": "video", "video": CLIPS[0]}, {"type": "text", "text": "What is it?"}]},
-        {"role": "assistant", "content": "a red circle"},
-    ]
-    apply = qwen.processor.apply_chat_template
-    ids, shown = apply(chat), apply(chat, tokenize=False)
-    assert qwen.processor.vocabulary.split(ids)[1] == ("video", qwen.processor.encode_videos(CLIPS[:1])[0])
-    assert "<video>What is it?" in shown and shown.index("What is it?") < shown.index("a red circle")
-    asked, answered = apply(chat[:1]), apply(chat[:1], add_generation_prompt=True)
-    assert len(asked) < len(answered) and answered[: len(asked)] == asked == ids[: len(asked)]
-    batch = apply([chat, chat[:1]], padding=True, return_tensors="pt", return_dict=True)
-    assert batch["input_ids"].shape[0] == 2 and batch["attention_mask"].sum(1).tolist() == [
-        len(ids),
-        len(apply(chat[:1])),
-    ]
-    with pytest.raises(ValueError, match=r"chat 1"):
-        apply([chat, [{"role": "user", "content": [{"type": "video"}]}]])
+def test_nothing_is_cut_in_silence(qwen):
+    encode = qwen.processor
+    alone, short = (encode(text)["input_ids"] for text in ("a person", "a"))
+    most = len(alone)
+    assert encode("a person", truncation=False, max_length=most)["input_ids"] == alone
+    assert encode(["a person", "a"], padding="longest", max_length=most)["attention_mask"][1].count(1) == len(short)
+    assert (
+        list(map(len, encode(["a person", "a"], padding="max_length", max_length=most + 3)["input_ids"]))
+        == [most + 3] * 2
+    )
+    for words, call in {
+        "truncation is True, but nothing is cut": lambda: encode("a person", truncation=True),
+        f"row 1 has {most} ids, more than max_length = {most - 1}": lambda: encode(
+            ["a", "a person"], max_length=most - 1
+        ),
+        "max_length must be a whole number of at least 1": lambda: encode("a", max_length=0),
+        'padding must be True, False, or "max_length" with a max_length, got .max_length': lambda: encode(
+            "a", padding="max_length"
+        ),
+        r"row 0 has \d+ ids, more than max_length = 2": lambda: encode.apply_chat_template(
+            [{"role": "user", "content": "a"}], max_length=2
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_control_tokens_are_left_out_of_decoded_text_unless_they_are_wanted(qwen):
+    processor = qwen.processor
+    end, video = processor.tokenizer.eos_token, processor.vocabulary.span([0, 1, 2, 3])
+    ids = [*processor.encode_text("a "), processor.tokenizer.eos_token_id, *video]
+    for options, text in (
+        ({}, "a"),
+        ({"skip_special_tokens": True}, "a"),
+        ({"skip_special_tokens": False}, f"a {end}"),
+    ):
+        said, shown = processor.decode(ids, clean_up_tokenization_spaces=False, **options)
+        assert said == text == processor.batch_decode([ids], **options)[0][0] and shown.shape == (4, 16, 16, 3)
+    with pytest.raises(ValueError, match="clean_up_tokenization_spaces would change what was written"):
+        processor.decode(ids, clean_up_tokenization_spaces=True)
 
 
 def test_files_are_read_with_the_stride_of_training(qwen, tmp_path):
@@ -295,6 +317,11 @@ def test_auto_processor_loads_it_with_and_without_the_model(qwen, tmp_path):
         assert again.encode_text(TYPED) == qwen.processor.encode_text(TYPED)
         assert again.encode_videos(CLIPS) == qwen.processor.encode_videos(CLIPS)
     assert "LarpMllmProcessor" in repr(again)
+    for first, side in enumerate(("left", "right")):
+        again = AutoProcessor.from_pretrained(folder, padding_side=side)
+        assert again(["a person", "a"], padding=True)["attention_mask"][1][0] == first
+    with pytest.raises(ValueError, match="padding_side must be left or right, got 'top'"):
+        AutoProcessor.from_pretrained(folder, padding_side="top")
 
 
 def test_a_folder_without_a_processor_and_unknown_options_are_refused(qwen, tmp_path):
@@ -332,6 +359,11 @@ def test_an_upload_holds_the_video_tokenizer_too(qwen, tmp_path, monkeypatch):
     assert address == "hub:owner/name:private=True:token=t" and FakeHub.branch == "v1"
     again = LarpMllmProcessor.from_pretrained(tmp_path / "hub")
     assert again.encode_videos(CLIPS) == qwen.processor.encode_videos(CLIPS)
+    monkeypatch.setattr(FakeHub, "folder", tmp_path / "again")
+    qwen.processor.save_pretrained(tmp_path / "kept", push_to_hub=False)
+    assert not (tmp_path / "again").exists()
+    qwen.processor.save_pretrained(tmp_path / "kept", push_to_hub=True, repo_id="owner/name", revision="v2")
+    assert (tmp_path / "again/video_tokenizer/config.json").is_file() and FakeHub.branch == "v2"
     monkeypatch.setattr(FakeHub, "refuses", True)
     with pytest.raises(ValueError, match=r"owner/name could not be uploaded .*401.*hf auth"):
         qwen.processor.push_to_hub("owner/name")

@@ -1,10 +1,12 @@
 """What a run is trained on and judged by: parts that are held out, and their names."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
 from larp_mllm.data.corpus import Videos, open_corpus
+from larp_mllm.data.dataset import Tasks
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import ENOUGH, shipped_text
 from larp_mllm.data.twins import same_videos_of_records
@@ -23,7 +25,7 @@ def sentence(number, words=60):
 
 @pytest.fixture
 def corpus(qwen, tmp_path):
-    def corpus(documents=(), records=(), eval_text=(), videos=None, **options):
+    def corpus(documents=(), records=(), eval_text=(), videos=None, positions=1024, **options):
         text = ()
         if documents:
             (tmp_path / "a.txt").write_text("\n\n".join(documents))
@@ -33,8 +35,14 @@ def corpus(qwen, tmp_path):
             (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             paths = (tmp_path / "r.jsonl",)
         videos = videos or Videos(None, None, qwen.processor.video_tokenizer)
-        options = {"text": text, "records": paths, "eval_text": eval_text, "encoded": tmp_path / "codes"} | options
-        return open_corpus(videos, qwen.processor, 1024, **options)
+        options = {
+            "tasks": Tasks(),
+            "text": text,
+            "records": paths,
+            "eval_text": eval_text,
+            "encoded": tmp_path / "codes",
+        } | options
+        return open_corpus(videos, qwen.processor, positions, **options)
 
     return corpus
 
@@ -78,6 +86,35 @@ def test_text_is_cut_by_the_sequence_length_or_512_and_must_not_be_cut_to_shreds
         ValueError, match=r"sequence_length is 15, but text is cut into pieces .*raise it to 16 or more"
     ):
         corpus(long, sequence_length=15)
+
+
+def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, qwen, tmp_path):
+    cache = open_cache(tmp_path / "given", rows=20, captions=["a zebra in the zoo", "an okapi"])
+    given = Videos(dataclasses.replace(cache, conditions=cache.codes), None, qwen.processor.video_tokenizer)
+    judged = Videos(None, given.train, qwen.processor.video_tokenizer)
+    data = corpus(videos=given).videos
+    found = {}
+    for name, tasks in (("all", Tasks(chat=0)), ("without", Tasks(chat=0, continuation=0))):
+        found[name] = ids = data.longest(data.drawn(tasks))[0]
+        corpus(videos=given, tasks=tasks, sequence_length=ids)
+        corpus(videos=given, tasks=tasks, positions=ids)
+        with pytest.raises(ValueError, match=rf"of --tokens has {ids} ids, .*raise it to {ids} or more"):
+            corpus(videos=given, tasks=tasks, sequence_length=ids - 1)
+        with pytest.raises(ValueError, match=rf"{ids} ids, but the base model has {ids - 1} positions"):
+            corpus(videos=given, tasks=tasks, positions=ids - 1)
+    assert found["without"] < found["all"]
+    # Held-out videos alone: captions in both directions.
+    longest = data.longest(data.judged(["text_to_video", "video_to_text"]))[0]
+    corpus(videos=judged, positions=longest)
+    with pytest.raises(ValueError, match=f"{longest} ids, but"):
+        corpus(videos=judged, positions=longest - 1)
+    # Records of no weight are not drawn, and those that are held out not packed.
+    records = [{"text": f"record {number}"} for number in range(40)] + [{"text": "long " * 30}]
+    corpus(videos=given, tasks=Tasks(chat=0, interleaved=0), records=records, sequence_length=found["all"])
+    records[19], records[40] = records[40], records[19]
+    corpus(records=records, sequence_length=20)
+    with pytest.raises(ValueError, match="longest sequence of --records has"):
+        corpus(records=[*records, {"text": "longer " * 30}], sequence_length=20)
 
 
 def test_equal_records_stay_on_one_side(corpus):

@@ -221,19 +221,60 @@ def test_a_video_without_any_text_is_named(tmp_path):
         caption_phrases(cache)
 
 
-def test_a_sequence_longer_than_the_base_is_an_error_before_training_begins(qwen, tmp_path):
-    cache, processor = open_cache(tmp_path), qwen.processor
-    with pytest.raises(ValueError, match=r"video0.*8 positions"):
-        CaptionedVideos(cache, processor.layout, processor.encode_text, 8)
-    words = "zebra " * 30
-    cache = dataclasses.replace(cache, captions=(*cache.captions[:7], words, *cache.captions[8:]))
-    longest = len(processor.encode_text(words)) + 6 + 1
-    data = CaptionedVideos(cache, processor.layout, processor.encode_text, longest)
-    assert len(data.fixed(7, "text_to_video").ids) == longest
+# Longest in characters, in ids (the tiny tokenizer knows no x), with a space before, with characters taken apart.
+UNEVEN = ("a red circle moving left, a red circle moving left", "xqxzxqxzxqxzxqxz", " v", "Fahrra\u0308der \ufdfa")
+
+
+@pytest.fixture(scope="module", params=["captions", "classes"])
+def uneven(request, qwen, tmp_path_factory):
+    """Makes videos for a tokenizer with chats and given frames; the captions are of uneven sizes."""
+    made = {"captions": UNEVEN} if request.param == "captions" else {"classes": ("Kayaking", "XqzXqz")}
+    cache = open_cache(tmp_path_factory.mktemp("uneven"), rows=12, **made)
+    cache = dataclasses.replace(cache, conditions=cache.codes)
+
+    def videos(positions=1024):
+        processor = qwen.processor
+        return CaptionedVideos(cache, processor.layout, processor.encode_text, positions, processor.tokenizer)
+
+    return videos
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [only(video_to_text=1), only(continuation=1), only(continuation=1, continuation_text=0), Tasks(chat=4)],
+    ids=["video_to_text", "continuation", "continuation without text", "all"],
+)
+def test_nothing_that_is_drawn_is_longer_than_the_longest_and_one_is_as_long(uneven, tasks):
+    data = uneven()
+    ids, row, task = data.longest(data.drawn(tasks))
+    count = 300 if tasks.chat else 100
+    assert max(len(sequence.ids) for sequence in TrainingMix(tasks, data).batch(0, count, 0)) == ids
+    assert getattr(tasks, task) > 0 and 0 <= row < len(data)
+    # What cannot be longer is not encoded, and nothing else is passed over.
+    assert data.longest(data.drawn(tasks), ids) is None
+    assert data.longest(data.drawn(tasks), ids - 1) == (ids, row, task)
+    enough, short = uneven(ids), uneven(ids - 1)
+    enough.check_lengths(enough.drawn(tasks))
+    option = rf"leave the task out with --tasks\.{task.replace('_', '-')} 0"
     with pytest.raises(
-        ValueError, match=rf"video video7: {longest} ids, but the base model has {longest - 1} positions"
+        ValueError, match=rf"video\d+ \(.*\): {ids} ids, .* {ids - 1} positions: shorten the .*{option}"
     ):
-        CaptionedVideos(cache, processor.layout, processor.encode_text, longest - 1)
+        short.check_lengths(short.drawn(tasks))
+
+
+def test_what_judges_has_a_longest_of_its_own(uneven):
+    data = uneven()
+    for tasks in (data.tasks, ["text_to_video"], ["continuation"]):
+        longest = max(len(data.fixed(row, task).ids) for row in range(len(data)) for task in tasks)
+        assert data.longest(data.judged(tasks))[0] == longest
+
+
+def test_of_texts_that_cannot_be_longest_none_is_encoded(qwen, tmp_path, monkeypatch):
+    words = "zebra " * 30
+    cache = open_cache(tmp_path, captions=[*CAPTIONS, words])
+    data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
+    data.longest(data.drawn(Tasks()), 170)
+    assert set(data._encoded) == {"a", words}
 
 
 def test_evaluation_rows_are_spread():

@@ -75,7 +75,6 @@ def test_text_with_placeholders(qwen, read, root):
     assert spans(qwen, records[0]) == [codes(qwen, root / "a.mp4", 4), codes(qwen, root / "b.mp4", 4)]
     assert learned(qwen, records[0])[1] == 8
     assert records[0].labels[-1] == qwen.processor.layout.eos
-    assert records.longest == len(records[0].ids)
     assert records.videos == ({root / "a.mp4", root / "b.mp4"},)
 
 
@@ -292,8 +291,11 @@ def test_a_record_longer_than_the_model_is_an_error_and_none_is_cut(read):
     long = {"text": "b " * 40 + "<video>", "videos": ["a.mp4"]}
     length = len(read(long)[0].ids)
     assert len(read(long, positions=length)[0].ids) == length
-    with pytest.raises(ValueError, match=rf"r.jsonl:1: {length} ids, but the base model has {length - 1} positions"):
+    shorter = rf"r.jsonl:1: {length} ids, but the base model has {length - 1} positions: shorten the text$"
+    with pytest.raises(ValueError, match=shorter):
         read(long, positions=length - 1)
+    with pytest.raises(ValueError, match=r"20 positions: give it fewer videos \(6 ids each\)$"):
+        read({"text": "<video>" * 12, "videos": ["a.mp4"] * 12}, positions=20)
 
 
 def test_files_without_records_and_missing_ones_are_named(qwen, read, tmp_path):

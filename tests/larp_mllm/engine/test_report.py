@@ -60,6 +60,17 @@ def test_a_model_and_its_run_tell_the_same_story(run, capsys):
     assert json.loads(capsys.readouterr().out)["report"] == REPORT
 
 
+def test_a_run_that_went_on_with_other_options_says_so(run):
+    resumed = [
+        {"step": 700, "changed": {"joint.llm_lr": [None, 0.005], "z_loss": [0, 1]}},
+        {"step": 900, "changed": {}},
+    ]
+    write_report(REPORT | {"resumed": resumed}, run)
+    told = describe_training(read_training(run))
+    assert "resumed:  at step 700 with joint.llm_lr default -> 0.005, z_loss 0 -> 1\n" in told
+    assert "resumed:  at step 900 with the options it began with\n" in told
+
+
 def test_a_run_under_way_says_how_far_it_is(run, capsys):
     main(["train-info", str(run)])
     assert "has written no metrics yet, of 2500 steps" in capsys.readouterr().out

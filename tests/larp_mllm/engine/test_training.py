@@ -199,7 +199,9 @@ def test_sigterm_saves_and_another_process_goes_on(base, cache, prose, train, tm
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
-def test_killed_after_the_last_step_a_run_repeats_nothing(train, tmp_path, monkeypatch):
+def test_killed_after_the_last_step_a_run_repeats_nothing_and_ended_it_stays_as_it_is(
+    train, tmp_path, monkeypatch, capsys
+):
     options = ("--joint.steps", "3", "--save-every", "2", "--log-every", "10")
     train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
@@ -207,10 +209,36 @@ def test_killed_after_the_last_step_a_run_repeats_nothing(train, tmp_path, monke
         with pytest.raises(ZeroDivisionError):
             train(tmp_path / "cut", *options)
     monkeypatch.setattr(train_mllm, "train_step", lambda *_: pytest.fail("trained again"))
-    for _ in range(2):  # a run that ended in full is no different
-        assert train(tmp_path / "cut", *options, "--resume")["steps"] == 3
+    report = train(tmp_path / "cut", *options, "--resume", "--joint.llm-lr", "7")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
     assert lines(tmp_path / "cut")[-1]["step"] == 3
+    # The rates are those that it was trained with.
+    whole = json.loads((tmp_path / "whole/report.json").read_text())
+    assert [{**stage, "seconds": 0} for stage in report["stages"]] == [{**s, "seconds": 0} for s in whole["stages"]]
+    assert report["eval"] == whole["eval"] and report["resumed"][0]["step"] == report["steps"] == 3
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr(train_mllm, "build", lambda *_: pytest.fail("loaded something"))
+    assert train(tmp_path / "cut", *options, "--resume", "--joint.llm-lr", "9", "--adapter", "free") == report
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/cut finished before, at step 3: nothing to do" in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == files
+
+
+@pytest.mark.slow
+def test_the_report_tells_the_options_that_each_part_of_a_run_had(base, train, tmp_path, monkeypatch):
+    def go(*options, steps=1000):
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            return train(tmp_path / "run", "--base", str(base), *STAGES, *options)
+
+    go("--align.adapter-lr", "1e-3", steps=4)  # one step into joint
+    go("--resume", "--joint.llm-lr", "5e-3", "--align.adapter-lr", "0.5", "--z-loss", "0.1", steps=1)
+    report = go("--resume", "--align.adapter-lr", "1e-3")
+    assert [stage["adapter_lr"] for stage in report["stages"]] == [1e-3, 5e-4]
+    assert report["stages"][1]["llm_lr"] == 1e-4
+    changed = {"joint.llm_lr": [None, 5e-3], "align.adapter_lr": [1e-3, 0.5], "z_loss": [0.0, 0.1]}
+    assert report["resumed"] == [{"step": 4, "changed": changed}, {"step": 5, "changed": {}}]
+    assert lines(tmp_path / "run")[4]["llm_lr"] > 1e-3 > lines(tmp_path / "run")[5]["llm_lr"], "as it was"
 
 
 def test_asked_to_stop_at_the_last_step_a_run_ends_in_full(train, tmp_path, monkeypatch):
@@ -274,9 +302,9 @@ def test_another_model_is_not_resumed_and_the_difference_is_named(base, train, t
     lora = ("--base", str(base), "--align.steps", "0", "--joint.steps", "2")
     train(tmp_path / "lora", *lora)
     with pytest.raises(ValueError, match="lora_rank was 2, is 4"):
-        train(tmp_path / "lora", *lora, "--joint.lora-rank", "4", "--resume")
+        train(tmp_path / "lora", *lora, "--joint.steps", "3", "--joint.lora-rank", "4", "--resume")
     # The size of tiny bases means nothing here.
-    train(tmp_path / "lora", *lora, "--tiny.layers", "3", "--resume")
+    train(tmp_path / "lora", *lora, "--joint.steps", "3", "--tiny.layers", "3", "--resume")
 
 
 # ------------------------------------------------------------------------------------------------- what changes speed alone
