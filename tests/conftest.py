@@ -2,6 +2,7 @@
 
 import itertools
 import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
@@ -41,11 +42,19 @@ def seeded():
 
 @pytest.fixture
 def full_disk():
-    """No file grows beyond 4 kB, as if the disk were full; the system says "File too large"."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    """`with full_disk():` no file grows beyond 4 kB, as if the disk were full; the system says "File too large"."""
+
+    # Not for the whole test: pytest's own output, which may go to a file, would find the disk full as well.
+    @contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(autouse=True)

@@ -235,14 +235,14 @@ def test_nothing_is_lost_or_left_half_written(tmp_path, monkeypatch):
 def test_a_full_disk_is_told_by_the_folder_and_leaves_nothing(qwen, tmp_path, monkeypatch, full_disk):
     out = tmp_path / "out"
     told = pytest.raises(ValueError, match=rf"^{out} cannot be written \(.*File too large.*\): free space there")
-    with told:  # by its words
+    with full_disk(), told:  # by its words
         export(qwen, out)
     monkeypatch.setattr("larp_mllm.export.add_words", lambda tokenizer, *_: (tokenizer, {}))
     monkeypatch.setattr("larp_mllm.export.loader_of", lambda *_: "AutoTokenizer")
-    with told:  # by its weights
+    with full_disk(), told:  # by its weights
         export(qwen, out)
     assert not list(tmp_path.iterdir())
-    with told:
+    with full_disk(), told:
         qwen.save(out)
 
 

@@ -144,7 +144,7 @@ def test_what_cannot_be_saved_is_refused_before_a_file_is_there(tmp_path, monkey
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4"])
 def test_a_full_disk_is_told_by_the_file_and_leaves_nothing(tmp_path, full_disk, suffix):
-    with pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
+    with full_disk(), pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
         noise(8, 96, 96).save(tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())
 

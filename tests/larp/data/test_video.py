@@ -173,7 +173,7 @@ def test_the_slowest_gif_is_written(tmp_path):
 @pytest.mark.parametrize("suffix", [".gif", ".mp4"])
 def test_a_full_disk_is_named_and_not_the_encoder(tmp_path, full_disk, suffix):
     noise = np.random.default_rng(0).integers(0, 256, (8, 96, 96, 3), dtype=np.uint8)
-    with pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
+    with full_disk(), pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
         write_video(tmp_path / f"a{suffix}", noise, 10)
     assert os.listdir(tmp_path) == []
 
