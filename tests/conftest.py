@@ -1,9 +1,13 @@
 """Fixtures for all tests: where real data lie, and a home of their own for caches."""
 
 import itertools
+import os
 import resource
 from contextlib import contextmanager
 from pathlib import Path
+
+# Models of a few thousand weights gain nothing from threads, and lose a third of the time where cores are few or busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
 
