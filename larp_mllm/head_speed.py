@@ -12,7 +12,8 @@ from typing import Any
 
 from larp.metrics.flops import Product
 from larp.metrics.timing import Lap, in_fresh_process, lap, peak_memory, ratio, summary
-from larp_mllm.modeling import IGNORE, LarpMllmForCausalLM
+from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.sequence import IGNORE
 
 import numpy as np
 import torch

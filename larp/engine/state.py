@@ -301,16 +301,24 @@ def _load_average(engine: Engine, path: Path) -> None:
         engine.average.update(engine.module)
 
 
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """'a.b was 1, is 2' for each key that differs between two nested dicts of plain values."""
-    found = []
+def changed_values(
+    saved: Mapping[str, Any], current: Mapping[str, Any], absent: Any = None, prefix: str = ""
+) -> dict[str, list]:
+    """{"a.b": [value in saved, value in current]} for each key that differs between two nested dicts of plain values."""
+    found: dict[str, list] = {}
     for key in [*saved, *(key for key in current if key not in saved)]:
-        before, after = saved.get(key, "(absent)"), current.get(key, "(absent)")
+        before, after = saved.get(key, absent), current.get(key, absent)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{key}.")
+            found |= changed_values(before, after, absent, f"{prefix}{key}.")
         elif before != after:
-            found.append(f"{prefix}{key} was {before}, is {after}")
+            found[f"{prefix}{key}"] = [before, after]
     return found
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """'a.b was 1, is 2' for each key that differs between two nested dicts of plain values."""
+    changed = changed_values(saved, current, "(absent)")
+    return [f"{name} was {before}, is {after}" for name, (before, after) in changed.items()]
 
 
 def _check_model(state: SavedState, model: Mapping[str, Any] | None) -> None:

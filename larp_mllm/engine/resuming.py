@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from larp.engine.state import CONFIG_FILE, newest_state
+from larp.engine.state import CONFIG_FILE, changed_values, newest_state
 from larp_mllm.engine.report import REPORT
 from larp_mllm.home import RUN_MODEL
 
@@ -33,18 +33,11 @@ def going_on(run: Path, options: Mapping[str, Any], step: int, earlier: list[dic
     `step`. An item is {"step", "changed": {option: [the value that the run began with, now]}}; nothing in "changed" means
     that the run went back to the options that it began with.
     """
-    began, now = (_flat(values) for values in (_read(run / CONFIG_FILE) or {}, json.loads(json.dumps(options))))
-    names = [name for name in {**began, **now} if name not in ("resume", "out") and began.get(name) != now.get(name)]
-    changed = {name: [began.get(name), now.get(name)] for name in names}
+    now = json.loads(json.dumps(options))
+    found = changed_values(_read(run / CONFIG_FILE) or {}, now)
+    changed = {name: values for name, values in found.items() if name not in ("resume", "out")}
     before = earlier[-1]["changed"] if earlier else {}
     return earlier if changed == before else [*earlier, {"step": step, "changed": changed}]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
 
 
 def _read(path: Path) -> dict[str, Any] | None:
