@@ -36,6 +36,10 @@ class LossConfig:
     l2: float = 0.0
     lpips: float = 1.0
     """Needs its published weights (README, 'Weights of the metrics'); 0 does without."""
+    lpips_frames: int = 0
+    """LPIPS of so many random frames of each clip, others at each step; 0: of all."""
+    lpips_start: int = 0
+    """First step with LPIPS."""
     quantizer: float = 0.1
     """On codebook loss + 0.25 commitment loss."""
     commitment: float = 0.25
@@ -61,6 +65,9 @@ class LossConfig:
         for name in ("l1", "l2", "lpips", "quantizer", "commitment", "prior", "gan", "lecam", "r1"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"loss.{name} = {getattr(self, name)} is a weight: 0 or more, and finite")
+        for name in ("lpips_frames", "lpips_start", "gan_start"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loss.{name} must be 0 or more, got {getattr(self, name)}")
         if self.r1 and not self.gan:
             raise ValueError(
                 f"loss.r1 = {self.r1} regularises the discriminator, which loss.gan = 0 leaves out: set one of them"
@@ -82,17 +89,26 @@ class AdversaryConfig:
 
 
 def tokenizer_loss(
-    weights: LossConfig, clip: Tensor, out: TokenizerOutput, perceptual: Lpips | None = None
+    weights: LossConfig,
+    clip: Tensor,
+    out: TokenizerOutput,
+    perceptual: Lpips | None = None,
+    noise: BatchNoise | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the tokenizer's loss but for its adversarial part, a scalar, and its unweighted parts by name.
 
-    The reconstruction is taken as it is, unclamped: a clamp would stop gradients where it errs most.
+    The reconstruction is taken as it is, unclamped: a clamp would stop gradients where it errs most. `noise` chooses the frames
+    where `weights.lpips_frames` asks for some.
     """
     error = out.reconstruction.float() - clip
     parts = {"l1": error.abs().mean(), "l2": error.square().mean()}
     total = weights.l1 * parts["l1"] + weights.l2 * parts["l2"]
     if perceptual is not None:
-        parts["lpips"] = perceptual(out.reconstruction.float(), clip).mean()
+        seen = out.reconstruction.float(), clip
+        if 0 < weights.lpips_frames < clip.shape[2]:
+            frames = (noise.uniform(weights.lpips_frames) * clip.shape[2]).long()
+            seen = (pick_frames(video, frames) for video in seen)
+        parts["lpips"] = perceptual(*seen).mean()
         total = total + weights.lpips * parts["lpips"]
     if out.quantized is not None:
         parts["quantizer"] = out.quantized.codebook_loss + weights.commitment * out.quantized.commitment_loss
@@ -101,6 +117,11 @@ def tokenizer_loss(
         parts |= {"prior": out.prior.loss, "prior_top1": out.prior.top1, "prior_top5": out.prior.top5}
         total = total + weights.prior * out.prior.loss
     return total, parts
+
+
+def pick_frames(clip: Tensor, frames: Tensor) -> Tensor:
+    """Take the frames (B, n) int64 of each clip (B, 3, T, H, W): (B, 3, n, H, W)."""
+    return clip[torch.arange(len(clip), device=clip.device)[:, None], :, frames].transpose(1, 2)
 
 
 class Adversary:
@@ -119,13 +140,13 @@ class Adversary:
         """The raw module."""
         return self.engine.module
 
-    def takes_part(self, step: int) -> bool:
-        """Whether the tokenizer feels the discriminator at this step."""
-        return step >= self.weights.gan_start
+    def takes_part(self, place: float) -> bool:
+        """Whether the tokenizer feels the discriminator at this place on the schedule."""
+        return place >= self.weights.gan_start
 
-    def learns(self, step: int) -> bool:
-        """Whether the discriminator is updated at this step."""
-        return self.takes_part(step) and step % self.weights.gan_every == 0
+    def learns(self, place: float, step: int) -> bool:
+        """Whether the discriminator is updated at this place on the schedule, at this step."""
+        return self.takes_part(place) and step % self.weights.gan_every == 0
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -17,12 +17,15 @@ from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import ClipLoader, iterate_once
+from larp.data.resident import ResidentClips
 from larp.discriminator import Discriminator
 from larp.engine import backend, state
 from larp.engine.backend import Engine, EngineConfig, Ranks
+from larp.engine.clock import Clock, check_minutes
 from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.engine.schedules import ramp
+from larp.hub import EMA, resolve, weights_file
 from larp.metrics import lpips
 from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
 from larp.metrics.weights import WeightsMissing
@@ -37,6 +40,8 @@ from torch import Tensor
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tokenizer-shapes32"
+# What a validation prints of its figures.
+SUMMARY = ("psnr", "ema_psnr", "mean_colour_psnr", "ssim", "lpips", "ema_lpips", "rfvd", "codes_used", "prior_top1")
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class TrainTokenizerConfig:
     """Optimizer steps; 150,000 where `epochs` does not say it."""
     epochs: float | None = None
     """The length of the run in passes over the training videos, in place of `steps`."""
+    minutes: float | None = None
+    """The length of the run in time. `steps` is then the scale of its schedules: what a recipe does at half of its steps is done
+    after half of the time, however many steps the machine makes."""
+    start_from: str | None = None
+    """Folder or hub name of a tokenizer of the same shape whose weights (averaged ones, where it has them) the run begins with."""
     batch_size: int = 128
     """Clips of one step over all processes."""
     seed: int = 0
@@ -81,6 +91,9 @@ class TrainTokenizerConfig:
     """Take every so many frames of a video."""
     flip: bool = False
     """Mirror half of the clips."""
+    crop: bool = False
+    """Vary the clips: random squares of the frame, 0.76 to 1 of its side, every first to third frame, brightness. All videos are
+    decoded once and kept in the memory of the device."""
     in_memory: bool = False
     """Decode all videos once, at the clip's size, before training."""
     workers: int = 2
@@ -90,6 +103,9 @@ class TrainTokenizerConfig:
     eval_clips: int = 256
     """Clips of the validation set that are used."""
     save_every: int = 1000
+    keep_best: bool = False
+    """model/ holds the weights of the best validation rather than the last ones: by LPIPS where it is at hand, else by PSNR, of the
+    averaged weights where there are any."""
     wandb: str | None = None
     """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -99,6 +115,7 @@ class TrainTokenizerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self) -> None:
+        check_minutes(self.minutes)
         for name in ("steps", "batch_size", "log_every", "eval_every", "eval_clips", "save_every"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -145,11 +162,11 @@ class TrainTokenizerConfig:
 
     @property
     def quantized_from(self) -> int:
-        """The first step with the quantizer."""
-        return round(self.continuous * self.steps)
+        """The first step with the quantizer; trained weights need no start without."""
+        return 0 if self.start_from is not None else round(self.continuous * self.steps)
 
-    def temperature(self, step: int) -> float:
-        """The temperature of the codes drawn at a step."""
+    def temperature(self, step: float) -> float:
+        """The temperature of the codes sampled at a place on the schedule."""
         start, end = self.temperature_start or self.model.temperature, self.model.temperature
         done = ramp(max(0, step - self.quantized_from), self.steps - self.quantized_from, self.temperature_ramp, 1.0)
         return start * (end / start) ** done
@@ -161,6 +178,7 @@ class Trainer:
 
     config: TrainTokenizerConfig
     ranks: Ranks
+    clock: Clock
     tokenizer: Engine
     adversary: Adversary | None
     perceptual: lpips.Lpips | None
@@ -169,6 +187,10 @@ class Trainer:
     keeper: CodebookKeeper | None
     counts: Tensor
     """How often each code was drawn since the last line of the log, by this process."""
+    quantizing: bool = False
+    """Whether the last step had the quantizer."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Figures of the weights in model/, where the best ones are kept."""
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -180,8 +202,11 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     """Make the models, optimizers and engines of a run on so many training videos."""
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
+    if config.start_from is not None:
+        take_weights(tokenizer, config.start_from)
     c, o = config.model, config.optimizer
-    factor = o.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size)
+    clock = Clock(config.steps, config.minutes)
+    factor = clock.on_schedule(o.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
     optimizer = build_optimizer(tokenizer, o, config.engine.zero_stage)
     engine = backend.make_engine(
         tokenizer, optimizer, factor, config.engine, config.batch_size, ranks,
@@ -201,7 +226,17 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     keeper = CodebookKeeper(c.codebook_size) if config.keeps_codes else None
     counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
     watch = Watch.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else Watch()
-    return Trainer(config, ranks, engine, adversary, perceptual, watch, keeper, counts)
+    return Trainer(config, ranks, clock, engine, adversary, perceptual, watch, keeper, counts)
+
+
+def take_weights(tokenizer: LarpTokenizer, source: str) -> None:
+    """Begin with the weights of a trained tokenizer, averaged ones where it has them; ValueError unless it has the same shape."""
+    folder = resolve(source)
+    variant = EMA if (folder / weights_file(EMA)).exists() else None
+    trained = LarpTokenizer.from_pretrained(folder, variant=variant)
+    if differing := state.differences(to_dict(trained.config), to_dict(tokenizer.config)):
+        raise ValueError(f"start_from {source} is another tokenizer than this run's: {'; '.join(differing)}")
+    tokenizer.load_state_dict(trained.state_dict())
 
 
 def load_lpips() -> lpips.Lpips:
@@ -214,12 +249,14 @@ def load_lpips() -> lpips.Lpips:
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
     """Run one step, of one global batch in micro batches, and return its losses by name (means over this process)."""
-    config, step = trainer.config, trainer.tokenizer.step_count
-    quantize = step >= config.quantized_from
-    if quantize and step == config.quantized_from and config.continuous:
+    config, step, place = trainer.config, trainer.tokenizer.step_count, trainer.clock.position
+    quantize = place >= config.quantized_from
+    if quantize and config.quantized_from and not trainer.quantizing:
         place_codes(trainer, all_codes=True)
-    adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(step) else None
-    mix = ramp(step, config.steps, config.mix_ramp, config.mix_peak)
+    trainer.quantizing = quantize
+    adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(place) else None
+    perceptual = trainer.perceptual if place >= config.loss.lpips_start else None
+    mix = ramp(place, config.steps, config.mix_ramp, config.mix_peak)
     sums: dict[str, Tensor] = {}
     for _ in range(config.engine.accumulation):
         batch = next(batches)
@@ -230,20 +267,26 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
         keep = None
         if config.model.nested:
             keep = draw_prefixes(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
-        out = trainer.tokenizer(clip, noise, mix, quantize, keep, config.temperature(step))
-        loss, parts = tokenizer_loss(config.loss, clip, out, trainer.perceptual)
+        out = trainer.tokenizer(clip, noise, mix, quantize, keep, config.temperature(place))
+        with trainer.tokenizer.autocast():
+            loss, parts = tokenizer_loss(config.loss, clip, out, perceptual, noise)
         with nullcontext() if adversary is None else adversary.held():
             if adversary is not None:
                 parts["gan"] = adversary.judge(out.reconstruction)
                 loss = loss + config.loss.gan * parts["gan"]
             trainer.tokenizer.backward(loss)
         trainer.tokenizer.step()
-        if adversary is not None and adversary.learns(step):
+        if adversary is not None and adversary.learns(place, step):
             parts["discriminator"] = adversary.learn(clip, out.reconstruction.detach(), noise)
         observe(trainer, out)
         for name, value in {"loss": loss, **parts}.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.engine.accumulation
-    if quantize and config.reset_codes_every and step % config.reset_codes_every == 0 and step < 0.9 * config.steps:
+    if (
+        quantize
+        and config.reset_codes_every
+        and trainer.clock.due(config.reset_codes_every)
+        and place < 0.9 * config.steps
+    ):
         place_codes(trainer, all_codes=False)
     return sums
 
@@ -293,7 +336,7 @@ def spread(items: tuple, count: int) -> tuple:
 
 def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     """Train to the end (or until told to stop), validating and saving on the way; return the report."""
-    config, c, ranks = trainer.config, trainer.config.model, trainer.ranks
+    config, c, ranks, clock = trainer.config, trainer.config.model, trainer.ranks, trainer.clock
     shape = ClipShape(c.num_frames, c.height, c.width, config.stride)
     micro = backend.micro_batch(config.batch_size, config.engine.accumulation, ranks)
     check_wandb(config.wandb)
@@ -303,48 +346,58 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         raise ValueError(
             f"{test.spec}: none of its {len(test)} test videos can be read; give others with --eval-data ({name}: {reason})"
         )
-    loader = ClipLoader(
-        train, shape, config.batch_size, micro, config.seed, ranks.rank, ranks.world_size, flip=config.flip,
-        workers=0 if config.in_memory else config.workers, in_memory=config.in_memory,
-    )  # fmt: skip
-    saved = state.open_run(config.out, to_dict(config), config.resume, config.steps, trainer.engines, identity(config))
+    loader = open_loader(config, train, shape, micro, ranks)
+    saved = state.open_run(config.out, to_dict(config), config.resume, clock.total, trainer.engines, identity(config))
     if saved is not None:
         state.load_state(trainer.engines, saved, identity(config))
         loader.load_state_dict(saved.loader_state)
         restore(trainer, saved.extra)
     began, first = time.monotonic(), trainer.tokenizer.step_count
+    clock.start(first, elapsed=0.0 if saved is None else saved.extra.get("elapsed", 0.0))
     shown = ("loss", "psnr", "prior_top1")
-    with RunLog(config.out, ranks, config.steps, first, shown, config.wandb, to_dict(config)) as log:
+    with RunLog(config.out, ranks, clock.total, first, shown, config.wandb, to_dict(config)) as log:
         announce(trainer, train, test, log)
         batches = iter(loader)
         trainer.tokenizer.module.train()
-        for step in range(first + 1, config.steps + 1):
+        while not clock.done:
             losses = train_step(trainer, batches)
+            clock.advance()
+            step, last = clock.step, clock.done
             if not step % config.log_every:
                 values = backend.reduce_mean(losses) | count_codes(trainer)
                 values |= {**trainer.tokenizer.learning_rates, "grad_norm": trainer.tokenizer.grad_norm or 0.0}
                 if config.temperature_start is not None:
-                    values["temperature"] = config.temperature(step - 1)
-                log.metrics(step, values)
-            last = step == config.steps
+                    values["temperature"] = config.temperature(clock.before)
+                log.metrics(step, values | clock.metrics)
             stop = backend.stop_requested() if not step % 10 else False
-            if not step % config.save_every or last or stop:
+            if clock.due(config.save_every) or last or stop:
                 state.save_state(
                     trainer.engines, config.out, step, loader.state_dict(), keep_extra(trainer), model=identity(config)
                 )
-            if not step % config.eval_every and not last and not stop:
+            if clock.due(config.eval_every) and not last and not stop:
                 check(trainer, test, shape, step, log)
             if stop and not last:
                 log.say(f"stopped at step {step}, saved; go on with --resume --out {config.out}")
                 return {"stopped_at": step}
-        report = check(trainer, test, shape, config.steps, log)
+        report = check(trainer, test, shape, clock.step, log)
         skipped = sorted({tuple(entry) for entries in backend.gather_objects(loader.skipped) for entry in entries})
         for name, reason in skipped:
             log.say(f"skipped {name}: {reason}")
-        report |= {"steps": config.steps, "seconds": round(time.monotonic() - began, 1)}
+        report |= {"steps": clock.step, "seconds": round(time.monotonic() - began, 1)}
         report |= {"cpu_seconds": round(time.process_time(), 1)}
         report |= {"skipped_videos": len(skipped), "skipped_updates": trainer.tokenizer.skipped_count}
     return report
+
+
+def open_loader(
+    config: TrainTokenizerConfig, train: VideoSet, shape: ClipShape, micro: int, ranks: Ranks
+) -> ClipLoader:
+    """The training clips of this process."""
+    shared = (train, shape, config.batch_size, micro, config.seed, ranks.rank, ranks.world_size)
+    if config.crop:
+        return ResidentClips(*shared, flip=config.flip, device=ranks.device)
+    workers = 0 if config.in_memory else config.workers
+    return ClipLoader(*shared, flip=config.flip, workers=workers, in_memory=config.in_memory)
 
 
 def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: RunLog) -> dict:
@@ -358,16 +411,28 @@ def check(trainer: Trainer, test: VideoSet, shape: ClipShape, step: int, log: Ru
         report = result.metrics
         if trainer.tokenizer.average is not None:
             averaged = validate(trainer, trainer.tokenizer.average.module, test, shape)
-            report["ema_psnr"] = averaged.metrics["psnr"]
+            report |= {f"ema_{name}": averaged.metrics[name] for name in ("psnr", "lpips") if name in averaged.metrics}
         log.metrics(step, {f"test_{name}": value for name, value in report.items()})
-        told = {
-            k: round(v, 3)
-            for k, v in report.items()
-            if k in ("psnr", "ema_psnr", "mean_colour_psnr", "ssim", "lpips", "rfvd", "codes_used", "prior_top1")
-        }
+        told = {name: round(report[name], 3) for name in SUMMARY if name in report}
         log.say(f"step {step}, {report['num_clips']} test clips: {told}")
+        if trainer.config.keep_best and (not trainer.best or quality(report) > quality(trainer.best)):
+            trainer.best = report | {"step": step}
+            save_model(trainer)
     backend.barrier()
     return report
+
+
+def quality(report: dict[str, float]) -> tuple[bool, float]:
+    """How good the weights of a validation are, averaged ones where there are any; figures with LPIPS stand above those without."""
+    name = "lpips" if "lpips" in report else "psnr"
+    value = report.get(f"ema_{name}", report[name])
+    return name == "lpips", -value if name == "lpips" else value
+
+
+def save_model(trainer: Trainer) -> Path:
+    """Write the weights of this moment, and their average where there is one, into OUT/model."""
+    average = trainer.tokenizer.average
+    return trainer.tokenizer.module.save_pretrained(trainer.config.out / "model", ema=average and average.module)
 
 
 def identity(config: TrainTokenizerConfig) -> dict:
@@ -388,11 +453,15 @@ def keep_extra(trainer: Trainer) -> dict:
     """What a checkpoint holds beside the engines; every process calls it."""
     keeper = trainer.keeper.state_dict() if trainer.keeper else {}
     adversary = trainer.adversary.state_dict() if trainer.adversary else {}
-    return {"adversary": adversary, "keeper": keeper, "counts": backend.reduce_sum(trainer.counts).cpu()}
+    kept = {"elapsed": trainer.clock.elapsed, "best": trainer.best, "quantizing": trainer.quantizing}
+    return {"adversary": adversary, "keeper": keeper, "counts": backend.reduce_sum(trainer.counts).cpu(), **kept}
 
 
 def restore(trainer: Trainer, extra: dict) -> None:
     """Take up `keep_extra`."""
+    # Runs of earlier versions kept neither.
+    trainer.quantizing = extra.get("quantizing", trainer.tokenizer.step_count > trainer.config.quantized_from)
+    trainer.best = extra.get("best", {})
     if trainer.adversary is not None:
         trainer.adversary.load_state_dict(extra["adversary"])
     if trainer.ranks.is_main:
@@ -405,10 +474,13 @@ def announce(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> 
     """Say what is about to be trained, and on what."""
     model = trainer.tokenizer.module
     prior = sum(p.numel() for p in model.prior.parameters()) if model.prior is not None else 0
+    epochs = trainer.config.steps * trainer.config.batch_size / len(train)
+    minutes = trainer.config.minutes
+    length = f"{trainer.config.steps} steps or {epochs:.1f} epochs" if minutes is None else f"{minutes:g} minutes"
     log.say(
         f"tokenizer of {(model.num_parameters() - prior) / 1e6:.1f} M parameters, prior {prior / 1e6:.1f} M, "
         f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
-        f"{trainer.config.steps} steps or {trainer.config.steps * trainer.config.batch_size / len(train):.1f} epochs"
+        f"{length}"
     )
     for note in (*train.notes, *test.notes, *trainer.watch.notes):
         log.say(note)
@@ -431,8 +503,9 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = build(config, ranks, len(train))
     report = fit(trainer, train, test)
     if "stopped_at" not in report and ranks.is_main:
-        average = trainer.tokenizer.average
-        folder = trainer.tokenizer.module.save_pretrained(config.out / "model", ema=average and average.module)
+        folder = config.out / "model" if config.keep_best else save_model(trainer)
+        if config.keep_best:
+            report["best"] = trainer.best
         write_json(config.out / "report.json", report)
         print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")
     # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.

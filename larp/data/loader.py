@@ -157,16 +157,20 @@ class ClipLoader:
         return index, frames[:, :, ::-1] if self.flip and draw[1] < 0.5 else frames
 
     def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self._source.videos))
+        epoch, place = divmod(position, self._count())
         if not self.shuffle:
             return place
         order = self._order  # one read of the pair: worker threads may replace it
         if order is None or order[0] != epoch:
             order = self._order = (
                 epoch,
-                np.random.default_rng((self.seed, _ORDER, epoch)).permutation(len(self._source.videos)),
+                np.random.default_rng((self.seed, _ORDER, epoch)).permutation(self._count()),
             )
         return int(order[1][place])
+
+    def _count(self) -> int:
+        """Videos of an epoch."""
+        return len(self._source.videos)
 
 
 class FixedPass:
@@ -299,6 +303,11 @@ class _Source:
             raise VideoError(_nothing_readable(self))
         self._memory = memory
 
+    def take_memory(self) -> dict[int, np.ndarray] | None:
+        """Hand over what `load_all` decoded, by index; None if it did not fit."""
+        memory, self._memory = self._memory, None
+        return memory
+
     def _decode(self, index: int) -> np.ndarray | None:
         shape, item = self.shape, self.videos.items[index]
         try:
@@ -341,11 +350,16 @@ class _Inline:
 
 
 def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:
-    items = [videos.items[index] for index, _ in rows]
+    clips = torch.stack([pixels_to_clip(frames) for _, frames in rows])
+    return {"clip": clips, **video_labels([index for index, _ in rows], videos)}
+
+
+def video_labels(indices: list[int], videos: VideoSet) -> dict:
+    """What a batch says of its clips, videos `indices` of a set: label, index and caption; see `ClipLoader`."""
+    items = [videos.items[index] for index in indices]
     return {
-        "clip": torch.stack([pixels_to_clip(frames) for _, frames in rows]),
         "label": torch.tensor([-1 if item.label is None else item.label for item in items], dtype=torch.int64),
-        "index": torch.tensor([index for index, _ in rows], dtype=torch.int64),
+        "index": torch.tensor(indices, dtype=torch.int64),
         "caption": [item.caption or "" for item in items],
     }
 

@@ -85,7 +85,7 @@ def check_wandb(project: str | None) -> None:
 class RunLog:
     """Metrics and progress of one run; a context manager.
 
-    folder: the run folder (created). total_steps: length of the progress bar. resume_step: the step that training
+    folder: the run folder (created). total_steps: length of the progress bar; None: unknown. resume_step: the step that training
     goes on from; lines of metrics.jsonl beyond it are cut, so that the file has one line for each step however often
     the run was resumed. show: names of the metrics to put behind the progress bar (empty: all of them, up to four).
     wandb: the project of Weights & Biases that gets the same numbers, and `config`, the run's options as plain values;
@@ -96,7 +96,7 @@ class RunLog:
         self,
         folder: Path | str,
         ranks: Ranks,
-        total_steps: int,
+        total_steps: int | None,
         resume_step: int = 0,
         show: Sequence[str] = (),
         wandb: str | None = None,

@@ -78,7 +78,7 @@ def open_run(
     folder: Path | str,
     config: Mapping[str, Any],
     resume: bool,
-    steps: int,
+    steps: int | None,
     engines: Mapping[str, Engine] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> SavedState | None:
@@ -87,7 +87,7 @@ def open_run(
     Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
     that of a resumed one beside it as config.resumed.json, saying which options changed. Collective. Call it when
     nothing else can fail for a mistake of the user. Raises ValueError, before anything is written or said, as `check_folder`
-    does, if another process trains in the folder, if the checkpoint lies beyond `steps`, the length of the run, and where
+    does, if another process trains in the folder, if the checkpoint lies beyond `steps`, the length of the run (None: it has none in steps), and where
     `engines` are given, as `load_state` does with them and `model`.
     """
     folder = Path(folder)
@@ -96,7 +96,7 @@ def open_run(
     # Again: another run may have begun, and ended, since.
     check_folder(folder, resume)
     state = newest_state(folder) if resume else None
-    if state is not None and state.step > steps:
+    if state is not None and steps is not None and state.step > steps:
         raise ValueError(
             f"{folder} is at step {state.step} already, beyond the {steps} steps asked for: give more steps, or train anew in "
             "another folder"

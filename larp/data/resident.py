@@ -1,0 +1,127 @@
+"""Training clips cut from videos that lie in the memory of the device: crops, speeds and brightness at no decoding.
+
+Letters: b clips of a micro batch, T frames, H x W pixels of a clip, F frames of all videos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from larp.data.clips import ClipShape
+from larp.data.datasets import VideoSet
+from larp.data.loader import ClipLoader, video_labels
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Videos are kept so much larger than a clip: a crop reaches from the clip's own size to all of that.
+_MARGIN = 21 / 16
+# Sides of the crops between the two; all clips with one side are resized in one call.
+_SIDES = 6
+_WHOLE = 0.25
+_BRIGHTNESS = 0.1
+_STRIDES = 3
+_RESIDENT_GB = 64.0
+_ROW = 4  # the random stream of a step, apart from the loader's own
+
+
+class ResidentClips(ClipLoader):
+    """A `ClipLoader` of augmented clips: all videos are decoded once and kept as uint8 on `device`.
+
+    A clip is a random window at every first, second or third frame (as far as the video has room), a random square part of the
+    frame of 0.76 to 1 of its side (one clip in four is the whole frame), resized as videos are when they are read, its
+    brightness scaled by 0.9 to 1.1; with `flip`, half of the clips are mirrored. Which clip stands at a global position
+    depends on the seed and that position alone.
+
+    Batches are those of `ClipLoader`, with the clips on the device. Raises ValueError where the videos need more than 64 GiB.
+    """
+
+    def __init__(
+        self,
+        videos: VideoSet,
+        shape: ClipShape,
+        global_batch: int,
+        micro_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        self.out = shape
+        kept = ClipShape(shape.frames, round(shape.height * _MARGIN), round(shape.width * _MARGIN), shape.stride)
+        super().__init__(
+            videos, kept, global_batch, micro_batch, seed, rank, world_size, flip=flip, in_memory=True,
+            memory_gb=_RESIDENT_GB,
+        )  # fmt: skip
+        memory = self._source.take_memory()
+        if memory is None:
+            raise ValueError(
+                f"{videos.spec}: crop keeps all videos in memory, and they need more than {_RESIDENT_GB:.0f} GiB: "
+                "train without --crop, or on fewer videos"
+            )
+        self.usable = sorted(memory)
+        lengths = [len(memory[index]) for index in self.usable]
+        self._lengths = np.array(lengths)
+        self._offsets = np.cumsum([0, *lengths[:-1]])
+        self._frames = torch.empty((sum(lengths), kept.height, kept.width, 3), dtype=torch.uint8, device=device)
+        for index, offset, length in zip(self.usable, self._offsets, lengths, strict=True):
+            self._frames[offset : offset + length] = torch.from_numpy(memory.pop(index))
+
+    def __iter__(self) -> Iterator[dict]:
+        while True:
+            step, micro = self.step, self.micro
+            first = self.rank_offset + micro * self.micro_batch
+            rows = np.arange(first, first + self.micro_batch)
+            uniform = np.random.default_rng((self.seed, _ROW, step)).random((self.global_batch, 7))[rows]
+            chosen = np.array([self._index(step * self.global_batch + row) for row in rows])
+            batch = video_labels([self.usable[k] for k in chosen], self._source.videos)
+            self.step, self.micro = self._after((step, micro))
+            yield {"clip": self._cut(chosen, uniform), **batch, "sample_offset": first, "step": step}
+
+    def _identity(self) -> dict:
+        shape = self.out
+        return super()._identity() | {
+            "clip_shape": [shape.frames, shape.height, shape.width, shape.stride],
+            "crop": True,
+        }
+
+    def _count(self) -> int:
+        return len(self.usable)
+
+    def _cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
+        """Cut the clips of the videos `chosen` (b,), as U[0, 1) values (b, 7) say: float32 (b, 3, T, H, W) in [0, 1]."""
+        shape, device = self.out, self._frames.device
+        window, start, whole, side, top, left, rest = uniform.T
+        lengths = self._lengths[chosen]
+        most = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _STRIDES)
+        strides = (1 + (window * most).astype(np.int64)) * shape.stride
+        room = lengths - (shape.frames - 1) * strides
+        starts = self._offsets[chosen] + (start * room).astype(np.int64)
+        frames = torch.from_numpy(starts[:, None] + strides[:, None] * np.arange(shape.frames)).to(device)
+        sides = np.where(whole < _WHOLE, _SIDES - 1, (side * _SIDES).astype(np.int64))
+        clips = torch.empty((len(chosen), 3, *(shape.frames, shape.height, shape.width)), device=device)
+        for k in np.unique(sides):
+            rows = np.flatnonzero(sides == k)
+            share = k / (_SIDES - 1)
+            height = round(shape.height + share * (self.shape.height - shape.height))
+            width = round(shape.width + share * (self.shape.width - shape.width))
+            ys = (top[rows] * (self.shape.height - height + 1)).astype(np.int64)[:, None] + np.arange(height)
+            xs = (left[rows] * (self.shape.width - width + 1)).astype(np.int64)[:, None] + np.arange(width)
+            ys, xs = torch.from_numpy(ys).to(device), torch.from_numpy(xs).to(device)
+            part = self._frames[frames[rows][:, :, None, None], ys[:, None, :, None], xs[:, None, None, :]]
+            images = part.flatten(0, 1).permute(0, 3, 1, 2).float()
+            if images.shape[-2:] != (shape.height, shape.width):
+                size = shape.height, shape.width
+                images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+            clips[torch.from_numpy(rows).to(device)] = images.unflatten(0, (len(rows), -1)).transpose(1, 2) / 255
+        # One number serves both: which half it lies in, and where in that half.
+        factors = 1 + _BRIGHTNESS * (4 * (rest % 0.5) - 1)
+        clips *= torch.from_numpy(factors.astype(np.float32)).to(device)[:, None, None, None, None]
+        if self.flip:
+            mirrored = torch.from_numpy(rest < 0.5).to(device)[:, None, None, None, None]
+            clips = torch.where(mirrored, clips.flip(-1), clips)
+        return clips.clamp_(0, 1)

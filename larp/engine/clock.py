@@ -1,0 +1,91 @@
+"""Where a run stands on its schedules: by steps, or by the share of its minutes that has passed.
+
+    clock = Clock(steps=3600, minutes=10)
+    while not clock.done:
+        ...                       # a step at clock.position: learning rate, temperature, which losses take part
+        clock.advance()           # after each step
+        if clock.due(1200):       # after every 1200 steps of the schedule: here every 200 seconds
+            ...
+
+A recipe is written in steps. With `minutes` the same recipe keeps its shape: what it does at step 900 of 3600 is done after a
+quarter of the time, however many steps the machine has made by then.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from larp.engine import ranks
+
+
+class Clock:
+    """The length of a run and the place reached, the same on all ranks.
+
+    Args:
+        steps: length of the schedules; without minutes, of the run itself.
+        minutes: length of the run in time, validation and saving included; None counts steps.
+
+    step: steps done. position: place on the schedule, in steps of the schedule: `step` itself without minutes. before: the same
+    before the last step.
+    Raises ValueError for minutes that are not positive and finite.
+    """
+
+    def __init__(self, steps: int, minutes: float | None = None):
+        check_minutes(minutes)
+        self.steps, self.minutes = steps, minutes
+        self.step, self._elapsed = 0, 0.0
+        self.position: float = 0
+        self.before: float = -1
+        self._since = time.monotonic()
+
+    def start(self, step: int = 0, elapsed: float = 0.0) -> None:
+        """Begin to count, or go on after so many steps and seconds; building and reading data before it cost nothing."""
+        self.step, self._elapsed, self._since = step, elapsed, time.monotonic()
+        self.position = self._place()
+        self.before = self.position - 1
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start, those before a resumption included."""
+        return self._elapsed + time.monotonic() - self._since
+
+    @property
+    def total(self) -> int | None:
+        """Steps of the run; None where its minutes decide."""
+        return self.steps if self.minutes is None else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a line of the log says of a run in minutes: the place on the schedule, and the minutes so far."""
+        return {} if self.minutes is None else {"place": self.position, "minutes": self.elapsed / 60}
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has its length."""
+        return self.position >= self.steps
+
+    def advance(self) -> None:
+        """Count a step. Collective where the run has minutes: the first rank's time holds."""
+        self.step += 1
+        self.before, self.position = self.position, self._place()
+
+    def due(self, every: int) -> bool:
+        """Whether the last step passed a multiple of `every` on the schedule."""
+        return self.position // every > self.before // every
+
+    def on_schedule(self, factor: Callable[[float], float]) -> Callable[[int], float]:
+        """Return a function of the step, such as a learning-rate factor, that is read at the place on the schedule."""
+        return factor if self.minutes is None else lambda _: factor(self.position)
+
+    def _place(self) -> float:
+        if self.minutes is None:
+            return self.step
+        return min(1.0, ranks.broadcast_object(self.elapsed) / (60 * self.minutes)) * self.steps
+
+
+def check_minutes(minutes: float | None) -> None:
+    """Raise ValueError unless the minutes of a run are positive and finite, or None."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"minutes = {minutes} must be positive and finite")
