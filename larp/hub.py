@@ -18,6 +18,7 @@ RUN_MODEL = "model"
 """Where the folder of a training run keeps its model."""
 EMA = "ema"
 """The variant of a checkpoint that holds the averaged weights of its training."""
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def weights_file(variant: str | None = None) -> str:
@@ -34,6 +35,8 @@ class LarpModel(nn.Module):
 
     model_type: str
     config_class: type
+    exact: tuple[str, ...] = ()
+    """Parameters that are never stored in 16 bits."""
 
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
@@ -66,7 +69,8 @@ class LarpModel(nn.Module):
                 )
             from larp.config import from_dict
 
-            values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format")}
+            tensors = widened(tensors, config.get("dtype", "float32"), folder / CONFIG)
+            values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format", "dtype")}
             settings = from_dict(cls.config_class, values, where=str(folder / CONFIG))
         else:
             try:
@@ -84,8 +88,13 @@ class LarpModel(nn.Module):
         model.load_state_dict(tensors)
         return model.eval().to(device)
 
-    def save_pretrained(self, folder: str | Path, *, ema: "LarpModel | None" = None) -> Path:
+    def save_pretrained(
+        self, folder: str | Path, *, ema: "LarpModel | None" = None, dtype: torch.dtype = torch.float32
+    ) -> Path:
         """Write config.json and model.safetensors into `folder`, each whole or not at all, and return the folder.
+
+        `dtype` bfloat16 or float16 stores the weights in half the space, as config.json says, and they are float32 again when they
+        are loaded; codebooks and positions stay float32.
 
         `ema`, the same model with averaged weights, goes beside it as model.ema.safetensors; without it the folder holds none,
         since an older one would belong to other weights. Raises ValueError if the two differ in their config, and if `folder` is a
@@ -95,18 +104,21 @@ class LarpModel(nn.Module):
             raise ValueError("the averaged model has another config than the model: save it into a folder of its own")
         folder = make_folder(folder)
         (folder / weights_file(EMA)).unlink(missing_ok=True)
-        self._write_weights(folder / WEIGHTS)
+        self._write_weights(folder / WEIGHTS, dtype)
         if ema is not None:
-            ema._write_weights(folder / weights_file(EMA))
-        config = {"model_type": self.model_type, "larp_format": FORMAT, **asdict(self.config)}
+            ema._write_weights(folder / weights_file(EMA), dtype)
+        stored = {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
+        config = {"model_type": self.model_type, "larp_format": FORMAT, **stored, **asdict(self.config)}
         part = folder / (CONFIG + ".part")
         part.write_text(json.dumps(config, indent=2) + "\n")
         part.replace(folder / CONFIG)
         return folder
 
-    def _write_weights(self, path: Path) -> None:
+    def _write_weights(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
         # Positions are functions of the config, but stored: a checkpoint then explains itself.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        if dtype != torch.float32:
+            tensors |= {k: tensors[k].to(dtype) for k, _ in self.named_parameters() if k not in self.exact}
         part = path.with_name(path.name + ".part")
         # safetensors gives its files to the owner alone; others may read a model as they may read its config.json.
         part.unlink(missing_ok=True)
@@ -255,6 +267,14 @@ def read(folder: Path, variant: str | None = None) -> tuple[dict, dict[str, Tens
             f"{folder / weights} cannot be read ({error}); it may be truncated: copy it again"
         ) from error
     return config, tensors
+
+
+def widened(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
+    """Return weights that config.json declares to be stored in 16 bits as float32, and others as they are; CheckpointError for
+    another dtype there."""
+    if dtype not in _STORED:
+        raise CheckpointError(f"{where}: dtype is {dtype!r}, expected one of {', '.join(_STORED)}")
+    return {k: v.float() if v.dtype == _STORED[dtype] else v for k, v in tensors.items()}
 
 
 def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from larp.discriminator import Discriminator, DiscriminatorConfig
 from larp.hub import CheckpointError, changed
 from larp.prior import PriorConfig
-from larp.tokenizer import TokenizerConfig
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
 
 import huggingface_hub
 import pytest
@@ -19,6 +19,12 @@ from safetensors.torch import load_file, save_file
 def small(seed: int = 0, hidden: int = 16) -> Discriminator:
     torch.manual_seed(seed)
     return Discriminator(DiscriminatorConfig(4, 8, 8, (4, 8, 8), hidden=hidden, depth=1, heads=2))
+
+
+TINY_TOKENIZER = TokenizerConfig(
+    4, 16, 16, (2, 8, 8), num_tokens=4, codebook_size=16, code_dim=4, encoder_width=32, encoder_depth=1, encoder_heads=2,
+    decoder_width=32, decoder_depth=1, decoder_heads=2, prior=PriorConfig(depth=1, heads=2, width=16, positions=4),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -199,3 +205,27 @@ def test_an_upload_without_a_network_says_so(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
     with pytest.raises(CheckpointError, match=r"me/judge could not be uploaded.*ConnectionError: no route\).*token"):
         small().push_to_hub("me/judge")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_stored_in_16_bits_are_float32_again_and_half_as_large(tmp_path, dtype):
+    model = LarpTokenizer(TINY_TOKENIZER)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "half", dtype=dtype)
+    again = LarpTokenizer.from_pretrained(tmp_path / "half")
+    for name, value in model.named_parameters():
+        stored = value if "embedding" in name else value.to(dtype).float()
+        assert torch.equal(again.state_dict()[name], stored), name
+    assert torch.equal(again.encoder_positions, model.encoder_positions)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.8 * sizes[1]
+    again.save_pretrained(tmp_path / "again")
+    assert LarpTokenizer.from_pretrained(tmp_path / "again").weight_hash() == again.weight_hash()
+
+
+def test_an_unknown_dtype_of_the_file_is_refused(tmp_path):
+    folder = LarpTokenizer(TINY_TOKENIZER).save_pretrained(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
+    with pytest.raises(CheckpointError, match="dtype is 'int8', expected one of float32, bfloat16, float16"):
+        LarpTokenizer.from_pretrained(folder)
