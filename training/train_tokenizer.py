@@ -9,13 +9,14 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.config import parse, run_script, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
+from larp.data.listing import NoSplitError
 from larp.data.loader import ClipLoader, iterate_once
 from larp.data.resident import ResidentClips
 from larp.discriminator import Discriminator
@@ -321,6 +322,15 @@ def place_codes(trainer: Trainer, all_codes: bool) -> None:
         table[moved] = renewed[moved].to(table)
 
 
+def open_validation(config: TrainTokenizerConfig) -> VideoSet:
+    """The validation videos: the test split, but where the best weights are chosen by them the validation split, if the data have one."""
+    data = config.eval_data or config.data
+    if config.keep_best:
+        with suppress(NoSplitError):
+            return open_videos(data, "validation")
+    return open_videos(data, "test")
+
+
 def validate(trainer: Trainer, model: LarpTokenizer, videos: VideoSet, shape: ClipShape) -> Reconstruction:
     """Reconstruct the first validation clips (centres of the videos), the same ones each time, with this process alone."""
     chosen = replace(videos, items=spread(videos.items, trainer.config.eval_clips))
@@ -498,7 +508,7 @@ def main(argv: list[str] | None = None) -> dict:
             "--recipe tokenizer-ucf64 --data ucf101:/path/to/UCF101 (recipes: training/recipes)"
         )
     train = open_videos(config.data, "train")
-    test = open_videos(config.eval_data or config.data, "test")
+    test = open_validation(config)
     config = config.in_steps(len(train))
     trainer = build(config, ranks, len(train))
     report = fit(trainer, train, test)

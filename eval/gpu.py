@@ -1,0 +1,343 @@
+"""Everything that a GPU is needed for, in one command and by the clock: tests, speed, and the trainings of the `box` recipes.
+
+    python eval/gpu.py --pack box.clips --minutes 9 --out runs/gpu
+
+The parts, each a process of its own with its own limit, so that one that fails costs only itself:
+
+    tests      the tests marked gpu
+    speed      eval/speed_gpu.py
+    unpack     the packed clips (larp-mllm pack-clips) become frames
+    tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; about 60 % of what is left of the time
+    tokens     codes of the train, validation and test split; beside it the tokenizer's figures on the test split
+    models     the class-conditional generator and the language model, side by side
+
+OUT gets report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB (`--unpack-results OUT`
+puts them together again). Without a GPU: `--device cpu --rehearse` runs the same with tiny sizes.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from larp.config import parse, run_script, to_dict
+from larp.engine.clock import check_minutes
+from larp.engine.log import write_json
+from larp.hub import EMA, check_device, weights_file
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+PIECE = 15 * 2**20
+"""Bytes of a file of results at most."""
+Part = Literal["tests", "speed", "train"]
+# Seconds that a part may take at most, and how a training's time is shared out.
+LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
+TOKENIZER_SHARE = 0.62
+# What a training takes beyond its minutes: imports, reading, building; and at its end figures, samples and writing.
+BEFORE, AFTER = 25, 35
+LINES = 12
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """Run what needs a GPU, in a given time."""
+
+    minutes: float = 9.0
+    """For everything together."""
+    out: Path = Path("runs/gpu")
+    """Where the results go, in files of at most 15 MB."""
+    work: Path | None = None
+    """Where the parts work and leave what is too large to keep; by default the folder work in `out`."""
+    parts: tuple[Part, ...] = ("tests", "speed", "train")
+    pack: Path | None = None
+    """The packed clips to train on (larp-mllm pack-clips); needed by train."""
+    start_from: Path | None = None
+    """Results of an earlier run, unpacked: the trainings go on from its tokenizer, generator and mllm, where they are there."""
+    tokenizer_options: str = ""
+    """Further options of the tokenizer's training, as on its command line."""
+    generator_options: str = ""
+    """The same of the generator's."""
+    mllm_options: str = ""
+    """The same of the language model's."""
+    device: str = "cuda"
+    rehearse: bool = False
+    """Tiny sizes, to see that everything runs."""
+    unpack_results: Path | None = None
+    """Put the pieces of an earlier run's OUT together in it, and do nothing else."""
+
+    def __post_init__(self):
+        check_minutes(self.minutes)
+
+
+@dataclass
+class Runner:
+    """Runs parts as processes until a deadline, and keeps the report up to date."""
+
+    config: GpuConfig
+    deadline: float
+    report: dict = field(default_factory=dict)
+
+    @property
+    def work(self) -> Path:
+        """The folder that the parts work in."""
+        return self.config.work or self.config.out / "work"
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def run(self, limit: float, **commands: Sequence[str]) -> bool:
+        """Run the named commands side by side, each for `limit` seconds at most; True if all of them ended well."""
+        limit = min(limit, self.left)
+        if limit < 5:
+            for name in commands:
+                self.note(name, "skipped", 0.0, "no time is left for it: give more --minutes")
+            return False
+        began = time.monotonic()
+        started = {name: self._start(name, command) for name, command in commands.items()}
+        for name, process in started.items():
+            try:
+                status = "ok" if process.wait(max(0.1, began + limit - time.monotonic())) == 0 else "failed"
+            except subprocess.TimeoutExpired:
+                status = "out of time"
+                end(process)
+            seconds = time.monotonic() - began
+            self.note(name, status, seconds, "" if status == "ok" else last_lines(self.log(name)))
+        self.keep("logs", *(self.log(name) for name in self.report["parts"]), *self.figures())
+        return all(self.report["parts"][name]["status"] == "ok" for name in commands)
+
+    def log(self, name: str) -> Path:
+        """The file that takes what a part prints."""
+        return self.work / "logs" / f"{name}.log"
+
+    def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen:
+        log = self.log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "20",
+        }  # fmt: skip
+        print(f"{name}: {' '.join(map(str, command))}", flush=True)
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=file, stderr=file,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def note(self, name: str, status: str, seconds: float, lines: str = "") -> None:
+        """Write how a part ended into the report."""
+        entry = {"status": status, "seconds": round(seconds, 1)} | ({"lines": lines} if lines else {})
+        self.report.setdefault("parts", {})[name] = entry
+        self.report["seconds"] = round(60 * self.config.minutes - self.left, 1)
+        write_json(self.config.out / "report.json", self.report)
+        print(f"{name}: {status} after {seconds:.0f} s{': ' + lines if lines else ''}", flush=True)
+
+    def keep(self, name: str, *paths: Path) -> None:
+        """Put files and folders of the work folder into OUT as NAME.tar.00 and so on, in place of older ones."""
+        whole = self.work / f"{name}.tar"
+        with tarfile.open(whole, "w") as archive:
+            for path in paths:
+                if path.exists():
+                    archive.add(path, path.relative_to(self.work))
+        for old in self.config.out.glob(f"{name}.tar.*"):
+            old.unlink()
+        with open(whole, "rb") as file:
+            for number, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
+                (self.config.out / f"{name}.tar.{number:02d}").write_bytes(piece)
+        whole.unlink()
+
+    def figures(self) -> Iterator[Path]:
+        """The small results of all parts: reports, metrics, sheets."""
+        for pattern in ("*.json", "*/report.json", "*/config.json", "*/metrics.jsonl", "*.png", "*/samples/*.png"):
+            yield from sorted(self.work.glob(pattern))
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the command line `argv` (by default the program's own) and return the report."""
+    config, _ = parse(GpuConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "gpu.py")
+    if config.unpack_results is not None:
+        return {"files": unpack_results(config.unpack_results)}
+    check_device(config.device)
+    if "train" in config.parts and config.pack is None:
+        raise ValueError(
+            "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or leave train out"
+        )
+    runner = Runner(config, time.monotonic() + 60 * config.minutes)
+    runner.work.mkdir(parents=True, exist_ok=True)
+    config.out.mkdir(parents=True, exist_ok=True)
+    runner.report |= {"machine": machine(config.device), "options": to_dict(config)}
+    tiny = ("--device", "cpu", "--rehearse") if config.rehearse else ()
+    if "tests" in config.parts:
+        if config.device == "cpu":
+            os.environ["LARP_GPU_TESTS_ON"] = "cpu"
+        runner.run(LIMITS["tests"], tests=["-m", "pytest", "-m", "gpu", "tests/gpu", "-q", "-x" if tiny else "-rfE"])
+    if "speed" in config.parts:
+        out, minutes = runner.work / "speed.json", (LIMITS["speed"] - 20) / 60
+        runner.run(LIMITS["speed"], speed=["eval/speed_gpu.py", "--out", out, "--minutes", minutes, *tiny])
+    if "train" in config.parts:
+        train(runner)
+    runner.keep("logs", *(runner.log(name) for name in runner.report["parts"]), *runner.figures())
+    print(f"report: {config.out / 'report.json'}")
+    return runner.report
+
+
+def train(runner: Runner) -> None:
+    """The trainings, one after the other where one needs the other's result."""
+    config, work = runner.config, runner.work
+    earlier = config.start_from or Path("nowhere")
+    clips = work / "clips"
+    if not runner.run(LIMITS["unpack"], unpack=["-m", "larp_mllm.cli", "unpack-clips", config.pack, "-o", clips]):
+        return
+    everything, labelled = f"jsonl:{clips / 'clips.jsonl'}", f"jsonl:{clips / 'labelled.jsonl'}"
+    tokenizer = work / "tokenizer"
+    seconds = TOKENIZER_SHARE * runner.left
+    runner.run(
+        seconds + AFTER,
+        tokenizer=[
+            "training/train_tokenizer.py", *recipe(config, "tokenizer"), "--data", everything, "--out", tokenizer,
+            *lasting(seconds - BEFORE - AFTER), *going_on(earlier / "tokenizer"), *config.tokenizer_options.split(),
+        ],
+    )  # fmt: skip
+    if not (tokenizer / "model").is_dir():
+        if not (earlier / "tokenizer").is_dir():
+            return
+        shutil.copytree(earlier / "tokenizer", tokenizer / "model")
+    best = smaller(tokenizer / "model", work / "weights" / "tokenizer")
+    runner.keep("tokenizer", best)
+    codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
+    windows = {"train": ("--windows", "8", "--flips"), "validation": ("--windows", "2"), "test": ()}
+    if not runner.run(
+        LIMITS["tokens"],
+        **{
+            f"tokens_{split}": [
+                "training/extract_tokens.py", "--tokenizer", best, "--data", labelled, "--split", split, "--out", folder,
+                *windows[split],
+            ]
+            for split, folder in codes.items()
+        },
+        reconstruction=["eval/ucf_rfvd.py", "--tokenizer", best, "--data", labelled, "--split", "test",
+                        "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
+    ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
+        return
+    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *lasting(runner.left - BEFORE - AFTER)]
+    runner.run(
+        runner.left - 5,
+        generator=[
+            "training/train_generator.py", *recipe(config, "generator"), *shared, "--out", work / "generator",
+            *going_on(earlier / "generator"), *config.generator_options.split(),
+        ],
+        mllm=[
+            "training/train_mllm.py", *recipe(config, "mllm"), *shared, "--out", work / "mllm",
+            *going_on(earlier / "mllm"), *config.mllm_options.split(),
+        ],
+    )  # fmt: skip
+    if (work / "generator" / "model").is_dir():
+        runner.keep("generator", smaller(work / "generator" / "model", work / "weights" / "generator"))
+    if (work / "mllm" / "model").is_dir():
+        (work / "weights").mkdir(exist_ok=True)
+        shutil.copytree(work / "mllm" / "model", work / "weights" / "mllm", dirs_exist_ok=True)
+        runner.keep("mllm", work / "weights" / "mllm")
+
+
+def recipe(config: GpuConfig, model: str) -> list[str]:
+    """The options that name a model's recipe, and make it tiny for a rehearsal."""
+    options = ["--recipe", f"{model}-box-gpu"]
+    if config.rehearse:
+        options += TINY[model]
+    return options
+
+
+_SIDES = [f"--model.{side}-{what}={value}" for side in ("encoder", "decoder")
+          for what, value in (("width", 32), ("depth", 1), ("heads", 2))]  # fmt: skip
+TINY = {
+    "tokenizer": [
+        *_SIDES, "--model.patch-size", "8", "16", "16", "--model.num-tokens=16", "--model.codebook-size=64", "--batch-size=8",
+        "--model.prior.depth=1", "--model.prior.width=16", "--model.prior.heads=2", "--adversary.hidden=16", "--adversary.depth=1",
+        "--adversary.heads=2", "--log-every=5", "--eval-clips=4", "--engine.no-compile",
+    ],
+    "generator": ["--batch-size=8", "--size=tiny", "--log-every=5", "--sampling.clips=2"],
+    "mllm": ["--batch-size=8", "--tiny.layers=1", "--tiny.width=32", "--tiny.heads=2", "--log-every=5", "--eval-videos=4"],
+}  # fmt: skip
+
+
+def lasting(seconds: float) -> list[str]:
+    """The option that gives a training so much time, six seconds at least."""
+    return ["--minutes", f"{max(6.0, seconds) / 60:.3f}"]
+
+
+def going_on(model: Path) -> list[str]:
+    """The option that begins with earlier weights, where there are some."""
+    return ["--start-from", str(model)] if model.is_dir() else []
+
+
+def smaller(model: Path, target: Path) -> Path:
+    """Write the averaged weights of a model of larp, or else its weights, in 16 bits; return the folder."""
+    from larp.generator import LarpGenerator
+    from larp.tokenizer import LarpTokenizer
+
+    kind = LarpGenerator if "generator" in target.name else LarpTokenizer
+    variant = EMA if (model / weights_file(EMA)).exists() else None
+    return kind.from_pretrained(model, variant=variant).save_pretrained(target, dtype=torch.bfloat16)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Stop a part and all that it started: asked first, so that a training saves, then made to."""
+    for number, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def last_lines(path: Path) -> str:
+    """The last lines of a log, without what progress bars wrote over."""
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-LINES:])
+
+
+def machine(device: str) -> dict[str, str | int]:
+    """What the report says of the machine."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count() or 1}
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+    return found
+
+
+def unpack_results(folder: Path) -> list[str]:
+    """Put the pieces of a run's results together below `folder`, and return the names of what was in them."""
+    names = sorted({path.name.split(".tar.")[0] for path in folder.glob("*.tar.*")})
+    if not names:
+        raise ValueError(f"{folder} holds no results (NAME.tar.00, ...) of eval/gpu.py: give the folder that it wrote")
+    found = []
+    for name in names:
+        whole = folder / f".{name}.tar"
+        with open(whole, "wb") as file:
+            for piece in sorted(folder.glob(f"{name}.tar.*")):
+                file.write(piece.read_bytes())
+        with tarfile.open(whole) as archive:
+            archive.extractall(folder, filter="data")
+            found += archive.getnames()
+        whole.unlink()
+    print("\n".join(found))
+    return found
+
+
+if __name__ == "__main__":
+    run_script("gpu.py", main)
