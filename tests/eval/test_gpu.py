@@ -1,0 +1,98 @@
+"""eval/gpu.py: parts that fail or take too long cost only themselves, results come back in pieces, and all of it runs without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from eval.gpu import PIECE, GpuConfig, Runner, last_lines, main, unpack_results
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def runner(folder: Path, minutes: float = 1.0) -> Runner:
+    config = GpuConfig(minutes=minutes, out=folder, device="cpu")
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    return Runner(config, time.monotonic() + 60 * minutes)
+
+
+def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path):
+    run = runner(tmp_path)
+    assert run.run(20, good=["-c", "print('made')"])
+    assert not run.run(20, bad=["-c", "print('working'); raise ValueError('no such thing')"])
+    began = time.monotonic()
+    assert not run.run(5, hangs=["-c", "import time; print('begun', flush=True); time.sleep(100)"])
+    assert time.monotonic() - began < 15
+    assert run.run(20, last=["-c", "pass"])
+    parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert [part["status"] for part in parts.values()] == ["ok", "failed", "out of time", "ok"]
+    assert "no such thing" in parts["bad"]["lines"] and "begun" in parts["hangs"]["lines"]
+    assert "logs/good.log" in unpack_results(tmp_path) and (tmp_path / "logs/good.log").read_text() == "made\n"
+
+
+def test_what_a_part_started_ends_with_it(tmp_path):
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(p.pid, flush=True); p.wait()"
+    run = runner(tmp_path)
+    assert not run.run(5, parent=["-c", child])
+    pid = int(last_lines(run.log("parent")))
+    for _ in range(50):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(pid, 9)
+    pytest.fail("a grandchild lives on")
+
+
+def test_parts_run_side_by_side_and_without_time_not_at_all(tmp_path):
+    run, began = runner(tmp_path), time.monotonic()
+    nap = ["-c", "import time; time.sleep(2)"]
+    assert run.run(20, one=nap, two=nap)
+    assert time.monotonic() - began < 3.8
+    run.deadline = time.monotonic() + 1
+    assert not run.run(20, late=nap)
+    assert "give more --minutes" in run.report["parts"]["late"]["lines"]
+
+
+def test_results_come_back_in_pieces_of_bounded_size(tmp_path):
+    run = runner(tmp_path)
+    content = os.urandom(PIECE + 1000)
+    (run.work / "weights").mkdir()
+    (run.work / "weights" / "model.bin").write_bytes(content)
+    run.keep("weights", run.work / "weights")
+    pieces = sorted(tmp_path.glob("weights.tar.*"))
+    assert len(pieces) == 2 and all(piece.stat().st_size <= PIECE for piece in pieces)
+    run.keep("weights", run.work / "weights")
+    assert sorted(tmp_path.glob("weights.tar.*")) == pieces
+    unpack_results(tmp_path)
+    assert (tmp_path / "weights" / "model.bin").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda:7"], "device 'cuda:7' is not there; this machine has"),
+        (["--device", "cpu"], "--pack names no packed clips to train on: make them with larp-mllm pack-clips"),
+        (["--unpack-results", "{}"], "holds no results"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        main(["--out", str(tmp_path / "out"), *(option.format(tmp_path) for option in options)])
+
+
+def test_minutes_must_be_positive():
+    with pytest.raises(ValueError, match="minutes = 0 must be positive"):
+        GpuConfig(minutes=0)
+
+
+def test_the_program_says_a_mistake_without_a_traceback(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval/gpu.py", "--device", "cpu", "--out", tmp_path / "out"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0 and "Traceback" not in done.stderr and "--pack names no packed clips" in done.stderr
