@@ -2,12 +2,23 @@
 # make quickstart   train and run everything on the built-in captioned videos (ARGS="--fresh" starts anew, "--help" tells more)
 # make test         the tests
 # make test-all     and those that take long
+# make wheelhouse PYTHON=3.12   the wheels that a GPU machine without a network lacks, in build/wheelhouse
 PYTHON ?= python3
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: install quickstart test test-all lint clean
+.PHONY: install quickstart test test-all wheelhouse lint clean
+
+# What a machine with torch, transformers, peft and OpenCV usually lacks of the packages that this project imports.
+LACKING   := deepspeed hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection \
+             tyro docstring_parser typeguard pytorch-msssim
+PLATFORMS ?= manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux_2_28_x86_64
+# A bare version is what a wheelhouse is for; the Python that runs here is another matter.
+TARGET := $(or $(filter 3.%,$(PYTHON)),3.12)
+ifneq ($(filter 3.%,$(PYTHON)),)
+override PYTHON := python3
+endif
 
 install: .venv/installed
 
@@ -30,6 +41,15 @@ test: install
 
 test-all: test
 	$(BIN)/python -m pytest -m long
+
+# There: pip install --no-index --no-deps --target DIR wheelhouse/*.whl, and DIR in PYTHONPATH.
+# DeepSpeed comes as a source archive only; its kernels are compiled on first use, on the machine that has the compiler.
+wheelhouse: install
+	rm -rf build/wheelhouse
+	DS_BUILD_OPS=0 $(BIN)/python -m pip wheel --no-deps --constraint constraints.txt --wheel-dir build/wheelhouse deepspeed
+	$(BIN)/python -m pip download --no-deps --constraint constraints.txt --dest build/wheelhouse --only-binary :all: \
+	  --python-version $(TARGET) $(PLATFORMS:%=--platform %) $(filter-out deepspeed,$(LACKING))
+	du -ch build/wheelhouse/*.whl
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

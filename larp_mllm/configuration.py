@@ -8,7 +8,6 @@ from larp_mllm.vocabulary import Vocabulary
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 AdapterKind = Literal["codebook", "free"]
 # What some bases do to their logits after the head: theirs would differ from ours. With the value that does nothing.
@@ -25,7 +24,7 @@ class LarpMllmConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
-    sub_configs_defaults: ClassVar = {"text_config": SubConfigSpec(AutoConfig, model_type="qwen2")}
+    sub_configs: ClassVar = {"text_config": AutoConfig}
 
     text_config: Any = None
     text_size: int = 0
@@ -39,6 +38,9 @@ class LarpMllmConfig(PreTrainedConfig):
     given_frames: int = 0
 
     def __post_init__(self, **kwargs):
+        if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave what config.json holds as it is
+            text = {} if self.text_config is None else dict(self.text_config)
+            self.text_config = CONFIG_MAPPING[text.get("model_type", "qwen2")](**text)
         super().__post_init__(**kwargs)
         # 0 is the library's own doing: it makes a config without arguments to find what differs from it when saving.
         if self.text_size or self.codebook_size:
@@ -59,6 +61,11 @@ class LarpMllmConfig(PreTrainedConfig):
         except (StrictDataclassError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"config.json of a {MODEL_TYPE} model: {reason}; copy the model folder again") from error
+
+    @classmethod
+    def default_config_fields(cls) -> dict[str, Any]:
+        """What newer releases ask before they save: that text_config is a config, of which defaults are left out."""
+        return {**super().default_config_fields(), "text_config": {}}
 
     @property
     def vocabulary(self) -> Vocabulary:
