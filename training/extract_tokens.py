@@ -47,8 +47,8 @@ class ExtractTokensConfig:
     condition_frames: int = 0
     """For frame prediction: how many first frames of a clip are given, 1 to T - 1 (the paper: 5); their codes are stored
     beside."""
-    batch_size: int = 16
-    """Clips in one pass of the tokenizer."""
+    batch_size: int | None = None
+    """Clips in one pass of the tokenizer; by default 16, and 64 on a GPU."""
     workers: int = 2
     """Threads that decode videos, for each process; 0: none, decoding and encoding take turns."""
 

@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.config import parse, run_script, to_dict
@@ -19,15 +18,19 @@ from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import extract_tokens
 from larp.data.tokens import TokenCache
 from larp.engine import backend
-from larp.engine.backend import Engine, EngineConfig, Ranks, make_engine
+from larp.engine.backend import Engine, Ranks, make_engine
+from larp.engine.clock import Clock
+from larp.engine.generator_settings import TrainGeneratorConfig
 from larp.engine.log import RunLog, check_wandb, write_json
-from larp.engine.optimizer import OptimizerConfig, build_optimizer
+from larp.engine.optimizer import build_optimizer
 from larp.engine.sharding import whole, whole_copy
+from larp.engine.start_from import take_weights
 from larp.engine.state import check_folder, load_state, open_run, save_state
-from larp.generator import GeneratorConfig, LarpGenerator, Task, code_loss
+from larp.generator import GeneratorConfig, LarpGenerator, code_loss
+from larp.hub import EMA
 from larp.metrics.prediction import predict_codes
 from larp.noise import BatchNoise
-from larp.samples import GUIDANCE, Samples, SamplingConfig, tokenizer_of
+from larp.samples import GUIDANCE, Samples, tokenizer_of
 from larp.tokenizer import LarpTokenizer
 
 import torch
@@ -36,108 +39,6 @@ from torch import Tensor
 RECIPES = Path(__file__).parent / "recipes"
 # What of the training data's key the held-out clips must share.
 SHARED = ("tokenizer", "num_tokens", "codebook_size", "frames", "stride", "condition_frames", "code_version")
-
-
-@dataclass(frozen=True)
-class TrainGeneratorConfig:
-    """Train the autoregressive generator on codes."""
-
-    task: Task = "class"
-    """class: clips of a class. frame-prediction: clips that go on from given frames."""
-    tokens: Path | None = None
-    """Token cache to train on (training/extract_tokens.py); without it, `tokenizer` and `data` make one in `out`."""
-    eval_tokens: Path | None = None
-    """Token cache to validate on; without it, every 20th video of `tokens` is held out."""
-    tokenizer: str | None = None
-    """The tokenizer of the codes, for extraction and for the samples; by default the one that the cache names."""
-    data: str | None = None
-    """Data spec to extract tokens from."""
-    eval_data: str | None = None
-    """Data spec to validate on (its test split); by default that of `data`."""
-    live: bool = False
-    """Encode clips of `data` at every step, at random places of the videos, in place of a token cache: other clips in every epoch, for
-    the tokenizer's time. Held-out clips are extracted all the same."""
-    stride: int = 1
-    """When extracting or live: every n-th frame of a video is a frame of the clip."""
-    windows: int = 1
-    """When extracting: clips of a video at most."""
-    flips: bool = False
-    """When extracting: every clip mirrored as well. Live: half of the clips mirrored."""
-    condition_frames: int = 5
-    """When extracting or live, for frame prediction: given frames."""
-    workers: int = 2
-    """When extracting or live: threads that decode videos, for each process."""
-    out: Path = Path("runs/generator")
-    """Run folder."""
-    size: str = "tiny"
-    """A row of larp.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
-    dropout: float = 0.1
-    condition_dropout: float | None = None
-    """Share of training clips that are shown without their class or given frames, which guidance needs. By default 0.1 for classes and,
-    as in the paper, 0 for frame prediction, which then has no guidance."""
-    ema: float = 0.0
-    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count.
-    0: none."""
-    steps: int | None = None
-    """Optimizer steps; 1000 where `epochs` does not say it."""
-    epochs: float | None = None
-    """The length of the run in passes over the clips of the cache (live: over the videos), in place of `steps`."""
-    batch_size: int = 64
-    """Clips in a step, over all processes."""
-    eval_every: int = 100
-    log_every: int = 10
-    save_every: int = 500
-    """Steps between checkpoints to resume from."""
-    keep_best: bool = True
-    """model/ holds the weights of the best validation rather than the last ones."""
-    seed: int = 0
-    resume: bool = False
-    """Go on from the newest checkpoint of the run folder."""
-    wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig("adamw", lr=6e-4, weight_decay=0.05, warmup=50)
-    )
-    engine: EngineConfig = field(default_factory=EngineConfig)
-
-    def __post_init__(self):
-        for name in ("steps", "eval_every", "log_every", "save_every"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"steps is {self.steps} and epochs is {self.epochs}: set one of them to None, such as --steps None"
-            )
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"epochs is {self.epochs}; it must be positive")
-        if not 0 <= self.dropped < 1:
-            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
-        if self.dropped == 0 and self.sampling.guided:
-            raise ValueError(
-                "sampling.guidance needs clips without a condition in training: give --condition-dropout 0.1, or leave it out"
-            )
-        if self.live and self.tokens is not None:
-            raise ValueError(f"live encodes the clips of `data`, but tokens is {self.tokens}: leave one of them out")
-
-    @property
-    def dropped(self) -> float:
-        """The share of clips without a condition, which may be left to the task."""
-        if self.condition_dropout is not None:
-            return self.condition_dropout
-        return 0.1 if self.task == "class" else 0.0
-
-    @property
-    def given_frames(self) -> int:
-        """The given frames of a clip; 0 where the task has none."""
-        return self.condition_frames if self.task == "frame-prediction" else 0
-
-    def in_steps(self, clips: int) -> "TrainGeneratorConfig":
-        """The same config with the length of the run in steps, for epochs of so many clips."""
-        if self.steps is not None:
-            return self
-        steps = 1000 if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
-        return replace(self, steps=steps, epochs=None)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -155,20 +56,22 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         check_folder(config.out, config.resume)
         source, held_out, tokenizer = open_data(config, ranks)
         config = config.in_steps(len(source))
+        clock = Clock(config.steps, config.minutes)
         model = build_model(config, source)
         parameters = model.num_parameters()  # before the engine may shard them
         samples = open_samples(config, held_out, tokenizer, model.config, ranks)
-        engine = make_generator_engine(config, model, len(source), ranks)
+        engine = make_generator_engine(config, model, len(source), clock, ranks)
         check_wandb(config.wandb)
         # Last, so that a mistake in the options leaves no run folder behind.
         engines, model_id = {"generator": engine}, identity(engine, source, held_out, config)
         options = to_dict(config) | {"recipe": recipe}
-        saved = open_run(config.out, options, config.resume, config.steps, engines, model_id)
+        saved = open_run(config.out, options, config.resume, clock.total, engines, model_id)
         best: dict[str, float] = {}
         if saved is not None:
             load_state(engines, saved, model_id)
             best = saved.extra
-        finished = fit(engine, source, held_out, config, best, samples)
+        clock.start(engine.step_count, elapsed=0.0 if saved is None else saved.loader_state.get("elapsed", 0.0))
+        finished = fit(engine, source, held_out, config, clock, best, samples)
         skipped = {tuple(entry) for entries in backend.gather_objects(source.skipped) for entry in entries}
         report = {
             "finished": finished,
@@ -185,9 +88,10 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
             "model": str(config.out / "model"),
         }
         if finished:
-            report["samples"] = samples and samples.write_gallery(
-                LarpGenerator.from_pretrained(config.out / "model", device=ranks.device), config.out / "samples"
+            best_model = LarpGenerator.from_pretrained(
+                config.out / "model", device=ranks.device, variant=EMA if config.ema else None
             )
+            report["samples"] = samples and samples.write_gallery(best_model, config.out / "samples")
             report["seconds"] = round(time.time() - began, 1)
         if finished and ranks.is_main:
             write_json(config.out / "report.json", report)
@@ -304,13 +208,19 @@ def build_model(config: TrainGeneratorConfig, source: CachedCodes | LiveCodes) -
         dropout=config.dropout, num_classes=max(1, len(classes)), class_names=classes,
         null_condition=config.task == "frame-prediction" and config.dropped > 0, tokenizer_hash=source.key["tokenizer"],
     )  # fmt: skip
-    return LarpGenerator(shape)
+    model = LarpGenerator(shape)
+    if config.start_from is not None:
+        # Codes of a tokenizer that was trained on mean nearly the same.
+        take_weights(model, config.start_from, free=("dropout", "tokenizer_hash"))
+    return model
 
 
-def make_generator_engine(config: TrainGeneratorConfig, model: LarpGenerator, clips: int, ranks: Ranks) -> Engine:
+def make_generator_engine(
+    config: TrainGeneratorConfig, model: LarpGenerator, clips: int, clock: Clock, ranks: Ranks
+) -> Engine:
     """Put a generator and its optimizer under DeepSpeed, for epochs of so many clips."""
     optimizer = build_optimizer(model, config.optimizer, config.engine.zero_stage)
-    factor = config.optimizer.lr_factor(config.steps, steps_per_epoch=clips / config.batch_size)
+    factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, clips / config.batch_size))
     engine = make_engine(
         model, optimizer, factor, config.engine, config.batch_size, ranks, name="generator", ema=config.ema
     )
@@ -356,41 +266,41 @@ def fit(
     source: CachedCodes | LiveCodes,
     held_out: TokenCache,
     config: TrainGeneratorConfig,
+    clock: Clock,
     best: dict[str, float],
     samples: Samples | None = None,
 ) -> bool:
-    """Train to `config.steps`; False if the run was asked to stop before.
+    """Train to the end of the clock; False if the run was asked to stop before.
 
     `best` takes the step and the scores of the weights that model/ holds, and goes into the checkpoints.
     """
-    values: list[dict[str, float]] = []
+    values: list[dict[str, Tensor]] = []
     shown = ("loss", "bits_per_token", "top1", "top5")
-    with RunLog(config.out, engine.ranks, config.steps, engine.step_count, shown, config.wandb, to_dict(config)) as log:
-        while engine.step_count < config.steps:
+    with RunLog(config.out, engine.ranks, clock.total, clock.step, shown, config.wandb, to_dict(config)) as log:
+        while not clock.done:
             values.append(train_step(engine, micro_batches(source, engine, config)))
-            step, scores = engine.step_count, {}
-            if step % config.eval_every == 0 or step == config.steps:
+            clock.advance()
+            step, last, scores = clock.step, clock.done, {}
+            if clock.due(config.eval_every) or last:
                 scores = validate(engine, held_out, config)
-                if not config.keep_best or scores["bits_per_token"] < best.get("bits_per_token", math.inf):
+                if not config.keep_best or bits(scores) < bits(best):
                     best.update(scores, best_step=step)
                     save_model(engine, config.out / "model")
-            if samples and config.sampling.every and step % config.sampling.every == 0 and step < config.steps:
+            if samples and config.sampling.every and clock.due(config.sampling.every) and not last:
                 samples.write_sheet(current_model(engine), config.out / "samples" / f"step-{step:08d}.png")
             if scores or step % config.log_every == 0:
-                mean = {name: sum(value[name] for value in values) / len(values) for name in values[0]}
-                log.metrics(
-                    step,
-                    backend.reduce_mean(mean)
-                    | scores
-                    | {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0},
-                )
+                # Read here alone: a step that waits for its loss would keep a GPU idle.
+                columns = {name: torch.stack([value[name] for value in values]).tolist() for name in values[0]}
+                mean = backend.reduce_mean({name: sum(column) / len(column) for name, column in columns.items()})
+                rates = {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0}
+                log.metrics(step, mean | scores | rates | clock.metrics)
                 values = []
             log.progress(step)
             stop = backend.stop_requested()
-            if stop or step % config.save_every == 0 or step == config.steps:
-                same = identity(engine, source, held_out, config)
-                save_state({"generator": engine}, config.out, step, {}, best, model=same)
-            if stop and step < config.steps:
+            if stop or clock.due(config.save_every) or last:
+                same, loader = identity(engine, source, held_out, config), {"elapsed": clock.elapsed}
+                save_state({"generator": engine}, config.out, step, loader, best, model=same)
+            if stop and not last:
                 log.say(f"stopped at step {step}; go on with --resume")
                 return False
     return True
@@ -412,8 +322,13 @@ def micro_batches(
         yield codes, condition
 
 
-def train_step(engine: Engine, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Train on the micro batches (codes, condition) of one step; return mean loss (nats per code) and accuracy."""
+def bits(scores: dict[str, float]) -> float:
+    """How bad weights are: bits per held-out code, of the averaged ones where there are any; infinite before a validation."""
+    return scores.get("ema_bits_per_token", scores.get("bits_per_token", math.inf))
+
+
+def train_step(engine: Engine, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Train on the micro batches (codes, condition) of one step; return mean loss (nats per code) and accuracy, on the device."""
     engine.module.train()
     losses, hits = [], []
     for codes, condition in batches:
@@ -423,7 +338,7 @@ def train_step(engine: Engine, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
         engine.step()
         losses.append(loss.detach())
         hits.append((logits.detach().argmax(-1) == codes).float().mean())
-    return {"loss": torch.stack(losses).mean().item(), "train_top1": torch.stack(hits).mean().item()}
+    return {"loss": torch.stack(losses).mean(), "train_top1": torch.stack(hits).mean()}
 
 
 def validate(engine: Engine, cache: TokenCache, config: TrainGeneratorConfig) -> dict[str, float]:

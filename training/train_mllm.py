@@ -32,6 +32,7 @@ from larp.engine.backend import (
     start,
     stop_requested,
 )
+from larp.engine.clock import Clock
 from larp.engine.log import RunLog, check_wandb
 from larp.engine.ranks import main_first
 from larp.engine.schedules import lr_factor
@@ -48,6 +49,7 @@ from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter, stage_at, stages
+from larp_mllm.engine.start_from import take_weights
 from larp_mllm.home import remember_newest
 from larp_mllm.mllm import Mllm
 from larp_mllm.modeling import LarpMllmForCausalLM
@@ -73,10 +75,12 @@ class Run:
     corpus: Corpus
     mix: TrainingMix
     stage: Stage
+    clock: Clock
     mllm: Mllm | None = None
     engine: Engine | None = None
     skipped: int = 0  # updates, in earlier stages
     seconds: dict[str, float] = field(default_factory=dict)  # of each stage, until `since`
+    steps: dict[str, int] = field(default_factory=dict)  # done in each stage
     since: float = 0.0
     parameters: dict[str, int] = field(default_factory=dict)  # trained in each stage
     rates: dict[str, dict[str, float]] = field(default_factory=dict)  # learning rates that each stage began with
@@ -85,15 +89,21 @@ class Run:
     @property
     def step(self) -> int:
         """Steps done, over all stages."""
-        return self.stage.first + self.engine.step_count
+        return self.clock.step
+
+    @property
+    def stage_done(self) -> bool:
+        """Whether the stage has its length."""
+        return self.clock.position >= self.stage.last
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint keeps of this object; the time until now is added to that of the stage."""
         now = time.monotonic()
+        self.steps[self.stage.name] = self.engine.step_count
         self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self.since
         self.since = now
-        names = ("step", "skipped", "seconds", "parameters", "rates", "resumed")
-        return {name: getattr(self, name) for name in names}
+        names = ("step", "steps", "skipped", "seconds", "parameters", "rates", "resumed")
+        return {"stage": self.stage.name, "elapsed": self.clock.elapsed} | {name: getattr(self, name) for name in names}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -118,7 +128,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     logging.disable_progress_bar()  # over reading and writing weights: the run has one of its own
     check_folder(config.out, config.resume)  # before a base is read that will not be needed
     plan = stages(config.align, config.joint)
-    if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last))) is not None:
+    if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last, config.minutes))) is not None:
         if ranks.is_main:
             print("\n".join([nothing_to_do(config.out, report), *headline(report)]))
         return report
@@ -128,22 +138,27 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text)
     check_wandb(config.wandb)
     before = newest_state(config.out) if config.resume else None
-    run = Run(config, ranks, plan, videos, corpus, mix, stage_at(plan, before.step if before else 0))
+    clock = Clock(plan[-1].last, config.minutes)
+    named = before.loader_state.get("stage") if before and config.minutes is not None else None
+    stage = stage_at(plan, before.step if before else 0, named)
+    run = Run(config, ranks, plan, videos, corpus, mix, stage, clock)
     text = {"data": corpus.held_out_text_name, "before": judge_text(mllm, corpus, config, ranks)}
     begin(run, mllm)
     del mllm  # of which a later stage must not find a second copy in memory
     engines, options = {"model": run.engine}, {"recipe": recipe, **to_dict(config)}
-    state = open_run(config.out, options, config.resume, plan[-1].last, engines, identity(run))
+    state = open_run(config.out, options, config.resume, clock.total, engines, identity(run))
     if state is not None:
         load_state(engines, state, identity(run))
         run.skipped, run.seconds = state.loader_state["skipped"], state.loader_state["seconds"]
         run.parameters = state.loader_state["parameters"] | run.parameters
         run.rates |= state.loader_state.get("rates", {})
+        run.steps = state.loader_state.get("steps", {})
+    clock.start(state.step if state else 0, state.loader_state.get("elapsed", 0.0) if state else 0.0)
     if config.resume:
         kept = state.loader_state.get("resumed", []) if state is not None else []
         run.resumed = going_on(config.out, options, run.step, kept)
     shown = ("video_bits", "video_accuracy", "text_nll")
-    with RunLog(config.out, ranks, plan[-1].last, run.step, shown, config.wandb, to_dict(config)) as log:
+    with RunLog(config.out, ranks, clock.total, run.step, shown, config.wandb, to_dict(config)) as log:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in mix.shares.items())
         log.say(
             f"{config.base}: {shares}; perplexity {text['before']['perplexity']:.4g} of held-out text ({text['data']})"
@@ -190,7 +205,10 @@ def build(config: TrainMllmConfig, videos: Videos, ranks: Ranks) -> Mllm:
         base, len(tokenizer), clips.codebook.cpu(), clips.num_tokens, config.adapter,
         video_tokenizer_hash=clips.weight_hash(), fps=fps, frame_stride=stride,
     )  # fmt: skip
-    return Mllm(model.to(ranks.device), LarpMllmProcessor(tokenizer, clips, model.vocabulary, stride))
+    mllm = Mllm(model.to(ranks.device), LarpMllmProcessor(tokenizer, clips, model.vocabulary, stride))
+    if config.start_from is not None:
+        take_weights(mllm, config.start_from)
+    return mllm
 
 
 def begin(run: Run, mllm: Mllm) -> None:
@@ -204,7 +222,8 @@ def begin(run: Run, mllm: Mllm) -> None:
     run.rates[stage.name] = stage.rates
     if "continuation" in run.mix.shares:
         mllm.model.config.given_frames = run.corpus.videos.cache.key["condition_frames"]
-    factor = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
+    schedule = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
+    factor = run.clock.on_schedule(schedule, stage.first)
     updates = optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
     run.mllm, run.since = mllm, time.monotonic()
     run.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, run.ranks)
@@ -217,6 +236,7 @@ def next_stage(run: Run) -> None:
     """
     save_adapter(run.mllm.model, run.config.out, run.config.engine.zero_stage, run.ranks.is_main)
     barrier()
+    elapsed = run.clock.elapsed
     run.skipped += run.engine.skipped_count
     run.engine.close()
     run.mllm = run.engine = None
@@ -225,6 +245,7 @@ def next_stage(run: Run) -> None:
     mllm = build(run.config, run.videos, run.ranks)
     load_adapter(mllm.model, run.config.out)
     begin(run, mllm)
+    run.clock.start(run.step, elapsed)
 
 
 def identity(run: Run) -> dict:
@@ -238,6 +259,8 @@ def identity(run: Run) -> dict:
         "video_tokenizer": model.video_tokenizer_hash[:16],
         "text_tokenizer": words_hash(run.mllm.processor.tokenizer)[:16],
         **({"tiny": asdict(config.tiny)} if is_tiny(config.base) else {}),
+        # Checkpoints leave out what is frozen.
+        **({"start_from": config.start_from} if config.start_from is not None else {}),
     }
 
 
@@ -250,22 +273,23 @@ def loop(run: Run, log: RunLog) -> bool:
     The position in the data is the step alone. Asked to stop at the last step of all, the run goes on to its end: what is
     left takes little, and killed in it, `--resume` repeats that and trains nothing.
     """
-    config, engine, stage = run.config, run.engine, run.stage
-    sums = torch.zeros(len(TALLY), dtype=torch.float64)
+    config, engine, stage, clock = run.config, run.engine, run.stage, run.clock
+    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=run.ranks.device)
     engine.module.train()
-    while run.step < stage.last:
+    while not run.stage_done:
         sequences = run.mix.batch(run.step, config.batch_size, config.seed)
         sums += train_step(engine, sequences, config, run.ranks)
-        step, end = run.step, run.step == run.plan[-1].last
-        if step % config.log_every == 0 or step == stage.last:
+        clock.advance()
+        step, end = clock.step, clock.done
+        if step % config.log_every == 0 or run.stage_done:
             values = {**rates(reduce_sum(sums)), **engine.learning_rates, "grad_norm": engine.grad_norm or 0.0}
-            log.metrics(step, values, stage=stage.name)
+            log.metrics(step, values | clock.metrics, stage=stage.name)
             sums.zero_()
         log.progress(step)
-        if config.sampling.every and step % config.sampling.every == 0 and not end:
+        if config.sampling.every and clock.due(config.sampling.every) and not end:
             sample_on_the_way(run, config.out / "samples" / f"step-{step:08d}")
         stop = stop_requested()
-        if stop or step % config.save_every == 0 or step == stage.last:
+        if stop or clock.due(config.save_every) or run.stage_done:
             save_state({"model": engine}, config.out, step, run.progress(), model=identity(run))
         if stop and not end:
             return True
@@ -279,7 +303,7 @@ def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllm
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
     items = max(1, sum(sequence.targets for sequence in sequences)) / (parts * ranks.world_size)
     weights = {"text_weight": config.text_weight, "z_loss": config.z_loss, "head_chunk": config.head_chunk}
-    sums = torch.zeros(len(TALLY), dtype=torch.float64)
+    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=ranks.device)
     for batch in micro_batches(rows, parts, ranks):
         out = engine(**batch, num_items_in_batch=items, **weights)
         engine.backward(out.loss)
@@ -358,6 +382,7 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         "stages": [
             {
                 **stage.summary,
+                "steps": told["steps"].get(stage.name, stage.steps),
                 **told["rates"].get(stage.name, {}),
                 "parameters": told["parameters"][stage.name],
                 "seconds": round(told["seconds"][stage.name], 1),

@@ -26,7 +26,7 @@ from larp.engine.clock import Clock, check_minutes
 from larp.engine.log import RunLog, check_wandb, write_json
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.engine.schedules import ramp
-from larp.hub import EMA, resolve, weights_file
+from larp.engine.start_from import take_weights
 from larp.metrics import lpips
 from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
 from larp.metrics.weights import WeightsMissing
@@ -228,16 +228,6 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
     watch = Watch.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else Watch()
     return Trainer(config, ranks, clock, engine, adversary, perceptual, watch, keeper, counts)
-
-
-def take_weights(tokenizer: LarpTokenizer, source: str) -> None:
-    """Begin with the weights of a trained tokenizer, averaged ones where it has them; ValueError unless it has the same shape."""
-    folder = resolve(source)
-    variant = EMA if (folder / weights_file(EMA)).exists() else None
-    trained = LarpTokenizer.from_pretrained(folder, variant=variant)
-    if differing := state.differences(to_dict(trained.config), to_dict(tokenizer.config)):
-        raise ValueError(f"start_from {source} is another tokenizer than this run's: {'; '.join(differing)}")
-    tokenizer.load_state_dict(trained.state_dict())
 
 
 def load_lpips() -> lpips.Lpips:

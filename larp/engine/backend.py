@@ -221,8 +221,8 @@ def make_engine(
         raise ValueError(
             f"the {name} has weights in {', '.join(others)}: load it in float32, `precision` decides the rest"
         )
-    # Copied before anything is put on the module.
-    average = WeightAverage(module, ema) if ema else None
+    # Copied before anything is put on the module, and where the module will be.
+    average = WeightAverage(module.to(ranks.device), ema) if ema else None
     if config.activation_checkpointing:
         checkpoint_activations(module, name)
     if config.compile:

@@ -38,11 +38,14 @@ class Clock:
         self.step, self._elapsed = 0, 0.0
         self.position: float = 0
         self.before: float = -1
-        self._since = time.monotonic()
+        self._since, self._first = time.monotonic(), True
 
     def start(self, step: int = 0, elapsed: float = 0.0) -> None:
-        """Begin to count, or go on after so many steps and seconds; building and reading data before it cost nothing."""
-        self.step, self._elapsed, self._since = step, elapsed, time.monotonic()
+        """Begin to count, or go on after so many steps and seconds.
+
+        What was before it (reading data, building) costs no time, and neither does the first step, in which models are compiled.
+        """
+        self.step, self._elapsed, self._since, self._first = step, elapsed, time.monotonic(), True
         self.position = self._place()
         self.before = self.position - 1
 
@@ -69,15 +72,20 @@ class Clock:
     def advance(self) -> None:
         """Count a step. Collective where the run has minutes: the first rank's time holds."""
         self.step += 1
+        if self._first:
+            self._since, self._first = time.monotonic(), False
         self.before, self.position = self.position, self._place()
 
     def due(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` on the schedule."""
         return self.position // every > self.before // every
 
-    def on_schedule(self, factor: Callable[[float], float]) -> Callable[[int], float]:
-        """Return a function of the step, such as a learning-rate factor, that is read at the place on the schedule."""
-        return factor if self.minutes is None else lambda _: factor(self.position)
+    def on_schedule(self, factor: Callable[[float], float], first: int = 0) -> Callable[[int], float]:
+        """Return a function of the step, such as a learning-rate factor, that is read at the place on the schedule.
+
+        first: the place that the function counts from, where a run has stages.
+        """
+        return factor if self.minutes is None else lambda _: factor(max(0.0, self.position - first))
 
     def _place(self) -> float:
         if self.minutes is None:

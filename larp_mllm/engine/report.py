@@ -178,23 +178,24 @@ def _finished(report: dict[str, Any]) -> list[str]:
 
 
 def _under_way(found: dict[str, Any]) -> list[str]:
-    last, total = found["last"], _total(found["config"])
+    last, config = found["last"], found["config"]
+    minutes = config.get("minutes")
+    total = (
+        f"{config['align']['steps'] + config['joint']['steps']} steps" if minutes is None else f"{minutes:g} minutes"
+    )
     if last is None:
-        return [f"run:      {found['run']} has written no metrics yet, of {total} steps"]
+        return [f"run:      {found['run']} has written no metrics yet, of {total}"]
     told = [
         f"{name} {last[name]:.4g}"
         for name in ("video_bits", "video_accuracy", "text_nll", "text_accuracy")
         if last.get(name) is not None
     ]
+    far = f"of {total.removesuffix(' steps')}" if minutes is None else f"after {last['minutes']:.3g} of {total}"
     return [
-        f"run:      {found['run']} is at step {last['step']} of {total}, in the stage {last.get('stage', '?')}; still "
+        f"run:      {found['run']} is at step {last['step']} {far}, in the stage {last.get('stage', '?')}; still "
         "training, or stopped (go on with it with --resume)",
         f"last:     {', '.join(told)}",
     ]
-
-
-def _total(config: dict[str, Any]) -> int:
-    return config["align"]["steps"] + config["joint"]["steps"]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

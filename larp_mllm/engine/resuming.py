@@ -10,12 +10,17 @@ from larp_mllm.engine.report import REPORT
 from larp_mllm.home import RUN_MODEL
 
 
-def ended(run: Path, steps: int) -> dict[str, Any] | None:
-    """The report of a run that trained all of its `steps`, and wrote, judged and sampled its model; else None."""
+def ended(run: Path, steps: int, minutes: float | None = None) -> dict[str, Any] | None:
+    """The report of a run that trained all of its `steps`, or all of its `minutes` where it has them, and wrote, judged and sampled its
+    model; else None.
+    """
     report, state = _read(run / REPORT), newest_state(run)
     # The samples are what a report gets last.
     whole = report is not None and "samples" in report and any((run / RUN_MODEL).glob("*.safetensors"))
-    return report if whole and state is not None and report.get("steps") == state.step == steps else None
+    if not whole or state is None or report.get("steps") != state.step:
+        return None
+    full = state.step == steps if minutes is None else state.loader_state.get("elapsed", 0.0) >= 60 * minutes
+    return report if full else None
 
 
 def nothing_to_do(run: Path, report: Mapping[str, Any]) -> str:

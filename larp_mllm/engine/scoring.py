@@ -16,8 +16,8 @@ TALLY = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct"
 
 
 def tally(out) -> Tensor:
-    """The sums of a LarpMllmOutput that TALLY names, float64 (6,), on the CPU."""
-    return torch.stack([out[name].double() for name in TALLY]).cpu()
+    """The sums of a LarpMllmOutput that TALLY names, float64 (6,), on its device: who reads them waits for it."""
+    return torch.stack([out[name].double() for name in TALLY])
 
 
 def rates(sums: Tensor) -> dict[str, float]:
@@ -52,7 +52,7 @@ def micro_batches(rows: Sequence[list[TokenSequence]], parts: int, ranks: Ranks)
 @torch.no_grad()
 def score(forward: Callable, sequences: Sequence[TokenSequence], size: int, ranks: Ranks) -> dict[str, float]:
     """`rates` over sequences, `size` at a time on each rank. forward: the engine or the model. Collective."""
-    sums = torch.zeros(len(TALLY), dtype=torch.float64)
+    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=ranks.device)
     each = size * ranks.world_size
     for first in range(0, len(sequences), each):
         # All ranks pass the same number of times, as sharded parameters need; the last ones may have nothing left.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from larp.engine.clock import check_minutes
 from larp.engine.settings import EngineConfig
 from larp_mllm.bases import is_tiny
 from larp_mllm.data.dataset import Tasks
@@ -51,6 +52,11 @@ class TrainMllmConfig:
     """Folder or hub name of the LARP tokenizer; by default the one that the token cache names."""
     out: Path = Path("runs/mllm")
     """Run folder."""
+    minutes: float | None = None
+    """The length of the run in time, shared out to the stages in proportion to their steps. The steps are then no length, but the scale
+    of the schedules: what a recipe does at half of them is done after half of the time, however many steps the machine makes."""
+    start_from: str | None = None
+    """Folder or hub name of a trained model of the same shape and vocabulary whose weights the run begins with."""
     adapter: Literal["codebook", "free"] = "codebook"
     """Video rows made from the codebook, or free rows (the baseline)."""
     batch_size: int = 64
@@ -89,8 +95,9 @@ class TrainMllmConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def __post_init__(self):
+        check_minutes(self.minutes)
         plan = stages(self.align, self.joint)
-        if is_tiny(self.base) and plan[-1].trained != "full":
+        if is_tiny(self.base) and self.start_from is None and plan[-1].trained != "full":
             raise ValueError(
                 f"--base {self.base} is random, and the last stage leaves it so (it trains the {plan[-1].trained}): give "
                 "--joint.method full and --joint.steps"

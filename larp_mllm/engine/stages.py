@@ -64,7 +64,7 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: what it trains, from global step `first` on, for `steps` steps."""
+    """One stage of a run: what it trains, from global step `first` on, for `steps` steps (of the schedule, in a run in minutes)."""
 
     name: Literal["align", "joint"]
     first: int
@@ -115,8 +115,13 @@ def stages(align: AlignConfig, joint: JointConfig) -> list[Stage]:
     return plan
 
 
-def stage_at(plan: Sequence[Stage], step: int) -> Stage:
-    """The stage that wrote a checkpoint at this global step: the border belongs to the stage that ends there."""
+def stage_at(plan: Sequence[Stage], step: int, name: str | None = None) -> Stage:
+    """The stage that wrote a checkpoint at this global step: the border belongs to the stage that ends there.
+
+    name: the stage that the checkpoint names, which holds where the stages of a run end with its minutes.
+    """
+    if name is not None:
+        return next((stage for stage in plan if stage.name == name), plan[-1])
     return next((stage for stage in plan if step <= stage.last), plan[-1])
 
 

@@ -1,6 +1,7 @@
 """training/extract_tokens.py and training/train_generator.py on a tiny random tokenizer and the built-in videos."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from larp.data.tokens import TokenCache
 from larp.data.video import probe
 from larp.engine.backend import EngineConfig, Ranks
 from larp.engine.optimizer import OptimizerConfig
+from larp.engine.state import newest_state
 from larp.generator import LarpGenerator
 from larp.metrics.prediction import predict_codes
 from larp.prior import PriorConfig
@@ -22,7 +24,7 @@ from larp.sampling import generate
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
-from training.train_generator import SHARED, TrainGeneratorConfig, main, open_data, train
+from training.train_generator import SHARED, TrainGeneratorConfig, build_model, main, open_data, train
 
 import pytest
 import torch
@@ -373,3 +375,44 @@ def test_data_without_classes_says_which_data_have_them(home, tmp_path):
     clips.symlink_to(next((home / "data").rglob("*.mp4")).parent, target_is_directory=True)
     with pytest.raises(ValueError, match=r"have no class. Data with classes: ucf101:ROOT, shapes:"):
         train(TrainGeneratorConfig(tokenizer=str(home / "tok"), data=f"folder:{clips}", out=tmp_path))
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_in_minutes_keeps_the_shape_of_its_schedule(home, tmp_path, monkeypatch):
+    timed = tiny_run(home, tmp_path, steps=100, minutes=0.03, eval_every=50, save_every=50, log_every=1)
+    asked = iter(range(1000))
+    monkeypatch.setattr("training.train_generator.backend.stop_requested", lambda: next(asked) >= 4)
+    report = train(timed)
+    assert not report["finished"] and report["steps"] == 5
+    monkeypatch.undo()
+    elapsed = newest_state(tmp_path).loader_state["elapsed"]
+    report = train(dataclasses.replace(timed, resume=True))
+    told = lines(tmp_path)
+    assert report["finished"] and report["steps"] == told[-1]["step"] == newest_state(tmp_path).step > 5
+    assert [line["step"] for line in told] == list(range(1, report["steps"] + 1))
+    assert told[-1]["place"] == 100 and told[-1]["minutes"] >= 0.03
+    assert all(one["place"] <= other["place"] for one, other in itertools.pairwise(told))
+    assert told[5]["minutes"] == pytest.approx(elapsed / 60, abs=0.005), "the first step of a process costs no time"
+    assert told[-1]["lr"] < 0.2 * max(line["lr"] for line in told), "the rate falls with the time"
+    judged = [line["place"] for line in told if "bits_per_token" in line]
+    assert judged[-1] == 100 and 50 <= judged[0] < 100 and len(judged) == 2
+    steps = report["steps"]
+    assert train(dataclasses.replace(timed, resume=True))["steps"] == steps, "it has its length"
+
+
+def test_a_run_begins_with_trained_weights_of_the_same_shape(home, finished, tmp_path):
+    still = OptimizerConfig("adamw", lr=1e-9)
+    begun = tiny_run(home, tmp_path / "on", steps=1, start_from=str(finished), optimizer=still, dropout=0.2)
+    before = json.loads((finished / "report.json").read_text())
+    assert train(begun)["bits_per_token"] == pytest.approx(before["bits_per_token"], abs=1e-4)
+    train(tiny_run(home, tmp_path / "averaged", ema=0.5))
+    averaged = LarpGenerator.from_pretrained(tmp_path / "averaged/model", variant="ema").state_dict()
+    source = CachedCodes(TokenCache.open(home / "train-0"), "class", 8, 8, 0, Ranks())
+    model = build_model(dataclasses.replace(begun, start_from=str(tmp_path / "averaged")), source)
+    assert all(torch.equal(weights, averaged[name]) for name, weights in model.state_dict().items())
+    with pytest.raises(ValueError, match="start_from .* another model.*depth was 4, is 6.*width was 128, is 256"):
+        train(dataclasses.replace(begun, out=tmp_path / "other", size="mini"))
+    assert not (tmp_path / "other").exists()

@@ -659,3 +659,62 @@ def test_pretrained_bases_do_not_get_the_rates_of_the_tiny_recipe():
     # What a pretrained base then gets: the adapter alone first, then LoRA.
     config = TrainMllmConfig()
     assert config.align.steps > 0 and config.joint.steps > 0 and config.joint.method == "lora"
+
+
+# ---------------------------------------------------------------------------------------------------------------- minutes
+
+
+def test_minutes_are_shared_out_to_the_stages(base, train, tmp_path, monkeypatch):
+    options = (
+        "--base",
+        str(base),
+        "--align.steps",
+        "30",
+        "--joint.steps",
+        "70",
+        "--minutes",
+        "0.06",
+        "--log-every",
+        "1",
+    )
+    stop_after(monkeypatch, 3)
+    stopped = train(tmp_path / "run", *options)
+    assert stopped == {"stopped_at": 3} and newest_state(tmp_path / "run").loader_state["stage"] == "align"
+    monkeypatch.undo()
+    report = train(tmp_path / "run", *options, "--resume")
+    told = lines(tmp_path / "run")
+    assert [line["step"] for line in told] == list(range(1, report["steps"] + 1))
+    last = {line["stage"]: line for line in told}
+    assert [stage["steps"] for stage in report["stages"]] == [
+        last["align"]["step"],
+        last["joint"]["step"] - last["align"]["step"],
+    ]
+    assert 30 <= last["align"]["place"] < 60 and last["joint"]["place"] == 100 and last["joint"]["minutes"] >= 0.06
+    assert last["joint"]["adapter_lr"] < 0.3 * max(line["adapter_lr"] for line in told if line["stage"] == "joint")
+    again = train(tmp_path / "run", *options, "--resume")
+    assert again["steps"] == report["steps"] and len(lines(tmp_path / "run")) == len(told), "nothing is left to do"
+
+
+def test_a_run_in_minutes_that_is_stopped_in_its_second_stage_goes_on_there(base, train, tmp_path, monkeypatch):
+    # The steps of the schedule say nothing of the stage: the second one begins at the third step or so.
+    options = ("--base", str(base), "--align.steps", "1000", "--joint.steps", "1000", "--minutes", "0.04")
+    entered = []
+    monkeypatch.setattr(train_mllm, "next_stage", lambda run, own=train_mllm.next_stage: (own(run), entered.append(1)))
+    monkeypatch.setattr(train_mllm, "stop_requested", lambda: bool(entered))
+    stopped = train(tmp_path / "run", *options)
+    assert newest_state(tmp_path / "run").loader_state["stage"] == "joint" and "stopped_at" in stopped
+    monkeypatch.undo()
+    report = train(tmp_path / "run", *options, "--resume")
+    assert report["steps"] > stopped["stopped_at"] and sum(s["steps"] for s in report["stages"]) == report["steps"]
+
+
+def test_a_run_begins_with_trained_weights_of_the_same_shape(train, cache, tmp_path):
+    train(tmp_path / "one", "--joint.steps", "2")
+    still = ("--joint.steps", "1", "--joint.warmup", "0", "--joint.llm-lr", "1e-12", "--joint.adapter-lr", "1e-12")
+    train(tmp_path / "two", *still, "--start-from", str(tmp_path / "one"))
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    with pytest.raises(ValueError, match=r"start_from .* another model.*hidden_size was 32, is 64"):
+        train(tmp_path / "three", *still, "--start-from", str(tmp_path / "one"), "--tiny.width", "64")
+    assert not (tmp_path / "three").exists()

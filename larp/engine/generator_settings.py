@@ -1,0 +1,119 @@
+"""The options of training/train_generator.py: the docstring under a field is its text in `--help`."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from larp.engine.clock import check_minutes
+from larp.engine.optimizer import OptimizerConfig
+from larp.engine.settings import EngineConfig
+from larp.generator import Task
+from larp.samples import SamplingConfig
+
+
+@dataclass(frozen=True)
+class TrainGeneratorConfig:
+    """Train the autoregressive generator on codes."""
+
+    task: Task = "class"
+    """class: clips of a class. frame-prediction: clips that go on from given frames."""
+    tokens: Path | None = None
+    """Token cache to train on (training/extract_tokens.py); without it, `tokenizer` and `data` make one in `out`."""
+    eval_tokens: Path | None = None
+    """Token cache to validate on; without it, every 20th video of `tokens` is held out."""
+    tokenizer: str | None = None
+    """The tokenizer of the codes, for extraction and for the samples; by default the one that the cache names."""
+    data: str | None = None
+    """Data spec to extract tokens from."""
+    eval_data: str | None = None
+    """Data spec to validate on (its test split); by default that of `data`."""
+    live: bool = False
+    """Encode clips of `data` at every step, at random places of the videos, in place of a token cache: other clips in every epoch, for
+    the tokenizer's time. Held-out clips are extracted all the same."""
+    stride: int = 1
+    """When extracting or live: every n-th frame of a video is a frame of the clip."""
+    windows: int = 1
+    """When extracting: clips of a video at most."""
+    flips: bool = False
+    """When extracting: every clip mirrored as well. Live: half of the clips mirrored."""
+    condition_frames: int = 5
+    """When extracting or live, for frame prediction: given frames."""
+    workers: int = 2
+    """When extracting or live: threads that decode videos, for each process."""
+    out: Path = Path("runs/generator")
+    """Run folder."""
+    size: str = "tiny"
+    """A row of larp.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
+    dropout: float = 0.1
+    condition_dropout: float | None = None
+    """Share of training clips that are shown without their class or given frames, which guidance needs. By default 0.1 for classes and,
+    as in the paper, 0 for frame prediction, which then has no guidance."""
+    ema: float = 0.0
+    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count.
+    0: none."""
+    steps: int | None = None
+    """Optimizer steps; 1000 where `epochs` does not say it."""
+    epochs: float | None = None
+    """The length of the run in passes over the clips of the cache (live: over the videos), in place of `steps`."""
+    minutes: float | None = None
+    """The length of the run in time. `steps` or `epochs` are then no length, but the scale of its schedules: what a recipe does at half
+    of its steps is done after half of the time, however many steps the machine makes."""
+    start_from: str | None = None
+    """Folder or hub name of a generator of the same shape whose weights (averaged ones, where it has them) the run begins with."""
+    batch_size: int = 64
+    """Clips in a step, over all processes."""
+    eval_every: int = 100
+    log_every: int = 10
+    save_every: int = 500
+    """Steps between checkpoints to resume from."""
+    keep_best: bool = True
+    """model/ holds the weights of the best validation rather than the last ones: by the bits of held-out codes, of the averaged weights
+    where there are any."""
+    seed: int = 0
+    resume: bool = False
+    """Go on from the newest checkpoint of the run folder."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig("adamw", lr=6e-4, weight_decay=0.05, warmup=50)
+    )
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self):
+        check_minutes(self.minutes)
+        for name in ("steps", "eval_every", "log_every", "save_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}: set one of them to None, such as --steps None"
+            )
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be positive")
+        if not 0 <= self.dropped < 1:
+            raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
+        if self.dropped == 0 and self.sampling.guided:
+            raise ValueError(
+                "sampling.guidance needs clips without a condition in training: give --condition-dropout 0.1, or leave it out"
+            )
+        if self.live and self.tokens is not None:
+            raise ValueError(f"live encodes the clips of `data`, but tokens is {self.tokens}: leave one of them out")
+
+    @property
+    def dropped(self) -> float:
+        """The share of clips without a condition, which may be left to the task."""
+        if self.condition_dropout is not None:
+            return self.condition_dropout
+        return 0.1 if self.task == "class" else 0.0
+
+    @property
+    def given_frames(self) -> int:
+        """The given frames of a clip; 0 where the task has none."""
+        return self.condition_frames if self.task == "frame-prediction" else 0
+
+    def in_steps(self, clips: int) -> "TrainGeneratorConfig":
+        """The same config with the length of the run in steps, for epochs of so many clips."""
+        if self.steps is not None:
+            return self
+        steps = 1000 if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
+        return replace(self, steps=steps, epochs=None)
