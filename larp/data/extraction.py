@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-
 # Clips in one pass of the tokenizer.
 _BATCH, _GPU_BATCH = 16, 64
 

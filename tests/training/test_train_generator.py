@@ -413,6 +413,6 @@ def test_a_run_begins_with_trained_weights_of_the_same_shape(home, finished, tmp
     source = CachedCodes(TokenCache.open(home / "train-0"), "class", 8, 8, 0, Ranks())
     model = build_model(dataclasses.replace(begun, start_from=str(tmp_path / "averaged")), source)
     assert all(torch.equal(weights, averaged[name]) for name, weights in model.state_dict().items())
-    with pytest.raises(ValueError, match="start_from .* another model.*depth was 4, is 6.*width was 128, is 256"):
+    with pytest.raises(ValueError, match=r"start_from .* another model.*depth was 4, is 6.*width was 128, is 256"):
         train(dataclasses.replace(begun, out=tmp_path / "other", size="mini"))
     assert not (tmp_path / "other").exists()
