@@ -136,6 +136,18 @@ class Decoder:
 
         `choose(logits (R, K), index (1,))` picks the codes (B,) of an index, which it is given on the device.
         """
+        run = self.steps(codes, choose, codes.is_cuda)
+        for _ in tqdm(range(1, codes.shape[1]), desc="codes", disable=not progress, leave=False):
+            run(self._span())
+            self.filled += 1
+
+    def steps(
+        self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool
+    ) -> Callable[[int], None]:
+        """Return what, at each call, fills the next index of codes (B, N), from 1 on, and attends to so many positions.
+
+        `choose` is as in `decode_n`; `captured` (on a GPU) replays a graph. `filled` is the caller's to count.
+        """
         newest, copies = torch.zeros_like(self.place), self.cache.keys.shape[1] // codes.shape[0]
 
         def step(span: int) -> None:
@@ -143,10 +155,7 @@ class Decoder:
             newest.add_(1)
             codes.index_copy_(1, newest, choose(logits, newest)[:, None])
 
-        run = CapturedSteps(step) if codes.is_cuda else step
-        for _ in tqdm(range(1, codes.shape[1]), desc="codes", disable=not progress, leave=False):
-            run(self._span())
-            self.filled += 1
+        return CapturedSteps(step) if captured else step
 
     def best_threads(self) -> int:
         """Return the number of threads, 1 or the present one, that does a block's products faster at this moment."""

@@ -1,0 +1,445 @@
+"""What a GPU makes of this project in two minutes: what it could do at best, then tokenizers, sampler and language-model loss.
+
+    python eval/speed_gpu.py --out speed.json --minutes 2
+    python eval/speed_gpu.py --device cpu --rehearse            # the same code on tiny sizes
+
+Every measurement stands alone and is written down at once. Random data; medians by the GPU's own clock.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from larp.config import parse, run_script, to_dict
+from larp.decoding import Decoder
+from larp.engine.blocks import compile_blocks
+from larp.engine.optimizer import OptimizerConfig, build_optimizer
+from larp.generator import GeneratorConfig, LarpGenerator
+from larp.metrics import flops
+from larp.metrics.measurements import Measurements, between, busiest, finish, mark, seconds_of
+from larp.metrics.timing import machine
+from larp.noise import BatchNoise
+from larp.objective import LossConfig, tokenizer_loss
+from larp.prior import PriorConfig
+from larp.sampling import guide, row_uniforms, sample_logits
+from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp_mllm.head_speed import HeadCase, HeadSize, plain_loss
+
+import torch
+from torch import Tensor
+
+# Dense bf16 of an H100 SXM, as its maker states it.
+NOMINAL = 989e12
+GUIDANCE = 1.25
+# Of the prior's inputs in round 2: its value after the ramp.
+_MIX = 0.5
+_LOSS = LossConfig(lpips=0, gan=0)
+
+
+@dataclass(frozen=True)
+class SpeedGpuConfig:
+    """Measure a GPU, and what tokenizers, sampler and the language model's loss reach of it."""
+
+    out: Path = Path("speed.json")
+    """Where the figures go, after each measurement."""
+    minutes: float = 2.0
+    """What does not fit into this time is skipped, and noted."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    rehearse: bool = False
+    """Tiny sizes: the same code where no GPU is."""
+
+    def __post_init__(self):
+        if not self.minutes > 0:
+            raise ValueError(f"minutes is {self.minutes}; it must be positive")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {self.device}: there is no GPU that torch can use; take --device cpu --rehearse"
+            )
+
+
+def box_tokenizer() -> TokenizerConfig:
+    """The tokenizer of the recipes that train by the clock: 64x64, 256 codes of 8192."""
+    prior = PriorConfig(depth=4, heads=3, width=192, positions=256)
+    sides = dict(
+        encoder_width=256, encoder_depth=6, encoder_heads=4, decoder_width=256, decoder_depth=8, decoder_heads=4
+    )
+    return TokenizerConfig(height=64, width=64, num_tokens=256, code_dim=8, prior=prior, **sides)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: models, and the batches of each."""
+
+    copy_bytes: int = 2 * 10**9
+    matmul: int = 8192
+    large: TokenizerConfig = field(default_factory=TokenizerConfig)
+    large_inference: tuple[int, ...] = (1, 32)
+    large_batches: tuple[int, ...] = (8, 16, 32, 64)
+    box: TokenizerConfig = field(default_factory=box_tokenizer)
+    box_batches: tuple[int, ...] = (64, 128, 256, 512)
+    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig.of_size("LP"))
+    sampler_clips: tuple[int, ...] = (1, 8, 64)
+    head: HeadSize = field(default_factory=HeadSize)
+    seconds: float = 1.0
+    """For which one thing is timed."""
+
+    @classmethod
+    def tiny(cls) -> Sizes:
+        """A few seconds on a CPU."""
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
+                 for name, value in (("width", 16), ("depth", 2), ("heads", 2))}  # fmt: skip
+        prior = PriorConfig(depth=1, heads=2, width=16, positions=8)
+        model = TokenizerConfig(4, 16, 16, (2, 8, 8), num_tokens=8, codebook_size=16, code_dim=4, prior=prior, **sides)
+        generator = GeneratorConfig(num_tokens=64, codebook_size=16, depth=2, heads=2, width=16, ffn_multiple=8)
+        head = HeadSize(hidden=16, vocab_size=64, codebook_size=8, positions=32, chunk=16)
+        return cls(1 << 16, 32, model, (1,), (2, 4), model, (2,), generator, (1, 2), head, 0.1)
+
+
+# ------------------------------------------------------------------------------------------------------------- ceilings
+
+
+def copy_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """Bytes a second, read and written, of a copy within the device's memory."""
+    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), device, sizes.seconds)
+    return {"seconds": seconds, "bytes_a_second": 2 * sizes.copy_bytes / seconds}
+
+
+def matmul_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
+    """Operations a second of a square product in bf16."""
+    a, b = torch.randn(2, sizes.matmul, sizes.matmul, device=device, dtype=torch.bfloat16)
+    seconds = seconds_of(lambda: a @ b, device, sizes.seconds)
+    return {"seconds": seconds, "operations_a_second": 2 * sizes.matmul**3 / seconds}
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def build(config: TokenizerConfig, device: torch.device) -> LarpTokenizer:
+    """A tokenizer with random weights, whose head is not zero."""
+    torch.manual_seed(0)
+    with device:
+        model = LarpTokenizer(config)
+        torch.nn.init.normal_(model.head.weight, std=0.02)
+    return model
+
+
+def clips_of(config: TokenizerConfig, batch: int, device: torch.device) -> Tensor:
+    """Random clips (B, 3, T, H, W)."""
+    return torch.rand(batch, 3, *config.clip_shape, device=device)
+
+
+def inference(config: TokenizerConfig, batch: int, rate: float, budget: float, device: torch.device) -> dict[str, Any]:
+    """Encode and decode in bf16."""
+    model, clips = build(config, device).eval(), clips_of(config, batch, device)
+    figures: dict[str, Any] = {"batch": batch}
+    with torch.autocast(device.type, torch.bfloat16):
+        codes = model.encode(clips)
+        works = {"encode": (lambda: model.encode(clips), flops.encode_products)}
+        works["decode"] = lambda: model.decode(codes), flops.decode_products
+        for name, (work, products) in works.items():
+            seconds = seconds_of(work, device, budget / 2)
+            figures[name] = shares(flops.forward_flops(products(config, batch)), seconds, batch, rate)
+    return figures
+
+
+def shares(operations: int, seconds: float, batch: int, rate: float) -> dict[str, float]:
+    """Clips a second, and operations a second as shares of the measured and of the stated rate of products."""
+    used = operations / seconds
+    rates = {"clips_a_second": batch / seconds, "mfu": used / rate, "mfu_of_nominal": used / NOMINAL}
+    return {"milliseconds": 1000 * seconds, **rates}
+
+
+class Trainer:
+    """Training steps of a tokenizer as training/train_tokenizer.py makes them, without the engine: bf16 autocast, AdamW."""
+
+    def __init__(self, config: TokenizerConfig, batch: int, device: torch.device, compiled: bool):
+        self.config, self.batch, self.device = config, batch, device
+        self.model, self.clips = build(config, device), clips_of(config, batch, device)
+        self.optimizer = build_optimizer(self.model, OptimizerConfig())
+        self.steps, self.marks, self.marking = 0, {}, False
+        if compiled:
+            compile_blocks(self.model, device)
+        for name in ("quantizer", "prior"):
+            part = getattr(self.model, name)
+            part.register_forward_pre_hook(lambda *_, name=name: self._mark(name))
+            part.register_forward_hook(lambda *_, name=name: self._mark(f"{name} end"))
+
+    def _mark(self, name: str) -> None:
+        if self.marking:
+            self.marks[name] = mark(self.device)
+
+    def step(self) -> None:
+        """One step: forward, backward, optimizer."""
+        self._mark("forward")
+        self.steps += 1
+        noise = BatchNoise(0, self.steps, self.batch, device=self.device)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            out = self.model(self.clips, noise, _MIX)
+        loss, _ = tokenizer_loss(_LOSS, self.clips, out)
+        self._mark("backward")
+        loss.backward()
+        self._mark("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._mark("end")
+
+    def parts(self) -> dict[str, float]:
+        """Shares of the time of one step: forward but for quantizer and prior, these two, backward, optimizer."""
+        self.marking = True
+        self.step()
+        finish(self.device)
+        self.marking = False
+        at = self.marks
+        parts = {name: between(at[name], at[f"{name} end"]) for name in ("quantizer", "prior")}
+        parts["forward"] = between(at["forward"], at["backward"]) - sum(parts.values())
+        parts["backward"] = between(at["backward"], at["optimizer"])
+        parts["optimizer"] = between(at["optimizer"], at["end"])
+        return {name: round(seconds / between(at["forward"], at["end"]), 4) for name, seconds in parts.items()}
+
+
+def training(
+    config: TokenizerConfig,
+    batch: int,
+    rate: float,
+    budget: float,
+    device: torch.device,
+    compiled: bool = False,
+    kernels: bool = False,
+) -> dict[str, Any]:
+    """A training step; with the shares of its parts, and with its busiest kernels if so asked."""
+    trainer = Trainer(config, batch, device, compiled)
+    seconds = seconds_of(trainer.step, device, budget)
+    figures = {
+        "batch": batch,
+        "compiled": compiled,
+        **shares(flops.step_flops(config, clips=batch), seconds, batch, rate),
+    }
+    figures["parts"] = trainer.parts()
+    if kernels:
+        figures["kernels"] = busiest(trainer.step, device)
+    return figures
+
+
+def engine_training(config: TokenizerConfig, batch: int, rate: float, budget: float) -> dict[str, Any]:
+    """The same step through larp.engine, as trainings run: DeepSpeed, clipping, the check for finite gradients."""
+    from larp.engine.backend import EngineConfig, make_engine, start
+    from larp.engine.backend import finish as leave
+
+    ranks = start(seed=0)
+    try:
+        model = build(config, ranks.device)
+        optimizer = build_optimizer(model, OptimizerConfig())
+        engine = make_engine(model, optimizer, lambda step: 1.0, EngineConfig(precision="bf16"), batch, ranks)
+        clips, steps = clips_of(config, batch, ranks.device), iter(range(1 << 30))
+
+        def step() -> None:
+            out = engine(clips, BatchNoise(0, next(steps), batch, device=ranks.device), _MIX)
+            engine.backward(tokenizer_loss(_LOSS, clips, out)[0])
+            engine.step()
+
+        seconds = seconds_of(step, ranks.device, budget)
+    finally:
+        leave()
+    return {"batch": batch, **shares(flops.step_flops(config, clips=batch), seconds, batch, rate)}
+
+
+def sweep(
+    take: Measurements, name: str, config: TokenizerConfig, batches: tuple[int, ...], rate: float, budget: float
+) -> int:
+    """Training steps at rising batches until memory ends, and the kernels of the fastest; returns its batch."""
+    best = batches[0], 0.0
+    for batch in batches:
+        figures = take.take(f"{name} step, batch {batch}", partial(training, config, batch, rate, budget, take.device))
+        if "milliseconds" not in figures:
+            break
+        best = max(best, (batch, figures["clips_a_second"]), key=lambda one: one[1])
+    work = partial(training, config, best[0], rate, 0.2, take.device, kernels=True)
+    take.take(f"{name} step, batch {best[0]}, kernels", work)
+    return best[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- sampler
+
+
+@torch.no_grad()
+def sampler(
+    model: LarpGenerator, clips: int, copy: float, budget: float, captured: bool, whole: bool = False
+) -> dict[str, Any]:
+    """Milliseconds a code at places spread over a clip, and the share of the copy's rate at which weights and cache are read."""
+    config, device = model.config, model.output.weight.device
+    decoder = Decoder(model, 2 * clips, dtype=torch.bfloat16)
+    count = config.num_tokens
+    uniforms = row_uniforms(0, 0, clips, count).to(device)
+    codes = torch.zeros(clips, count, dtype=torch.int64, device=device)
+
+    def choose(logits: Tensor, index: Tensor) -> Tensor:
+        return sample_logits(guide(logits, GUIDANCE), uniform=uniforms.index_select(1, index)[:, 0])
+
+    labels = torch.arange(clips, device=device) % config.num_classes
+    condition = torch.cat([labels, model.unconditional(labels)])
+    places = [count * part // 8 for part in (1, 3, 5, 7)]
+    each: list[float] = []
+    for place in places:
+        decoder.prefill(condition)
+        decoder.filled = place
+        decoder.place.fill_(place)
+        run, span = decoder.steps(codes, choose, captured), decoder._span()
+        # The most codes that can follow without the attended length growing.
+        most = max(3, min(32, span - place - 4))
+        each.append(seconds_of(lambda run=run, span=span: run(span), device, budget / 4, warm=2, most=most))
+    mean = sum(each) / len(each)
+    itemsize = 2
+    weights = itemsize * sum(
+        p.numel() for name, p in model.named_parameters() if name.startswith(("layers.", "output."))
+    )
+    cache = 2 * itemsize * config.depth * 2 * clips * (sum(places) / len(places)) * config.width
+    figures = {"clips": clips, "captured": captured, "milliseconds_a_code": 1000 * mean}
+    figures["milliseconds_at"] = {place: 1000 * seconds for place, seconds in zip(places, each, strict=True)}
+    figures |= {"seconds_a_clip": mean * count, "clips_a_minute": 60 * clips / (mean * count)}
+    figures |= {"bytes_a_code": weights + cache, "share_of_copy": (weights + cache) / mean / copy}
+    if captured:
+        figures["kernels"] = busiest(lambda: run(span), device)
+    if whole:
+
+        def clip() -> None:
+            decoder.prefill(condition)
+            decoder.decode_n(codes, choose)
+
+        figures["seconds_of_a_whole_clip"] = seconds_of(clip, device, 0.0, warm=0, least=1)
+    return figures
+
+
+def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
+    """The sampler captured and, for one clip, step by step."""
+    torch.manual_seed(0)
+    with take.device:
+        model = LarpGenerator(sizes.generator).eval()
+        torch.nn.init.normal_(model.output.weight, std=0.02)
+    first = sizes.sampler_clips[0]
+    take.take(
+        f"sampler, {first} clip",
+        partial(sampler, model, first, copy, sizes.seconds, take.device.type == "cuda", whole=True),
+    )
+    for clips in sizes.sampler_clips[1:]:
+        take.take(
+            f"sampler, {clips} clips", partial(sampler, model, clips, copy, sizes.seconds, take.device.type == "cuda")
+        )
+    take.take(f"sampler, {first} clip, no graph", partial(sampler, model, first, copy, sizes.seconds, False))
+
+
+# ----------------------------------------------------------------------------------------------- loss of language model
+
+
+def head_loss(sizes: Sizes, batch: str, trained: bool, plain: bool, device: torch.device) -> dict[str, Any]:
+    """Forward and backward of the language model's loss, in bf16; `memory` beyond what was held before."""
+    case = HeadCase(sizes.head, batch, trained, str(device), "bf16")
+    model = case.build()
+    hidden, labels = case.inputs(model)
+
+    def work() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            if plain:
+                loss = plain_loss(model, hidden, labels)
+            else:
+                loss = model(inputs_embeds=hidden, labels=labels, head_chunk=sizes.head.chunk).loss
+        loss.backward()
+        for tensor in (hidden, *model.parameters()):
+            tensor.grad = None
+
+    held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    seconds = seconds_of(work, device, sizes.seconds)
+    figures: dict[str, Any] = {"milliseconds": 1000 * seconds}
+    if device.type == "cuda":
+        figures["memory"] = torch.cuda.max_memory_allocated(device) - held
+    return figures
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def measure(config: SpeedGpuConfig) -> dict[str, Any]:
+    """Take all measurements that fit into the time; returns the record."""
+    device = torch.device(config.device)
+    sizes = Sizes.tiny() if config.rehearse else Sizes()
+    about = {"config": to_dict(config), "sizes": to_dict(sizes), "machine": machine(device)}
+    about["precision"] = "bf16 autocast with float32 weights; float32 products exact (no TF32), as in training"
+    take = Measurements(config.out, device, 60 * config.minutes, about)
+    copied = take.take("copy", lambda: copy_rate(sizes, device))
+    multiplied = take.take("matmul", lambda: matmul_rate(sizes, device))
+    # Where a ceiling could not be measured, what the maker states stands for it.
+    copy, rate = copied.get("bytes_a_second", 3.35e12), multiplied.get("operations_a_second", NOMINAL)
+    for batch in sizes.large_inference:
+        take.take(
+            f"LARP-L encode, decode, batch {batch}", partial(inference, sizes.large, batch, rate, sizes.seconds, device)
+        )
+    best_large = sweep(take, "LARP-L", sizes.large, sizes.large_batches, rate, sizes.seconds)
+    best = sweep(take, "box", sizes.box, sizes.box_batches, rate, sizes.seconds)
+    samplers(take, sizes, copy)
+    for batch in ("mixed", "text only"):
+        for trained in (False, True):
+            for plain in (False, True):
+                name = f"loss, {batch}, {'trained' if trained else 'frozen'}, {'plain' if plain else 'in chunks'}"
+                take.take(name, partial(head_loss, sizes, batch, trained, plain, device))
+    # What needs a compiler, and then DeepSpeed, comes last: nobody knows how long these take on a machine at first.
+    for name, size, batch in (("box", sizes.box, best), ("LARP-L", sizes.large, best_large)):
+        work = partial(training, size, batch, rate, sizes.seconds, device, compiled=True, kernels=True)
+        take.take(f"{name} step, batch {batch}, compiled", work, needs=5 if config.rehearse else 30)
+    take.take(
+        f"box step, batch {best}, engine", partial(engine_training, sizes.box, best, rate, sizes.seconds), needs=10
+    )
+    return take.record
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The figures as short lines for a person."""
+    return [f"{name:42} {_line(figures)}" for name, figures in record["measurements"].items()]
+
+
+def _line(figures: dict[str, Any]) -> str:
+    for name in ("error", "skipped"):
+        if name in figures:
+            return f"{name}: {figures[name].splitlines()[0][:110]}"
+    words = [text(figures[name]) for name, text in _WORDS.items() if name in figures]
+    words += [f"{name}: {_line(figures[name])}" for name in ("encode", "decode") if name in figures]
+    if "parts" in figures:
+        words.append(" ".join(f"{name} {share:.0%}" for name, share in figures["parts"].items()))
+    return ", ".join(words)
+
+
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "bytes_a_second": lambda v: f"{v / 1e9:.0f} GB/s",
+    "operations_a_second": lambda v: f"{v / 1e12:.1f} TFLOP/s",
+    "milliseconds": lambda v: f"{v:.2f} ms",
+    "clips_a_second": lambda v: f"{v:.0f} clips/s",
+    "mfu": lambda v: f"MFU {v:.1%}",
+    "mfu_of_nominal": lambda v: f"({v:.1%} of 989)",
+    "milliseconds_a_code": lambda v: f"{v:.3f} ms a code",
+    "seconds_a_clip": lambda v: f"{v:.2f} s a clip",
+    "seconds_of_a_whole_clip": lambda v: f"({v:.2f} s measured whole)",
+    "share_of_copy": lambda v: f"{v:.0%} of the copy's rate",
+    "memory": lambda v: f"+{v / 2**30:.2f} GiB",
+    "peak_memory": lambda v: f"{v / 2**30:.1f} GiB",
+}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
+    recipes = Path(__file__).resolve().parent / "recipes"
+    config, _ = parse(SpeedGpuConfig, sys.argv[1:] if argv is None else argv, recipes, "speed_gpu.py")
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    # A rehearsal does not wait for a compiler: blocks that are to be compiled run as they are.
+    with torch.compiler.set_stance("force_eager" if config.rehearse else "default"):
+        record = measure(config)
+    print(*table(record), sep="\n")
+    return record
+
+
+if __name__ == "__main__":
+    run_script("speed_gpu.py", main)
