@@ -217,13 +217,15 @@ def train(runner: Runner) -> None:
     best = smaller(tokenizer / "model", work / "weights" / "tokenizer")
     runner.keep("tokenizer", best)
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
+    # Given frames as well, from which the language model learns to continue.
+    given = ("--condition-frames", "5")
     windows = {"train": ("--windows", "8", "--flips"), "validation": ("--windows", "2"), "test": ()}
     if not runner.run(
         LIMITS["tokens"],
         **{
             f"tokens_{split}": [
                 "training/extract_tokens.py", "--tokenizer", best, "--data", labelled, "--split", split, "--out", folder,
-                *windows[split],
+                *given, *windows[split],
             ]
             for split, folder in codes.items()
         },
