@@ -20,10 +20,12 @@ from larp_mllm.cli import (
     doctor,
     export,
     generate,
+    pack_clips,
     reconstruct,
     sample,
     tokenize,
     train_info,
+    unpack_clips,
 )
 
 COMMANDS = (
