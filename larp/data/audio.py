@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from larp.data.container import DECODE_ERRORS, opened
 
-import av
+if TYPE_CHECKING:
+    import av
 
 
 class AudioTrack:

@@ -1,6 +1,8 @@
 """Opening video files, every one treated as hostile: only regular files are opened (a pipe would be waited for without
 end), the demuxer is chosen from the file's first bytes (so playlists, which open other files, are refused), the picture
 size is checked before a frame is decoded, and every failure is a `VideoError` that names the file.
+
+PyAV may be missing: then no video file is read or written, and everything else works.
 """
 
 from __future__ import annotations
@@ -12,14 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import av
+try:
+    import av
+except ImportError:  # a machine that trains on unpacked frames alone
+    av = None
 
 MAX_PIXELS = 4096 * 4096
 
 # What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and
 # PermissionError).
 DECODE_ERRORS = (
-    av.error.FFmpegError,
+    *([av.error.FFmpegError] if av else ()),
     OSError,
     IndexError,
     UnicodeDecodeError,
@@ -31,11 +36,27 @@ DECODE_ERRORS = (
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")
 
 # FFmpeg's own lines would tear the progress bars; what matters reaches VideoError.
-av.logging.set_level(av.logging.PANIC)
+if av:
+    av.logging.set_level(av.logging.PANIC)
 
 
 class VideoError(ValueError):
     """A video file that cannot be read or written; the message names the file and the reason."""
+
+
+class NoPyAVError(VideoError):
+    """A video file that cannot be read or written because PyAV is not installed."""
+
+
+def has_pyav() -> bool:
+    """Whether video files can be read and written here."""
+    return av is not None
+
+
+def check_pyav(path: str | Path) -> None:
+    """NoPyAVError where a video file cannot be read or written for want of PyAV."""
+    if av is None:
+        raise NoPyAVError(f"{path}: video files need PyAV: pip install av")
 
 
 @contextmanager
@@ -45,8 +66,9 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
     FFmpeg's many exceptions inside the block become VideoError.
     """
     try:
-        _check_regular(path)
+        check_regular(path)
         with open(path, "rb") as file:
+            check_pyav(path)
             name = _container_format(path, file.read(256))
             file.seek(0)
             # A file object rather than a name: names that begin with a dash or hold a colon mean something to FFmpeg.
@@ -68,13 +90,13 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
     except VideoError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise VideoError(_not_there(path, error)) from None
+        raise VideoError(not_there(path, error)) from None
     except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{path}: cannot be decoded: {reason}") from error
 
 
-def _check_regular(path: str | Path) -> None:
+def check_regular(path: str | Path) -> None:
     """VideoError for what is there but no file; opening a pipe without a writer would wait for ever."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -92,7 +114,7 @@ def as_url(path: str | Path) -> str | None:
     return f"{found[1]}://{str(path)[found.end() :]}" if found else None
 
 
-def _not_there(path: str | Path, error: OSError) -> str:
+def not_there(path: str | Path, error: OSError) -> str:
     """What to say of a name that is no file."""
     if str(path) in ("", "."):  # a Path of nothing is the current folder
         return f"no video was named ({str(path)!r}): give the name of a video file"

@@ -2,7 +2,8 @@
 
     ucf101:ROOT[,fold=1]    the published UCF-101 layout with its split lists
     k600:ROOT[,videos=DIR][,test=validation]   Kinetics-600: its annotation files, or lists of (path, label)
-    csv:FILE  jsonl:FILE    a manifest: path, and label and/or caption, and optionally split (train, validation or test)
+    csv:FILE  jsonl:FILE    a manifest: path, and where there are any label, caption, group, split (train, validation or
+                            test); the path may be that of an .npy file of frames
     folder:DIR              every video below a folder
     shapes:[count=4096,seed=0,size=32,frames=16]   the built-in captioned videos
     PATH                    a folder, or a .csv / .jsonl manifest
@@ -41,6 +42,9 @@ from larp.data.listing import (
 )
 from larp.data.video import VIDEO_SUFFIXES
 
+UCF101_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+")
+"""The name of a UCF-101 clip; what is in brackets is its group, the film that it is cut from."""
+_COLUMNS = ("path", "label", "caption", "split", "group")
 _SPLITS = ("train", "validation", "test")
 _UCF101 = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}
 """Videos of the published train and test lists, by fold."""
@@ -157,8 +161,16 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
     if split != "all":
         files, notes, missing = _official_split(spec, base, home, classes, files, split, fold)
         whole = _UCF101[fold][split == "test"]
-    items = [VideoItem(p, f"{name}/{p.stem}", classes.index(name), humanize(name)) for p, name in files]
+    items = [
+        VideoItem(p, f"{name}/{p.stem}", classes.index(name), humanize(name), _ucf101_group(p.stem))
+        for p, name in files
+    ]
     return VideoSet(tuple(items), classes, spec, notes, missing, (whole, 101))
+
+
+def _ucf101_group(stem: str) -> str | None:
+    found = UCF101_GROUP.match(stem)
+    return found[1] if found else None
 
 
 def _official_split(spec: str, base: Path, home: Path, classes, files, split: str, fold: int):
@@ -251,10 +263,7 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     base = Path(path).expanduser().parent
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")
-    values = [
-        {key: cell(row.get(key), f"{path}, line {number}: {key}") for key in ("path", "label", "caption", "split")}
-        for number, row in rows
-    ]
+    values = [{key: cell(row.get(key), f"{path}, line {number}: {key}") for key in _COLUMNS} for number, row in rows]
     names: dict[str, int] = {}
     for (number, _), row in zip(rows, values, strict=True):
         if not row["path"]:
@@ -271,7 +280,14 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     classes = ordered_classes(row["label"] for row in values)
     index = {name: k for k, name in enumerate(classes)}
     items = [
-        VideoItem(base / row["path"], row["path"], index.get(row["label"]), row["caption"] or spoken(row["label"]))
+        VideoItem(
+            base / row["path"],
+            row["path"],
+            index.get(row["label"]),
+            row["caption"] or spoken(row["label"]),
+            row["group"],
+            row["split"],
+        )
         for row in values
     ]
     if not any(item.path.is_file() for item in items):

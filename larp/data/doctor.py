@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from statistics import median_low
 
 from larp.data.clips import ClipShape, choose_start
-from larp.data.datasets import DataError, NoSplitError, VideoSet, open_videos, split_specs
+from larp.data.datasets import UCF101_GROUP, DataError, NoSplitError, VideoSet, open_videos, split_specs
 from larp.data.threads import in_order
 from larp.data.video import VideoError, VideoInfo, iter_frames, probe
 
@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 _SPLITS = ("train", "validation", "test")
 _HEAD = 1 << 16
-_UCF_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+")
 _YOUTUBE_ID = re.compile(r"([\w-]{11})_\d+_\d+")
 
 
@@ -212,7 +211,7 @@ def _overlaps(sets: list[tuple[str, VideoSet]]) -> Iterator[Problem]:
         if names:
             yield Problem("error", f"{where}: videos in {both}: {len(names)}", tuple(names))
         # Clips of one UCF-101 group are cut from one film: the official splits keep groups whole.
-        groups = sorted(_groups(_UCF_GROUP, first) & _groups(_UCF_GROUP, second))
+        groups = sorted(_groups(UCF101_GROUP, first) & _groups(UCF101_GROUP, second))
         if groups:
             yield Problem("error", f"{where}: groups of UCF-101 with clips in {both}: {len(groups)}", tuple(groups))
         films = _groups(_YOUTUBE_ID, first) & _groups(_YOUTUBE_ID, second)

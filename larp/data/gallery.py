@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from larp.data.clips import contact_sheet
-from larp.data.video import write_video
+from larp.data.video import movies_are_written, write_video
 
 import numpy as np
 
@@ -25,7 +25,7 @@ def check_scale(scale: int, height: int, width: int) -> None:
 
 
 class Gallery:
-    """Writes videos into a folder as they come: 000-NAME.mp4, 001-NAME.mp4, ..., and at the end sheet.png.
+    """Writes videos into a folder as they come: 000-NAME.mp4, 001-NAME.mp4, ... (not without PyAV), and at the end sheet.png.
 
     Files of these names are replaced, others are left alone. Of each video a few frames are kept in memory, no more.
 
@@ -43,12 +43,15 @@ class Gallery:
         self.shown: list[np.ndarray] = []
 
     def add(self, name: str, frames: np.ndarray) -> Path:
-        """Write uint8 (T, H, W, 3) frames and return the path of the file; `name` is the caption on the sheet."""
+        """Write uint8 (T, H, W, 3) frames and return the path of the file that shows them; `name` is the caption on the sheet."""
         plain = re.sub(r"[^\w.]+", "-", name).strip("-")
         path = self.folder / f"{len(self.names):03d}-{plain}.mp4"
         scale = max(1, 256 // frames.shape[1]) if self.scale is None else self.scale
         check_scale(scale, *frames.shape[1:3])
-        write_video(path, frames.repeat(scale, axis=1).repeat(scale, axis=2), self.fps)
+        if movies_are_written():
+            write_video(path, frames.repeat(scale, axis=1).repeat(scale, axis=2), self.fps)
+        else:
+            path = self.folder / SHEET
         self.names.append(name)
         spread = np.linspace(0, len(frames) - 1, min(_COLUMNS, len(frames))).round().astype(int)
         self.shown.append(frames[spread])

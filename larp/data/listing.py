@@ -27,12 +27,17 @@ class NoSplitError(DataError):
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video file: where it lies, its unique name within the set, its class index and its caption (None: none)."""
+    """One video file: where it lies, its unique name within the set, its class index and its caption (None: none).
+
+    group: what other videos of one scene have in common, split: where a manifest puts it; None where that is not known.
+    """
 
     path: Path
     name: str
     label: int | None = None
     caption: str | None = None
+    group: str | None = None
+    split: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else. A PNG or JPEG picture reads as one frame.
 
-Files are opened by larp/data/container.py, and every failure is a `VideoError` that names the file. FFmpeg may end early
+An .npy file of frames is a video too, and needs no PyAV (larp/data/frame_file.py); these are read, not written here.
+Other files are opened by larp/data/container.py, and every failure is a `VideoError` that names the file. FFmpeg may end early
 in silence, so the number of frames that came out is compared with the number that was asked for.
 """
 
@@ -12,13 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, as_url, opened
+from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, as_url, av, check_pyav, has_pyav, opened
+from larp.data.frame_file import FRAMES_PER_SECOND, is_frame_file, open_frames
 
-import av
 import numpy as np
 
 if TYPE_CHECKING:
@@ -63,6 +65,9 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
 
     `frames` is the header's promise, so decoding may find fewer. Raises VideoError.
     """
+    if is_frame_file(path):
+        frames, height, width = open_frames(path, max_pixels).shape[:3]
+        return VideoInfo(width, height, frames, FRAMES_PER_SECOND, "npy", frames / FRAMES_PER_SECOND)
     with opened(path, max_pixels) as (container, stream):
         frames = stream.frames or _count_packets(container, stream)
         if stream.frames == 0:
@@ -78,6 +83,8 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
 
 def count_frames(path: str | Path) -> int:
     """Return how many frames a video file's header or packets promise, without decoding. Raises VideoError."""
+    if is_frame_file(path):
+        return len(open_frames(path))
     with opened(path) as (container, stream):
         return stream.frames or _count_packets(container, stream)
 
@@ -92,21 +99,24 @@ def read_video(
     returned. Raises VideoError; ShortVideoError if fewer than `count` frames are there, or a whole read ends well
     before the header says.
     """
+    _check_choice(path, start, count, stride)
+    if is_frame_file(path):
+        return _read_frame_file(path, start, count, stride, max_pixels), FRAMES_PER_SECOND
     frames: list[np.ndarray] = []
     with opened(path, max_pixels) as (container, stream):
         fps, decoded = _fps(stream), _Decoded(stream.frames)
         for frame in _pictures(path, container, stream, decoded, start, count, stride):
             frames.append(frame)
-            if frame.nbytes * len(frames) > MAX_BYTES:
-                raise VideoError(
-                    f"{path}: needs more than {MAX_BYTES >> 30} GiB of frames; read a part of it (start, count)"
-                )
+            _check_memory(path, frame.nbytes * len(frames))
     _check_promise(path, start, count, stride, len(frames), decoded)
     return np.stack(frames), fps
 
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
     """Yield every frame of a video file as uint8 (H, W, 3), in bounded memory. Raises VideoError."""
+    if is_frame_file(path):
+        yield from map(np.array, open_frames(path, max_pixels))
+        return
     with opened(path, max_pixels) as (container, stream):
         decoded = _Decoded(stream.frames)
         yield from _pictures(path, container, stream, decoded, 0, None, 1)
@@ -126,7 +136,7 @@ class VideoWriter:
     a list). `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays
     everywhere but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row
     or column. "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed
-    setting, ignored by other codecs. `audio` goes along as it is; where the container cannot hold it, it is left out
+    setting and `tune` what it is tuned for ("psnr": the pixels, not the eye), ignored by other codecs. `audio` goes along as it is; where the container cannot hold it, it is left out
     and `audio.notes` says why. Raises VideoError for a rate that `check_fps` refuses, a URL, a file that cannot be written,
     and a missing `codec`, with the encoders at hand.
     """
@@ -140,12 +150,13 @@ class VideoWriter:
         quality: int = 18,
         pixel_format: str = "yuv420p",
         preset: str = "medium",
+        tune: str | None = None,
         audio: AudioTrack | None = None,
     ):
         self.path = Path(path)
         check_output(self.path)
         self._rate, self._audio = _rational(fps), audio
-        self._encoding = _Encoding(codec, quality, pixel_format, preset)
+        self._encoding = _Encoding(codec, quality, pixel_format, preset, tune)
         self._size: tuple[int, ...] | None = None
         self._sink: _Movie | _Gif | None = None
 
@@ -193,6 +204,7 @@ class VideoWriter:
             if audio is not None:
                 audio.notes.append("the sound was left out: a .gif holds none")
             return _Gif(self._temporary, self._rate)
+        check_pyav(self.path)
         _check_encoder(self.path, self._encoding.codec)
         if audio is not None:
             try:
@@ -238,10 +250,18 @@ def check_output(path: str | Path) -> None:
 def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) -> None:
     """Write uint8 (T, H, W, 3) RGB frames to a video file, or to an animated GIF if the suffix is .gif; atomic.
 
-    `encoding` is what `VideoWriter` takes: codec, quality, pixel_format, preset, audio. Raises VideoError.
+    `encoding` is what `VideoWriter` takes: codec, quality, pixel_format, preset, tune, audio. Raises VideoError.
     """
     with VideoWriter(path, fps, **encoding) as writer:
         writer.write(frames)
+
+
+@cache
+def movies_are_written() -> bool:
+    """Whether training and its like write videos beside their pictures; without PyAV they do not, and one note says so."""
+    if not has_pyav():
+        print("note: pictures only, no videos beside them: PyAV is missing (pip install av)")
+    return has_pyav()
 
 
 # Reading
@@ -259,10 +279,6 @@ def _pictures(
     path, container, stream, decoded: _Decoded, start: int, count: int | None, stride: int
 ) -> Iterator[np.ndarray]:
     """Yield the chosen frames of an opened stream as uint8 (H, W, 3), rotated as the file asks."""
-    if start < 0 or stride < 1 or (count is not None and count < 1):
-        raise VideoError(
-            f"{path}: start={start}, count={count}, stride={stride}; need start >= 0, count >= 1, stride >= 1"
-        )
     size, last = None, None if count is None else start + (count - 1) * stride
     convert = av.video.reformatter.VideoReformatter()  # one for all frames: setting it up costs more than a small frame
     for index, frame in enumerate(container.decode(stream)):
@@ -278,6 +294,26 @@ def _pictures(
             yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
         if index == last:
             return
+
+
+def _read_frame_file(path, start: int, count: int | None, stride: int, max_pixels: int) -> np.ndarray:
+    frames = open_frames(path, max_pixels)
+    chosen = frames[start::stride] if count is None else frames[start : start + (count - 1) * stride + 1 : stride]
+    _check_memory(path, chosen.nbytes)
+    _check_promise(path, start, count, stride, len(chosen), _Decoded(len(frames), len(frames)))
+    return np.array(chosen)  # a copy: nothing of the file stays open
+
+
+def _check_choice(path, start: int, count: int | None, stride: int) -> None:
+    if start < 0 or stride < 1 or (count is not None and count < 1):
+        raise VideoError(
+            f"{path}: start={start}, count={count}, stride={stride}; need start >= 0, count >= 1, stride >= 1"
+        )
+
+
+def _check_memory(path, needed: int) -> None:
+    if needed > MAX_BYTES:
+        raise VideoError(f"{path}: needs more than {MAX_BYTES >> 30} GiB of frames; read a part of it (start, count)")
 
 
 def _check_promise(path, start: int, count: int | None, stride: int, got: int, decoded: _Decoded) -> None:
@@ -309,6 +345,7 @@ class _Encoding:
     quality: int
     pixel_format: str
     preset: str
+    tune: str | None
 
 
 class _Movie:
@@ -324,7 +361,7 @@ class _Movie:
         self.rate, self.audio, self.frames, self.sound = rate, audio, 0, None
         self.container = av.open(target, "w")
         try:
-            options = _encoder_options(encoding.codec, encoding.quality, encoding.preset)
+            options = _encoder_options(encoding)
             self.stream = self.container.add_stream(encoding.codec, rate=rate, options=options)
             self.stream.height, self.stream.width = height + self.padding[1][1], width + self.padding[2][1]
             self.stream.pix_fmt, self.stream.thread_count = encoding.pixel_format, 1
@@ -388,11 +425,13 @@ def _check_encoder(path: Path, codec: str) -> None:
         raise VideoError(_missing_encoder(path, codec)) from None
 
 
-def _encoder_options(codec: str, quality: int, preset: str) -> dict[str, str]:
+def _encoder_options(encoding: _Encoding) -> dict[str, str]:
+    codec, quality = encoding.codec, encoding.quality
     if codec in ("libx264", "libx265"):
         return {
             "crf": str(quality),
-            "preset": preset,
+            "preset": encoding.preset,
+            **({"tune": encoding.tune} if encoding.tune else {}),
             **({"x265-params": "log-level=none"} if codec == "libx265" else {}),
         }
     if codec.startswith("libvpx"):

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from larp.data.clips import clip_to_frames, contact_sheet, side_by_side
-from larp.data.video import write_video
+from larp.data.video import movies_are_written, write_video
 from larp.metrics import lpips
 from larp.metrics.frames import mean_colour, psnr, ssim
 from larp.metrics.frechet import Moments, frechet_distance, real_floor
@@ -40,11 +40,13 @@ class Reconstruction:
     originals: list[np.ndarray] = field(default_factory=list)
     reconstructions: list[np.ndarray] = field(default_factory=list)
 
-    def write(self, stem: str, fps: float) -> tuple[str, str]:
-        """Write `stem`.mp4 (originals left of reconstructions) and `stem`.png (a contact sheet); return both names."""
+    def write(self, stem: str, fps: float) -> tuple[str, ...]:
+        """Write `stem`.mp4 (originals left of reconstructions; not without PyAV) and `stem`.png (a contact sheet); return the names."""
         pairs = [np.concatenate(pair, axis=2) for pair in zip(self.originals, self.reconstructions, strict=True)]
-        write_video(f"{stem}.mp4", side_by_side(self.originals, self.reconstructions), fps)
         contact_sheet(pairs[:8], ["original | reconstruction"] * len(pairs[:8]), f"{stem}.png", columns=4, cell=96)
+        if not movies_are_written():
+            return (f"{stem}.png",)
+        write_video(f"{stem}.mp4", side_by_side(self.originals, self.reconstructions), fps)
         return f"{stem}.mp4", f"{stem}.png"
 
 

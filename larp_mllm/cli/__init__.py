@@ -20,13 +20,18 @@ from larp_mllm.cli import (
     doctor,
     export,
     generate,
+    pack_clips,
     reconstruct,
     sample,
     tokenize,
     train_info,
+    unpack_clips,
 )
 
-COMMANDS = (generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, doctor, train_info)
+COMMANDS = (
+    *(generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, doctor, pack_clips),
+    *(unpack_clips, train_info),
+)
 EXAMPLES = """\
 examples:
   larp-mllm generate "a red circle moving left" -o circle.mp4
@@ -41,6 +46,8 @@ examples:
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm doctor --data ucf101:/path/to/UCF101
+  larp-mllm pack-clips --data ucf101:/path/to/UCF101 -o ucf.clips
+  larp-mllm unpack-clips ucf.clips -o clips/
   larp-mllm train-info runs/mllm
 
 The model of generate, describe, continue and chat is --model FOLDER, else the environment variable LARP_MLLM_MODEL,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from larp.data.clips import contact_sheet
+from larp.data.video import movies_are_written
 from larp.engine.log import write_json
 from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
 from larp_mllm.mllm import Mllm
@@ -41,7 +42,7 @@ class SamplingConfig:
 def write_samples(
     mllm: Mllm, held_out: CaptionedVideos, config: SamplingConfig, seed: int, folder: Path, movies: bool
 ) -> list[str]:
-    """Write a contact sheet of videos for held-out captions, captions.json of held-out videos, and MP4s if `movies`.
+    """Write a contact sheet of videos for held-out captions, captions.json of held-out videos, and MP4s if `movies` (not without PyAV).
 
     Returns the files, the sheet first. The prompts are the first different captions of rows spread over the set; each
     video described is the one that its caption stands for.
@@ -58,7 +59,7 @@ def write_samples(
     contact_sheet([video.frames for video in videos], texts, folder / SHEET)
     write_json(folder / CAPTIONS, describe_rows(mllm, held_out, rows))
     files = [folder / SHEET, folder / CAPTIONS]
-    if movies:
+    if movies and movies_are_written():
         scale = max(1, _SMALLEST // videos[0].frames.shape[1])
         for number, (video, text) in enumerate(zip(videos, texts, strict=True)):
             slug = re.sub(r"[^a-z0-9]+", "-", text.lower())[:60].strip("-")
