@@ -292,7 +292,7 @@ def describe(report: dict) -> str:
     for name, means in report["mean"].items():
         lines.append(f"mean {name.upper()}: " + ", ".join(f"{way} {means[way]:.4g}" for way in WAYS))
     if "lpips" not in report["mean"]:
-        lines.append("LPIPS: no weights; " + lpips.REMEDY)
+        lines.append("LPIPS: no weights. " + lpips.LPIPS.remedy)
     for way, gain in report["psnr_above"].items():
         low, high = gain["interval_95"]
         lines.append(

@@ -161,7 +161,7 @@ def describe(report: dict) -> str:
     lines = [f"PSNR {report['psnr']:.2f} dB ({report['psnr_above_mean_colour']:+.2f} dB against the mean colour's "
              f"{report['mean_colour_psnr']:.2f})"]  # fmt: skip
     lines.append(f"SSIM {report['ssim']:.4f}")
-    lines.append(f"LPIPS {report['lpips']:.4f}" if "lpips" in report else "LPIPS: no weights; " + lpips.REMEDY)
+    lines.append(f"LPIPS {report['lpips']:.4f}" if "lpips" in report else "LPIPS: no weights. " + lpips.LPIPS.remedy)
     lines.append(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
     if "prior_top1" in report:
         lines.append(f"prior: top-1 {report['prior_top1']:.1%}, {report['prior_bits']:.2f} bits per token")

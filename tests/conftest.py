@@ -10,12 +10,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
+from larp.metrics.sources import SOURCES
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 _homes = itertools.count()
+USERS_CACHE = os.environ.get("LARP_CACHE")
 
 
 def beside(name: str) -> Path:
@@ -67,4 +69,22 @@ def own_home(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.getbasetemp() / "home"
     monkeypatch.setenv("LARP_DATA", str(home / "data"))
     monkeypatch.setenv("LARP_MLLM_HOME", str(home / f"mllm-{next(_homes)}"))
+    monkeypatch.setenv("LARP_CACHE", str(home / "no-weights"))
     monkeypatch.delenv("LARP_MLLM_MODEL", raising=False)
+
+
+@pytest.fixture
+def fetched(own_home, monkeypatch):
+    """`fetched("lpips")`: the published weights of that name in the user's cache; the test is skipped where they are absent."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("LARP_CACHE")
+    else:
+        monkeypatch.setenv("LARP_CACHE", USERS_CACHE)
+
+    def need(name: str) -> Path:
+        kept = SOURCES[name].kept
+        if not kept.is_file():
+            pytest.skip(f"needs published weights: larp-mllm fetch {name}")
+        return kept
+
+    return need

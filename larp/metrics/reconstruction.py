@@ -13,7 +13,7 @@ from larp.metrics import lpips
 from larp.metrics.frames import mean_colour, psnr, ssim
 from larp.metrics.frechet import Moments, frechet_distance, real_floor
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures, PublishedI3D
-from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16
+from larp.metrics.sources import I3D_KINETICS, LPIPS
 from larp.quantizer import usage
 from larp.tokenizer import LarpTokenizer, TokenizerOutput
 
@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-
-FETCH = "python -m larp.metrics.weights fetches it; README, 'Weights of the metrics'"
 
 
 @dataclass
@@ -79,14 +77,12 @@ class Watch:
         elif perceptual is None and lpips.available():
             perceptual = lpips.Lpips.load().to(device)
         elif perceptual is None:
-            notes.append(
-                f"validation without LPIPS: {VGG16.filename} or {LPIPS_HEADS.filename} is not at hand ({FETCH})"
-            )
+            notes.append(f"validation without LPIPS: its weights are not at hand. {LPIPS.remedy}")
         features = None
         if clip_shape[0] < PublishedI3D.min_frames:
             notes.append(f"validation without rFVD, which needs clips of {PublishedI3D.min_frames} frames")
-        elif I3D_STYLEGANV.find() is None:
-            notes.append(f"validation without rFVD: {I3D_STYLEGANV.filename} is not at hand ({FETCH})")
+        elif not I3D_KINETICS.find():
+            notes.append(f"validation without rFVD: its weights are not at hand. {I3D_KINETICS.remedy}")
         else:
             features = PublishedI3D(device=device)
         watch = cls(features, perceptual)

@@ -25,8 +25,8 @@ def checkpoint_hashes(folder: Path) -> dict[str, str]:
 
 
 def cache_folder() -> Path:
-    """The folder in which weight files are looked for: ~/.cache/larp."""
-    return Path.home() / ".cache" / "larp"
+    """The folder in which weight files are looked for: LARP_CACHE, by default ~/.cache/larp."""
+    return Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class WeightFile:
         """One sentence: which file to place where."""
         return (
             f"Place {self.filename} (from {self.url}) at {cache_folder() / self.filename}, or set {self.variable} "
-            f"to its path, or run `python -m larp.metrics.weights` on a machine with a network."
+            f"to its path, or run `larp-mllm fetch` on a machine with a network."
         )
 
     def verify(self, path: Path) -> str:

@@ -393,10 +393,13 @@ class FakeI3D(torch.nn.Module):
 def test_validation_takes_lpips_and_rfvd_where_their_weights_are_at_hand(recipe, tmp_path, monkeypatch, capsys):
     for source in (VGG16, LPIPS_HEADS, I3D_STYLEGANV):
         monkeypatch.delenv(source.variable, raising=False)
-    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "empty"))
     options = ["--recipe", str(recipe), "--steps", "2", "--eval-clips", "4"]
     assert {"lpips", "rfvd"}.isdisjoint(main([*options, "--out", str(tmp_path / "without")]))
-    assert capsys.readouterr().out.count("validation without rFVD: i3d_torchscript.pt") == 1
+    assert (
+        capsys.readouterr().out.count("validation without rFVD: its weights are not at hand. Run `larp-mllm fetch i3d`")
+        == 1
+    )
     state = Lpips().state_dict()
     torch.save({key: value for key, value in state.items() if key.startswith("features")}, tmp_path / "vgg.pth")
     torch.save({f"lin{i}.model.1.weight": state[f"heads.{i}"] for i in range(5)}, tmp_path / "heads.pth")
@@ -414,7 +417,7 @@ def test_validation_takes_lpips_and_rfvd_where_their_weights_are_at_hand(recipe,
 def test_a_run_with_lpips_in_its_loss_needs_the_weights(recipe, tmp_path, monkeypatch):
     for source in (VGG16, LPIPS_HEADS):
         monkeypatch.delenv(source.variable, raising=False)
-    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*--loss\.lpips 0"):
         main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--loss.lpips", "1"])
     assert not (tmp_path / "run").exists()

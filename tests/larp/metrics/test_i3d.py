@@ -18,7 +18,7 @@ def tiny():
 @pytest.fixture
 def no_weights(monkeypatch, tmp_path):
     monkeypatch.delenv(I3D_STYLEGANV.variable, raising=False)
-    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "empty"))
 
 
 class FakeI3D(torch.nn.Module):

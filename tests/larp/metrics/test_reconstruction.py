@@ -42,7 +42,7 @@ def tokenizer():
 def no_weights(monkeypatch, tmp_path):
     for source in (I3D_STYLEGANV, VGG16, LPIPS_HEADS):
         monkeypatch.delenv(source.variable, raising=False)
-    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "empty")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "empty"))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(toke
 def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
     watch = Watch.at_hand(SHAPE)
     assert [note.split(":")[0] for note in watch.notes] == ["validation without LPIPS", "validation without rFVD"]
-    assert "vgg16-397923af.pth" in watch.notes[0] and "i3d_torchscript.pt" in watch.notes[1]
+    assert "larp-mllm fetch lpips" in watch.notes[0] and "i3d_torchscript.pt" in watch.notes[1]
     metrics = reconstruct(tokenizer, batches(), watch=watch).metrics
     assert {"lpips", "rfvd"}.isdisjoint(metrics) and metrics == reconstruct(tokenizer, batches()).metrics
 

@@ -33,10 +33,10 @@ def test_a_wrong_download_is_not_kept(tmp_path):
 
 
 def test_places_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("larp.metrics.weights.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
     source = published(tmp_path)
     assert source.find() is None
-    with pytest.raises(WeightsMissing, match=r"some weights: .*w\.pt.*LARP_NO_SUCH.*larp\.metrics\.weights"):
+    with pytest.raises(WeightsMissing, match=r"some weights: .*w\.pt.*LARP_NO_SUCH.*larp-mllm fetch"):
         source.locate()
     cached = source.fetch(tmp_path / "cache")
     assert source.locate() == cached
