@@ -5,6 +5,7 @@ sequence, H hidden width, V rows of the base head, K codes, N codes per video.
 """
 
 import os
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -260,6 +261,16 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         place = torch.arange(written, device=steps.device)
         chosen = steps[place, beam_indices.clamp_min(0), sequences[:, sequences.shape[1] - written :]]
         return chosen.masked_fill(beam_indices < 0, 0)
+
+    def _beam_search(self, *args, **options):
+        """As transformers' own, of which older releases would count with the ids of the base alone."""
+        text, config, self.config = copy(self.config.text_config), self.config, copy(self.config)
+        text.vocab_size = config.vocab_size
+        self.config.get_text_config = lambda *_, **__: text
+        try:
+            return super()._beam_search(*args, **options)
+        finally:
+            self.config = config
 
     def _score(
         self,

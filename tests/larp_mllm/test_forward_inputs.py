@@ -110,11 +110,20 @@ def test_forward_gives_what_transformers_models_give(eager):
 
 
 @pytest.mark.parametrize(
-    "keep", [0, 1, 3, torch.tensor([0, 2]), torch.tensor([[0, 2], [3, 1]]), torch.eye(4)[:2].bool()], ids=str
+    "keep, rows, places",
+    [
+        (0, [[0], [1]], [[0, 1, 2, 3]]),
+        (1, [[0], [1]], [[3]]),
+        (3, [[0], [1]], [[1, 2, 3]]),
+        (torch.tensor([0, 2]), [[0], [1]], [[0, 2]]),
+        (torch.tensor([[0, 2], [3, 1]]), [[0], [1]], [[0, 2], [3, 1]]),
+        (torch.eye(4)[:2].bool(), [0, 1], [0, 1]),
+    ],
+    ids=str,
 )
-def test_logits_are_given_where_they_are_wanted(eager, keep):
+def test_logits_are_given_where_they_are_wanted(eager, keep, rows, places):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
-    ours, theirs = eager(ids, logits_to_keep=keep).logits, eager.base(ids, logits_to_keep=keep).logits
+    ours, theirs = eager(ids, logits_to_keep=keep).logits, eager.base(ids).logits[rows, places]
     assert ours.shape == (*theirs.shape[:-1], 117)
     torch.testing.assert_close(ours[..., :99], theirs)
 
