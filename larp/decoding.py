@@ -213,6 +213,8 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
 def gated(x: Tensor) -> Tensor:
     """Return the inner values of SwiGLU (..., O) from both their products (..., 2 O)."""
     gate, up = x.chunk(2, dim=-1)
+    if x.device.type != "cpu":
+        return F.silu(gate).mul_(up)
     # On one thread: another's share may begin inside a vector, of which the rest is then done by another exp.
     with threads(1):
         return F.silu(gate).mul_(up)
@@ -237,7 +239,8 @@ class CapturedSteps:
             return
         if self.graphs[span] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads, of a loader for instance, may use the device meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(span)
             self.graphs[span] = graph
         self.graphs[span].replay()

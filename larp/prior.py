@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from larp.codescores import score_codes
 from larp.config import check_positive, check_types
 from larp.layers import Block, Linear
 from larp.noise import BatchNoise
@@ -109,20 +110,44 @@ class ARPrior(nn.Module):
             noise: needed when mix > 0.
         """
         inputs, targets = latents[:, :-1], codes[:, 1:]
-        logits = self.logits(inputs, codebook)
-        loss = cross_entropy(logits, targets)
-        with torch.no_grad():
-            top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[..., None]
-            accuracies = top5[..., 0].float().mean(), top5.any(-1).float().mean()
-        if self.config.rounds == 2 and mix > 0:
-            # Input j is a latent whose prediction came from input j-1; the first latent has none and is always given.
-            length = inputs.shape[1] - 1
-            drawn = draw(logits[:, :-1].detach().softmax(-1), noise.uniform(length))
+        twice = self.config.rounds == 2 and mix > 0
+        # Input j is a latent whose prediction came from input j-1; the first latent has none and is always given.
+        length = inputs.shape[1] - 1
+        uniform = noise.uniform(length) if twice else None
+        score = self._score if latents.device.type == "cpu" else self._score_in_parts
+        loss, accuracies, drawn = score(inputs, targets, codebook, uniform, judged=True)
+        if twice:
             replace = (noise.uniform(length) < mix)[..., None]
             mixed = torch.where(replace, codebook[drawn].to(inputs), inputs[:, 1:])
-            second = self.logits(torch.cat([inputs[:, :1], mixed], dim=1), codebook)
-            loss = (loss + cross_entropy(second, targets)) / 2
+            second, *_ = score(torch.cat([inputs[:, :1], mixed], dim=1), targets, codebook)
+            loss = (loss + second) / 2
         return PriorResult(loss, *accuracies)
+
+    def _score(
+        self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """One round: its loss, if `judged` how often the right code was the likeliest or among five, and codes (B, N-2) drawn by `uniform`."""
+        logits = self.logits(inputs, codebook)
+        loss = cross_entropy(logits, targets)
+        accuracies = drawn = None
+        with torch.no_grad():
+            if judged:
+                top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[..., None]
+                accuracies = top5[..., 0].float().mean(), top5.any(-1).float().mean()
+            if uniform is not None:
+                drawn = draw(logits[:, :-1].softmax(-1), uniform)
+        return loss, accuracies, drawn
+
+    def _score_in_parts(
+        self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """The same for a GPU, where (B, N, K) logits would be most of the memory and of its traffic."""
+        predictions = (self.predict(inputs) / self.config.temperature).flatten(0, 1)
+        # The last prediction has no input of round 2 to replace.
+        given = None if uniform is None else F.pad(uniform, (0, 1)).flatten()
+        loss, ranks, drawn = score_codes(predictions, codebook, targets.flatten(), given, judged)
+        accuracies = ((ranks < 1).float().mean(), (ranks < 5).float().mean()) if judged else None
+        return loss, accuracies, None if uniform is None else drawn.view(targets.shape)[:, :-1]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -5,13 +5,14 @@ Shapes: B batch, N tokens, K codebook size, d code dimension.
 
 from typing import NamedTuple
 
+from larp.codescores import draw_in_blocks, rows_at_a_time
 from larp.products import linear
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Latents that are compared with the codebook at a time: 16 MB of cosines for 8192 codes.
+# Latents that a CPU compares with the codebook at a time: 16 MB of cosines for 8192 codes.
 _ROWS = 512
 
 
@@ -46,6 +47,8 @@ class VectorQuantizer(nn.Module):
         """Map codes (B, N) int64 to normalised latents (B, N, d) float32."""
         return F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
 
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
     def similarities(self, latents: Tensor) -> Tensor:
         """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
         return linear(F.normalize(latents.float(), dim=-1), self.codebook())
@@ -57,15 +60,27 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that, nor a (B, N, K) tensor."""
-        rows = latents.flatten(0, -2).split(_ROWS)
+        rows = latents.flatten(0, -2).split(self._rows(latents))
         return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
 
     @torch.no_grad()
     def drawn(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
         """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
-        parts = zip(latents.flatten(0, -2).split(_ROWS), uniform.flatten().split(_ROWS), strict=True)
-        codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
+        rows = self._rows(latents)
+        parts = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
+        if latents.device.type == "cpu":
+            codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
+        else:
+            # The temperature divides the codebook, which is small.
+            codebook = self.codebook() / (temperature or self.temperature)
+            codes = [
+                draw_in_blocks(linear(F.normalize(some.float(), dim=-1), codebook).softmax(-1), given)
+                for some, given in parts
+            ]
         return torch.cat(codes).view(latents.shape[:-1])
+
+    def _rows(self, latents: Tensor) -> int:
+        return _ROWS if latents.device.type == "cpu" else rows_at_a_time(len(self.embedding.weight))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)

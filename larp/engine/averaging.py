@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
@@ -20,16 +20,26 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float):
         if not 0 < decay < 1:
             raise ValueError(f"ema = {decay} is a decay between 0 and 1, such as 0.999; 0 turns the average off")
-        self._averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False).eval()
+        self._decay = decay
+        self._averaged = AveragedModel(module).requires_grad_(False).eval()
 
     @property
     def module(self) -> nn.Module:
         """The averaged module, in evaluation mode."""
         return self._averaged.module
 
+    @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         """Take in the weights of the module after a step of its optimizer."""
-        self._averaged.update_parameters(module)
+        averaged, weights = list(self.module.parameters()), list(module.parameters())
+        # torch's own update sends its counter to the device each time, and waits for it.
+        if self._averaged.n_averaged == 0:
+            torch._foreach_copy_(averaged, weights)
+        else:
+            torch._foreach_lerp_(averaged, weights, 1 - self._decay)
+        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            kept.copy_(buffer)
+        self._averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return the averaged weights and how many updates they hold."""

@@ -31,6 +31,7 @@ from typing import Any
 from larp.engine import signals
 from larp.engine.averaging import WeightAverage
 from larp.engine.blocks import checkpoint_activations, compile_blocks
+from larp.engine.device_steps import DeviceSteps, fuse, place_counters
 from larp.engine.ranks import (
     Ranks,
     barrier,
@@ -238,9 +239,7 @@ class Engine:
     """A module in training: forward, backward, step, save, load. Made by `make_engine`.
 
     step_count: global batches done, skipped updates included, so that it stays in step with the data.
-    skipped_count: how many of them were skipped.
-    grad_norm: global norm before clipping at the last step, inf if it was skipped, None before the first.
-    average: of the weights after each update, or None; skipped ones do not count.
+    average: of the weights after each update, or None; skipped ones do not count (see `step`).
     """
 
     def __init__(self, module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average) -> None:
@@ -252,20 +251,35 @@ class Engine:
         settings = deepspeed_settings(module, config, global_batch, ranks)
         if config.zero_stage == 3:
             _sharding.add(self)
+        on_gpu = ranks.device.type == "cuda" and config.zero_stage == 0 and config.precision != "fp16"
+        later = on_gpu and fuse(optimizer)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
         self._hyperparameters = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         self.step_count = 0
-        self.skipped_count = 0
-        self._skipped_in_a_row = 0
-        self.grad_norm: float | None = None
+        self._skipped = self._skipped_in_a_row = 0
+        self._grad_norm: float | None = None
+        self._later = DeviceSteps(self.module, optimizer, config.clip_grad, ranks.device) if later else None
         self._apply_lr()
 
     @property
     def module(self) -> nn.Module:
         """The raw module, for all but the training pass (at stage 3: for nothing that touches parameters)."""
         return self._engine.module
+
+    @property
+    def skipped_count(self) -> int:
+        """How many of the steps were skipped."""
+        return self._skipped if self._later is None else self._later.count()
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm before clipping at the last step, inf if it was skipped, None before the first. On a GPU it is waited for."""
+        if self._later is None or self._later.norm is None:
+            return self._grad_norm
+        norm = float(self._later.norm)
+        return norm if math.isfinite(norm) else math.inf
 
     @property
     def lr(self) -> float:
@@ -295,20 +309,25 @@ class Engine:
         """Call once for each micro batch, after `backward`. True: the weights were updated; False: the gradient was
         not finite and the update was skipped on all ranks alike; None: the global batch is not complete yet.
 
-        Raises FloatingPointError after `max_skipped` skipped updates in a row.
+        At stage 0 on a GPU (but for fp16) nothing is waited for: the answer is True, `skipped_count` knows better, and an average
+        takes in the weights that a skipped update left. Raises FloatingPointError after `max_skipped` skipped updates in a row,
+        there one step later.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
         self._apply_lr()
-        applied = self._guarded_step() if self.config.zero_stage == 0 else self._sharded_step()
+        if self._later is not None:
+            applied = self._unwatched_step()
+        else:
+            applied = self._guarded_step() if self.config.zero_stage == 0 else self._sharded_step()
+            self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.step_count += 1
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied and self.average is not None:
             self.average.update(self.module)
         if not applied:
-            self.skipped_count += 1
-            self.grad_norm = math.inf
+            self._skipped += 1
+            self._grad_norm = math.inf
         if self._skipped_in_a_row >= self._max_skipped:
             raise FloatingPointError(
                 f"the gradient of the {self.name} was not finite in {self._skipped_in_a_row} steps in a row, "
@@ -317,6 +336,14 @@ class Engine:
             )
         return applied
 
+    def _unwatched_step(self) -> bool:
+        """Stage 0 on a GPU: the same, decided there."""
+        self._skipped_in_a_row = self._later.in_a_row()
+        if self._skipped_in_a_row < self._max_skipped:
+            self._later.prepare()
+            self._engine.step()
+        return True
+
     def _guarded_step(self) -> bool:
         """Stage 0, where deepspeed does not look: gradients are whole, and already averaged, on every rank."""
         scaler = self._engine.torch_autocast_z0_gradscaler
@@ -324,8 +351,8 @@ class Engine:
             scaler.unscale_(self._engine.basic_optimizer)
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        self.grad_norm = float(norm)
-        applied = math.isfinite(self.grad_norm)
+        self._grad_norm = float(norm)
+        applied = math.isfinite(self._grad_norm)
         if applied and self.config.clip_grad > 0:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
         if not applied and scaler is None:
@@ -337,7 +364,7 @@ class Engine:
     def _sharded_step(self) -> bool:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        self.grad_norm = None if norm is None else float(norm)
+        self._grad_norm = None if norm is None else float(norm)
         return self._engine.was_step_applied()
 
     @torch.no_grad()
@@ -393,7 +420,10 @@ class Engine:
         if path is None:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]
-        self.step_count, self.skipped_count, self._skipped_in_a_row = own["step_count"], own["skipped_count"], 0
+        self.step_count, self._skipped, self._skipped_in_a_row = own["step_count"], own["skipped_count"], 0
+        if self._later is not None:
+            self._later.restart(self._skipped)
+            place_counters(self._engine.basic_optimizer)
         if self._engine.torch_autocast_z0_gradscaler is not None and "scaler" in own:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(own["scaler"])
         self._apply_lr()

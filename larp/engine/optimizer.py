@@ -86,6 +86,8 @@ class Muon(Optimizer):
 
     The mathematics of torch.optim.Muon, but in float32 and with all matrices of a shape in one product: torch's bfloat16 turns the last
     bit of a gradient into 0.4 % of an update, so that two processes drift from one, and it takes the matrices one by one.
+
+    found_inf: as that of torch's fused optimizers, a scalar tensor that is 1 where a step shall change nothing; None: never.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
     ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.found_inf: Tensor | None = None
         if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon trains matrices; give other parameters to another optimizer")
 
@@ -110,16 +113,22 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for (rows, columns), alike in shapes.items():
-                directions = torch.stack([self._direction(p, group["momentum"]) for p in alike])
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for p, update in zip(alike, orthogonalise(directions), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+                updates = orthogonalise(torch.stack(self._directions(alike, group["momentum"])))
+                rate, decay = group["lr"] * max(1.0, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
+                if self.found_inf is not None:
+                    updates, decay = updates * (1 - self.found_inf), decay * (1 - self.found_inf)
+                torch._foreach_mul_(alike, 1 - decay)
+                torch._foreach_add_(alike, list(updates.unbind()), alpha=-rate)
 
-    def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
-        buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p, dtype=torch.float32))
-        gradient = p.grad.float()
-        buffer.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum)
+    def _directions(self, alike: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
+        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p, dtype=torch.float32)) for p in alike]
+        gradients = [p.grad.float() for p in alike]
+        if self.found_inf is not None:
+            # What is not finite becomes what moves no momentum.
+            bad = self.found_inf.bool()
+            gradients = [torch.where(bad, kept, fresh) for kept, fresh in zip(buffers, gradients, strict=True)]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, buffers, momentum)
 
 
 class MuonAdamW(Optimizer):
@@ -133,6 +142,7 @@ class MuonAdamW(Optimizer):
         self.muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay)
         self.adam = torch.optim.AdamW(others, lr=config.lr, betas=config.betas)
         super().__init__([*self.muon.param_groups, *self.adam.param_groups], {})
+        self.found_inf: Tensor | None = None
         self._share_groups()
 
     def _share_groups(self) -> None:
@@ -142,6 +152,7 @@ class MuonAdamW(Optimizer):
         """Update all parameters that have gradients; a closure is not supported."""
         if closure is not None:
             raise ValueError("MuonAdamW takes no closure")
+        self.muon.found_inf = self.found_inf
         self.muon.step()
         self.adam.step()
 

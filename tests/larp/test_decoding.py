@@ -136,7 +136,7 @@ def test_a_step_runs_once_before_it_is_captured_and_is_replayed_from_then_on(mon
             self.recorded()
 
     class Capture:
-        def __init__(self, graph, pool):
+        def __init__(self, graph, pool, capture_error_mode):
             captured.append(graph)
 
         def __enter__(self):
