@@ -29,8 +29,15 @@ class BatchNoise:
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 values of U[0, 1), shape (count, *shape)."""
-        return torch.rand(self.total, *shape, generator=self.generator)[self.rows].to(self.device)
+        return self._placed(torch.rand(self.total, *shape, generator=self.generator))
 
     def normal(self, *shape: int) -> Tensor:
         """Return float32 values of N(0, 1), shape (count, *shape)."""
-        return torch.randn(self.total, *shape, generator=self.generator)[self.rows].to(self.device)
+        return self._placed(torch.randn(self.total, *shape, generator=self.generator))
+
+    def _placed(self, drawn: Tensor) -> Tensor:
+        own = drawn[self.rows]
+        if self.device.type == "cuda":
+            # From pageable memory the copy would wait until the GPU has done all that was asked of it before.
+            return own.pin_memory().to(self.device, non_blocking=True)
+        return own.to(self.device)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Latents that are compared with the codebook at a time: 16 MB of cosines for 8192 codes.
-_ROWS = 512
+# Latents that are compared with the codebook at a time: of 8192 codes 16 MB of cosines, which a CPU's cache holds. A GPU wants few
+# large kernels: 512 MB.
+_ROWS, _GPU_ROWS = 512, 16384
 
 
 class Quantized(NamedTuple):
@@ -57,13 +58,14 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that, nor a (B, N, K) tensor."""
-        rows = latents.flatten(0, -2).split(_ROWS)
+        rows = latents.flatten(0, -2).split(_rows_at_once(latents))
         return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
 
     @torch.no_grad()
     def drawn(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
         """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
-        parts = zip(latents.flatten(0, -2).split(_ROWS), uniform.flatten().split(_ROWS), strict=True)
+        rows = _rows_at_once(latents)
+        parts = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
         codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
         return torch.cat(codes).view(latents.shape[:-1])
 
@@ -88,6 +90,10 @@ class VectorQuantizer(nn.Module):
             codebook_loss=F.mse_loss(chosen, normal.detach()),
             commitment_loss=F.mse_loss(normal, chosen.detach()),
         )
+
+
+def _rows_at_once(latents: Tensor) -> int:
+    return _GPU_ROWS if latents.is_cuda else _ROWS
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:

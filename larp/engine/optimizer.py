@@ -175,10 +175,12 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int 
                 f"optimizer.prior_lr = {config.prior_lr} is given, but there is no prior to train: leave it out"
             )
     groups = [group for prefix, part in parts.items() for group in _groups(module, config, prefix, part)]
+    # One kernel for a whole step, where a GPU has the weights.
+    fused = all(p.is_cuda for _, p in named) or None
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas)
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas, fused=fused)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=fused)
     if zero_stage:
         raise ValueError(
             f"optimizer muon needs whole matrices, which zero_stage {zero_stage} cuts up: use zero_stage 0, or adamw"
