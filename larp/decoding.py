@@ -141,9 +141,7 @@ class Decoder:
             run(self._span())
             self.filled += 1
 
-    def steps(
-        self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool
-    ) -> Callable[[int], None]:
+    def steps(self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool) -> Callable[[int], None]:
         """Return what, at each call, fills the next index of codes (B, N), from 1 on, and attends to so many positions.
 
         `choose` is as in `decode_n`; `captured` (on a GPU) replays a graph. `filled` is the caller's to count.

@@ -30,7 +30,16 @@ def _norm_scale(squares, INNER: tl.constexpr, EPS: tl.constexpr):
 
 @triton.jit
 def _products(
-    x, gain, weight, rows, INNER: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr
+    x,
+    gain,
+    weight,
+    rows,
+    INNER: tl.constexpr,
+    EPS: tl.constexpr,
+    TWO: tl.constexpr,
+    NORM: tl.constexpr,
+    OUT: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """Products of the weight's `rows` (OUT,) with the normed first and, if TWO, second row of x (R, INNER): (OUT,) each."""
     sums0 = tl.zeros((OUT, STEP), tl.float32)
@@ -63,7 +72,18 @@ def _products(
 
 
 @triton.jit
-def _store_qkv(y, row: tl.constexpr, rows, queries, keys, values, place, LENGTH: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr):
+def _store_qkv(
+    y,
+    row: tl.constexpr,
+    rows,
+    queries,
+    keys,
+    values,
+    place,
+    LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD: tl.constexpr,
+):
     part, channel = rows // WIDTH, rows % WIDTH
     head, lane = channel // HEAD, channel % HEAD
     cached = ((row * (WIDTH // HEAD) + head) * LENGTH + place) * HEAD + lane
@@ -87,7 +107,17 @@ def _qkv(
 
 
 @triton.jit
-def _attention(queries, keys, values, mixed, places, SCALE: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+def _attention(
+    queries,
+    keys,
+    values,
+    mixed,
+    places,
+    SCALE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One row and head: attention to all positions up to the place. Each lane keeps a softmax of its own until the end."""
     index = tl.program_id(0)
     place = tl.load(places).to(tl.int32)
@@ -115,7 +145,9 @@ def _attention(queries, keys, values, mixed, places, SCALE: tl.constexpr, LENGTH
 
 
 @triton.jit
-def _linear_add(x, y, weight, INNER: tl.constexpr, OUTER: tl.constexpr, TWO: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr):
+def _linear_add(
+    x, y, weight, INNER: tl.constexpr, OUTER: tl.constexpr, TWO: tl.constexpr, OUT: tl.constexpr, STEP: tl.constexpr
+):
     """x (R, OUTER) += weight @ y (R, INNER), in place."""
     rows = tl.program_id(0) * OUT + tl.arange(0, OUT)
     y0, y1 = _products(y, y, weight, rows, INNER, 0.0, TWO, False, OUT, STEP)
@@ -160,7 +192,14 @@ class FusedBlocks:
         cache: keys and values of that dtype, R of at most `MOST_ROWS`.
     """
 
-    def __init__(self, config: "GeneratorConfig", blocks: list["BlockWeights"], norm: Tensor, head: Tensor, cache: "KeyValueCache"):
+    def __init__(
+        self,
+        config: "GeneratorConfig",
+        blocks: list["BlockWeights"],
+        norm: Tensor,
+        head: Tensor,
+        cache: "KeyValueCache",
+    ):
         rows = cache.keys.shape[1]
         if why := refusal(config, rows):
             raise ValueError(f"the fused kernels do not serve {why}: take weights='plain'")

@@ -120,25 +120,25 @@ class CodebookKeeper:
     """Keeps codes in use: counts them, remembers recent latents, and gives idle codes new places among these.
 
     An option of the small recipes, off in the published one: with a small budget most codes never move from where they were
-    initialised. Pure bookkeeping on the CPU; the caller gathers `codes` and `latents` over all processes first, so that every
-    process makes the same choice.
+    initialised. Bookkeeping where the latents are; the caller gathers `codes` and `latents` over all processes first, so that
+    every process makes the same choice.
 
     Args:
         codebook_size: K.
-        memory: how many recent latents are kept.
+        memory: how many recent latents are kept; by default eight for each code, 16384 at least.
     """
 
-    def __init__(self, codebook_size: int, memory: int = 16384):
+    def __init__(self, codebook_size: int, memory: int | None = None):
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
-        self.memory = memory
+        self.memory = memory or max(16384, 8 * codebook_size)
         self.latents = torch.empty(0)
 
     def observe(self, latents: Tensor, codes: Tensor | None) -> None:
         """Take in normalised latents (B, N, d) and, unless None, the codes (B, N) that they got."""
-        fresh = latents.detach().float().cpu().flatten(0, -2)
-        self.latents = torch.cat([self.latents.reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
+        fresh = latents.detach().float().flatten(0, -2)
+        self.latents = torch.cat([self.latents.to(fresh).reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
         if codes is not None:
-            self.counts += torch.bincount(codes.detach().cpu().flatten(), minlength=len(self.counts))
+            self.counts = add_counts(self.counts.to(codes.device), codes)
 
     def cluster(self, iterations: int = 10, seed: int = 0) -> Tensor:
         """Return a fresh codebook (K, d): spherical k-means over the remembered latents, from random ones of them."""
@@ -166,7 +166,7 @@ class CodebookKeeper:
         picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
         # A little noise keeps two codes drawn from one latent apart.
         rows = self.latents[picks]
-        rows = rows + 0.01 * torch.randn(rows.shape, generator=generator)
+        rows = rows + 0.01 * torch.randn(rows.shape, generator=generator).to(rows)
         renewed = codebook.detach().clone()
         renewed[codes.to(renewed.device)] = F.normalize(rows, dim=-1).to(renewed)
         self.counts.zero_()
@@ -174,11 +174,18 @@ class CodebookKeeper:
 
     def state_dict(self) -> dict:
         """Return what `load_state_dict` needs to go on exactly."""
-        return {"counts": self.counts.clone(), "latents": self.latents}
+        return {"counts": self.counts.cpu().clone(), "latents": self.latents.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a state of `state_dict`."""
         self.counts, self.latents = state["counts"].clone(), state["latents"]
+
+
+def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
+    """Add to `counts` (K,) int64 how often each of the codes of any shape occurs; in place, and returned."""
+    # torch.bincount reads the largest code first, for which a GPU would have to finish its work.
+    codes = codes.detach().flatten()
+    return counts.index_add_(0, codes, torch.ones_like(codes))
 
 
 def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
 from larp.metrics.weights import WeightsMissing
 from larp.noise import BatchNoise
 from larp.objective import Adversary, AdversaryConfig, LossConfig, tokenizer_loss
-from larp.quantizer import CodebookKeeper, usage_of_counts
+from larp.quantizer import CodebookKeeper, add_counts, usage_of_counts
 from larp.tokenizer import LarpTokenizer, TokenizerConfig, TokenizerOutput, draw_prefixes
 
 import torch
@@ -286,7 +286,7 @@ def observe(trainer: Trainer, out: TokenizerOutput) -> None:
     """Count the codes of a micro batch, and show the keeper the latents and codes of the global one."""
     codes = None if out.quantized is None else out.quantized.codes
     if codes is not None:
-        trainer.counts += torch.bincount(codes.flatten(), minlength=len(trainer.counts))
+        add_counts(trainer.counts, codes)
     if trainer.keeper is not None:
         latents = backend.gather(F.normalize(out.latents.detach().float(), dim=-1))
         trainer.keeper.observe(latents, None if codes is None else backend.gather(codes))
