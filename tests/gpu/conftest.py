@@ -92,7 +92,8 @@ class Trainings:
         command = [sys.executable, "-m", "tests.gpu.worker", *work, "--out", str(self.folder / name)]
         # What DeepSpeed would build lies in the folder of extensions, and is a failure.
         own = {
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+            "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
         }  # fmt: skip
         if self.on_cpu:
