@@ -35,7 +35,8 @@ def test_logits_are_those_of_the_plain_step(device, exact, rows, dtype, near, fi
     if model.config.task != "class":
         condition = model.frame_condition(torch.randint(512, (rows, model.config.num_tokens), device=device))
     plain, fused = (Decoder(model, rows, weights=weights, dtype=dtype) for weights in ("plain", "fused"))
-    assert torch.equal(plain.prefill(condition), fused.prefill(condition))
+    want, got = plain.prefill(condition), fused.prefill(condition)
+    assert (got - want).abs().max() < near * want.abs().max()
     codes = torch.randint(512, (model.config.num_tokens - 1, rows), device=device)
     for own in codes:
         want, got = plain.decode_one(own), fused.decode_one(own)
