@@ -8,6 +8,7 @@ Every measurement stands alone and is written down at once. Random data; medians
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from larp.engine.blocks import compile_blocks
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.generator import LarpGenerator
 from larp.metrics import flops
-from larp.metrics.measurements import Measurements, between, busiest, finish, mark, seconds_of
+from larp.metrics.measurements import Measurements, between, busiest, copy_rate, finish, mark, matmul_rate, seconds_of
 from larp.metrics.timing import machine
 from larp.noise import BatchNoise
 from larp.objective import LossConfig, tokenizer_loss
@@ -32,7 +33,9 @@ from larp_mllm.head_speed import HeadCase, plain_loss
 from larp_mllm.speed_sizes import Sizes
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Dense bf16 of an H100 SXM, as its maker states it.
 NOMINAL = 989e12
@@ -66,19 +69,19 @@ class SpeedGpuConfig:
 # ------------------------------------------------------------------------------------------------------------- ceilings
 
 
-def copy_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Bytes a second, read and written, of a copy within the device's memory."""
-    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    seconds = seconds_of(lambda: target.copy_(source), device, sizes.seconds)
-    return {"seconds": seconds, "bytes_a_second": 2 * sizes.copy_bytes / seconds}
-
-
-def matmul_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Operations a second of a square product in bf16."""
-    a, b = torch.randn(2, sizes.matmul, sizes.matmul, device=device, dtype=torch.bfloat16)
-    seconds = seconds_of(lambda: a @ b, device, sizes.seconds)
-    return {"seconds": seconds, "operations_a_second": 2 * sizes.matmul**3 / seconds}
+def attention_rate(sizes: Sizes, backend: SDPBackend, device: torch.device) -> dict[str, Any]:
+    """Operations a second of LARP-L's attention, forward and backward, by one of torch's kernels for it."""
+    c, batch = sizes.large, sizes.large_batches[0]
+    length = c.num_tokens + math.prod(c.grid(c.patch_size))
+    shape = (3, batch, c.encoder_heads, length, c.encoder_width // c.encoder_heads)
+    inputs = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
+    with sdpa_kernel(backend):
+        seconds = seconds_of(
+            lambda: F.scaled_dot_product_attention(*inputs).backward(upstream), device, sizes.seconds / 2
+        )
+    # Two products forward, and five backward, one of which is the first again.
+    return {"milliseconds": 1000 * seconds, "operations_a_second": 7 * 2 * math.prod(shape[1:]) * length / seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -360,10 +363,13 @@ def measure(config: SpeedGpuConfig) -> dict[str, Any]:
     about = {"config": to_dict(config), "sizes": to_dict(sizes), "machine": machine(device)}
     about["precision"] = "bf16 autocast with float32 weights; float32 products exact (no TF32), as in training"
     take = Measurements(config.out, device, 60 * config.minutes, about)
-    copied = take.take("copy", lambda: copy_rate(sizes, device))
-    multiplied = take.take("matmul", lambda: matmul_rate(sizes, device))
+    copied = take.take("copy", partial(copy_rate, sizes.copy_bytes, sizes.seconds, device))
+    multiplied = take.take("matmul", partial(matmul_rate, sizes.matmul, sizes.seconds, device))
     # Where a ceiling could not be measured, what the maker states stands for it.
     copy, rate = copied.get("bytes_a_second", 3.35e12), multiplied.get("operations_a_second", NOMINAL)
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        if device.type == "cuda" or name == "flash":
+            take.take(f"attention, {name}", partial(attention_rate, sizes, backend, device))
     for batch in sizes.large_inference:
         take.take(
             f"LARP-L encode, decode, batch {batch}", partial(inference, sizes.large, batch, rate, sizes.seconds, device)
