@@ -8,9 +8,10 @@ Every measurement stands alone and is written down at once. Random data; medians
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,22 @@ from larp.config import parse, run_script, to_dict
 from larp.decoding import Decoder
 from larp.engine.blocks import compile_blocks
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.generator import GeneratorConfig, LarpGenerator
+from larp.generator import LarpGenerator
 from larp.metrics import flops
-from larp.metrics.measurements import Measurements, between, busiest, finish, mark, seconds_of
+from larp.metrics.measurements import Measurements, between, busiest, copy_rate, finish, mark, matmul_rate, seconds_of
 from larp.metrics.timing import machine
 from larp.noise import BatchNoise
 from larp.objective import LossConfig, tokenizer_loss
-from larp.prior import PriorConfig
+from larp.packing import Weights
 from larp.sampling import guide, row_uniforms, sample_logits
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
-from larp_mllm.head_speed import HeadCase, HeadSize, plain_loss
+from larp_mllm.head_speed import HeadCase, plain_loss
+from larp_mllm.speed_sizes import Sizes
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Dense bf16 of an H100 SXM, as its maker states it.
 NOMINAL = 989e12
@@ -62,60 +66,22 @@ class SpeedGpuConfig:
             )
 
 
-def box_tokenizer() -> TokenizerConfig:
-    """The tokenizer of the recipes that train by the clock: 64x64, 256 codes of 8192."""
-    prior = PriorConfig(depth=4, heads=3, width=192, positions=256)
-    sides = dict(
-        encoder_width=256, encoder_depth=6, encoder_heads=4, decoder_width=256, decoder_depth=8, decoder_heads=4
-    )
-    return TokenizerConfig(height=64, width=64, num_tokens=256, code_dim=8, prior=prior, **sides)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured: models, and the batches of each."""
-
-    copy_bytes: int = 2 * 10**9
-    matmul: int = 8192
-    large: TokenizerConfig = field(default_factory=TokenizerConfig)
-    large_inference: tuple[int, ...] = (1, 32)
-    large_batches: tuple[int, ...] = (8, 16, 32, 64)
-    box: TokenizerConfig = field(default_factory=box_tokenizer)
-    box_batches: tuple[int, ...] = (64, 128, 256, 512)
-    generator: GeneratorConfig = field(default_factory=lambda: GeneratorConfig.of_size("LP"))
-    sampler_clips: tuple[int, ...] = (1, 8, 64)
-    head: HeadSize = field(default_factory=HeadSize)
-    seconds: float = 1.0
-    """For which one thing is timed."""
-
-    @classmethod
-    def tiny(cls) -> Sizes:
-        """A few seconds on a CPU."""
-        sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
-                 for name, value in (("width", 16), ("depth", 2), ("heads", 2))}  # fmt: skip
-        prior = PriorConfig(depth=1, heads=2, width=16, positions=8)
-        model = TokenizerConfig(4, 16, 16, (2, 8, 8), num_tokens=8, codebook_size=16, code_dim=4, prior=prior, **sides)
-        generator = GeneratorConfig(num_tokens=64, codebook_size=16, depth=2, heads=2, width=16, ffn_multiple=8)
-        head = HeadSize(hidden=16, vocab_size=64, codebook_size=8, positions=32, chunk=16)
-        return cls(1 << 16, 32, model, (1,), (2, 4), model, (2,), generator, (1, 2), head, 0.1)
-
-
 # ------------------------------------------------------------------------------------------------------------- ceilings
 
 
-def copy_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Bytes a second, read and written, of a copy within the device's memory."""
-    source = torch.empty(sizes.copy_bytes, dtype=torch.uint8, device=device).fill_(1)
-    target = torch.empty_like(source)
-    seconds = seconds_of(lambda: target.copy_(source), device, sizes.seconds)
-    return {"seconds": seconds, "bytes_a_second": 2 * sizes.copy_bytes / seconds}
-
-
-def matmul_rate(sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    """Operations a second of a square product in bf16."""
-    a, b = torch.randn(2, sizes.matmul, sizes.matmul, device=device, dtype=torch.bfloat16)
-    seconds = seconds_of(lambda: a @ b, device, sizes.seconds)
-    return {"seconds": seconds, "operations_a_second": 2 * sizes.matmul**3 / seconds}
+def attention_rate(sizes: Sizes, backend: SDPBackend, device: torch.device) -> dict[str, Any]:
+    """Operations a second of LARP-L's attention, forward and backward, by one of torch's kernels for it."""
+    c, batch = sizes.large, sizes.large_batches[0]
+    length = c.num_tokens + math.prod(c.grid(c.patch_size))
+    shape = (3, batch, c.encoder_heads, length, c.encoder_width // c.encoder_heads)
+    inputs = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(shape[1:], device=device, dtype=torch.bfloat16)
+    with sdpa_kernel(backend):
+        seconds = seconds_of(
+            lambda: F.scaled_dot_product_attention(*inputs).backward(upstream), device, sizes.seconds / 2
+        )
+    # Two products forward, and five backward, one of which is the first again.
+    return {"milliseconds": 1000 * seconds, "operations_a_second": 7 * 2 * math.prod(shape[1:]) * length / seconds}
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -270,11 +236,17 @@ def sweep(
 
 @torch.no_grad()
 def sampler(
-    model: LarpGenerator, clips: int, copy: float, budget: float, captured: bool, whole: bool = False
+    model: LarpGenerator,
+    clips: int,
+    copy: float,
+    budget: float,
+    captured: bool,
+    whole: bool = False,
+    weights: Weights = "auto",
 ) -> dict[str, Any]:
     """Milliseconds a code at places spread over a clip, and the share of the copy's rate at which weights and cache are read."""
     config, device = model.config, model.output.weight.device
-    decoder = Decoder(model, 2 * clips, dtype=torch.bfloat16)
+    decoder = Decoder(model, 2 * clips, weights=weights, dtype=torch.bfloat16)
     count = config.num_tokens
     uniforms = row_uniforms(0, 0, clips, count).to(device)
     codes = torch.zeros(clips, count, dtype=torch.int64, device=device)
@@ -284,6 +256,9 @@ def sampler(
 
     labels = torch.arange(clips, device=device) % config.num_classes
     condition = torch.cat([labels, model.unconditional(labels)])
+    figures: dict[str, Any] = {"clips": clips, "captured": captured}
+    if weights == "fused":
+        figures["difference"] = difference(model, decoder, condition)
     places = [count * part // 8 for part in (1, 3, 5, 7)]
     each: list[float] = []
     for place in places:
@@ -296,14 +271,14 @@ def sampler(
         each.append(seconds_of(lambda run=run, span=span: run(span), device, budget / 4, warm=2, most=most))
     mean = sum(each) / len(each)
     itemsize = 2
-    weights = itemsize * sum(
+    matrices = itemsize * sum(
         p.numel() for name, p in model.named_parameters() if name.startswith(("layers.", "output."))
     )
     cache = 2 * itemsize * config.depth * 2 * clips * (sum(places) / len(places)) * config.width
-    figures = {"clips": clips, "captured": captured, "milliseconds_a_code": 1000 * mean}
+    figures["milliseconds_a_code"] = 1000 * mean
     figures["milliseconds_at"] = {place: 1000 * seconds for place, seconds in zip(places, each, strict=True)}
     figures |= {"seconds_a_clip": mean * count, "clips_a_minute": 60 * clips / (mean * count)}
-    figures |= {"bytes_a_code": weights + cache, "share_of_copy": (weights + cache) / mean / copy}
+    figures |= {"bytes_a_code": matrices + cache, "share_of_copy": (matrices + cache) / mean / copy}
     if captured:
         figures["kernels"] = busiest(lambda: run(span), device)
     if whole:
@@ -314,6 +289,20 @@ def sampler(
 
         figures["seconds_of_a_whole_clip"] = seconds_of(clip, device, 0.0, warm=0, least=1)
     return figures
+
+
+def difference(model: LarpGenerator, decoder: Decoder, condition: Tensor) -> float:
+    """How far a decoder's logits of 16 codes are from the plain one's, as a share of the largest; ValueError beyond 5 %."""
+    plain, worst = Decoder(model, len(condition), weights="plain", dtype=decoder.dtype), 0.0
+    for own in (plain, decoder):
+        own.prefill(condition)
+    for code in range(16):
+        codes = torch.full_like(condition, code)
+        theirs, ours = plain.decode_one(codes), decoder.decode_one(codes)
+        worst = max(worst, ((ours - theirs).abs().max() / theirs.abs().max()).item())
+    if not worst <= 0.05:
+        raise ValueError(f"the logits differ from the plain decoder's by {worst:.1%} of the largest: nothing was timed")
+    return worst
 
 
 def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
@@ -331,6 +320,9 @@ def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
         take.take(
             f"sampler, {clips} clips", partial(sampler, model, clips, copy, sizes.seconds, take.device.type == "cuda")
         )
+    if take.device.type == "cuda":
+        fused = partial(sampler, model, first, copy, sizes.seconds, True, whole=True, weights="fused")
+        take.take(f"sampler, {first} clip, fused kernels", fused)
     take.take(f"sampler, {first} clip, no graph", partial(sampler, model, first, copy, sizes.seconds, False))
 
 
@@ -371,10 +363,13 @@ def measure(config: SpeedGpuConfig) -> dict[str, Any]:
     about = {"config": to_dict(config), "sizes": to_dict(sizes), "machine": machine(device)}
     about["precision"] = "bf16 autocast with float32 weights; float32 products exact (no TF32), as in training"
     take = Measurements(config.out, device, 60 * config.minutes, about)
-    copied = take.take("copy", lambda: copy_rate(sizes, device))
-    multiplied = take.take("matmul", lambda: matmul_rate(sizes, device))
+    copied = take.take("copy", partial(copy_rate, sizes.copy_bytes, sizes.seconds, device))
+    multiplied = take.take("matmul", partial(matmul_rate, sizes.matmul, sizes.seconds, device))
     # Where a ceiling could not be measured, what the maker states stands for it.
     copy, rate = copied.get("bytes_a_second", 3.35e12), multiplied.get("operations_a_second", NOMINAL)
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+        if device.type == "cuda" or name == "flash":
+            take.take(f"attention, {name}", partial(attention_rate, sizes, backend, device))
     for batch in sizes.large_inference:
         take.take(
             f"LARP-L encode, decode, batch {batch}", partial(inference, sizes.large, batch, rate, sizes.seconds, device)

@@ -74,12 +74,13 @@ class Decoder:
         model: the generator; it is not changed, and dropout does not act whatever its mode.
         rows: R, how many sequences are written side by side.
         weights: "packed" copies them into the layout that a CPU reads fastest for few rows, and gives a row the same bits
-            in any batch; "plain" uses `F.linear`; "auto" packs where that is possible (see larp.packing).
+            in any batch; "plain" uses `F.linear`; "auto" packs where that is possible (see larp.packing). "fused" is for one or two
+            rows on a GPU: kernels that do most of a block at once (see larp.decoding_kernels), whose last bits are others.
         dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is drawn.
         stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
             default 1 on a CPU, and `GPU_STRIDE` elsewhere.
 
-    Raises ValueError for weights that cannot be packed.
+    Raises ValueError for weights that cannot be packed or fused.
     """
 
     def __init__(
@@ -94,6 +95,11 @@ class Decoder:
         like, config = model.output.weight, model.config
         self.model, self.config, self.dtype = model, config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
+        if weights == "fused":
+            if not like.is_cuda:
+                raise ValueError(f"weights='fused' needs a GPU, and these are on {like.device}: use 'auto'")
+            # The kernels know what is filled: one attended length, and so one graph, serves all positions.
+            self.stride = config.positions
         with torch.no_grad():
             product = choose_product(like.detach().to(self.dtype), weights)
             self.blocks = [BlockWeights(block, self.dtype, product) for block in model.layers]
@@ -105,6 +111,11 @@ class Decoder:
         kept = torch.float32 if like.device.type == "cpu" and self.dtype == torch.bfloat16 else self.dtype
         masked = self.stride > 1
         self.cache = KeyValueCache(config.depth, rows, config.heads, length, head_dim, kept, like.device, masked)
+        self.fused = None
+        if weights == "fused":
+            from larp.decoding_kernels import FusedBlocks
+
+            self.fused = FusedBlocks(config, self.blocks, self.norm, self.head.weight, self.cache)
         self.filled = 0
         # Where the next position goes, also as a tensor: a captured step reads it there.
         self.place = torch.zeros(1, dtype=torch.int64, device=like.device)
@@ -173,8 +184,12 @@ class Decoder:
     def _step(self, codes: Tensor, span: int) -> Tensor:
         """Read one code of each row with what lies on the device alone: what a graph can capture."""
         x = F.embedding(codes, self.model.tok_embeddings.weight)[:, None].to(self.dtype)
-        mask = None if self.stride == 1 else (self.counted[:span] <= self.place)[None]
-        logits = self._read(x + self.positions.index_select(1, self.place), self.place, span, mask)
+        x = x + self.positions.index_select(1, self.place)
+        if self.fused is not None:
+            logits = self.fused(x[:, 0], self.place)
+        else:
+            mask = None if self.stride == 1 else (self.counted[:span] <= self.place)[None]
+            logits = self._read(x, self.place, span, mask)
         self.place.add_(1)
         return logits
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from larp.generator import GeneratorConfig
 
 MOST_ROWS = 2
-# Keys that attention reads at a time.
-_KEYS = 256
+# Numbers of the keys that attention reads at a time.
+_KEYS = 2**14
 
 
 @triton.jit
@@ -221,7 +221,7 @@ class FusedBlocks:
             )  # fmt: skip
             _attention[(rows * c.heads,)](
                 self.queries, keys, values, self.mixed, place,
-                SCALE=head**-0.5, LENGTH=length, HEAD=head, BLOCK=_KEYS, num_warps=16,
+                SCALE=head**-0.5, LENGTH=length, HEAD=head, BLOCK=_KEYS // head, num_warps=16,
             )  # fmt: skip
             _linear_add[(width // 4,)](x, self.mixed, block.wo.weight, width, width, two, OUT=4, STEP=wide)
             _gate[(c.ffn_hidden // 4,)](

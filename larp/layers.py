@@ -22,9 +22,25 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., D) over the last axis."""
+        if x.is_cuda:
+            # One kernel, which computes in float32, in place of six passes over float32 copies.
+            with torch.autocast("cuda", enabled=False):
+                return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that takes 16-bit values on a GPU as they are: its statistics are float32 in any case."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., D) over the last axis."""
+        if not x.is_cuda or x.dtype == self.weight.dtype:
+            return super().forward(x)
+        # autocast would write a float32 copy before and another after, which the next product turns back.
+        with torch.autocast("cuda", enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
@@ -119,9 +135,9 @@ class Block(Repeated):
         self, dim: int, heads: int, eps: float, qkv_bias: bool = False, causal: bool = False, dropout: float = 0.0
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps)
+        self.norm1 = LayerNorm(dim, eps)
         self.attn = Attention(dim, heads, qkv_bias, causal, dropout)
-        self.norm2 = nn.LayerNorm(dim, eps)
+        self.norm2 = LayerNorm(dim, eps)
         self.mlp = Mlp(dim, 4 * dim, dropout)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Weights = Literal["auto", "plain", "packed"]
+Weights = Literal["auto", "plain", "packed", "fused"]
 
 # With the layout for 16 rows a row gets the same bits among 2 and among 64; with the one for a single row it does not.
 _LAYOUT_ROWS = 16
@@ -67,16 +67,17 @@ class Packed:
 def choose_product(weight: Tensor, kind: Weights = "auto") -> type[Plain] | type[Packed]:
     """Return how to multiply by weights such as this one: as `kind` says, or, for "auto", packed wherever that is possible.
 
-    Raises ValueError for an unknown kind, and for "packed" where the weights cannot be.
+    "fused" weights are plain ones to all but `larp.decoding_kernels`. Raises ValueError for an unknown kind, and for "packed" where
+    the weights cannot be.
     """
-    if kind not in ("auto", "plain", "packed"):
-        raise ValueError(f"weights is {kind!r}; it must be 'auto', 'plain' or 'packed'")
+    if kind not in ("auto", "plain", "packed", "fused"):
+        raise ValueError(f"weights is {kind!r}; it must be 'auto', 'plain', 'packed' or 'fused'")
     # Not a matter of measurement: the two differ in the last bits, so a clip would depend on how busy the machine was.
     packable = Packed.serves(weight)
     if kind == "packed" and not packable:
         found = f"{weight.dtype} on {weight.device}"
         raise ValueError(f"weights='packed' needs float32 or bfloat16 on a CPU with oneDNN, not {found}: use 'auto'")
-    return Packed if packable and kind != "plain" else Plain
+    return Packed if packable and kind in ("auto", "packed") else Plain
 
 
 def best_threads(run: Callable[[], object]) -> int:

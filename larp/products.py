@@ -55,8 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Return `F.scaled_dot_product_attention` of q (B, H, Q, D) and k, v (B, H, S, D): (B, H, Q, D); causal only where Q = S."""
     # Where flash attention is switched off, a second derivative is wanted, which there is none of here either.
-    usual = k.shape[2] < _FEW_KEYS or not torch.backends.cuda.flash_sdp_enabled()
-    if usual or not _takes(q, k):
+    if not _takes(q, k) or k.shape[2] < _FEW_KEYS or not torch.backends.cuda.flash_sdp_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
     return _Attention.apply(q, k, v, is_causal, dropout)
 

@@ -78,6 +78,8 @@ def deepspeed_settings(module: nn.Module, config: EngineConfig, global_batch: in
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
+        # It would wait for the device before each forward pass and after each step, to tell a speed that nobody reads.
+        "timers": {"throughput": {"enabled": False}},
     }
     if config.zero_stage == 3:
         settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket

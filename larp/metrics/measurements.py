@@ -117,3 +117,18 @@ def busiest(work: Callable[[], Any], device: torch.device, rows: int = 16) -> li
         {"name": one.key[:90], "calls": one.count, "milliseconds": round(getattr(one, spent) / 1000, 3)}
         for one in averages
     ]
+
+
+def copy_rate(size: int, budget: float, device: torch.device) -> dict[str, Any]:
+    """Bytes a second, read and written, of a copy of so many bytes within the device's memory."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    seconds = seconds_of(lambda: target.copy_(source), device, budget)
+    return {"seconds": seconds, "bytes_a_second": 2 * size / seconds}
+
+
+def matmul_rate(side: int, budget: float, device: torch.device) -> dict[str, Any]:
+    """Operations a second of a square product in bf16."""
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
+    seconds = seconds_of(lambda: a @ b, device, budget)
+    return {"seconds": seconds, "operations_a_second": 2 * side**3 / seconds}

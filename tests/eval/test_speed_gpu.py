@@ -15,6 +15,7 @@ def test_a_rehearsal_takes_every_measurement(tmp_path, capsys):
     speed_gpu.main(["--device", "cpu", "--rehearse", "--out", str(out)])
     figures = json.loads(out.read_text())["measurements"]
     assert not [one for one in figures.values() if "error" in one or "skipped" in one]
+    assert figures["attention, flash"]["operations_a_second"] > 0
     assert figures["copy"]["bytes_a_second"] > 0 and figures["matmul"]["operations_a_second"] > 0
     for name, size in (("LARP-L", 4), ("box", 2)):
         step = figures[f"{name} step, batch 2"]

@@ -32,6 +32,21 @@ def test_every_training_steps_at_every_stage(device, trainings, name, stage):
     assert run["losses"] == pytest.approx(plain, rel=0.02, abs=0.02), "the stages train alike"
 
 
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_not_finite_changes_no_weight(device, trainings, stage):
+    found = trainings.result(f"zero{stage}")["trained"]["tokenizer"]["poisoned"]
+    assert found == {"kept": True, "counted": 1, "grad_norm": True}
+
+
+def test_a_step_of_the_tokenizer_does_not_wait_for_the_device(device, trainings):
+    """At stage 0, but for what the trainer itself asks: the program then runs ahead, and the GPU always has work."""
+    found = trainings.result("zero0")["trained"]["tokenizer"]["waits"]
+    print("waited for the device at", found)
+    own = ("backend.py", "device_steps.py", "averaging.py", "optimizer.py", "noise.py", "prior.py", "codescores.py")
+    own += ("quantizer.py", "layers.py", "products.py", "tokenizer.py")
+    assert not [place for place in found if "/larp/" in place and place.split(":")[0].endswith(own)]
+
+
 def test_a_run_goes_on_after_a_kill_to_the_same_weights(device, trainings):
     whole, cut = trainings.result("whole"), trainings.result("cut")
     assert (whole["began"], cut["began"]) == (0, 3) and cut["reached"] and not whole["reached"]

@@ -8,12 +8,15 @@ import json
 import math
 import os
 import signal
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from larp.engine import backend, state
 from larp.engine.backend import EngineConfig, make_engine
 from larp.engine.blocks import compile_blocks
-from larp.engine.optimizer import OptimizerConfig
+from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.noise import BatchNoise
 from larp.objective import AdversaryConfig, LossConfig
@@ -43,12 +46,12 @@ def tokenizer_config(out: Path, engine: EngineConfig, **changes) -> train_tokeni
     return train_tokenizer.TrainTokenizerConfig(**settings | changes)
 
 
-def clip_of(step: int) -> dict:
+def clip_of(step: int, device: torch.device | None = None) -> dict:
     """The batch of a step, as the loader gives it."""
     generator = torch.Generator().manual_seed(step)
     coarse = torch.rand(BATCH, 3, 2, 4, 4, generator=generator)
     clip = torch.nn.functional.interpolate(coarse, (8, 32, 32), mode="trilinear").clamp(0, 1)
-    return {"clip": clip, "sample_offset": 0}
+    return {"clip": clip.to(device), "sample_offset": 0}
 
 
 def moved(engine: backend.Engine, before: dict[str, torch.Tensor]) -> float:
@@ -79,6 +82,31 @@ def summary(engine: backend.Engine, losses: list[float], before: dict[str, torch
     }
 
 
+def waits(work: Callable[[], Any]) -> list[str]:
+    """Where in the program a GPU was waited for."""
+    if not torch.cuda.is_available():
+        return []
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sorted({f"{note.filename}:{note.lineno}" for note in told if "synchroniz" in str(note.message)})
+
+
+def poison(engine: backend.Engine) -> dict:
+    """What a gradient that is not finite does to an engine: nothing but being counted."""
+    before, count = weights(engine.module), engine.skipped_count
+    engine.backward(engine(clip_of(0)["clip"].to(engine.ranks.device)).reconstruction.mean() * math.nan)
+    engine.step()
+    now = weights(engine.module)
+    kept = all(torch.equal(now[name], before[name]) for name in before)
+    return {"kept": kept, "counted": engine.skipped_count - count, "grad_norm": engine.grad_norm == math.inf}
+
+
 def train_tokenizer_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> dict[str, dict]:
     trainer = train_tokenizer.build(tokenizer_config(out, config), ranks, 64)
     engines = trainer.engines
@@ -92,6 +120,9 @@ def train_tokenizer_steps(config: EngineConfig, out: Path, ranks: backend.Ranks)
             before["discriminator"],
         ),
     }  # fmt: skip
+    batch = clip_of(STEPS, ranks.device)
+    results["tokenizer"]["waits"] = waits(lambda: train_tokenizer.train_step(trainer, iter([batch])))
+    results["tokenizer"]["poisoned"] = poison(trainer.tokenizer)
     model = trainer.tokenizer.module.eval()
     codes = model.encode(clip_of(0)["clip"].to(ranks.device))
     results["tokenizer"]["decoded"] = list(model.decode(codes).shape)
@@ -100,21 +131,19 @@ def train_tokenizer_steps(config: EngineConfig, out: Path, ranks: backend.Ranks)
     return results
 
 
-def train_generator_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> dict[str, dict]:
+def train_generator_steps(config: EngineConfig, _: Path, ranks: backend.Ranks) -> dict[str, dict]:
     torch.manual_seed(0)
     model = LarpGenerator(GeneratorConfig(num_tokens=16, codebook_size=256, depth=2, heads=2, width=64, num_classes=4))
     before = weights(model)
-    settings = train_generator.TrainGeneratorConfig(
-        out=out, steps=STEPS, batch_size=BATCH, engine=config, ema=0.0 if config.zero_stage == 3 else 0.9,
-        optimizer=OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05),
-    )  # fmt: skip
-    engine = train_generator.make_generator_engine(settings, model, 64, ranks)
+    optimizer = build_optimizer(model, OptimizerConfig("adamw", lr=1e-3, weight_decay=0.05), config.zero_stage)
+    ema = 0.0 if config.zero_stage == 3 else 0.9
+    engine = make_engine(model, optimizer, lambda step: 1.0, config, BATCH, ranks, name="generator", ema=ema)
     losses = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         codes = torch.randint(256, (BATCH, 16), generator=generator).to(ranks.device)
         condition = torch.randint(4, (BATCH,), generator=generator).to(ranks.device)
-        losses.append(train_generator.train_step(engine, [(codes, condition)])["loss"])
+        losses.append(float(train_generator.train_step(engine, [(codes, condition)])["loss"]))
     result = summary(engine, losses, before)
     codes = generate(train_generator.current_model(engine), torch.arange(2), guidance=1.5, seed=1)
     result["sampled"] = list(codes.shape)

@@ -3,7 +3,7 @@
 import platform
 
 from larp import products
-from larp.layers import Attention, Linear
+from larp.layers import Attention, Block, Linear
 from larp.losses import r1_penalty
 
 import pytest
@@ -124,3 +124,10 @@ def test_an_operator_that_fails_or_errs_is_not_used(monkeypatch):
 def test_compiled_blocks_keep_torchs_way(onednn):
     explained = torch._dynamo.explain(Linear(6, 7))(torch.randn(3, 6))
     assert explained.graph_break_count == 0 and not onednn
+
+
+def test_a_block_over_many_keys_is_one_compiled_graph():
+    """A part that torch.compile cannot take cuts each block into pieces, which run one kernel at a time in between."""
+    block, x = Block(32, 2, eps=1e-6), torch.randn(1, 520, 32)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x, 260), block(x, 260))

@@ -74,6 +74,10 @@ def test_lower_precision_stays_close_and_keeps_float32_weights(new_engine, train
             )
 
 
+def test_deepspeed_measures_no_speed_for_which_it_would_wait(new_engine):
+    assert not new_engine()._engine.tput_timer.config.enabled
+
+
 def test_step_says_whether_it_stepped(new_engine):
     engine = new_engine(EngineConfig(accumulation=2))
     before = weights(engine)

@@ -1,0 +1,58 @@
+"""The fused kernels of the sampler's step, beside the plain one. They need a GPU: a CPU rehearsal skips them."""
+
+from larp.decoding import Decoder
+from larp.generator import GeneratorConfig, LarpGenerator
+from larp.sampling import generate
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+
+
+def drawn(device: torch.device, **fields) -> LarpGenerator:
+    """A generator whose norms are not one and whose head is not zero."""
+    if device.type != "cuda":
+        pytest.skip("the kernels are for a GPU")
+    torch.manual_seed(0)
+    shape = dict(num_tokens=300, codebook_size=512, depth=3, heads=4, width=256, num_classes=4) | fields
+    model = LarpGenerator(GeneratorConfig(**shape))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.2 if name.startswith("output") else 0.05)
+    return model.to(device).eval()
+
+
+@pytest.mark.parametrize("fields", [{}, {"width": 128, "heads": 1}, {"task": "frame-prediction", "num_tokens": 150}])
+@pytest.mark.parametrize("dtype, near", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("rows", [1, 2])
+@torch.no_grad()
+def test_logits_are_those_of_the_plain_step(device, exact, rows, dtype, near, fields):
+    model = drawn(device, **fields)
+    condition = torch.arange(rows, device=device)
+    if model.config.task != "class":
+        condition = model.frame_condition(torch.randint(512, (rows, model.config.num_tokens), device=device))
+    plain, fused = (Decoder(model, rows, weights=weights, dtype=dtype) for weights in ("plain", "fused"))
+    want, got = plain.prefill(condition), fused.prefill(condition)
+    assert (got - want).abs().max() < near * want.abs().max()
+    codes = torch.randint(512, (model.config.num_tokens - 1, rows), device=device)
+    for own in codes:
+        want, got = plain.decode_one(own), fused.decode_one(own)
+        assert (got - want).abs().max() < near * want.abs().max()
+
+
+def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
+    model = drawn(device)
+    options = dict(guidance=1.5, seed=3, weights="fused", dtype=torch.bfloat16)
+    captured = generate(model, torch.tensor([1]), **options)
+    monkeypatch.setattr("larp.decoding.CapturedSteps", lambda step: step)
+    assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
+    assert captured.unique().numel() > 50
+
+
+def test_what_the_kernels_do_not_serve_is_refused(device):
+    model = drawn(device)
+    with pytest.raises(ValueError, match=r"do not serve 3 rows \(at most 2\)"):
+        Decoder(model, 3, weights="fused")
