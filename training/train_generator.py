@@ -88,10 +88,10 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
             "model": str(config.out / "model"),
         }
         if finished:
-            best_model = LarpGenerator.from_pretrained(
-                config.out / "model", device=ranks.device, variant=EMA if config.ema else None
-            )
-            report["samples"] = samples and samples.write_gallery(best_model, config.out / "samples")
+            # An average still lags behind where steps were few.
+            variant = EMA if best.get("ema_bits_per_token", math.inf) < best["bits_per_token"] else None
+            better = LarpGenerator.from_pretrained(config.out / "model", device=ranks.device, variant=variant)
+            report["samples"] = samples and samples.write_gallery(better, config.out / "samples")
             report["seconds"] = round(time.time() - began, 1)
         if finished and ranks.is_main:
             write_json(config.out / "report.json", report)

@@ -91,8 +91,9 @@ def extract_tokens(
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     check_counts(windows, batch_size, workers)
+    device = next(tokenizer.parameters()).device
     if batch_size is None:
-        batch_size = _GPU_BATCH if next(tokenizer.parameters()).device.type == "cuda" else _BATCH
+        batch_size = _GPU_BATCH if device.type == "cuda" else _BATCH
     if hop is not None and hop < shape.span:
         raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
     _check_given(condition_frames, 0, shape.frames)
@@ -105,7 +106,7 @@ def extract_tokens(
     with bar:
         for shard in own:
             items = videos.items[slices[shard].start : slices[shard].stop]
-            rows = _Rows(tokenizer, flips, condition_frames, batch_size)
+            rows = _Rows(tokenizer, device, flips, condition_frames, batch_size)
             found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
             for number, item, clips in zip(slices[shard], items, found, strict=True):
                 rows.add(number, item, clips)
@@ -223,8 +224,9 @@ def _windows_or_error(item: VideoItem, shape: ClipShape, windows: int, hop: int 
 class _Rows:
     """Collects the rows of one shard and encodes them in batches."""
 
-    def __init__(self, tokenizer, flips: bool, condition_frames: int, batch_size: int):
-        self.tokenizer, self.flips, self.given, self.batch_size = tokenizer, flips, condition_frames, batch_size
+    def __init__(self, tokenizer, device: torch.device, flips: bool, condition_frames: int, batch_size: int):
+        self.tokenizer, self.device = tokenizer, device
+        self.flips, self.given, self.batch_size = flips, condition_frames, batch_size
         self.waiting: list[Tensor] = []
         self.codes: list[Tensor] = []
         self.conditions: list[Tensor] = []
@@ -249,7 +251,8 @@ class _Rows:
                     self._encode()
 
     def _encode(self) -> None:
-        clips = torch.stack(self.waiting)
+        # Moved first: what a GPU does with clips (ranges, given frames) would take a core longer than the encoder takes.
+        clips = torch.stack(self.waiting).to(self.device)
         self.waiting = []
         self.codes.append(self.tokenizer.encode(clips).cpu())
         if self.given:

@@ -22,6 +22,8 @@ def recipe(name: str) -> TrainGeneratorConfig:
         ("generator-shapes32-fp", 16, 512, 1.2),
         ("generator-ucf64", 128, 1024, 1.3),
         ("generator-ucf64-fp", 128, 1024, 1.3),
+        ("generator-box-gpu", 256, 8192, 9.4),
+        ("generator-box-cpu", 256, 8192, 9.4),
         ("larp-l-long-ar", 1024, 8192, 632),
         ("larp-l-long-ar-fp", 1024, 8192, 633),
     ],
