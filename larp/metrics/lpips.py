@@ -147,8 +147,8 @@ def available(net: Net = "vgg16") -> bool:
 
 
 def _unit(features: Tensor) -> Tensor:
-    # The root needs a floor: its gradient at an all-zero feature vector is infinite.
-    return features / (features.square().sum(dim=1, keepdim=True) + 1e-20).sqrt().clamp(min=1e-10)
+    # The gradient of this norm at an all-zero vector is zero; of the root of a sum of squares it would be infinite.
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
 def _authors(model: Lpips, vgg16: Path, heads: Path) -> tuple[dict[str, Tensor], str]:

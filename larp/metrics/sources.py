@@ -82,11 +82,15 @@ class Source:
     @property
     def remedy(self) -> str:
         """How to get the weights; a sentence without its full stop."""
+        return f"Run `larp-mllm fetch {self.name}`, or {self.by_hand}"
+
+    @property
+    def by_hand(self) -> str:
+        """Which files to place where, for a machine that cannot fetch; without a full stop."""
         names = " and ".join(file.filename for file in self.published)
         variables = " and ".join(file.variable for file in self.published)
-        ways = [f"Run `larp-mllm fetch {self.name}`"]
         places = [name for name in (self.package.filename if self.package else "", names) if name]
-        ways.append(f"place {', or '.join(places)} in {cache_folder()} (another folder: LARP_CACHE)")
+        ways = [f"place {', or '.join(places)} in {cache_folder()} (another folder: LARP_CACHE)"]
         if variables:
             ways.append(f"set {variables} to the path{'s' * (len(self.published) > 1)}")
         return ", or ".join(ways)

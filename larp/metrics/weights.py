@@ -1,18 +1,14 @@
 """Where the published weights of the metrics lie on this machine, and whether they are the published ones.
 
-Nothing here touches the network unless `python -m larp.metrics.weights` is called, which fetches what is missing.
+Nothing here touches the network: `larp-mllm fetch` gets what is missing (`larp.metrics.fetching`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import sys
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
 
 
 class WeightsMissing(ValueError):
@@ -43,6 +39,8 @@ class WeightFile:
     """Hex digest of the published file."""
     what: str
     """What it holds, for messages."""
+    size: int = 0
+    """Bytes, about; 0 if unknown."""
 
     def find(self, path: str | Path | None = None) -> Path | None:
         """The file at `path`, else at the environment variable, else in the cache folder; None if it is in none.
@@ -81,31 +79,6 @@ class WeightFile:
             )
         return digest
 
-    def fetch(self, folder: Path) -> Path:
-        """Download the file into `folder`, verified, with a progress bar; an existing verified file is kept."""
-        target = folder / self.filename
-        if target.is_file():
-            try:
-                self.verify(target)
-            except ValueError as error:
-                raise ValueError(f"{error} A damaged file is not replaced: delete it first.") from error
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        with urllib.request.urlopen(self.url, timeout=60) as response, open(partial, "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=self.filename) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-        try:
-            self.verify(partial)
-        except ValueError:
-            partial.unlink()
-            raise
-        partial.replace(target)
-        return target
-
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file, read in blocks."""
@@ -122,6 +95,7 @@ I3D_STYLEGANV = WeightFile(
     url="https://www.dropbox.com/s/ge9e5ujwgetktms/i3d_torchscript.pt?dl=1",
     sha256="bec6519f66ea534e953026b4ae2c65553c17bf105611c746d904657e5860a5e2",
     what="I3D (Kinetics-400, StyleGAN-V torchscript)",
+    size=51_000_000,
 )
 VGG16 = WeightFile(
     filename="vgg16-397923af.pth",
@@ -129,6 +103,7 @@ VGG16 = WeightFile(
     url="https://download.pytorch.org/models/vgg16-397923af.pth",
     sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
     what="VGG16 (torchvision, ImageNet)",
+    size=553_000_000,
 )
 LPIPS_HEADS = WeightFile(
     filename="lpips_vgg.pth",
@@ -136,23 +111,5 @@ LPIPS_HEADS = WeightFile(
     url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
     sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     what="LPIPS heads v0.1 for VGG16",
+    size=7_000,
 )
-
-
-def main() -> int:
-    """Fetch every weight file that is missing from the cache folder; exit status 1 if one could not be had."""
-    failed = 0
-    for weights in (I3D_STYLEGANV, VGG16, LPIPS_HEADS):
-        try:
-            print(weights.fetch(cache_folder()))
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            failed = 1
-        except OSError as error:
-            print(f"{weights.filename}: {error}. {weights.remedy}", file=sys.stderr)
-            failed = 1
-    return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,6 +19,7 @@ from larp_mllm.cli import (
     detokenize,
     doctor,
     export,
+    fetch,
     generate,
     pack_clips,
     reconstruct,
@@ -29,8 +30,8 @@ from larp_mllm.cli import (
 )
 
 COMMANDS = (
-    *(generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, doctor, pack_clips),
-    *(unpack_clips, train_info),
+    *(generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, fetch, doctor),
+    *(pack_clips, unpack_clips, train_info),
 )
 EXAMPLES = """\
 examples:
@@ -45,6 +46,7 @@ examples:
   larp-mllm reconstruct clip.mp4 -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
+  larp-mllm fetch lpips
   larp-mllm doctor --data ucf101:/path/to/UCF101
   larp-mllm pack-clips --data ucf101:/path/to/UCF101 -o ucf.clips
   larp-mllm unpack-clips ucf.clips -o clips/

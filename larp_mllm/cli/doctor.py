@@ -1,4 +1,4 @@
-"""larp-mllm doctor: what is wrong with a data set."""
+"""larp-mllm doctor: what is wrong with a data set, and which published weights are at hand."""
 
 import argparse
 
@@ -9,16 +9,16 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "doctor",
-        help="open every video of a data set, and say what is missing, broken, too short or in two splits",
+        help="open every video of a data set, and say what is wrong with it; which published weights are at hand",
         description="Open every video of a data set. Says what is in each split and class, beside the published numbers;\n"
         "which videos are missing, broken or too short; and which are in two splits, by name, by group or byte for byte.\n"
-        "Ends with status 1 if there is an error: a video that cannot be read, or one in two splits.",
+        "Ends with status 1 if there is an error: a video that cannot be read, or one in two splits.\n"
+        "Then, or without --data alone, which published weights of metrics and losses are at hand (`larp-mllm fetch`).",
         formatter_class=Defaults,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
         "--data",
-        required=True,
         metavar="SPEC",
         help="ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:",
     )
@@ -32,11 +32,15 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the report; status 1 for errors in it."""
+    """Print the report and the weights at hand; status 1 for errors in the report."""
     from larp.data.doctor import examine
+    from larp.metrics.fetching import describe
 
     if arguments.lines < 0:
         raise ValueError(f"--lines is {arguments.lines}; it must be at least 1, or 0 for all")
+    if arguments.data is None:
+        print(describe())
+        return
     report = examine(
         arguments.data,
         frames=arguments.frames,
@@ -44,6 +48,6 @@ def run(arguments: argparse.Namespace) -> None:
         decode=arguments.decode,
         workers=arguments.workers,
     )
-    print(report.describe(arguments.lines))
+    print(report.describe(arguments.lines), describe(), sep="\n\n")
     if not report.ok:
         raise SystemExit(1)

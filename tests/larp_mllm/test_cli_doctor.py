@@ -30,6 +30,14 @@ def test_a_healthy_set_ends_well(folder, capsys):
     )
 
 
+def test_it_says_which_published_weights_are_at_hand(folder, capsys):
+    main(["doctor"])
+    table = capsys.readouterr().out
+    assert "lpips " in table and "i3d " in table
+    main(["doctor", "--data", str(folder), "--frames", "8"])
+    assert capsys.readouterr().out.endswith("\n\n" + table)
+
+
 def test_options_reach_the_doctor(folder, capsys):
     assert status("--data", str(folder)) == 1
     assert "0.mp4: has 8 frames, the clip needs 16" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Weight files: fetched once, verified, never replaced by something else."""
+"""Weight files: where they are looked for, and that they are the published ones."""
 
 import hashlib
 
@@ -13,33 +13,19 @@ def published(tmp_path, content=b"weights"):
     return WeightFile("w.pt", "LARP_NO_SUCH", origin.as_uri(), hashlib.sha256(content).hexdigest(), "some weights")
 
 
-def test_fetch_downloads_once_and_verifies(tmp_path):
-    source, folder = published(tmp_path), tmp_path / "cache"
-    target = source.fetch(folder)
-    assert target.read_bytes() == b"weights"
-    (tmp_path / "origin.pt").unlink()
-    assert source.fetch(folder) == target
-    target.write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"w\.pt: not the published.*delete it first"):
-        source.fetch(folder)
-
-
-def test_a_wrong_download_is_not_kept(tmp_path):
-    source, folder = published(tmp_path), tmp_path / "cache"
-    (tmp_path / "origin.pt").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="SHA-256"):
-        source.fetch(folder)
-    assert not list(folder.iterdir())
-
-
 def test_places_in_order(tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
     source = published(tmp_path)
     assert source.find() is None
     with pytest.raises(WeightsMissing, match=r"some weights: .*w\.pt.*LARP_NO_SUCH.*larp-mllm fetch"):
         source.locate()
-    cached = source.fetch(tmp_path / "cache")
-    assert source.locate() == cached
+    cached = tmp_path / "cache" / "w.pt"
+    cached.parent.mkdir()
+    cached.write_bytes(b"weights")
+    assert source.locate() == cached and source.verify(cached) == source.sha256
+    cached.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"w\.pt: not the published w\.pt"):
+        source.verify(cached)
     for name in ("by_variable", "by_argument"):
         (tmp_path / name).write_bytes(b"weights")
     monkeypatch.setenv("LARP_NO_SUCH", str(tmp_path / "by_variable"))

