@@ -33,9 +33,10 @@ from typing import Literal
 from larp.config import parse, run_script, to_dict
 from larp.engine.clock import check_minutes
 from larp.engine.log import write_json
-from larp.hub import EMA, check_device, weights_file
+from larp.hub import EMA, WEIGHTS, check_device, weights_file
 
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 PIECE = 15 * 2**20
@@ -218,7 +219,7 @@ def train(runner: Runner) -> None:
     runner.keep("tokenizer", best)
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
     # Given frames as well, from which the language model learns to continue.
-    given = ("--condition-frames", "5")
+    given = ("--condition-frames", "5", "--workers", "8")
     windows = {"train": ("--windows", "8", "--flips"), "validation": ("--windows", "2"), "test": ()}
     if not runner.run(
         LIMITS["tokens"],
@@ -248,9 +249,7 @@ def train(runner: Runner) -> None:
     if (work / "generator" / "model").is_dir():
         runner.keep("generator", smaller(work / "generator" / "model", work / "weights" / "generator"))
     if (work / "mllm" / "model").is_dir():
-        (work / "weights").mkdir(exist_ok=True)
-        shutil.copytree(work / "mllm" / "model", work / "weights" / "mllm", dirs_exist_ok=True)
-        runner.keep("mllm", work / "weights" / "mllm")
+        runner.keep("mllm", smaller_mllm(work / "mllm" / "model", work / "weights" / "mllm"))
 
 
 def recipe(config: GpuConfig, model: str) -> list[str]:
@@ -292,6 +291,18 @@ def smaller(model: Path, target: Path) -> Path:
     kind = LarpGenerator if "generator" in target.name else LarpTokenizer
     variant = EMA if (model / weights_file(EMA)).exists() else None
     return kind.from_pretrained(model, variant=variant).save_pretrained(target, dtype=torch.bfloat16)
+
+
+def smaller_mllm(model: Path, target: Path) -> Path:
+    """Write a language model in 16 bits and without the video tokenizer, which is a result of its own; return the folder."""
+    shutil.copytree(model, target, ignore=shutil.ignore_patterns("video_tokenizer", WEIGHTS), dirs_exist_ok=True)
+    tensors = load_file(model / WEIGHTS)
+    short = {
+        k: v.to(torch.bfloat16) if v.dtype == torch.float32 and k != "adapter.codebook" else v
+        for k, v in tensors.items()
+    }
+    save_file(short, target / WEIGHTS, metadata={"format": "pt"})
+    return target
 
 
 def end(process: subprocess.Popen) -> None:
