@@ -37,8 +37,8 @@ class Measurements:
         if left < needs:
             figures: dict[str, Any] = {"skipped": f"needs about {needs:.0f} s, {max(left, 0):.0f} s were left"}
         else:
-            self._forget()
             try:
+                self._forget()
                 figures = work()
                 if self.device.type == "cuda":
                     figures["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
