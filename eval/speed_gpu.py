@@ -305,25 +305,31 @@ def difference(model: LarpGenerator, decoder: Decoder, condition: Tensor) -> flo
     return worst
 
 
-def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
-    """The sampler captured and, for one clip, step by step."""
+def build_generator(sizes: Sizes, device: torch.device) -> LarpGenerator:
+    """A generator with random weights, those of the head included."""
     torch.manual_seed(0)
-    with take.device:
+    with device:
         model = LarpGenerator(sizes.generator).eval()
         torch.nn.init.normal_(model.output.weight, std=0.02)
-    first = sizes.sampler_clips[0]
-    take.take(
-        f"sampler, {first} clip",
-        partial(sampler, model, first, copy, sizes.seconds, take.device.type == "cuda", whole=True),
-    )
-    for clips in sizes.sampler_clips[1:]:
-        take.take(
-            f"sampler, {clips} clips", partial(sampler, model, clips, copy, sizes.seconds, take.device.type == "cuda")
-        )
-    if take.device.type == "cuda":
-        fused = partial(sampler, model, first, copy, sizes.seconds, True, whole=True, weights="fused")
-        take.take(f"sampler, {first} clip, fused kernels", fused)
+    return model
+
+
+def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
+    """The sampler captured and, for one clip, step by step."""
+    model, captured = build_generator(sizes, take.device), take.device.type == "cuda"
+    first, *more = sizes.sampler_clips
+    take.take(f"sampler, {first} clip", partial(sampler, model, first, copy, sizes.seconds, captured, whole=True))
+    for clips in more:
+        take.take(f"sampler, {clips} clips", partial(sampler, model, clips, copy, sizes.seconds, captured))
     take.take(f"sampler, {first} clip, no graph", partial(sampler, model, first, copy, sizes.seconds, False))
+
+
+def fused_sampler(take: Measurements, sizes: Sizes, copy: float) -> None:
+    """The sampler of one clip by the fused kernels, where there is a GPU; later than the rest, which they could break."""
+    if take.device.type == "cuda":
+        model = build_generator(sizes, take.device)
+        work = partial(sampler, model, 1, copy, sizes.seconds, True, whole=True, weights="fused")
+        take.take("sampler, 1 clip, fused kernels", work)
 
 
 # ----------------------------------------------------------------------------------------------- loss of language model
@@ -382,6 +388,7 @@ def measure(config: SpeedGpuConfig) -> dict[str, Any]:
             for plain in (False, True):
                 name = f"loss, {batch}, {'trained' if trained else 'frozen'}, {'plain' if plain else 'in chunks'}"
                 take.take(name, partial(head_loss, sizes, batch, trained, plain, device))
+    fused_sampler(take, sizes, copy)
     # What needs a compiler, and then DeepSpeed, comes last: nobody knows how long these take on a machine at first.
     for name, size, batch in (("box", sizes.box, best), ("LARP-L", sizes.large, best_large)):
         work = partial(training, size, batch, rate, sizes.seconds, device, compiled=True, kernels=True)

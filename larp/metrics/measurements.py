@@ -37,8 +37,8 @@ class Measurements:
         if left < needs:
             figures: dict[str, Any] = {"skipped": f"needs about {needs:.0f} s, {max(left, 0):.0f} s were left"}
         else:
-            self._forget()
             try:
+                self._forget()
                 figures = work()
                 if self.device.type == "cuda":
                     figures["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
@@ -47,7 +47,7 @@ class Measurements:
                 figures = {"error": f"{type(error).__name__}: {str(error).strip()[:600]}"}
             figures["took"] = round(time.monotonic() - began, 2)
         self.figures[name] = figures
-        self._forget()
+        # At once: where a kernel has broken the GPU's context, nothing that asks it comes back.
         write_json(self.out, self.record)
         said = figures.get("error") or figures.get("skipped") or "done"
         print(f"{name}: {said.splitlines()[0][:160]} ({figures.get('took', 0)} s)", flush=True)
