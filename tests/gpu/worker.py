@@ -111,7 +111,11 @@ def train_tokenizer_steps(config: EngineConfig, out: Path, ranks: backend.Ranks)
     trainer = train_tokenizer.build(tokenizer_config(out, config), ranks, 64)
     engines = trainer.engines
     before = {name: weights(engine.module) for name, engine in engines.items()}
-    found = [train_tokenizer.train_step(trainer, iter([clip_of(step)])) for step in range(STEPS)]
+    trainer.clock.start()
+    found = []
+    for step in range(STEPS):
+        found.append(train_tokenizer.train_step(trainer, iter([clip_of(step)])))
+        trainer.clock.advance()
     losses = [{name: value.item() for name, value in step.items()} for step in found]
     results = {
         "tokenizer": summary(engines["tokenizer"], [step["loss"] for step in losses], before["tokenizer"]),
@@ -215,9 +219,11 @@ def resume(out: Path, kill_at: int | None, going_on: bool) -> dict:
         train_tokenizer.restore(trainer, saved.extra)
     trainer.tokenizer.module.train()
     began = trainer.tokenizer.step_count
+    trainer.clock.start(began)
     with sdpa_kernel(SDPBackend.MATH):
         for step in range(began, config.steps):
             train_tokenizer.train_step(trainer, iter([clip_of(step)]))
+            trainer.clock.advance()
             if step + 1 == 3:
                 extra = train_tokenizer.keep_extra(trainer)
                 state.save_state(trainer.engines, out, step + 1, {}, extra, model=identity)
