@@ -45,8 +45,8 @@ Part = Literal["tests", "speed", "train"]
 # Seconds that a part may take at most, and how a training's time is shared out.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
 TOKENIZER_SHARE = 0.62
-# What a training takes beyond its minutes: imports, reading, building; and at its end figures, samples and writing.
-BEFORE, AFTER = 25, 35
+# Seconds that a training takes beyond its minutes: imports, reading, building; at its end figures and writing, and samples.
+BEFORE, AFTER, SAMPLES = 20, 15, 30
 LINES = 12
 
 
@@ -234,7 +234,13 @@ def train(runner: Runner) -> None:
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return
-    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *lasting(runner.left - BEFORE - AFTER)]
+    shared = [
+        "--tokens",
+        codes["train"],
+        "--eval-tokens",
+        codes["validation"],
+        *lasting(runner.left - BEFORE - AFTER - SAMPLES),
+    ]
     runner.run(
         runner.left - 5,
         generator=[

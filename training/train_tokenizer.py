@@ -325,7 +325,8 @@ def validate(trainer: Trainer, model: LarpTokenizer, videos: VideoSet, shape: Cl
     """Reconstruct the first validation clips (centres of the videos), the same ones each time, with this process alone."""
     chosen = replace(videos, items=spread(videos.items, trainer.config.eval_clips))
     batches = iterate_once(chosen, shape, batch=16, workers=trainer.config.workers)
-    with trainer.tokenizer.autocast():
+    # Compiled blocks would be compiled again for each size of a validation batch.
+    with trainer.tokenizer.autocast(), torch.compiler.set_stance("force_eager"):
         return reconstruct(model, batches, device=trainer.ranks.device, watch=trainer.watch)
 
 

@@ -24,6 +24,8 @@ _WHOLE = 0.25
 _BRIGHTNESS = 0.1
 _STRIDES = 3
 _RESIDENT_GB = 64.0
+_BACKWARDS = 0.25
+_DRAWS = 11  # numbers that make a clip
 _ROW = 4  # the random stream of a step, apart from the loader's own
 
 
@@ -31,9 +33,9 @@ class ResidentClips(ClipLoader):
     """A `ClipLoader` of augmented clips: all videos are decoded once and kept as uint8 on `device`.
 
     A clip is a random window at every first, second or third frame (as far as the video has room), a random square part of the
-    frame of 0.76 to 1 of its side (one clip in four is the whole frame), resized as videos are when they are read, its
-    brightness scaled by 0.9 to 1.1; with `flip`, half of the clips are mirrored. Which clip stands at a global position
-    depends on the seed and that position alone.
+    frame of 0.76 to 1 of its side (one clip in four is the whole frame), resized as videos are when they are read, its red,
+    green and blue each scaled by 0.9 to 1.1; one clip in four runs backwards, and with `flip` half of the clips are mirrored.
+    Which clip stands at a global position depends on the seed and that position alone.
 
     Batches are those of `ClipLoader`, with the clips on the device. Raises ValueError where the videos need more than 64 GiB.
     """
@@ -76,7 +78,7 @@ class ResidentClips(ClipLoader):
             step, micro = self.step, self.micro
             first = self.rank_offset + micro * self.micro_batch
             rows = np.arange(first, first + self.micro_batch)
-            uniform = np.random.default_rng((self.seed, _ROW, step)).random((self.global_batch, 7))[rows]
+            uniform = np.random.default_rng((self.seed, _ROW, step)).random((self.global_batch, _DRAWS))[rows]
             chosen = np.array([self._index(step * self.global_batch + row) for row in rows])
             batch = video_labels([self.usable[k] for k in chosen], self._source.videos)
             self.step, self.micro = self._after((step, micro))
@@ -93,15 +95,16 @@ class ResidentClips(ClipLoader):
         return len(self.usable)
 
     def _cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
-        """Cut the clips of the videos `chosen` (b,), as U[0, 1) values (b, 7) say: float32 (b, 3, T, H, W) in [0, 1]."""
+        """Cut the clips of the videos `chosen` (b,), as U[0, 1) values (b, 11) say: float32 (b, 3, T, H, W) in [0, 1]."""
         shape, device = self.out, self._frames.device
-        window, start, whole, side, top, left, rest = uniform.T
+        window, start, whole, side, top, left, mirror, backwards = uniform.T[:8]
         lengths = self._lengths[chosen]
         most = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _STRIDES)
         strides = (1 + (window * most).astype(np.int64)) * shape.stride
         room = lengths - (shape.frames - 1) * strides
         starts = self._offsets[chosen] + (start * room).astype(np.int64)
-        frames = torch.from_numpy(starts[:, None] + strides[:, None] * np.arange(shape.frames)).to(device)
+        order = np.where(backwards[:, None] < _BACKWARDS, np.arange(shape.frames)[::-1], np.arange(shape.frames))
+        frames = torch.from_numpy(starts[:, None] + strides[:, None] * order).to(device)
         sides = np.where(whole < _WHOLE, _SIDES - 1, (side * _SIDES).astype(np.int64))
         clips = torch.empty((len(chosen), 3, *(shape.frames, shape.height, shape.width)), device=device)
         for k in np.unique(sides):
@@ -118,10 +121,9 @@ class ResidentClips(ClipLoader):
                 size = shape.height, shape.width
                 images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
             clips[torch.from_numpy(rows).to(device)] = images.unflatten(0, (len(rows), -1)).transpose(1, 2) / 255
-        # One number serves both: which half it lies in, and where in that half.
-        factors = 1 + _BRIGHTNESS * (4 * (rest % 0.5) - 1)
-        clips *= torch.from_numpy(factors.astype(np.float32)).to(device)[:, None, None, None, None]
+        gains = 1 + _BRIGHTNESS * (2 * uniform[:, 8:] - 1)
+        clips *= torch.from_numpy(gains.astype(np.float32)).to(device)[:, :, None, None, None]
         if self.flip:
-            mirrored = torch.from_numpy(rest < 0.5).to(device)[:, None, None, None, None]
+            mirrored = torch.from_numpy(mirror < 0.5).to(device)[:, None, None, None, None]
             clips = torch.where(mirrored, clips.flip(-1), clips)
         return clips.clamp_(0, 1)

@@ -49,6 +49,7 @@ def plain(monkeypatch, whole=1.0, brightness=0.0, strides=1):
     """Let all variation but the place of a window be off, or a part of it on."""
     monkeypatch.setattr(resident, "_WHOLE", whole)
     monkeypatch.setattr(resident, "_BRIGHTNESS", brightness)
+    monkeypatch.setattr(resident, "_BACKWARDS", 0.0)
     monkeypatch.setattr(resident, "_STRIDES", strides)
 
 
@@ -121,12 +122,17 @@ def test_brightness_and_speed_vary(videos, monkeypatch):
     first = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
     monkeypatch.setattr(resident, "_BRIGHTNESS", 0.0)
     second = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
-    ratios = (first.mean(dim=(1, 2, 3, 4)) / second.mean(dim=(1, 2, 3, 4))).numpy()
+    ratios = (first.mean(dim=(2, 3, 4)) / second.mean(dim=(2, 3, 4))).numpy()
     assert 0.89 < ratios.min() < 0.95 and 1.05 < ratios.max() < 1.11
+    assert (ratios.max(1) - ratios.min(1)).max() > 0.05, "each colour by a number of its own"
     monkeypatch.setattr(resident, "_STRIDES", 3)
     third = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
     change = (third[:, 0, -1] - third[:, 0, 0]).mean(dim=(1, 2)) * 255
     assert {round(value / 12) for value in change.tolist()} == {1, 2, 3}, "4 more a frame, over 3 frames"
+    monkeypatch.setattr(resident, "_BACKWARDS", 0.25)
+    fourth = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
+    backwards = (fourth == third.flip(2)).flatten(1).all(1)
+    assert 4 <= backwards.sum() <= 20 and torch.equal(fourth[~backwards], third[~backwards])
 
 
 def test_half_of_the_clips_are_mirrored(videos):
