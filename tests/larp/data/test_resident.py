@@ -90,7 +90,7 @@ def test_a_whole_frame_is_what_the_other_loader_reads(videos, monkeypatch):
     plain(monkeypatch)
     monkeypatch.setattr(resident, "_MARGIN", 1)
     wanted = {}
-    for batch in take(ClipLoader(videos, SHAPE, 6, 6, seed=0), 40):
+    for batch in take(ClipLoader(videos, SHAPE, 6, 6, seed=0), 250):
         for index, clip in zip(batch["index"].tolist(), batch["clip"], strict=True):
             wanted.setdefault(index, set()).add(clip.numpy().tobytes())
     batch = take(ResidentClips(videos, SHAPE, 6, 6, seed=0), 1)[0]
