@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 
 from eval.gpu import PIECE, GpuConfig, Runner, last_lines, main, unpack_results
+from larp.data.clip_pack import PackOptions, pack_clips
+from larp.generator import LarpGenerator
+from larp.tokenizer import LarpTokenizer
 
 import pytest
 
@@ -96,3 +99,34 @@ def test_the_program_says_a_mistake_without_a_traceback(tmp_path):
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr and "--pack names no packed clips" in done.stderr
+
+
+@pytest.mark.slow
+def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
+    """The command that waits for a GPU, with tiny sizes: every part, from packed clips to files that come back."""
+    rows = []
+    for split, group in (("train", "g1"), ("validation", "g25"), ("test", "g0")):
+        for name in ("Surfing", "Archery"):
+            files = sorted((clips_root / "ucf101/UCF-101" / name).glob(f"v_{name}_{group}*.mp4"))[:4]
+            rows += [{"path": str(path), "label": name, "split": split} for path in files]
+    manifest = tmp_path / "clips.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack_clips([f"jsonl:{manifest}"], tmp_path / "box.clips", PackOptions(max_frames=32))
+    command = [sys.executable, ROOT / "eval/gpu.py", "--pack", tmp_path / "box.clips", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [*command, "--minutes", "6", "--device", "cpu", "--rehearse"],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    bad = {name: part for name, part in report["parts"].items() if part["status"] != "ok"}
+    assert done.returncode == 0 and not bad, (bad, done.stdout[-3000:], done.stderr[-3000:])
+    assert {"tests", "speed", "unpack", "tokenizer", "tokens_train", "generator", "mllm"} <= set(report["parts"])
+    pieces = list((tmp_path / "out").glob("*.tar.*"))
+    assert all(piece.stat().st_size <= PIECE for piece in pieces)
+    assert len(pieces) + len(list((tmp_path / "out").glob("*.json"))) <= 8
+    unpack_results(tmp_path / "out")
+    tokenizer = LarpTokenizer.from_pretrained(tmp_path / "out/weights/tokenizer")
+    generator = LarpGenerator.from_pretrained(tmp_path / "out/weights/generator")
+    assert generator.config.tokenizer_hash == tokenizer.weight_hash(), "what came back belongs together"
+    assert {"model.safetensors", "config.json"} <= {f.name for f in (tmp_path / "out/weights/mllm").iterdir()}
+    assert (tmp_path / "out/speed.json").is_file() and (tmp_path / "out/reconstruction.json").is_file()
