@@ -1,6 +1,7 @@
 """What a GPU makes of this project in two minutes: what it could do at best, then tokenizers, sampler and language-model loss.
 
     python eval/speed_gpu.py --out speed.json --minutes 2
+    python eval/speed_gpu.py --only sampler loss                # the ceilings of copy and product, and these
     python eval/speed_gpu.py --device cpu --rehearse            # the same code on tiny sizes
 
 Every measurement stands alone and is written down at once. Random data; medians by the GPU's own clock.
@@ -10,24 +11,22 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from larp.config import parse, run_script, to_dict
-from larp.decoding import Decoder
 from larp.engine.blocks import compile_blocks
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.generator import LarpGenerator
 from larp.metrics import flops
 from larp.metrics.measurements import Measurements, between, busiest, copy_rate, finish, mark, matmul_rate, seconds_of
+from larp.metrics.sampler_speed import fused_sampler, samplers
 from larp.metrics.timing import machine
 from larp.noise import BatchNoise
 from larp.objective import LossConfig, tokenizer_loss
-from larp.packing import Weights
-from larp.sampling import guide, row_uniforms, sample_logits
 from larp.tokenizer import LarpTokenizer, TokenizerConfig
 from larp_mllm.head_speed import HeadCase, plain_loss
 from larp_mllm.speed_sizes import Sizes
@@ -39,10 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Dense bf16 of an H100 SXM, as its maker states it.
 NOMINAL = 989e12
-GUIDANCE = 1.25
 # Of the prior's inputs in round 2: its value after the ramp.
 _MIX = 0.5
 _LOSS = LossConfig(lpips=0, gan=0)
+
+Group = Literal["attention", "larp-l", "box", "sampler", "loss", "compiled", "engine"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class SpeedGpuConfig:
     """Where the figures go, after each measurement."""
     minutes: float = 2.0
     """What does not fit into this time is skipped, and noted."""
+    only: tuple[Group, ...] = get_args(Group)
+    """What is measured beside copy and product, of which the rest are shares."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     rehearse: bool = False
     """Tiny sizes: the same code where no GPU is."""
@@ -181,12 +183,14 @@ def training(
 ) -> dict[str, Any]:
     """A training step; with the shares of its parts, and with its busiest kernels if so asked."""
     trainer = Trainer(config, batch, device, compiled)
+    figures: dict[str, Any] = {"batch": batch, "compiled": compiled}
+    if compiled:
+        began = time.monotonic()
+        trainer.step()
+        finish(device)
+        figures["seconds_to_compile"] = time.monotonic() - began
     seconds = seconds_of(trainer.step, device, budget)
-    figures = {
-        "batch": batch,
-        "compiled": compiled,
-        **shares(flops.step_flops(config, clips=batch), seconds, batch, rate),
-    }
+    figures |= shares(flops.step_flops(config, clips=batch), seconds, batch, rate)
     figures["parts"] = trainer.parts()
     if kernels:
         figures["kernels"] = busiest(trainer.step, device)
@@ -218,8 +222,8 @@ def engine_training(config: TokenizerConfig, batch: int, rate: float, budget: fl
 
 def sweep(
     take: Measurements, name: str, config: TokenizerConfig, batches: tuple[int, ...], rate: float, budget: float
-) -> int:
-    """Training steps at rising batches until memory ends, and the kernels of the fastest; returns its batch."""
+) -> None:
+    """Training steps at rising batches until memory ends, and the kernels of the fastest."""
     best = batches[0], 0.0
     for batch in batches:
         figures = take.take(f"{name} step, batch {batch}", partial(training, config, batch, rate, budget, take.device))
@@ -228,108 +232,17 @@ def sweep(
         best = max(best, (batch, figures["clips_a_second"]), key=lambda one: one[1])
     work = partial(training, config, best[0], rate, 0.2, take.device, kernels=True)
     take.take(f"{name} step, batch {best[0]}, kernels", work)
-    return best[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- sampler
-
-
-@torch.no_grad()
-def sampler(
-    model: LarpGenerator,
-    clips: int,
-    copy: float,
-    budget: float,
-    captured: bool,
-    whole: bool = False,
-    weights: Weights = "auto",
-) -> dict[str, Any]:
-    """Milliseconds a code at places spread over a clip, and the share of the copy's rate at which weights and cache are read."""
-    config, device = model.config, model.output.weight.device
-    decoder = Decoder(model, 2 * clips, weights=weights, dtype=torch.bfloat16)
-    count = config.num_tokens
-    uniforms = row_uniforms(0, 0, clips, count).to(device)
-    codes = torch.zeros(clips, count, dtype=torch.int64, device=device)
-
-    def choose(logits: Tensor, index: Tensor) -> Tensor:
-        return sample_logits(guide(logits, GUIDANCE), uniform=uniforms.index_select(1, index)[:, 0])
-
-    labels = torch.arange(clips, device=device) % config.num_classes
-    condition = torch.cat([labels, model.unconditional(labels)])
-    figures: dict[str, Any] = {"clips": clips, "captured": captured}
-    if weights == "fused":
-        figures["difference"] = difference(model, decoder, condition)
-    places = [count * part // 8 for part in (1, 3, 5, 7)]
-    each: list[float] = []
-    for place in places:
-        decoder.prefill(condition)
-        decoder.filled = place
-        decoder.place.fill_(place)
-        run, span = decoder.steps(codes, choose, captured), decoder._span()
-        # The most codes that can follow without the attended length growing.
-        most = max(3, min(32, span - place - 4))
-        each.append(seconds_of(lambda run=run, span=span: run(span), device, budget / 4, warm=2, most=most))
-    mean = sum(each) / len(each)
-    itemsize = 2
-    matrices = itemsize * sum(
-        p.numel() for name, p in model.named_parameters() if name.startswith(("layers.", "output."))
-    )
-    cache = 2 * itemsize * config.depth * 2 * clips * (sum(places) / len(places)) * config.width
-    figures["milliseconds_a_code"] = 1000 * mean
-    figures["milliseconds_at"] = {place: 1000 * seconds for place, seconds in zip(places, each, strict=True)}
-    figures |= {"seconds_a_clip": mean * count, "clips_a_minute": 60 * clips / (mean * count)}
-    figures |= {"bytes_a_code": matrices + cache, "share_of_copy": (matrices + cache) / mean / copy}
-    if captured:
-        figures["kernels"] = busiest(lambda: run(span), device)
-    if whole:
-
-        def clip() -> None:
-            decoder.prefill(condition)
-            decoder.decode_n(codes, choose)
-
-        figures["seconds_of_a_whole_clip"] = seconds_of(clip, device, 0.0, warm=0, least=1)
-    return figures
-
-
-def difference(model: LarpGenerator, decoder: Decoder, condition: Tensor) -> float:
-    """How far a decoder's logits of 16 codes are from the plain one's, as a share of the largest; ValueError beyond 5 %."""
-    plain, worst = Decoder(model, len(condition), weights="plain", dtype=decoder.dtype), 0.0
-    for own in (plain, decoder):
-        own.prefill(condition)
-    for code in range(16):
-        codes = torch.full_like(condition, code)
-        theirs, ours = plain.decode_one(codes), decoder.decode_one(codes)
-        worst = max(worst, ((ours - theirs).abs().max() / theirs.abs().max()).item())
-    if not worst <= 0.05:
-        raise ValueError(f"the logits differ from the plain decoder's by {worst:.1%} of the largest: nothing was timed")
-    return worst
-
-
-def build_generator(sizes: Sizes, device: torch.device) -> LarpGenerator:
-    """A generator with random weights, those of the head included."""
-    torch.manual_seed(0)
-    with device:
-        model = LarpGenerator(sizes.generator).eval()
-        torch.nn.init.normal_(model.output.weight, std=0.02)
-    return model
-
-
-def samplers(take: Measurements, sizes: Sizes, copy: float) -> None:
-    """The sampler captured and, for one clip, step by step."""
-    model, captured = build_generator(sizes, take.device), take.device.type == "cuda"
-    first, *more = sizes.sampler_clips
-    take.take(f"sampler, {first} clip", partial(sampler, model, first, copy, sizes.seconds, captured, whole=True))
-    for clips in more:
-        take.take(f"sampler, {clips} clips", partial(sampler, model, clips, copy, sizes.seconds, captured))
-    take.take(f"sampler, {first} clip, no graph", partial(sampler, model, first, copy, sizes.seconds, False))
-
-
-def fused_sampler(take: Measurements, sizes: Sizes, copy: float) -> None:
-    """The sampler of one clip by the fused kernels, where there is a GPU; later than the rest, which they could break."""
-    if take.device.type == "cuda":
-        model = build_generator(sizes, take.device)
-        work = partial(sampler, model, 1, copy, sizes.seconds, True, whole=True, weights="fused")
-        take.take("sampler, 1 clip, fused kernels", work)
+def compiled(take: Measurements, sizes: Sizes, rate: float, needs: float) -> None:
+    """Training steps with compiled blocks, each with the seconds that its first step took."""
+    cases = [("box", sizes.box, batch) for batch in sizes.box_compiled]
+    cases += [("LARP-L", sizes.large, batch) for batch in sizes.large_compiled]
+    for name, size, batch in cases:
+        work = partial(training, size, batch, rate, sizes.seconds, take.device, compiled=True, kernels=True)
+        take.take(f"{name} step, batch {batch}, compiled", work, needs=needs)
+        # What one shape has compiled says nothing of the next one's time.
+        torch.compiler.reset()
 
 
 # ----------------------------------------------------------------------------------------------- loss of language model
@@ -359,12 +272,21 @@ def head_loss(sizes: Sizes, batch: str, trained: bool, plain: bool, device: torc
     return figures
 
 
+def losses(take: Measurements, sizes: Sizes) -> None:
+    """The loss of a mixed batch and of text only, the base frozen and trained, in chunks and the plain way."""
+    for batch in ("mixed", "text only"):
+        for trained in (False, True):
+            for plain in (False, True):
+                name = f"loss, {batch}, {'trained' if trained else 'frozen'}, {'plain' if plain else 'in chunks'}"
+                take.take(name, partial(head_loss, sizes, batch, trained, plain, take.device))
+
+
 # --------------------------------------------------------------------------------------------------------------- report
 
 
 def measure(config: SpeedGpuConfig) -> dict[str, Any]:
     """Take all measurements that fit into the time; returns the record."""
-    device = torch.device(config.device)
+    device, only = torch.device(config.device), config.only
     sizes = Sizes.tiny() if config.rehearse else Sizes()
     about = {"config": to_dict(config), "sizes": to_dict(sizes), "machine": machine(device)}
     about["precision"] = "bf16 autocast with float32 weights; float32 products exact (no TF32), as in training"
@@ -373,29 +295,30 @@ def measure(config: SpeedGpuConfig) -> dict[str, Any]:
     multiplied = take.take("matmul", partial(matmul_rate, sizes.matmul, sizes.seconds, device))
     # Where a ceiling could not be measured, what the maker states stands for it.
     copy, rate = copied.get("bytes_a_second", 3.35e12), multiplied.get("operations_a_second", NOMINAL)
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-        if device.type == "cuda" or name == "flash":
-            take.take(f"attention, {name}", partial(attention_rate, sizes, backend, device))
-    for batch in sizes.large_inference:
-        take.take(
-            f"LARP-L encode, decode, batch {batch}", partial(inference, sizes.large, batch, rate, sizes.seconds, device)
-        )
-    best_large = sweep(take, "LARP-L", sizes.large, sizes.large_batches, rate, sizes.seconds)
-    best = sweep(take, "box", sizes.box, sizes.box_batches, rate, sizes.seconds)
-    samplers(take, sizes, copy)
-    for batch in ("mixed", "text only"):
-        for trained in (False, True):
-            for plain in (False, True):
-                name = f"loss, {batch}, {'trained' if trained else 'frozen'}, {'plain' if plain else 'in chunks'}"
-                take.take(name, partial(head_loss, sizes, batch, trained, plain, device))
-    fused_sampler(take, sizes, copy)
+    if "attention" in only:
+        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+            if device.type == "cuda" or name == "flash":
+                take.take(f"attention, {name}", partial(attention_rate, sizes, backend, device))
+    if "larp-l" in only:
+        for batch in sizes.large_inference:
+            work = partial(inference, sizes.large, batch, rate, sizes.seconds, device)
+            take.take(f"LARP-L encode, decode, batch {batch}", work)
+        sweep(take, "LARP-L", sizes.large, sizes.large_batches, rate, sizes.seconds)
+    if "box" in only:
+        sweep(take, "box", sizes.box, sizes.box_batches, rate, sizes.seconds)
+    if "sampler" in only:
+        samplers(take, sizes.generator, sizes.sampler_clips, copy, sizes.seconds)
+    if "loss" in only:
+        losses(take, sizes)
+    if "sampler" in only:
+        fused_sampler(take, sizes.generator, copy, sizes.seconds)
     # What needs a compiler, and then DeepSpeed, comes last: nobody knows how long these take on a machine at first.
-    for name, size, batch in (("box", sizes.box, best), ("LARP-L", sizes.large, best_large)):
-        work = partial(training, size, batch, rate, sizes.seconds, device, compiled=True, kernels=True)
-        take.take(f"{name} step, batch {batch}, compiled", work, needs=5 if config.rehearse else 30)
-    take.take(
-        f"box step, batch {best}, engine", partial(engine_training, sizes.box, best, rate, sizes.seconds), needs=10
-    )
+    if "compiled" in only:
+        compiled(take, sizes, rate, 5 if config.rehearse else 30)
+    if "engine" in only:
+        batch = sizes.box_batches[-1]
+        work = partial(engine_training, sizes.box, batch, rate, sizes.seconds)
+        take.take(f"box step, batch {batch}, engine", work, needs=10)
     return take.record
 
 
@@ -426,6 +349,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
     "seconds_a_clip": lambda v: f"{v:.2f} s a clip",
     "seconds_of_a_whole_clip": lambda v: f"({v:.2f} s measured whole)",
     "share_of_copy": lambda v: f"{v:.0%} of the copy's rate",
+    "seconds_to_compile": lambda v: f"compiled in {v:.0f} s",
     "memory": lambda v: f"+{v / 2**30:.2f} GiB",
     "peak_memory": lambda v: f"{v / 2**30:.1f} GiB",
 }

@@ -68,7 +68,7 @@ class HeadCase:
         with torch.device(self.device):
             codebook = torch.zeros(self.size.codebook_size, 1)
             base = AutoModelForCausalLM.from_config(config).requires_grad_(self.trained)
-        return LarpMllmForCausalLM.from_base(base, 0, codebook, 1, "free").to(self.device)
+        return LarpMllmForCausalLM.from_base(base, 0, codebook, 1, "free")
 
     def inputs(self, model: LarpMllmForCausalLM) -> tuple[Tensor, Tensor]:
         """Hidden states (1, n + 1, H) that want a gradient, and labels (1, n + 1), text here and there."""

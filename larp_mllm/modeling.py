@@ -103,7 +103,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             attn_implementation=base.config._attn_implementation,
             **extra,
         )
-        model = cls(config, base).to(base.dtype)
+        model = cls(config, base).to(embedding.weight.device, base.dtype)
         model.adapter.start(codebook.to(embedding.weight), embedding.weight, head.weight)
         return model
 

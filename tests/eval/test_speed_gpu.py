@@ -27,6 +27,14 @@ def test_a_rehearsal_takes_every_measurement(tmp_path, capsys):
     assert capsys.readouterr().out.count("clips/s") >= 7
 
 
+def test_what_is_chosen_is_measured_beside_the_ceilings(tmp_path):
+    out = tmp_path / "speed.json"
+    speed_gpu.main(["--device", "cpu", "--rehearse", "--out", str(out), "--only", "loss"])
+    figures = json.loads(out.read_text())["measurements"]
+    assert list(figures)[:2] == ["copy", "matmul"] and len(figures) == 10
+    assert all(name.startswith("loss, ") for name in list(figures)[2:])
+
+
 def test_a_measurement_that_fails_or_has_no_time_costs_only_itself(tmp_path):
     out, device = tmp_path / "speed.json", torch.device("cpu")
     take = Measurements(out, device, 60, {"machine": "some"})

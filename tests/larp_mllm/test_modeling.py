@@ -47,6 +47,14 @@ def test_a_tokenizer_larger_than_the_base_never_gets_its_extra_ids(mllm):
     assert torch.isinf(logits[..., base.config.vocab_size : model.vocabulary.text_size]).all()
 
 
+def test_the_adapter_lies_where_the_base_does(mllm):
+    # "meta" stands for a GPU: numbers of two devices do not mix there either.
+    with torch.device("meta"):
+        base, codebook = AutoModelForCausalLM.from_config(mllm.model.base.config), torch.randn(16, 4)
+    model = LarpMllmForCausalLM.from_base(base, 0, codebook, 4)
+    assert {one.device.type for one in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
 def test_loss_equals_the_plain_way(mllm):
     model, v = mllm.model, mllm.model.vocabulary
     ids = mixed_ids(mllm)
