@@ -3,13 +3,14 @@
 # make test         the tests
 # make test-all     and those that take long
 # make gpu PACK=box.clips   everything that a GPU is needed for, in nine minutes (ARGS="--parts tests speed" chooses)
+# make test-oldest  the fast tests with the oldest versions that pyproject.toml allows
 # make wheelhouse PYTHON=3.12   the wheels that a GPU machine without a network lacks, in build/wheelhouse
 PYTHON ?= python3
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: install quickstart test test-all gpu wheelhouse lint clean
+.PHONY: install quickstart test test-all test-oldest gpu wheelhouse lint clean
 
 # What a machine with torch, transformers, peft and OpenCV usually lacks of the packages that this project imports.
 LACKING   := deepspeed hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection \
@@ -45,6 +46,16 @@ test-all: test
 
 gpu: install
 	$(BIN)/python eval/gpu.py $(if $(PACK),--pack $(PACK)) $(ARGS)
+
+# Every `name>=version` of pyproject.toml as `name==version`.
+test-oldest: build/oldest/installed
+	build/oldest/bin/python -m pytest -m "not slow"
+
+build/oldest/installed: pyproject.toml
+	$(PYTHON) -m venv build/oldest
+	grep -oE '"[A-Za-z_-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > build/oldest/versions.txt
+	build/oldest/bin/python -m pip --disable-pip-version-check install --constraint build/oldest/versions.txt --editable '.[dev]'
+	touch $@
 
 # There: pip install --no-index --no-deps --target DIR wheelhouse/*.whl, and DIR in PYTHONPATH.
 # DeepSpeed comes as a source archive only; its kernels are compiled on first use, on the machine that has the compiler.
