@@ -385,8 +385,19 @@ def unpack_results(folder: Path) -> list[str]:
             archive.extractall(folder, filter="data")
             found += archive.getnames()
         whole.unlink()
+    complete_mllm(folder / "weights" / "mllm", folder / "weights" / "tokenizer")
     print("\n".join(found))
     return found
+
+
+def complete_mllm(folder: Path, tokenizer: Path) -> None:
+    """Make of what `smaller_mllm` left a model that loads: float32 again, its video tokenizer beside it."""
+    inside = folder / "video_tokenizer"
+    if not folder.is_dir() or not tokenizer.is_dir() or inside.is_dir():
+        return
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    shutil.copytree(tokenizer, inside)
 
 
 if __name__ == "__main__":

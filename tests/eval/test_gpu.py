@@ -11,6 +11,7 @@ from eval.gpu import PIECE, GpuConfig, Runner, last_lines, main, unpack_results
 from larp.data.clip_pack import PackOptions, pack_clips
 from larp.generator import LarpGenerator
 from larp.tokenizer import LarpTokenizer
+from larp_mllm.mllm import Mllm
 
 import pytest
 
@@ -114,7 +115,7 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     pack_clips([f"jsonl:{manifest}"], tmp_path / "box.clips", PackOptions(max_frames=32))
     command = [sys.executable, ROOT / "eval/gpu.py", "--pack", tmp_path / "box.clips", "--out", tmp_path / "out"]
     done = subprocess.run(
-        [*command, "--minutes", "6", "--device", "cpu", "--rehearse"],
+        [*command, "--minutes", "4", "--device", "cpu", "--rehearse"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -128,5 +129,6 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     tokenizer = LarpTokenizer.from_pretrained(tmp_path / "out/weights/tokenizer")
     generator = LarpGenerator.from_pretrained(tmp_path / "out/weights/generator")
     assert generator.config.tokenizer_hash == tokenizer.weight_hash(), "what came back belongs together"
-    assert {"model.safetensors", "config.json"} <= {f.name for f in (tmp_path / "out/weights/mllm").iterdir()}
+    (video,) = Mllm.load(tmp_path / "out/weights/mllm", "cpu").generate(["surfing"])
+    assert video.frames.shape == (16, 64, 64, 3), "the language model writes with the tokenizer that came with it"
     assert (tmp_path / "out/speed.json").is_file() and (tmp_path / "out/reconstruction.json").is_file()
