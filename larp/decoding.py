@@ -5,7 +5,7 @@ A `Decoder` holds what a generator's blocks need, fused and laid out for few row
 Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S new positions, P positions, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 from larp.packing import Packed, Plain, Weights, best_threads, choose_product, threads
@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from larp.generator import GeneratorBlock, LarpGenerator
+    from larp.generator import GeneratorBlock, GeneratorConfig, LarpGenerator
 
 # On a GPU the attended length grows by this many positions at a time: each length is a graph of its own.
 GPU_STRIDE = 256
@@ -74,8 +74,9 @@ class Decoder:
         model: the generator; it is not changed, and dropout does not act whatever its mode.
         rows: R, how many sequences are written side by side.
         weights: "packed" copies them into the layout that a CPU reads fastest for few rows, and gives a row the same bits
-            in any batch; "plain" uses `F.linear`; "auto" packs where that is possible (see larp.packing). "fused" is for one or two
-            rows on a GPU: kernels that do most of a block at once (see larp.decoding_kernels), whose last bits are others.
+            in any batch; "plain" uses `F.linear`. "fused" is for one or two rows on a GPU: kernels that do most of a block at once
+            (see larp.decoding_kernels), whose last bits are others; of a large model the first decoder tries for some seconds
+            how to launch them. "auto" packs where that is possible (see larp.packing), and fuses bfloat16 where that is.
         dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is drawn.
         stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
             default 1 on a CPU, and `GPU_STRIDE` elsewhere.
@@ -95,6 +96,14 @@ class Decoder:
         like, config = model.output.weight, model.config
         self.model, self.config, self.dtype = model, config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
+        if (
+            weights == "auto"
+            and stride is None
+            and like.is_cuda
+            and self.dtype == torch.bfloat16
+            and _fusable(config, rows)
+        ):
+            weights = "fused"
         if weights == "fused":
             if not like.is_cuda:
                 raise ValueError(f"weights='fused' needs a GPU, and these are on {like.device}: use 'auto'")
@@ -114,11 +123,17 @@ class Decoder:
         self.fused = None
         if weights == "fused":
             from larp.decoding_kernels import FusedBlocks
+            from larp.decoding_tuning import tune
 
             self.fused = FusedBlocks(config, self.blocks, self.norm, self.head.weight, self.cache)
+            tune(self.fused)
+        # What `steps` returned, and what belongs to it, for whoever wants to run it again.
+        self.runs: dict[Hashable, tuple] = {}
         self.filled = 0
         # Where the next position goes, also as a tensor: a captured step reads it there.
         self.place = torch.zeros(1, dtype=torch.int64, device=like.device)
+        # The index that `steps` filled last.
+        self.newest = torch.zeros_like(self.place)
         self.counted = torch.arange(length, device=like.device)
 
     @torch.no_grad()
@@ -131,6 +146,7 @@ class Decoder:
         length = x.shape[1]
         logits = self._read(x + self.positions[:, :length], self.counted[:length], length)
         self.place.fill_(length)
+        self.newest.zero_()
         self.filled = length
         return logits
 
@@ -147,17 +163,22 @@ class Decoder:
 
         `choose(logits (R, K), index (1,))` picks the codes (B,) of an index, which it is given on the device.
         """
-        run = self.steps(codes, choose, codes.is_cuda)
-        for _ in tqdm(range(1, codes.shape[1]), desc="codes", disable=not progress, leave=False):
+        self.run(self.steps(codes, choose, codes.is_cuda), codes.shape[1], progress)
+
+    @torch.no_grad()
+    def run(self, run: Callable[[int], None], count: int, progress: bool = False) -> None:
+        """Take what `steps` returned through a clip of `count` codes, after a prefill."""
+        for _ in tqdm(range(1, count), desc="codes", disable=not progress, leave=False):
             run(self._span())
             self.filled += 1
 
     def steps(self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool) -> Callable[[int], None]:
         """Return what, at each call, fills the next index of codes (B, N), from 1 on, and attends to so many positions.
 
-        `choose` is as in `decode_n`; `captured` (on a GPU) replays a graph. `filled` is the caller's to count.
+        `choose` is as in `decode_n`; `captured` (on a GPU) replays a graph. `filled` is the caller's to count. After another
+        prefill it begins again, with what lies in `codes` and in what `choose` reads by then.
         """
-        newest, copies = torch.zeros_like(self.place), self.cache.keys.shape[1] // codes.shape[0]
+        newest, copies = self.newest.zero_(), self.cache.keys.shape[1] // codes.shape[0]
 
         def step(span: int) -> None:
             logits = self._step(codes.index_select(1, newest)[:, 0].repeat(copies), span)
@@ -207,6 +228,14 @@ class Decoder:
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+
+def _fusable(config: "GeneratorConfig", rows: int) -> bool:
+    try:
+        from larp.decoding_kernels import refusal
+    except ImportError:  # a build of torch without Triton, or with one that is too old
+        return False
+    return not refusal(config, rows)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from larp.decoding import Decoder
+from larp.kept_decoder import kept_decoder
 from larp.packing import Weights, threads
 
 import torch
@@ -190,6 +190,8 @@ def generate(
     Returns:
         codes int64 (B, N) on the device of the model.
 
+    On a GPU what a small batch has prepared is kept for the next one, see `larp.kept_decoder`.
+
     Raises ValueError for an option out of range, a condition that the model does not know, and guidance of a frame
     prediction that was trained without.
     """
@@ -202,16 +204,24 @@ def generate(
         condition = torch.cat([condition, model.unconditional(condition)])
     uniforms, scales = row_uniforms(seed, first_row, rows, count).to(device), scales.to(device)
 
-    def choose(logits: Tensor, index: Tensor) -> Tensor:
-        logits = guide(logits, scales.index_select(0, index)) if guided else logits
-        return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
+    options = (rows, guided, temperature, top_k, top_p, min_p)
+    with kept_decoder(model, condition.shape[0], weights, dtype) as decoder, threads(decoder.best_threads()):
+        if options in decoder.runs:
+            run, choose, (codes, *read) = decoder.runs[options]
+            for old, new in zip(read, (uniforms, scales), strict=True):
+                old.copy_(new)
+        else:
 
-    decoder = Decoder(model, condition.shape[0], weights=weights, dtype=dtype)
-    codes = torch.empty(rows, count, dtype=torch.int64, device=device)
-    with threads(decoder.best_threads()):
+            def choose(logits: Tensor, index: Tensor) -> Tensor:
+                logits = guide(logits, scales.index_select(0, index)) if guided else logits
+                return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
+
+            codes = torch.empty(rows, count, dtype=torch.int64, device=device)
+            run = decoder.steps(codes, choose, codes.is_cuda)
+            decoder.runs[options] = run, choose, (codes, uniforms, scales)
         codes[:, 0] = choose(decoder.prefill(condition), torch.zeros(1, dtype=torch.int64, device=device))
-        decoder.decode_n(codes, choose, progress)
-    return codes
+        decoder.run(run, count, progress)
+        return codes.clone()
 
 
 def guide(logits: Tensor, scale: float | Tensor) -> Tensor:

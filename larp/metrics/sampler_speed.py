@@ -41,7 +41,12 @@ def sampler(
     condition = torch.cat([labels, model.unconditional(labels)])
     figures: dict[str, Any] = {"clips": clips, "captured": captured}
     if weights == "fused":
+        from larp.decoding_tuning import tune
+
         figures["difference"] = difference(model, decoder, condition)
+        # What the decoder has tried already.
+        figures["tried"] = tune(decoder.fused)
+        figures["launch"] = decoder.fused.launch._asdict()
     places = [count * part // 8 for part in (1, 3, 5, 7)]
     each: list[float] = []
     for place in places:

@@ -1,5 +1,6 @@
 """The fused kernels of the sampler's step, beside the plain one. They need a GPU: a CPU rehearsal skips them."""
 
+from larp import kept_decoder
 from larp.decoding import Decoder
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import generate
@@ -47,6 +48,8 @@ def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
     model = drawn(device)
     options = dict(guidance=1.5, seed=3, weights="fused", dtype=torch.bfloat16)
     captured = generate(model, torch.tensor([1]), **options)
+    assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
+    kept_decoder.forget()
     monkeypatch.setattr("larp.decoding.CapturedSteps", lambda step: step)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     assert captured.unique().numel() > 50
@@ -56,3 +59,27 @@ def test_what_the_kernels_do_not_serve_is_refused(device):
     model = drawn(device)
     with pytest.raises(ValueError, match=r"do not serve 3 rows \(at most 2\)"):
         Decoder(model, 3, weights="fused")
+
+
+@torch.no_grad()
+def test_no_bit_depends_on_how_the_kernels_are_launched(device):
+    model = drawn(device)
+    decoder, codes = Decoder(model, 2, weights="fused", dtype=torch.bfloat16), torch.tensor([5, 6], device=device)
+    from larp.decoding_kernels import Launch, Shape
+
+    every = {name: Shape(8, 1) for name in ("qkv", "wo", "gate", "w2", "head")}
+    others = [Launch(), Launch(pdl=decoder.fused.launch.pdl, ahead=1.0), Launch(**every)]
+    others.append(Launch(wo=Shape(2, 1), gate=Shape(4, 1, 96), w2=Shape(4, 2), pdl=decoder.fused.launch.pdl))
+    seen = []
+    for launch in (decoder.fused.launch, *others):
+        decoder.fused.launch = launch
+        decoder.prefill(torch.tensor([0, 1], device=device))
+        seen.append(torch.stack([decoder.decode_one(codes) for _ in range(200)]))
+    assert all(torch.equal(seen[0], one) for one in seen[1:])
+
+
+@torch.no_grad()
+def test_bfloat16_of_few_rows_is_fused_by_itself(device):
+    model = drawn(device)
+    assert Decoder(model, 2, dtype=torch.bfloat16).fused is not None
+    assert Decoder(model, 2).fused is None and Decoder(model, 3, dtype=torch.bfloat16).fused is None

@@ -1,6 +1,6 @@
 """Sampling with captured CUDA graphs: the codes that the same steps give one kernel at a time."""
 
-from larp import decoding
+from larp import decoding, kept_decoder
 from larp.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import Guidance, generate
 
@@ -25,6 +25,7 @@ def model(device) -> LarpGenerator:
 
 def eager(monkeypatch) -> None:
     """Run every step as it is."""
+    kept_decoder.forget()
     monkeypatch.setattr(decoding, "CapturedSteps", lambda step: step)
 
 
