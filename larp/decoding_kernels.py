@@ -177,20 +177,18 @@ def _ahead(weight, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, THREADS:
 
 @triton.jit
 def _attention(
-    queries, keys, values, parts, peaks, masses, counts, mixed, places, later,
+    queries, keys, values, parts, peaks, masses, counts, mixed, places,
     SCALE: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
-    HEADS: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row and head (program 0), and a chunk of the positions (program 1): attention to all positions up to the place.
 
-    Whichever chunk is done last adds up all of them, in their order, and sets the count back. `later` is a weight that is needed soon.
+    Whichever chunk is done last adds up all of them, in their order, and sets the count back.
     """
     _begin(PDL)
     index, split = tl.program_id(0), tl.program_id(1)
     # Neither the place nor what lies before it in the cache is written by this step's kernels.
     place = tl.load(places).to(tl.int32)
-    if AHEAD > 0:
-        _ahead(later, index * SPLITS + split, HEADS * SPLITS, AHEAD, 128)
     used = tl.maximum((place + CHUNK - 1) // CHUNK, 1)
     if split < used:
         channels = tl.arange(0, HEAD)
@@ -232,14 +230,16 @@ def _attention(
 
 @triton.jit
 def _linear_add(
-    x, y, weight,
-    INNER: tl.constexpr, OUTER: tl.constexpr, TWO: tl.constexpr,
+    x, y, weight, later,
+    INNER: tl.constexpr, OUTER: tl.constexpr, AHEAD: tl.constexpr, TWO: tl.constexpr,
     WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (R, OUTER) += weight @ y (R, INNER), in place."""
+    """x (R, OUTER) += weight @ y (R, INNER), in place; the next kernel's weight `later` is asked for meanwhile."""
     _begin(PDL)
     first = tl.program_id(0) * WARPS * EACH
     tiles = _tiles(weight, first, INNER, WARPS, EACH, STEP)
+    if AHEAD > 0:
+        _ahead(later, tl.program_id(0), OUTER // (WARPS * EACH), AHEAD, 32 * WARPS)
     _wait(PDL)
     y0, y1 = _products(y, y, tiles, INNER, 0.0, TWO, False, WARPS, EACH, STEP)
     for each in tl.static_range(EACH):
@@ -323,8 +323,10 @@ class Launch(NamedTuple):
     gate: Shape = Shape(4, 2)
     w2: Shape = Shape(4, 1)
     head: Shape = Shape(4, 2)
-    ahead: float = 0.0
-    """The share of the weights of SwiGLU's inner products that attention brings into the L2 cache."""
+    gate_ahead: float = 0.0
+    """The share of SwiGLU's inner weights that the kernel before asks the L2 cache for."""
+    qkv_ahead: float = 0.0
+    """The same of the next block's weights for query, key and value."""
     pdl: bool = False
     """A kernel starts while the one before still runs."""
 
@@ -368,28 +370,32 @@ class FusedBlocks:
         length, head, two = cache.keys.shape[3], width // c.heads, rows == 2
         pdl = dict(PDL=launch.pdl, launch_pdl=launch.pdl)
         wide = dict(STEP=_step(width), EPS=c.norm_eps, TWO=two, WIDTH=width) | pdl
-        ahead = int(launch.ahead * 2 * c.ffn_hidden) * width
+        gate_ahead, qkv_ahead = (
+            int(launch.gate_ahead * 2 * c.ffn_hidden) * width,
+            int(launch.qkv_ahead * 3 * width) * width,
+        )
         for layer, block in enumerate(self.blocks):
             keys, values = cache.keys[layer], cache.values[layer]
+            following = self.blocks[min(layer + 1, len(self.blocks) - 1)]
             _qkv[launch.qkv.grid(3 * width)](
                 x, block.attention_norm, block.qkv.weight, self.queries, keys, values, place,
                 LENGTH=length, HEAD=head, **launch.qkv.options(), **wide,
             )  # fmt: skip
             _attention[(rows * c.heads, self.splits)](
-                self.queries, keys, values, self.parts, self.peaks, self.masses, self.counts, self.mixed, place, block.w13.weight,
+                self.queries, keys, values, self.parts, self.peaks, self.masses, self.counts, self.mixed, place,
                 SCALE=head**-0.5, LENGTH=length, HEAD=head, CHUNK=self.chunk, SPLITS=self.splits,
-                MOST=triton.next_power_of_2(self.splits), HEADS=rows * c.heads, AHEAD=ahead, num_warps=4, **pdl,
+                MOST=triton.next_power_of_2(self.splits), num_warps=4, **pdl,
             )  # fmt: skip
             _linear_add[launch.wo.grid(width)](
-                x, self.mixed, block.wo.weight,
-                INNER=width, OUTER=width, TWO=two, STEP=_step(width), **launch.wo.options(), **pdl,
+                x, self.mixed, block.wo.weight, block.w13.weight,
+                INNER=width, OUTER=width, AHEAD=gate_ahead, TWO=two, STEP=_step(width), **launch.wo.options(), **pdl,
             )  # fmt: skip
             _gate[launch.gate.grid(c.ffn_hidden)](
                 x, block.ffn_norm, block.w13.weight, self.inner, HIDDEN=c.ffn_hidden, **launch.gate.options(), **wide
             )
             _linear_add[launch.w2.grid(width)](
-                x, self.inner, block.w2.weight,
-                INNER=c.ffn_hidden, OUTER=width, TWO=two, STEP=_step(c.ffn_hidden), **launch.w2.options(), **pdl,
+                x, self.inner, block.w2.weight, following.qkv.weight,
+                INNER=c.ffn_hidden, OUTER=width, AHEAD=qkv_ahead, TWO=two, STEP=_step(c.ffn_hidden), **launch.w2.options(), **pdl,
             )  # fmt: skip
         logits = torch.empty(rows, c.codebook_size, dtype=torch.float32, device=x.device)
         _norm_linear[launch.head.grid(c.codebook_size)](

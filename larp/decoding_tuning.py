@@ -16,11 +16,12 @@ LEAST_BYTES = 100 * 2**20
 # Seconds that all candidates may take; what is left then is not tried.
 MOST_SECONDS = 8.0
 CANDIDATES: dict[str, tuple] = {
-    "ahead": (0.5, 1.0),
+    "gate_ahead": (0.5, 1.0),
     "gate": (Shape(4, 1), Shape(4, 2, 128), Shape(8, 1), Shape(4, 1, 96)),
     "qkv": (Shape(4, 1), Shape(8, 1), Shape(4, 2, 96)),
     "w2": (Shape(8, 1), Shape(4, 1, 80), Shape(2, 1)),
     "wo": (Shape(4, 2), Shape(2, 1)),
+    "qkv_ahead": (1.0,),
     "pdl": (False,),
 }
 # A candidate must be faster by this share: less is chance.
