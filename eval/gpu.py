@@ -7,9 +7,9 @@ The parts, each a process of its own with its own limit, so that one that fails 
     tests      the tests marked gpu
     speed      eval/speed_gpu.py
     unpack     the packed clips (larp-mllm pack-clips) become frames
-    tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; about 60 % of what is left of the time
+    tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; three quarters of what is left of the time
     tokens     codes of the train, validation and test split; beside it the tokenizer's figures on the test split
-    models     the class-conditional generator and the language model, side by side
+    generator, mllm   the class-conditional generator and the language model, side by side
 
 OUT gets report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB (`--unpack-results OUT`
 puts them together again). Without a GPU: `--device cpu --rehearse` runs the same with tiny sizes.
@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from larp.config import parse, run_script, to_dict
 from larp.engine.clock import check_minutes
@@ -42,12 +42,12 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[1]
 PIECE = 15 * 2**20
 """Bytes of a file of results at most."""
-Part = Literal["tests", "speed", "train"]
+Part = Literal["tests", "speed", "tokenizer", "generator", "mllm"]
 # Seconds that a part may take at most, and how a training's time is shared out.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
-TOKENIZER_SHARE = 0.62
+TOKENIZER_SHARE = 0.74
 # Seconds that a training takes beyond its minutes: imports, reading, building; at its end figures and writing, and samples.
-BEFORE, AFTER, SAMPLES = 20, 15, 30
+BEFORE, AFTER, SAMPLES = 20, 8, 6
 LINES = 12
 
 
@@ -61,11 +61,11 @@ class GpuConfig:
     """Where the results go, in files of at most 15 MB."""
     work: Path | None = None
     """Where the parts work and leave what is too large to keep; by default the folder work in `out`."""
-    parts: tuple[Part, ...] = ("tests", "speed", "train")
+    parts: tuple[Part, ...] = get_args(Part)
     wheels: Path | None = None
     """Folder of wheels that this machine lacks (make wheelhouse): installed into the work folder first."""
     pack: Path | None = None
-    """The packed clips to train on (larp-mllm pack-clips); needed by train."""
+    """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
     """Results of an earlier run, unpacked: the trainings go on from its tokenizer, generator and mllm, where they are there."""
     tokenizer_options: str = ""
@@ -174,9 +174,10 @@ def main(argv: list[str] | None = None) -> dict:
     if config.unpack_results is not None:
         return {"files": unpack_results(config.unpack_results)}
     check_device(config.device)
-    if "train" in config.parts and config.pack is None:
+    trained = [part for part in config.parts if part not in ("tests", "speed")]
+    if trained and config.pack is None:
         raise ValueError(
-            "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or leave train out"
+            "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or choose --parts tests speed"
         )
     runner = Runner(config, time.monotonic() + 60 * config.minutes)
     runner.work.mkdir(parents=True, exist_ok=True)
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> dict:
     if "speed" in config.parts:
         out, minutes = runner.work / "speed.json", (LIMITS["speed"] - 20) / 60
         runner.run(LIMITS["speed"], speed=["eval/speed_gpu.py", "--out", out, "--minutes", minutes, *tiny])
-    if "train" in config.parts:
+    if trained:
         train(runner)
     runner.keep("logs", *(runner.log(name) for name in runner.report["parts"]), *runner.figures())
     print(f"report: {config.out / 'report.json'}")
@@ -231,21 +232,24 @@ def train(runner: Runner) -> None:
     if not runner.run(LIMITS["unpack"], unpack=["-m", "larp_mllm.cli", "unpack-clips", config.pack, "-o", clips]):
         return
     everything, labelled = f"jsonl:{clips / 'clips.jsonl'}", f"jsonl:{clips / 'labelled.jsonl'}"
-    tokenizer = work / "tokenizer"
-    seconds = TOKENIZER_SHARE * runner.left
-    runner.run(
-        seconds + AFTER,
-        tokenizer=[
-            "training/train_tokenizer.py", *recipe(config, "tokenizer"), "--data", everything, "--out", tokenizer,
-            *lasting(seconds - BEFORE - AFTER), *going_on(earlier / "tokenizer"), *config.tokenizer_options.split(),
-        ],
-    )  # fmt: skip
+    tokenizer, models = work / "tokenizer", [part for part in ("generator", "mllm") if part in config.parts]
+    if "tokenizer" in config.parts:
+        seconds = runner.left * (TOKENIZER_SHARE if models else 1.0)
+        runner.run(
+            seconds + 2 * AFTER,
+            tokenizer=[
+                "training/train_tokenizer.py", *recipe(config, "tokenizer"), "--data", everything, "--out", tokenizer,
+                *lasting(seconds - BEFORE - AFTER), *going_on(earlier / "tokenizer"), *config.tokenizer_options.split(),
+            ],
+        )  # fmt: skip
     if not (tokenizer / "model").is_dir():
         if not (earlier / "tokenizer").is_dir():
             return
         shutil.copytree(earlier / "tokenizer", tokenizer / "model")
     best = smaller(tokenizer / "model", work / "weights" / "tokenizer")
     runner.keep("tokenizer", best)
+    if not models:
+        return
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
     # Given frames as well, from which the language model learns to continue.
     given = ("--condition-frames", "5", "--workers", "8")
@@ -263,23 +267,18 @@ def train(runner: Runner) -> None:
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return
-    shared = [
-        "--tokens",
-        codes["train"],
-        "--eval-tokens",
-        codes["validation"],
-        *lasting(runner.left - BEFORE - AFTER - SAMPLES),
-    ]
+    lasts = lasting(runner.left - BEFORE - AFTER - SAMPLES)
+    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *lasts]
+    options = {"generator": config.generator_options, "mllm": config.mllm_options}
     runner.run(
         runner.left - 5,
-        generator=[
-            "training/train_generator.py", *recipe(config, "generator"), *shared, "--out", work / "generator",
-            *going_on(earlier / "generator"), *config.generator_options.split(),
-        ],
-        mllm=[
-            "training/train_mllm.py", *recipe(config, "mllm"), *shared, "--out", work / "mllm",
-            *going_on(earlier / "mllm"), *config.mllm_options.split(),
-        ],
+        **{
+            name: [
+                f"training/train_{name}.py", *recipe(config, name), *shared, "--out", work / name,
+                *going_on(earlier / name), *options[name].split(),
+            ]
+            for name in models
+        },
     )  # fmt: skip
     if (work / "generator" / "model").is_dir():
         runner.keep("generator", smaller(work / "generator" / "model", work / "weights" / "generator"))

@@ -42,7 +42,7 @@ NOMINAL = 989e12
 _MIX = 0.5
 _LOSS = LossConfig(lpips=0, gan=0)
 
-Group = Literal["attention", "larp-l", "box", "sampler", "loss", "compiled", "engine"]
+Group = Literal["attention", "larp-l", "box", "sampler", "loss", "fused", "compiled", "engine"]
 
 
 @dataclass(frozen=True)
@@ -310,7 +310,7 @@ def measure(config: SpeedGpuConfig) -> dict[str, Any]:
         samplers(take, sizes.generator, sizes.sampler_clips, copy, sizes.seconds)
     if "loss" in only:
         losses(take, sizes)
-    if "sampler" in only:
+    if "fused" in only:
         fused_sampler(take, sizes.generator, copy, sizes.seconds)
     # What needs a compiler, and then DeepSpeed, comes last: nobody knows how long these take on a machine at first.
     if "compiled" in only:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores that exist at a time: 128 MB. Fewer would cost more launches than they save.
-_ELEMENTS = 1 << 25
+# Scores that exist at a time: 1 GB. Smaller parts are more launches, and those are what a small model on a GPU waits for.
+_ELEMENTS = 1 << 28
 # Codes whose probabilities are added up first when one is drawn: the running sum then goes over the sums.
 _BLOCK = 128
 
