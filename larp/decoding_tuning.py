@@ -30,10 +30,11 @@ _BETTER = 0.01
 _chosen: dict[tuple, tuple[Launch, list]] = {}
 
 
-def tune(fused: FusedBlocks) -> list[dict]:
+def tune(fused: FusedBlocks, search: bool = True) -> list[dict]:
     """Set `launch` of kernels that are ready to run to the fastest; returns what was tried: field, value, milliseconds a step.
 
-    Nothing is tried for weights below `LEAST_BYTES`. The cache's middle position is written.
+    Without `search` only what was found before is set. Nothing is tried for weights below `LEAST_BYTES`. The cache's middle position
+    is written.
     """
     weights = sum(one.weight.nbytes for block in fused.blocks for one in (block.qkv, block.wo, block.w13, block.w2))
     if weights < LEAST_BYTES:
@@ -41,6 +42,8 @@ def tune(fused: FusedBlocks) -> list[dict]:
     c, norm = fused.config, fused.norm
     key = (norm.device, norm.dtype, fused.cache.keys.shape, c.ffn_hidden, c.codebook_size, c.norm_eps)
     if key not in _chosen:
+        if not search:
+            return []
         _chosen[key] = _fastest(fused)
     fused.launch, tried = _chosen[key]
     return tried
@@ -56,7 +59,11 @@ def _fastest(fused: FusedBlocks) -> tuple[Launch, list[dict]]:
             one = best._replace(**{field: value})
             if one == best or time.monotonic() - began > MOST_SECONDS:
                 continue
-            took = milliseconds(fused, one)
+            try:
+                took = milliseconds(fused, one)
+            except Exception as error:  # more registers or memory than this GPU has: then it is not this one
+                tried.append({"field": field, "value": value, "error": f"{type(error).__name__}: {error}"[:200]})
+                continue
             tried.append({"field": field, "value": value, "milliseconds": took})
             if took < least * (1 - _BETTER):
                 chosen, least = one, took
