@@ -18,11 +18,11 @@ MOST_SECONDS = 8.0
 CANDIDATES: dict[str, tuple] = {
     "gate_ahead": (0.5, 1.0),
     "gate": (Shape(4, 1), Shape(4, 2, 128), Shape(8, 1), Shape(4, 1, 96)),
-    "qkv": (Shape(4, 1), Shape(8, 1), Shape(4, 2, 96)),
-    "w2": (Shape(8, 1), Shape(4, 1, 80), Shape(2, 1)),
-    "wo": (Shape(4, 2), Shape(2, 1)),
-    "qkv_ahead": (1.0,),
+    "qkv": (Shape(2, 4), Shape(4, 1), Shape(4, 4)),
+    "w2": (Shape(2, 2), Shape(8, 1), Shape(4, 1, 80)),
+    "wo": (Shape(2, 2), Shape(2, 1)),
     "pdl": (False,),
+    "qkv_ahead": (1.0,),
 }
 # A candidate must be faster by this share: less is chance.
 _BETTER = 0.01
