@@ -75,8 +75,8 @@ class Decoder:
         rows: R, how many sequences are written side by side.
         weights: "packed" copies them into the layout that a CPU reads fastest for few rows, and gives a row the same bits
             in any batch; "plain" uses `F.linear`. "fused" is for one or two rows on a GPU: kernels that do most of a block at once
-            (see larp.decoding_kernels), whose last bits are others; of a large model the first decoder tries for some seconds
-            how to launch them. "auto" packs where that is possible (see larp.packing), and fuses bfloat16 where that is.
+            (see larp.decoding_kernels), whose last bits are others; for a large model it tries at first, for some seconds, how to
+            launch them. "auto" packs where that is possible (see larp.packing), and fuses bfloat16 where that is, without trying.
         dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is drawn.
         stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
             default 1 on a CPU, and `GPU_STRIDE` elsewhere.
@@ -96,12 +96,13 @@ class Decoder:
         like, config = model.output.weight, model.config
         self.model, self.config, self.dtype = model, config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
+        searched = weights == "fused"
         if (
             weights == "auto"
             and stride is None
             and like.is_cuda
             and self.dtype == torch.bfloat16
-            and _fusable(config, rows)
+            and _fusable(config, rows, like.device)
         ):
             weights = "fused"
         if weights == "fused":
@@ -126,7 +127,7 @@ class Decoder:
             from larp.decoding_tuning import tune
 
             self.fused = FusedBlocks(config, self.blocks, self.norm, self.head.weight, self.cache)
-            tune(self.fused)
+            tune(self.fused, searched)
         # What `steps` returned, and what belongs to it, for whoever wants to run it again.
         self.runs: dict[Hashable, tuple] = {}
         self.filled = 0
@@ -230,7 +231,9 @@ class Decoder:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
-def _fusable(config: "GeneratorConfig", rows: int) -> bool:
+def _fusable(config: "GeneratorConfig", rows: int, device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16
+        return False
     try:
         from larp.decoding_kernels import refusal
     except ImportError:  # a build of torch without Triton, or with one that is too old

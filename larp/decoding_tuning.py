@@ -18,11 +18,11 @@ MOST_SECONDS = 8.0
 CANDIDATES: dict[str, tuple] = {
     "gate_ahead": (0.5, 1.0),
     "gate": (Shape(4, 1), Shape(4, 2, 128), Shape(8, 1), Shape(4, 1, 96)),
-    "qkv": (Shape(4, 1), Shape(8, 1), Shape(4, 2, 96)),
-    "w2": (Shape(8, 1), Shape(4, 1, 80), Shape(2, 1)),
-    "wo": (Shape(4, 2), Shape(2, 1)),
-    "qkv_ahead": (1.0,),
+    "qkv": (Shape(2, 4), Shape(4, 1), Shape(4, 4)),
+    "w2": (Shape(2, 2), Shape(8, 1), Shape(4, 1, 80)),
+    "wo": (Shape(2, 2), Shape(2, 1)),
     "pdl": (False,),
+    "qkv_ahead": (1.0,),
 }
 # A candidate must be faster by this share: less is chance.
 _BETTER = 0.01
@@ -30,10 +30,11 @@ _BETTER = 0.01
 _chosen: dict[tuple, tuple[Launch, list]] = {}
 
 
-def tune(fused: FusedBlocks) -> list[dict]:
+def tune(fused: FusedBlocks, search: bool = True) -> list[dict]:
     """Set `launch` of kernels that are ready to run to the fastest; returns what was tried: field, value, milliseconds a step.
 
-    Nothing is tried for weights below `LEAST_BYTES`. The cache's middle position is written.
+    Without `search` only what was found before is set. Nothing is tried for weights below `LEAST_BYTES`. The cache's middle position
+    is written.
     """
     weights = sum(one.weight.nbytes for block in fused.blocks for one in (block.qkv, block.wo, block.w13, block.w2))
     if weights < LEAST_BYTES:
@@ -41,6 +42,8 @@ def tune(fused: FusedBlocks) -> list[dict]:
     c, norm = fused.config, fused.norm
     key = (norm.device, norm.dtype, fused.cache.keys.shape, c.ffn_hidden, c.codebook_size, c.norm_eps)
     if key not in _chosen:
+        if not search:
+            return []
         _chosen[key] = _fastest(fused)
     fused.launch, tried = _chosen[key]
     return tried
@@ -56,7 +59,11 @@ def _fastest(fused: FusedBlocks) -> tuple[Launch, list[dict]]:
             one = best._replace(**{field: value})
             if one == best or time.monotonic() - began > MOST_SECONDS:
                 continue
-            took = milliseconds(fused, one)
+            try:
+                took = milliseconds(fused, one)
+            except Exception as error:  # more registers or memory than this GPU has: then it is not this one
+                tried.append({"field": field, "value": value, "error": f"{type(error).__name__}: {error}"[:200]})
+                continue
             tried.append({"field": field, "value": value, "milliseconds": took})
             if took < least * (1 - _BETTER):
                 chosen, least = one, took

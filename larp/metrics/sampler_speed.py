@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
+from larp import kept_decoder
 from larp.decoding import Decoder
 from larp.generator import GeneratorConfig, LarpGenerator
-from larp.metrics.measurements import Measurements, busiest, seconds_of
+from larp.metrics.measurements import Measurements, between, busiest, finish, mark, seconds_of
 from larp.packing import Weights
-from larp.sampling import guide, row_uniforms, sample_logits
+from larp.sampling import generate, guide, row_uniforms, sample_logits
 
 import torch
 from torch import Tensor
@@ -76,6 +78,15 @@ def sampler(
             decoder.decode_n(codes, choose)
 
         figures["seconds_of_a_whole_clip"] = seconds_of(clip, device, 0.0, warm=0, least=1)
+
+        # The first call of `generate` makes a decoder and captures its graphs, the second finds them.
+        marks = [mark(device)]
+        for _ in range(2):
+            generate(model, labels, guidance=GUIDANCE, weights=weights, dtype=torch.bfloat16)
+            marks.append(mark(device))
+        finish(device)
+        figures["seconds_of_generate"] = [between(first, second) for first, second in pairwise(marks)]
+        kept_decoder.forget()
     return figures
 
 

@@ -69,7 +69,9 @@ def test_no_bit_depends_on_how_the_kernels_are_launched(device):
 
     every = {name: Shape(8, 1) for name in ("qkv", "wo", "gate", "w2", "head")}
     others = [Launch(), Launch(pdl=decoder.fused.launch.pdl, gate_ahead=1.0, qkv_ahead=0.5), Launch(**every)]
-    others.append(Launch(wo=Shape(2, 1), gate=Shape(4, 1, 96), w2=Shape(4, 2), pdl=decoder.fused.launch.pdl))
+    others.append(
+        Launch(qkv=Shape(2, 4), wo=Shape(2, 1), gate=Shape(4, 1, 96), w2=Shape(2, 2), pdl=decoder.fused.launch.pdl)
+    )
     seen = []
     for launch in (decoder.fused.launch, *others):
         decoder.fused.launch = launch
