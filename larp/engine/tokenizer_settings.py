@@ -1,0 +1,140 @@
+"""The options of training/train_tokenizer.py: the docstring under a field is its text in `--help`."""
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from larp.engine.clock import check_minutes
+from larp.engine.optimizer import OptimizerConfig
+from larp.engine.schedules import ramp
+from larp.engine.settings import EngineConfig
+from larp.objective import AdversaryConfig, LossConfig
+from larp.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class TrainTokenizerConfig:
+    """Train a LARP tokenizer with its AR prior."""
+
+    data: str = "shapes:"
+    """Training videos: ucf101:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
+    eval_data: str | None = None
+    """Validation videos (their test split); by default those of `data`."""
+    out: Path = Path("runs/tokenizer")
+    """Run folder."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`."""
+    steps: int | None = None
+    """Optimizer steps; 150,000 where `epochs` does not say it."""
+    epochs: float | None = None
+    """The length of the run in passes over the training videos, in place of `steps`."""
+    minutes: float | None = None
+    """The length of the run in time. `steps` is then the scale of its schedules: what a recipe does at half of its steps is done
+    after half of the time, however many steps the machine makes."""
+    start_from: str | None = None
+    """Folder or hub name of a tokenizer of the same shape whose weights (averaged ones, where it has them) the run begins with."""
+    batch_size: int = 128
+    """Clips of one step over all processes."""
+    seed: int = 0
+    ema: float = 0.0
+    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count,
+    which should be much less than the run. 0: none."""
+    continuous: float = 0.0
+    """Share of the run that starts without quantisation (small budgets need it)."""
+    reset_codes_every: int = 0
+    """Give codes unused for so many steps new places among recent latents; 0 is off."""
+    temperature_start: float | None = None
+    """Temperature of the stochastic codes at the first quantised step, from where it falls or rises to model.temperature; None: fixed."""
+    temperature_ramp: float = 0.5
+    """Share of the quantised steps over which it does, by a constant factor a step."""
+    prefix_share: float = 0.5
+    """Share of the clips of which a random prefix of the codes is kept (model.nested only)."""
+    prefix_shortest: int = 1
+    """Shortest such prefix; lengths are uniform up to num_tokens."""
+    mix_peak: float = 0.5
+    """Scheduled-sampling share of the prior after its ramp."""
+    mix_ramp: float = 0.3
+    """Share of the run over which it rises."""
+    stride: int = 1
+    """Take every so many frames of a video."""
+    flip: bool = False
+    """Mirror half of the clips."""
+    crop: bool = False
+    """Vary the clips: random squares of the frame, 0.76 to 1 of its side, every first to third frame, brightness. All videos are
+    decoded once and kept in the memory of the device."""
+    in_memory: bool = False
+    """Decode all videos once, at the clip's size, before training."""
+    workers: int = 2
+    """Threads that decode ahead; unused in memory."""
+    log_every: int = 20
+    eval_every: int = 1000
+    eval_clips: int = 256
+    """Clips of the validation set that are used."""
+    save_every: int = 1000
+    keep_best: bool = False
+    """model/ holds the weights of the best validation rather than the last ones: by LPIPS where it is at hand, else by PSNR, of the
+    averaged weights where there are any."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", 1e-4, betas=(0.5, 0.9)))
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def __post_init__(self) -> None:
+        check_minutes(self.minutes)
+        for name in ("steps", "batch_size", "log_every", "eval_every", "eval_clips", "save_every"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {self.workers}")
+        if not (0 <= self.mix_peak <= 1 and 0 < self.mix_ramp <= 1):
+            raise ValueError(
+                f"mix_peak = {self.mix_peak} is a share in [0, 1], mix_ramp = {self.mix_ramp} a share of the run in (0, 1]"
+            )
+        if not 0 <= self.continuous < 1:
+            raise ValueError(f"continuous = {self.continuous} is a share of the run, 0 up to less than 1")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps = {self.steps} and epochs = {self.epochs} are both given: set one of them to None, such as --steps None"
+            )
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs = {self.epochs} must be positive and finite")
+        if not 0 < self.prefix_share <= 1 or not 1 <= self.prefix_shortest <= self.model.num_tokens:
+            raise ValueError(
+                f"prefix_share = {self.prefix_share} must lie in (0, 1], and prefix_shortest = {self.prefix_shortest} in "
+                f"1..{self.model.num_tokens} (model.num_tokens)"
+            )
+        if self.temperature_start is not None and not self.model.stochastic:
+            raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
+        start = self.temperature_start
+        if start is not None and not (0 < start < math.inf and 0 < self.temperature_ramp <= 1):
+            raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
+
+    def in_steps(self, videos: int) -> "TrainTokenizerConfig":
+        """The same config with the length of the run in steps, for a training set of so many videos."""
+        steps = self.steps
+        if steps is None:
+            steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+        if self.continuous and self.start_from is None and not round(self.continuous * steps):
+            raise ValueError(
+                f"continuous = {self.continuous} of {steps} steps is less than one: train longer, or set it to 0"
+            )
+        return replace(self, steps=steps, epochs=None)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether codes are ever given new places."""
+        return bool(self.reset_codes_every or self.continuous)
+
+    @property
+    def quantized_from(self) -> int:
+        """The first step with the quantizer; trained weights need no start without."""
+        return 0 if self.start_from is not None else round(self.continuous * self.steps)
+
+    def temperature(self, step: float) -> float:
+        """The temperature of the codes sampled at a place on the schedule."""
+        start, end = self.temperature_start or self.model.temperature, self.model.temperature
+        done = ramp(max(0, step - self.quantized_from), self.steps - self.quantized_from, self.temperature_ramp, 1.0)
+        return start * (end / start) ** done
