@@ -60,7 +60,7 @@ class TrainTokenizerConfig:
     flip: bool = False
     """Mirror half of the clips."""
     crop: bool = False
-    """Vary the clips: random squares of the frame, 0.76 to 1 of its side, every first to third frame, brightness. All videos are
+    """Vary the clips: random squares of the frame, 0.76 to 1 of its side, every first to third frame, colours, some backwards. All videos are
     decoded once and kept in the memory of the device."""
     in_memory: bool = False
     """Decode all videos once, at the clip's size, before training."""

@@ -101,7 +101,9 @@ class Lpips(nn.Module):
         WeightsMissing names the files and where to place them; ValueError if a file is not the published one, or a tensor
         is missing.
         """
-        model = cls(net)
+        # Whether the weights are at hand must not change what a training draws afterwards.
+        with torch.random.fork_rng(devices=[]):
+            model = cls(net)
         source = SOURCES[net]
         files = source.find() if path is None else (Path(path),)
         if not files:
