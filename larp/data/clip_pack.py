@@ -76,18 +76,23 @@ class PackReport:
 
 
 def pack_clips(
-    specs: Sequence[str], out: str | Path, options: PackOptions | None = None, workers: int | None = None
+    specs: Sequence[str],
+    out: str | Path,
+    options: PackOptions | None = None,
+    workers: int | None = None,
+    more: Sequence[str] = (),
 ) -> PackReport:
     """Write the clips of data specs to one file, and return what is in it.
 
     Frames are resized and cropped as `resize_frames` does. Videos keep the split that their lists or manifest give
     them; those of a folder, or of a manifest without splits, are all for training. Of UCF-101's training list, one
-    group of each class (the last) is for validation. `workers` threads (None: one a core) share the work. The file
+    group of each class (the last) is for validation. Of `more`, further specs, the training videos are taken, without their
+    classes: for tokenizers, which need no class, beside generators, which know those of `specs`. `workers` threads (None: one a core) share the work. The file
     appears under its name once it is whole. Raises DataError for a spec that cannot be used and for the same video
     twice, VideoError if no video can be read, NoPyAVError without PyAV.
     """
     options = options or PackOptions()
-    entries = _entries(specs)
+    entries = _entries(specs, more)
     out, workers = Path(out), workers or cores()
     rows, skipped, errors = [], [], []
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -141,11 +146,16 @@ def cores() -> int:
 # What goes into a pack
 
 
-def _entries(specs: Sequence[str]) -> list[dict]:
+def _entries(specs: Sequence[str], more: Sequence[str]) -> list[dict]:
     """One dict for each video: its item's facts, `file` and `name`, and `path`, its name within the pack."""
     entries, paths = [], {}
-    for spec in (part for given in specs for part in split_specs(given)):
+    wanted = [(part, unlabelled) for group, unlabelled in ((specs, False), (more, True)) for given in group
+              for part in split_specs(given)]  # fmt: skip
+    for spec, unlabelled in wanted:
         for item, split, label in _listed(spec):
+            if unlabelled and split != "train":
+                continue
+            label = None if unlabelled else label
             path = re.sub(r"[^\w./-]+", "_", str(PurePosixPath(item.name).with_suffix(""))).strip("./") + ".mp4"
             if path in paths:
                 raise DataError(

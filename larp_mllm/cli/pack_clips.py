@@ -24,6 +24,13 @@ def add(commands) -> None:
         metavar="SPEC",
         help="ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:; may be given several times",
     )
+    parser.add_argument(
+        "--more",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="further videos for training alone, without their classes (a tokenizer needs none); may be given several times",
+    )
     parser.add_argument("-o", "--out", type=Path, required=True, help="the file; replaced if it exists")
     parser.add_argument("--size", type=int, default=84, help="pixels along both sides")
     parser.add_argument("--max-frames", type=int, default=96, help="of a clip for training")
@@ -37,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     from larp.data.clip_pack import PackOptions, pack_clips
 
     options = PackOptions(arguments.size, arguments.max_frames, arguments.held_out_frames, arguments.crf)
-    report = pack_clips(arguments.data, arguments.out, options, arguments.workers)
+    report = pack_clips(arguments.data, arguments.out, options, arguments.workers, arguments.more)
     for name, reason in report.skipped:
         print(f"left out: {name}: {reason}")
     clips = ", ".join(f"{count} {split}" for split, count in report.clips.items())

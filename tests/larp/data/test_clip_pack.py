@@ -92,6 +92,19 @@ def test_a_pack_keeps_splits_labels_and_captions(pack, tmp_path):
     assert len(labelled) == 6 and None not in [item.label for item in labelled.items]
 
 
+def test_more_videos_are_for_training_alone_and_have_no_class(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("LARP_DATA", str(tmp_path / "data"))
+    more = [f"jsonl:{home / 'more/clips.jsonl'}", "shapes:count=6,size=16"]
+    report = pack_clips([f"ucf101:{home / 'ucf'}"], tmp_path / "box.clips", TINY, more=more)
+    assert report.clips == {"train": 2 + 2 + 6, "validation": 2, "test": 2}
+    unpack_clips(tmp_path / "box.clips", tmp_path / "box")
+    whole, labelled = (
+        open_videos(f"jsonl:{tmp_path / 'box' / name}", "train") for name in ("clips.jsonl", "labelled.jsonl")
+    )
+    assert whole.classes == labelled.classes == ("Archery", "Surfing") and len(labelled) == 2
+    assert sum(item.label is None and bool(item.caption) for item in whole.items) == 7
+
+
 def test_the_frames_are_the_middle_ones_resized(home, pack, tmp_path):
     unpack_clips(pack, tmp_path / "box", decoder="pyav")
     unpack_clips(pack, tmp_path / "small", size=16, workers=1, decoder="pyav")
