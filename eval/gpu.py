@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class GpuConfig:
     """Where the parts work and leave what is too large to keep; by default the folder work in `out`."""
     parts: tuple[Part, ...] = get_args(Part)
     wheels: Path | None = None
-    """Folder of wheels that this machine lacks (make wheelhouse): installed into the work folder first."""
+    """Folder of wheels that this machine lacks (make wheelhouse): installed into a folder of their own first."""
     pack: Path | None = None
     """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
@@ -170,7 +171,12 @@ class Runner:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` (by default the program's own) and return the report."""
-    config, _ = parse(GpuConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "gpu.py")
+    argv = sys.argv[1:] if argv is None else argv
+    # First of all: what reads the command line may be among them.
+    for given, following in zip(argv, [*argv[1:], ""], strict=True):
+        if given == "--wheels" or given.startswith("--wheels="):
+            install(Path(given.partition("=")[2] or following))
+    config, _ = parse(GpuConfig, argv, Path(__file__).parent, "gpu.py")
     if config.unpack_results is not None:
         return {"files": unpack_results(config.unpack_results)}
     check_device(config.device)
@@ -183,8 +189,6 @@ def main(argv: list[str] | None = None) -> dict:
     runner.work.mkdir(parents=True, exist_ok=True)
     config.out.mkdir(parents=True, exist_ok=True)
     runner.report |= {"machine": machine(config.device), "options": to_dict(config)}
-    if config.wheels is not None:
-        install(config.wheels, runner.work / "site")
     tiny = ("--device", "cpu", "--rehearse") if config.rehearse else ()
     if "tests" in config.parts:
         if config.device == "cpu":
@@ -202,26 +206,20 @@ def main(argv: list[str] | None = None) -> dict:
     return runner.report
 
 
-def install(wheels: Path, site: Path) -> None:
-    """Unpack wheels into a folder that this program and its parts import from; no network is asked."""
+def install(wheels: Path) -> None:
+    """Unpack wheels into a new folder that this program and its parts import from; no network is asked."""
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
-        raise ValueError(f"--wheels {wheels} holds no wheel: make it with `make wheelhouse PYTHON=3.12`")
-    options = [
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--no-cache-dir",
-        "--upgrade",
-        "--disable-pip-version-check",
-    ]
+        raise ValueError(f"--wheels {wheels} holds no wheel: make them with `make wheelhouse PYTHON=3.12`")
+    site = tempfile.mkdtemp(prefix="larp-wheels-")
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", *options, "--target", site, *files], capture_output=True, text=True
     )
     if done.returncode:
         raise ValueError(f"--wheels {wheels} cannot be installed: {done.stderr.strip().splitlines()[-1]}")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    sys.path.insert(0, site)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
 
 
 def train(runner: Runner) -> None:

@@ -1,10 +1,12 @@
 """eval/gpu.py: parts that fail or take too long cost only themselves, results come back in pieces, and all of it runs without a GPU."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 from eval.gpu import PIECE, GpuConfig, Runner, last_lines, main, unpack_results
@@ -82,11 +84,30 @@ def test_results_come_back_in_pieces_of_bounded_size(tmp_path):
         (["--device", "cuda:7"], "device 'cuda:7' is not there; this machine has"),
         (["--device", "cpu"], "--pack names no packed clips to train on: make them with larp-mllm pack-clips"),
         (["--unpack-results", "{}"], "holds no results"),
+        (["--wheels", "{}/none"], "none holds no wheel: make them with `make wheelhouse PYTHON=3.12`"),
     ],
 )
 def test_mistakes_are_told_in_a_line(tmp_path, options, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         main(["--out", str(tmp_path / "out"), *(option.format(tmp_path) for option in options)])
+
+
+def test_wheels_are_there_before_the_command_line_is_read(tmp_path, monkeypatch):
+    """As on a machine that lacks the package that reads it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("PYTHONPATH", "before")
+    text = {
+        "METADATA": "Metadata-Version: 2.1\nName: lacking\nVersion: 1\n",
+        "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n",
+    }
+    with zipfile.ZipFile(tmp_path / "lacking-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("lacking.py", "ANSWER = 42")
+        for name, content in (*text.items(), ("RECORD", "")):
+            wheel.writestr(f"lacking-1.dist-info/{name}", content)
+    with pytest.raises(ValueError, match="holds no results"):
+        main([f"--wheels={tmp_path}", "--unpack-results", str(tmp_path)])
+    assert importlib.import_module("lacking").ANSWER == 42
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[1:] == ["before"]
 
 
 def test_minutes_must_be_positive():
