@@ -4,13 +4,14 @@
 # make test-all     and those that take long
 # make gpu PACK=box.clips   everything that a GPU is needed for, in nine minutes (ARGS="--parts tests speed" chooses)
 # make test-oldest  the fast tests with the oldest versions that pyproject.toml allows
+# make gpu-kit PACK=box.clips   what to carry to a GPU machine without a network, in build/gpu-kit (docs/performance.md)
 # make wheelhouse PYTHON=3.12   the wheels that a GPU machine without a network lacks, in build/wheelhouse
 PYTHON ?= python3
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: install quickstart test test-all test-oldest gpu wheelhouse lint clean
+.PHONY: install quickstart test test-all test-oldest gpu gpu-kit wheelhouse lint clean
 
 # What a machine with torch, transformers, peft and OpenCV usually lacks of the packages that this project imports.
 LACKING   := deepspeed hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection \
@@ -65,6 +66,13 @@ wheelhouse: install
 	$(BIN)/python -m pip download --no-deps --constraint constraints.txt --dest build/wheelhouse --only-binary :all: \
 	  --python-version $(TARGET) $(PLATFORMS:%=--platform %) $(filter-out deepspeed,$(LACKING))
 	du -ch build/wheelhouse/*.whl
+
+gpu-kit: wheelhouse
+	test -n "$(PACK)" || { echo "PACK names no packed clips: make gpu-kit PACK=box.clips (larp-mllm pack-clips makes them)"; exit 2; }
+	rm -rf build/gpu-kit && mkdir -p build/gpu-kit/wheels
+	cp build/wheelhouse/*.whl build/gpu-kit/wheels/ && cp "$(PACK)" build/gpu-kit/box.clips
+	$(BIN)/larp-mllm fetch lpips && $(BIN)/python -c 'import shutil; from larp.metrics.sources import LPIPS; shutil.copy(LPIPS.kept, "build/gpu-kit")'
+	du -ch build/gpu-kit
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
