@@ -35,7 +35,7 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     lpips: float = 1.0
-    """Needs its published weights (README, 'Weights of the metrics'); 0 does without."""
+    """Needs its published weights (docs/evaluation.md, 'Weights of the metrics'); 0 does without."""
     lpips_frames: int = 0
     """LPIPS of so many random frames of each clip, others at each step; 0: of all."""
     lpips_start: int = 0

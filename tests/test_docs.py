@@ -1,0 +1,119 @@
+"""What README.md, CONTRIBUTING.md and docs/ say of the checkout is true: links, sizes, names of files, commands, messages."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = "\n".join(
+    path.read_text(encoding="utf-8")
+    for room in ("larp", "larp_mllm", "training", "eval")
+    for path in sorted((ROOT / room).rglob("*.py"))
+)
+SUBCOMMANDS = set(re.findall(r'add_parser\(\s*"([a-z-]+)"', SOURCE))
+LAUNCHER = {"num_accelerators", "master_port", "master_addr", "hostfile", "no_ssh", "node_rank"}  # options of deepspeed
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a page's headings get: lower case, hyphens for spaces, no other punctuation."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    titles = re.findall(r"^#+ (.*)$", prose, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command in the page's code blocks and code spans, without comments."""
+    text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.S | re.M)
+    lines = [line for language, block in blocks if not language for line in block.splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
+    found = []
+    for line in lines:
+        if re.match(r"(deepspeed|python|make|larp-mllm|[a-z]\w*/\w+\.py|\w+\.py) ", line):
+            found.append(shlex.split(line.replace("...", ""), comments=True))
+    return found
+
+
+def test_the_readme_is_short():
+    readme = (ROOT / "README.md").read_bytes()
+    assert readme.count(b"\n") <= 200 and len(readme) <= 16_000
+
+
+@pages
+def test_pages_are_short(page):
+    assert page.read_text(encoding="utf-8").count("\n") <= 250
+
+
+@pages
+def test_relative_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        if re.match(r"https?:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (page.parent / name).resolve() if name else page
+        assert there.exists(), f"{page.name}: no {target}"
+        assert not anchor or anchor in anchors(there), f"{page.name}: no heading for {target}"
+
+
+@pages
+def test_named_files_exist(page):
+    for name in re.findall(
+        r"\b((?:larp|larp_mllm|training|eval|tests|docs)/[\w/.\-]*\.(?:py|md|toml|json|png))\b", page.read_text()
+    ):
+        assert (ROOT / name).exists(), f"{page.name}: no file {name}"
+    for name in re.findall(r"\b((?:ucf64|gpu-h100|speed)-[\w-]+\.json)\b", page.read_text()):
+        assert (ROOT / "eval/results" / name).exists(), f"{page.name}: no record {name}"
+
+
+@pytest.mark.parametrize(("heading", "room"), [("larp", "larp"), ("larp_mllm", "larp_mllm")])
+def test_the_architecture_page_lists_the_files_of_a_room(heading, room):
+    """Each file is named in the section, and each name is a file."""
+    section = (ROOT / "docs/architecture.md").read_text().split(f"## Files of {heading}\n")[1].split("\n## ")[0]
+    named, folder = set(), ""
+    for line in section.split("```")[1].splitlines():
+        # At its beginning, or after a semicolon and before a colon: a neighbour in the same folder.
+        for name in re.findall(r"^  ([\w/]+\.py)\b|; (\w+\.py):", line):
+            folder = name[0].rpartition("/")[0] if name[0] else folder
+            named.add(name[0] or str(Path(folder, name[1])))
+    files = {str(path.relative_to(ROOT / room)) for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"}
+    assert named == {name for name in files if not name.startswith("cli/")}  # described there as one
+
+
+@pages
+def test_commands_name_what_exists(page):
+    """Scripts, make targets, subcommands, recipes, and the last part of each option."""
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for words in commands(page):
+        line = f"{page.name}: {shlex.join(words)}"
+        for script in (word for word in words if re.fullmatch(r"[\w/]+\.py", word)):
+            places = [ROOT, ROOT / "training", ROOT / "eval"]
+            assert any((place / script).exists() for place in places), line
+        if words[0] == "make":
+            assert all(word in targets for word in words[1:] if re.fullmatch(r"[a-z-]+", word)), line
+            continue
+        if words[0] == "larp-mllm" and len(words) > 1:
+            assert words[1] in SUBCOMMANDS, line
+        for option, value in zip(words, [*words[1:], ""], strict=True):
+            if option == "--recipe" and value != "NAME":
+                assert (ROOT / f"training/recipes/{value}.toml").exists(), line
+            if option.startswith("--") and not {"pip", "torchrun", "pytest"} & set(words):
+                leaf = option[2:].split("=")[0].rsplit(".", 1)[-1].removeprefix("no-")
+                known = leaf in LAUNCHER or re.search(rf"\b{re.escape(leaf.replace('-', '_'))}\b|--{leaf}\b", SOURCE)
+                assert known, f"{line}: no option {option}"
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    """The pieces of a quoted message, without what stands for names and numbers, are in the source or the Makefile."""
+    # A message over several lines of source, as one text; what stands in braces is left out.
+    source = re.sub(r'"\s*\n\s*f?"', "", SOURCE) + (ROOT / "Makefile").read_text()
+    source = re.sub(r'"\s*\+ \(?\s*f?"|"\s+f"', "", source)
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), flags=re.M)
+    quoted = [piece.strip() for row in rows for piece in re.split(r"\.\.\.", re.search(r"`(.*?)`", row)[1])]
+    assert len(rows) > 40
+    for piece in quoted:
+        assert len(piece) < 3 or piece.rstrip("'") in source, f"no message holds {piece!r}"
