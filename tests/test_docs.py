@@ -1,7 +1,9 @@
 """What README.md, CONTRIBUTING.md and docs/ say of the checkout is true: links, sizes, names of files, commands, messages."""
 
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,15 +28,15 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The words of each command in the page's code blocks and code spans, without comments."""
+    """The words of each command in the page's code blocks and code spans, without comments; options alone count as well."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.S | re.M)
     lines = [line for language, block in blocks if not language for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M))
     found = []
     for line in lines:
-        if re.match(r"(deepspeed|python|make|larp-mllm|[a-z]\w*/\w+\.py|\w+\.py) ", line):
-            found.append(shlex.split(line.replace("...", ""), comments=True))
+        if re.match(r"(--[a-z]|(deepspeed|python|make|larp-mllm|[a-z]\w*/\w+\.py|\w+\.py) )", line):
+            found.append(shlex.split(line, comments=True))
     return found
 
 
@@ -117,3 +119,37 @@ def test_troubleshooting_quotes_messages_of_the_code():
     assert len(rows) > 40
     for piece in quoted:
         assert len(piece) < 3 or piece.rstrip("'") in source, f"no message holds {piece!r}"
+
+
+class _Understood(Exception):
+    """The command line was read; the run itself is left out."""
+
+
+@pytest.mark.slow
+@pages
+def test_commands_are_understood(page, monkeypatch, capsys):
+    """Each command is read by the script that it names: options, their values, and what goes with what."""
+    from larp.config import parse
+    from larp_mllm.cli import build_parser
+
+    def parse_alone(*arguments):
+        parse(*arguments)
+        raise _Understood
+
+    for words in commands(page):
+        script = next((word for word in words if re.fullmatch(r"(training|eval)/\w+\.py", word)), None)
+        try:
+            if "..." in words or words[-1] in {script, "larp-mllm"}:
+                continue  # a name, or a command that leaves something out
+            if words[0] == "larp-mllm" and len(words) > 2:
+                build_parser().parse_args(words[1:])
+            elif script not in {None, "training/quickstart.py"}:
+                spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / script)
+                module = importlib.util.module_from_spec(spec)
+                monkeypatch.setitem(sys.modules, spec.name, module)
+                spec.loader.exec_module(module)
+                monkeypatch.setattr(module, "parse", parse_alone)
+                with pytest.raises(_Understood):
+                    module.main(words[words.index(script) + 1 :])
+        except SystemExit:
+            pytest.fail(f"{page.name}: {shlex.join(words)}\n{capsys.readouterr().err}")
