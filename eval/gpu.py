@@ -23,17 +23,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from larp.config import parse, run_script, to_dict
 from larp.engine.clock import check_minutes
-from larp.engine.log import write_json
+from larp.engine.parts import REPORT, Runner, unpack_results
 from larp.hub import EMA, WEIGHTS, check_device, weights_file
 from larp.metrics import lpips
 
@@ -41,15 +39,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
-PIECE = 15 * 2**20
-"""Bytes of a file of results at most."""
 Part = Literal["tests", "speed", "tokenizer", "generator", "mllm"]
 # Seconds that a part may take at most, and how a training's time is shared out.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
 TOKENIZER_SHARE = 0.74
 # Seconds that a training takes beyond its minutes: imports, reading, building; at its end figures and writing, and samples.
 BEFORE, AFTER, SAMPLES = 20, 8, 6
-LINES = 12
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class GpuConfig:
     pack: Path | None = None
     """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
-    """Results of an earlier run, unpacked: the trainings go on from its tokenizer, generator and mllm, where they are there."""
+    """OUT of an earlier run, unpacked: the trainings go on from its tokenizer, generator and mllm, where they are there."""
     tokenizer_options: str = ""
     """Further options of the tokenizer's training, as on its command line."""
     generator_options: str = ""
@@ -83,90 +78,13 @@ class GpuConfig:
 
     def __post_init__(self):
         check_minutes(self.minutes)
-
-
-@dataclass
-class Runner:
-    """Runs parts as processes until a deadline, and keeps the report up to date."""
-
-    config: GpuConfig
-    deadline: float
-    report: dict = field(default_factory=dict)
+        if not self.parts:
+            raise ValueError(f"parts is empty: choose some of {', '.join(get_args(Part))}")
 
     @property
-    def work(self) -> Path:
-        """The folder that the parts work in."""
-        return self.config.work or self.config.out / "work"
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return self.deadline - time.monotonic()
-
-    def run(self, limit: float, **commands: Sequence[str]) -> bool:
-        """Run the named commands side by side, each for `limit` seconds at most; True if all of them ended well."""
-        limit = min(limit, self.left)
-        if limit < 5:
-            for name in commands:
-                self.note(name, "skipped", 0.0, "no time is left for it: give more --minutes")
-            return False
-        began = time.monotonic()
-        started = {name: self._start(name, command) for name, command in commands.items()}
-        for name, process in started.items():
-            try:
-                status = "ok" if process.wait(max(0.1, began + limit - time.monotonic())) == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = "out of time"
-                end(process)
-            seconds = time.monotonic() - began
-            self.note(name, status, seconds, "" if status == "ok" else last_lines(self.log(name)))
-        self.keep("logs", *(self.log(name) for name in self.report["parts"]), *self.figures())
-        return all(self.report["parts"][name]["status"] == "ok" for name in commands)
-
-    def log(self, name: str) -> Path:
-        """The file that takes what a part prints."""
-        return self.work / "logs" / f"{name}.log"
-
-    def _start(self, name: str, command: Sequence[str]) -> subprocess.Popen:
-        log = self.log(name)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "20",
-        }  # fmt: skip
-        print(f"{name}: {' '.join(map(str, command))}", flush=True)
-        with open(log, "w") as file:
-            return subprocess.Popen(
-                [sys.executable, *map(str, command)], cwd=ROOT, env=environment, stdout=file, stderr=file,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-            )  # fmt: skip
-
-    def note(self, name: str, status: str, seconds: float, lines: str = "") -> None:
-        """Write how a part ended into the report."""
-        entry = {"status": status, "seconds": round(seconds, 1)} | ({"lines": lines} if lines else {})
-        self.report.setdefault("parts", {})[name] = entry
-        self.report["seconds"] = round(60 * self.config.minutes - self.left, 1)
-        write_json(self.config.out / "report.json", self.report)
-        print(f"{name}: {status} after {seconds:.0f} s{': ' + lines if lines else ''}", flush=True)
-
-    def keep(self, name: str, *paths: Path) -> None:
-        """Put files and folders of the work folder into OUT as NAME.tar.00 and so on, in place of older ones."""
-        whole = self.work / f"{name}.tar"
-        with tarfile.open(whole, "w") as archive:
-            for path in paths:
-                if path.exists():
-                    archive.add(path, path.relative_to(self.work))
-        for old in self.config.out.glob(f"{name}.tar.*"):
-            old.unlink()
-        with open(whole, "rb") as file:
-            for number, piece in enumerate(iter(lambda: file.read(PIECE), b"")):
-                (self.config.out / f"{name}.tar.{number:02d}").write_bytes(piece)
-        whole.unlink()
-
-    def figures(self) -> Iterator[Path]:
-        """The small results of all parts: reports, metrics, sheets."""
-        for pattern in ("*.json", "*/report.json", "*/config.json", "*/metrics.jsonl", "*.png", "*/samples/*.png"):
-            yield from sorted(self.work.glob(pattern))
+    def trained(self) -> list[str]:
+        """The parts that are trainings."""
+        return [part for part in self.parts if part not in ("tests", "speed")]
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -176,34 +94,89 @@ def main(argv: list[str] | None = None) -> dict:
     for given, following in zip(argv, [*argv[1:], ""], strict=True):
         if given == "--wheels" or given.startswith("--wheels="):
             install(Path(given.partition("=")[2] or following))
+    # The parts may be joined by commas.
+    argv = [
+        part for item in argv for part in (item.split(",") if set(item.split(",")) <= set(get_args(Part)) else [item])
+    ]
     config, _ = parse(GpuConfig, argv, Path(__file__).parent, "gpu.py")
     if config.unpack_results is not None:
-        return {"files": unpack_results(config.unpack_results)}
+        found = unpack_results(config.unpack_results)
+        complete_mllm(config.unpack_results / "weights" / "mllm", config.unpack_results / "weights" / "tokenizer")
+        print("\n".join(found))
+        return {"files": found}
     check_device(config.device)
-    trained = [part for part in config.parts if part not in ("tests", "speed")]
-    if trained and config.pack is None:
-        raise ValueError(
-            "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or choose --parts tests speed"
-        )
-    runner = Runner(config, time.monotonic() + 60 * config.minutes)
-    runner.work.mkdir(parents=True, exist_ok=True)
-    config.out.mkdir(parents=True, exist_ok=True)
+    config = resolved(config)
+    earlier = earlier_models(config)
+    runner = Runner(config.out, config.work, time.monotonic() + 60 * config.minutes, ROOT)
     runner.report |= {"machine": machine(config.device), "options": to_dict(config)}
+    runner.write()
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run_parts(runner, config, earlier)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    runner.keep_logs()
+    print(f"report: {config.out / REPORT}")
+    return runner.report
+
+
+def run_parts(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
+    """The parts in their order."""
     tiny = ("--device", "cpu", "--rehearse") if config.rehearse else ()
     if "tests" in config.parts:
         if config.device == "cpu":
-            os.environ["LARP_GPU_TESTS_ON"] = "cpu"
+            runner.environment["LARP_GPU_TESTS_ON"] = "cpu"
         # Their trainings take minutes on a CPU; a test of its own runs them there.
         chosen = ["tests/gpu/test_models.py", "tests/gpu/test_sampler.py"] if tiny else ["tests/gpu"]
         runner.run(LIMITS["tests"], tests=["-m", "pytest", "-m", "gpu", *chosen, "-q", "-rfE"])
     if "speed" in config.parts:
         out, minutes = runner.work / "speed.json", (LIMITS["speed"] - 20) / 60
         runner.run(LIMITS["speed"], speed=["eval/speed_gpu.py", "--out", out, "--minutes", minutes, *tiny])
-    if trained:
-        train(runner)
-    runner.keep("logs", *(runner.log(name) for name in runner.report["parts"]), *runner.figures())
-    print(f"report: {config.out / 'report.json'}")
-    return runner.report
+    if config.trained:
+        train(runner, config, earlier)
+
+
+def resolved(config: GpuConfig) -> GpuConfig:
+    """The config with absolute paths, its folders made; ValueError for an OUT that cannot be used."""
+    out = config.out.resolve()
+    work = (config.work or out / "work").resolve()
+    if (out / REPORT).exists():
+        raise ValueError(f"--out {out} holds the results of a run already: choose another folder")
+    for folder in (out, work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made ({error.strerror}): choose another place with --out") from error
+    found = {name: path and path.resolve() for name, path in (("pack", config.pack), ("start_from", config.start_from))}
+    return replace(config, out=out, work=work, **found)
+
+
+def earlier_models(config: GpuConfig) -> dict[str, Path]:
+    """The models that the trainings go on from, by the names of the parts; ValueError where what is needed is not there."""
+    models = {}
+    if (folder := config.start_from) is not None:
+        places = {
+            part: place / part for place in (folder, folder / "weights") for part in ("tokenizer", "generator", "mllm")
+        }
+        models = {
+            part: place
+            for part, place in places.items()
+            if (place / "config.json").is_file() and (place / WEIGHTS).is_file()
+        }
+        if not models:
+            raise ValueError(
+                f"--start-from {folder} holds no tokenizer, generator or mllm: give OUT of an earlier run after "
+                "`eval/gpu.py --unpack-results OUT`"
+            )
+    if config.pack is None and config.trained == list(config.parts):
+        raise ValueError(
+            "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or choose --parts tests speed"
+        )
+    if config.trained and "tokenizer" not in config.parts and "tokenizer" not in models:
+        raise ValueError(
+            f"--parts {' '.join(config.parts)} needs a tokenizer: add the part tokenizer, or give one with --start-from"
+        )
+    return models
 
 
 def install(wheels: Path) -> None:
@@ -222,13 +195,13 @@ def install(wheels: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("PYTHONPATH")]))
 
 
-def train(runner: Runner) -> None:
+def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     """The trainings, one after the other where one needs the other's result."""
-    config, work = runner.config, runner.work
-    earlier = config.start_from or Path("nowhere")
-    clips = work / "clips"
+    work, clips = runner.work, runner.work / "clips"
+    if config.pack is None:
+        return runner.skip("--pack names no packed clips: make them with larp-mllm pack-clips", *config.trained)
     if not runner.run(LIMITS["unpack"], unpack=["-m", "larp_mllm.cli", "unpack-clips", config.pack, "-o", clips]):
-        return
+        return runner.skip("the clips were not unpacked", *config.trained)
     everything, labelled = f"jsonl:{clips / 'clips.jsonl'}", f"jsonl:{clips / 'labelled.jsonl'}"
     tokenizer, models = work / "tokenizer", [part for part in ("generator", "mllm") if part in config.parts]
     if "tokenizer" in config.parts:
@@ -237,17 +210,17 @@ def train(runner: Runner) -> None:
             seconds + 2 * AFTER,
             tokenizer=[
                 "training/train_tokenizer.py", *recipe(config, "tokenizer"), "--data", everything, "--out", tokenizer,
-                *lasting(seconds - BEFORE - AFTER), *going_on(earlier / "tokenizer"), *config.tokenizer_options.split(),
+                *lasting(seconds - BEFORE - AFTER), *going_on(earlier, "tokenizer"), *config.tokenizer_options.split(),
             ],
         )  # fmt: skip
     if not (tokenizer / "model").is_dir():
-        if not (earlier / "tokenizer").is_dir():
-            return
-        shutil.copytree(earlier / "tokenizer", tokenizer / "model")
+        if "tokenizer" not in earlier:
+            return runner.skip("the tokenizer was not trained", *models)
+        shutil.copytree(earlier["tokenizer"], tokenizer / "model")
     best = smaller(tokenizer / "model", work / "weights" / "tokenizer")
     runner.keep("tokenizer", best)
     if not models:
-        return
+        return None
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
     # Given frames as well, from which the language model learns to continue.
     given = ("--condition-frames", "5", "--workers", "8")
@@ -264,7 +237,7 @@ def train(runner: Runner) -> None:
         reconstruction=["eval/ucf_rfvd.py", "--tokenizer", best, "--data", labelled, "--split", "test",
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
-        return
+        return runner.skip("there are no tokens to train on", *models)
     lasts = lasting(runner.left - BEFORE - AFTER - SAMPLES)
     shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *lasts]
     options = {"generator": config.generator_options, "mllm": config.mllm_options}
@@ -273,7 +246,7 @@ def train(runner: Runner) -> None:
         **{
             name: [
                 f"training/train_{name}.py", *recipe(config, name), *shared, "--out", work / name,
-                *going_on(earlier / name), *options[name].split(),
+                *going_on(earlier, name), *options[name].split(),
             ]
             for name in models
         },
@@ -282,6 +255,7 @@ def train(runner: Runner) -> None:
         runner.keep("generator", smaller(work / "generator" / "model", work / "weights" / "generator"))
     if (work / "mllm" / "model").is_dir():
         runner.keep("mllm", smaller_mllm(work / "mllm" / "model", work / "weights" / "mllm"))
+    return None
 
 
 def recipe(config: GpuConfig, model: str) -> list[str]:
@@ -312,9 +286,9 @@ def lasting(seconds: float) -> list[str]:
     return ["--minutes", f"{max(6.0, seconds) / 60:.3f}"]
 
 
-def going_on(model: Path) -> list[str]:
+def going_on(earlier: dict[str, Path], part: str) -> list[str]:
     """The option that begins with earlier weights, where there are some."""
-    return ["--start-from", str(model)] if model.is_dir() else []
+    return ["--start-from", str(earlier[part])] if part in earlier else []
 
 
 def smaller(model: Path, target: Path) -> Path:
@@ -339,51 +313,12 @@ def smaller_mllm(model: Path, target: Path) -> Path:
     return target
 
 
-def end(process: subprocess.Popen) -> None:
-    """Stop a part and all that it started: asked first, so that a training saves, then made to."""
-    for number, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(patience)
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
-
-
-def last_lines(path: Path) -> str:
-    """The last lines of a log, without what progress bars wrote over."""
-    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-LINES:])
-
-
 def machine(device: str) -> dict[str, str | int]:
     """What the report says of the machine."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count() or 1}
     if device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(device)
         found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    return found
-
-
-def unpack_results(folder: Path) -> list[str]:
-    """Put the pieces of a run's results together below `folder`, and return the names of what was in them."""
-    names = sorted({path.name.split(".tar.")[0] for path in folder.glob("*.tar.*")})
-    if not names:
-        raise ValueError(f"{folder} holds no results (NAME.tar.00, ...) of eval/gpu.py: give the folder that it wrote")
-    found = []
-    for name in names:
-        whole = folder / f".{name}.tar"
-        with open(whole, "wb") as file:
-            for piece in sorted(folder.glob(f"{name}.tar.*")):
-                file.write(piece.read_bytes())
-        with tarfile.open(whole) as archive:
-            archive.extractall(folder, filter="data")
-            found += archive.getnames()
-        whole.unlink()
-    complete_mllm(folder / "weights" / "mllm", folder / "weights" / "tokenizer")
-    print("\n".join(found))
     return found
 
 
@@ -397,5 +332,13 @@ def complete_mllm(folder: Path, tokenizer: Path) -> None:
     shutil.copytree(tokenizer, inside)
 
 
+def script() -> None:
+    """`main`, whose exit status says whether all parts ended well."""
+    report = main()
+    if bad := [name for name, part in report.get("parts", {}).items() if part["status"] != "ok"]:
+        print(f"not all parts ended well: {', '.join(bad)}")
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    run_script("gpu.py", main)
+    run_script("gpu.py", script)

@@ -1,16 +1,16 @@
-"""eval/gpu.py: parts that fail or take too long cost only themselves, results come back in pieces, and all of it runs without a GPU."""
+"""eval/gpu.py: mistakes are told before anything runs, and all of it runs without a GPU."""
 
 import importlib
 import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
-from eval.gpu import PIECE, GpuConfig, Runner, last_lines, main, unpack_results
+from eval.gpu import GpuConfig, main
 from larp.data.clip_pack import PackOptions, pack_clips
+from larp.engine.parts import PIECE, unpack_results
 from larp.generator import LarpGenerator
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.mllm import Mllm
@@ -20,70 +20,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def runner(folder: Path, minutes: float = 1.0) -> Runner:
-    config = GpuConfig(minutes=minutes, out=folder, device="cpu")
-    (folder / "work").mkdir(parents=True, exist_ok=True)
-    return Runner(config, time.monotonic() + 60 * minutes)
-
-
-def test_a_part_that_fails_or_hangs_costs_only_itself(tmp_path):
-    run = runner(tmp_path)
-    assert run.run(20, good=["-c", "print('made')"])
-    assert not run.run(20, bad=["-c", "print('working'); raise ValueError('no such thing')"])
-    began = time.monotonic()
-    assert not run.run(5, hangs=["-c", "import time; print('begun', flush=True); time.sleep(100)"])
-    assert time.monotonic() - began < 15
-    assert run.run(20, last=["-c", "pass"])
-    parts = json.loads((tmp_path / "report.json").read_text())["parts"]
-    assert [part["status"] for part in parts.values()] == ["ok", "failed", "out of time", "ok"]
-    assert "no such thing" in parts["bad"]["lines"] and "begun" in parts["hangs"]["lines"]
-    assert "logs/good.log" in unpack_results(tmp_path) and (tmp_path / "logs/good.log").read_text() == "made\n"
-
-
-def test_what_a_part_started_ends_with_it(tmp_path):
-    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(p.pid, flush=True); p.wait()"
-    run = runner(tmp_path)
-    assert not run.run(5, parent=["-c", child])
-    pid = int(last_lines(run.log("parent")))
-    for _ in range(50):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    os.kill(pid, 9)
-    pytest.fail("a grandchild lives on")
-
-
-def test_parts_run_side_by_side_and_without_time_not_at_all(tmp_path):
-    run, began = runner(tmp_path), time.monotonic()
-    nap = ["-c", "import time; time.sleep(2)"]
-    assert run.run(20, one=nap, two=nap)
-    assert time.monotonic() - began < 3.8
-    run.deadline = time.monotonic() + 1
-    assert not run.run(20, late=nap)
-    assert "give more --minutes" in run.report["parts"]["late"]["lines"]
-
-
-def test_results_come_back_in_pieces_of_bounded_size(tmp_path):
-    run = runner(tmp_path)
-    content = os.urandom(PIECE + 1000)
-    (run.work / "weights").mkdir()
-    (run.work / "weights" / "model.bin").write_bytes(content)
-    run.keep("weights", run.work / "weights")
-    pieces = sorted(tmp_path.glob("weights.tar.*"))
-    assert len(pieces) == 2 and all(piece.stat().st_size <= PIECE for piece in pieces)
-    run.keep("weights", run.work / "weights")
-    assert sorted(tmp_path.glob("weights.tar.*")) == pieces
-    unpack_results(tmp_path)
-    assert (tmp_path / "weights" / "model.bin").read_bytes() == content
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "cuda:7"], "device 'cuda:7' is not there; this machine has"),
-        (["--device", "cpu"], "--pack names no packed clips to train on: make them with larp-mllm pack-clips"),
         (["--unpack-results", "{}"], "holds no results"),
+        (["--device", "cpu", "--parts", "tokenizer,mllm"], "--pack names no packed clips to train on"),
+        (
+            ["--device", "cpu", "--pack", "x", "--parts", "generator"],
+            "--parts generator needs a tokenizer: add the part",
+        ),
+        (
+            ["--device", "cpu", "--pack", "x", "--start-from", "{}"],
+            "holds no tokenizer, generator or mllm: give OUT of an",
+        ),
+        (["--device", "cpu", "--parts", "speed", "--out", "/proc/none"], "/proc/none cannot be made"),
         (["--wheels", "{}/none"], "none holds no wheel: make them with `make wheelhouse PYTHON=3.12`"),
     ],
 )
@@ -110,14 +61,46 @@ def test_wheels_are_there_before_the_command_line_is_read(tmp_path, monkeypatch)
     assert os.environ["PYTHONPATH"].split(os.pathsep)[1:] == ["before"]
 
 
-def test_minutes_must_be_positive():
+def test_impossible_options_are_refused():
     with pytest.raises(ValueError, match="minutes = 0 must be positive"):
         GpuConfig(minutes=0)
+    with pytest.raises(ValueError, match="parts is empty: choose some of tests, speed, tokenizer"):
+        GpuConfig(parts=())
+
+
+def test_what_cannot_run_is_skipped_with_its_reason_and_nothing_is_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--device",
+        "cpu",
+        "--rehearse",
+        "--parts",
+        "tests,generator,tokenizer",
+        "--minutes",
+        "0.01",
+        "--out",
+        "out",
+    ]
+    report = main(options)
+    assert {name: part["status"] for name, part in report["parts"].items()} == dict.fromkeys(
+        ("tests", "tokenizer", "generator"), "skipped"
+    )
+    assert "give more --minutes" in report["parts"]["tests"]["lines"]
+    assert "--pack names no packed clips" in report["parts"]["generator"]["lines"]
+    with pytest.raises(ValueError, match=r"--out .*out holds the results of a run already: choose another folder"):
+        main(options)
+
+
+def test_a_pack_that_is_not_there_costs_the_trainings_alone(tmp_path):
+    options = ["--device", "cpu", "--parts", "tokenizer", "--pack", str(tmp_path / "no.clips"), "--minutes", "0.5"]
+    report = main([*options, "--out", str(tmp_path / "out")])
+    assert report["parts"]["unpack"]["status"] == "failed" and "no.clips" in report["parts"]["unpack"]["lines"]
+    assert report["parts"]["tokenizer"] == {"status": "skipped", "seconds": 0.0, "lines": "the clips were not unpacked"}
 
 
 def test_the_program_says_a_mistake_without_a_traceback(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "eval/gpu.py", "--device", "cpu", "--out", tmp_path / "out"],
+        [sys.executable, ROOT / "eval/gpu.py", "--device", "cpu", "--parts", "mllm", "--out", tmp_path / "out"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode != 0 and "Traceback" not in done.stderr and "--pack names no packed clips" in done.stderr
