@@ -209,7 +209,7 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
         runner.run(
             seconds + 2 * AFTER,
             tokenizer=[
-                "training/train_tokenizer.py", *recipe(config, "tokenizer"), "--data", everything, "--out", tokenizer,
+                "training/train_tokenizer.py", *recipe(config, "tokenizer", earlier), "--data", everything, "--out", tokenizer,
                 *lasting(seconds - BEFORE - AFTER), *going_on(earlier, "tokenizer"), *config.tokenizer_options.split(),
             ],
         )  # fmt: skip
@@ -245,7 +245,7 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
         runner.left - 5,
         **{
             name: [
-                f"training/train_{name}.py", *recipe(config, name), *shared, "--out", work / name,
+                f"training/train_{name}.py", *recipe(config, name, earlier), *shared, "--out", work / name,
                 *going_on(earlier, name), *options[name].split(),
             ]
             for name in models
@@ -258,9 +258,12 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     return None
 
 
-def recipe(config: GpuConfig, model: str) -> list[str]:
+def recipe(config: GpuConfig, model: str, earlier: dict[str, Path]) -> list[str]:
     """The options that name a model's recipe, and make it tiny for a rehearsal."""
-    options = ["--recipe", f"{model}-box-gpu"]
+    options = [
+        "--recipe",
+        "tokenizer-box-gpu-more" if model == "tokenizer" and model in earlier else f"{model}-box-gpu",
+    ]
     if config.rehearse:
         options += TINY[model]
         if model == "tokenizer" and not lpips.available():
