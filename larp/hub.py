@@ -56,6 +56,7 @@ class LarpModel(nn.Module):
         check_device(device)
         folder = resolve(path, revision, variant)
         config, tensors = read(folder, variant)
+        stored = None
         if "model_type" in config and config.get("larp_format") is not None:
             if config["model_type"] != cls.model_type:
                 raise CheckpointError(f"{folder} holds a {config['model_type']}, not a {cls.model_type}")
@@ -69,7 +70,8 @@ class LarpModel(nn.Module):
                 )
             from larp.config import from_dict
 
-            tensors = widened(tensors, config.get("dtype", "float32"), folder / CONFIG)
+            stored = config.get("dtype", "float32")
+            tensors = widened(tensors, stored, folder / CONFIG)
             values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format", "dtype")}
             settings = from_dict(cls.config_class, values, where=str(folder / CONFIG))
         else:
@@ -83,7 +85,7 @@ class LarpModel(nn.Module):
                 expected = cls(settings).state_dict()
         except RuntimeError as error:
             raise CheckpointError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error
-        check_fits(expected, tensors, str(folder))
+        check_fits(expected, tensors, str(folder), stored)
         model = cls(settings)
         model.load_state_dict(tensors)
         return model.eval().to(device)
@@ -277,10 +279,10 @@ def widened(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Te
     return {k: v.float() if v.dtype == _STORED[dtype] else v for k, v in tensors.items()}
 
 
-def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str) -> None:
+def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: str, stored: str | None = None) -> None:
     """Raise CheckpointError that lists what of `expected` is missing, of another shape or dtype, or not finite, and what is too much.
 
-    `expected` may lie on the meta device.
+    `expected` may lie on the meta device. stored: the `dtype` of config.json, in a layout that has one.
     """
     problems = [f"missing {k} {tuple(v.shape)}" for k, v in expected.items() if k not in tensors]
     problems += [f"unexpected {k} {tuple(v.shape)}" for k, v in tensors.items() if k not in expected]
@@ -292,10 +294,12 @@ def check_fits(expected: dict[str, Tensor], tensors: dict[str, Tensor], where: s
     ]
     complain(problems, f"{where} does not fit its config")
     problems = [f"{k} is {found.dtype}, not {want.dtype}" for k, want, found in both if found.dtype != want.dtype]
-    complain(
-        problems,
-        f"{where} holds tensors of another dtype, and none is cast in silence (cast them with .float() and save again)",
-    )
+    remedy = "cast them with .float() and save again"
+    odd = {found.dtype for _, want, found in both if found.dtype != want.dtype}
+    if stored is not None and odd in ({torch.bfloat16}, {torch.float16}):
+        name = str(odd.pop()).removeprefix("torch.")
+        remedy = f'if the file is stored so, {CONFIG} says {stored} where it must say "dtype": "{name}"; else {remedy}'
+    complain(problems, f"{where} holds tensors of another dtype, and none is cast in silence ({remedy})")
     problems = [f"{k} has NaN or infinity" for k, _, found in both if not bool(torch.isfinite(found).all())]
     complain(problems, f"{where} is damaged (copy it again, or take an earlier checkpoint)")
 

@@ -36,15 +36,17 @@ def forget_newest(model: str | Path) -> None:
         pointer.unlink()
 
 
-def find_model(model: str | Path | None = None) -> Path:
+def find_model(model: str | Path | None = None, option: str | None = None) -> Path:
     """The folder to load: the model folder that was chosen, or the `model` of a run folder of train_mllm.py, or the
     snapshot of a hub repository "owner/name", which is fetched unless it is in the local cache.
 
-    Raises ValueError that says what the chosen folder holds instead, or names the three ways to choose one.
+    option: what `model` was given as, if not as a model to use. Raises ValueError that says what the chosen folder holds
+    instead, and names the option or the three ways to choose one.
     """
     pointer = home() / POINTER
+    ways = _ways() if option is None else f"Give {option} such a folder, or owner/name on the hub"
     if model is not None:
-        chosen, by = model, "model="
+        chosen, by = model, "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
         chosen, by = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
     elif pointer.is_file():
@@ -55,14 +57,14 @@ def find_model(model: str | Path | None = None) -> Path:
         try:
             chosen = fetched(chosen)
         except ValueError as error:
-            raise ValueError(f"{by}{error}. {_ways()}") from error
+            raise ValueError(f"{by}{error}. {ways}") from error
     chosen = Path(chosen)
     for folder in (chosen, chosen / RUN_MODEL):
         if _model_type(folder) == MODEL_TYPE:
             return folder
     raise ValueError(
         f"{by}{chosen}: {_content(chosen)}. Needed is a folder whose config.json has the model_type {MODEL_TYPE}, such "
-        f"as OUT/{RUN_MODEL} of training/train_mllm.py. {_ways()}"
+        f"as OUT/{RUN_MODEL} of training/train_mllm.py. {ways}"
     )
 
 

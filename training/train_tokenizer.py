@@ -355,7 +355,7 @@ def announce(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> 
         f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
         f"{length}"
     )
-    for note in (*train.notes, *test.notes, *trainer.watch.notes):
+    for note in (*trainer.config.notes, *train.notes, *test.notes, *trainer.watch.notes):
         log.say(note)
 
 

@@ -25,7 +25,7 @@ class Clock:
 
     Args:
         steps: length of the schedules; without minutes, of the run itself.
-        minutes: length of the run in time, validation and saving included; None counts steps.
+        minutes: length of the run in time, validation and saving on the way included; None counts steps.
 
     step: steps done. position: place on the schedule, in steps of the schedule: `step` itself without minutes. before: the same
     before the last step.

@@ -56,7 +56,8 @@ class TrainGeneratorConfig:
     """The length of the run in passes over the clips of the cache (live: over the videos), in place of `steps`."""
     minutes: float | None = None
     """The length of the run in time. `steps` or `epochs` are then no length, but the scale of its schedules: what a recipe does at half
-    of its steps is done after half of the time, however many steps the machine makes."""
+    of its steps is done after half of the time, however many steps the machine makes. Not counted: the start, the first step, the last
+    validation, saving and samples at the end."""
     start_from: str | None = None
     """Folder or hub name of a generator of the same shape whose weights (averaged ones, where it has them) the run begins with."""
     batch_size: int = 64

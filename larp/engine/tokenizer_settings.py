@@ -30,7 +30,8 @@ class TrainTokenizerConfig:
     """The length of the run in passes over the training videos, in place of `steps`."""
     minutes: float | None = None
     """The length of the run in time. `steps` is then the scale of its schedules: what a recipe does at half of its steps is done
-    after half of the time, however many steps the machine makes."""
+    after half of the time, however many steps the machine makes. Not counted: the start, the first step, the last
+    validation, saving and pictures at the end."""
     start_from: str | None = None
     """Folder or hub name of a tokenizer of the same shape whose weights (averaged ones, where it has them) the run begins with."""
     batch_size: int = 128
@@ -106,6 +107,11 @@ class TrainTokenizerConfig:
                 f"prefix_share = {self.prefix_share} must lie in (0, 1], and prefix_shortest = {self.prefix_shortest} in "
                 f"1..{self.model.num_tokens} (model.num_tokens)"
             )
+        if self.loss.lpips and self.loss.lpips_frames > self.model.num_frames:
+            raise ValueError(
+                f"loss.lpips_frames = {self.loss.lpips_frames} is more than the {self.model.num_frames} frames of a clip "
+                "(model.num_frames): set it to fewer, or to 0 for all"
+            )
         if self.temperature_start is not None and not self.model.stochastic:
             raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
         start = self.temperature_start
@@ -122,6 +128,15 @@ class TrainTokenizerConfig:
                 f"continuous = {self.continuous} of {steps} steps is less than one: train longer, or set it to 0"
             )
         return replace(self, steps=steps, epochs=None)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each loss that has weight but no step of the run, as after a shorter --steps; of a config `in_steps`."""
+        return tuple(
+            f"note: loss.{name}_start = {start} is not reached in {self.steps} steps: the run trains without loss.{name}"
+            for name, start in (("lpips", self.loss.lpips_start), ("gan", self.loss.gan_start))
+            if getattr(self.loss, name) and start >= self.steps
+        )
 
     @property
     def keeps_codes(self) -> bool:

@@ -36,6 +36,8 @@ _ADMITTED = {
     ("numpy", "dtype"): np.dtype,
 }
 _BLOCK = 1 << 20
+# Bytes of a source up to which its hashes are compared for a mere list: a fraction of a second.
+_CHECKED = 100_000_000
 
 
 def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...]:
@@ -68,12 +70,15 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...
 
 
 def describe() -> str:
-    """A table of all sources, a line each: name, what is at hand, what a download takes, licence, purpose."""
+    """A table of all sources, a line each: name, what is at hand, what a download takes, licence, purpose.
+
+    Files at hand are compared with their hashes where that is quick. A line below it names a cache folder that is none.
+    """
     rows = [("name", "at hand", "download", "licence", "what")]
     for source in SOURCES.values():
         files = source.find()
         size = sum(path.stat().st_size for path in files)
-        at_hand = f"{', '.join(map(str, files))} ({_megabytes(size)})" if files else "no"
+        at_hand = f"{', '.join(map(str, files))} ({_megabytes(size)}){_state(source, files, size)}" if files else "no"
         sizes = []
         if source.published:
             sizes.append(f"authors {_megabytes(sum(file.size for file in source.published))}")
@@ -81,9 +86,10 @@ def describe() -> str:
             sizes.append(f"package {_megabytes(source.package.size)}")
         rows.append((source.name, at_hand, ", ".join(sizes), source.licence, source.what))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if (folder := cache_folder()).exists() and not folder.is_dir():
+        lines.append(f"the cache folder {folder} is a file: set LARP_CACHE to a folder")
+    return "\n".join(lines)
 
 
 def read_arrays(path: Path) -> Arrays:
@@ -250,6 +256,17 @@ def _verify(source: Source, files: tuple[Path, ...]) -> None:
     else:
         for file, path in zip(source.published, files, strict=True):
             file.verify(path)
+
+
+def _state(source: Source, files: tuple[Path, ...], size: int) -> str:
+    """What a list says of files at hand beside their size."""
+    if size > _CHECKED:
+        return ", not checked"
+    try:
+        _verify(source, files)
+    except (OSError, ValueError):
+        return f", damaged: delete it and run `larp-mllm fetch {source.name}`"
+    return ""
 
 
 def _writable(folder: Path) -> Path:

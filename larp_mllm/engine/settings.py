@@ -54,7 +54,8 @@ class TrainMllmConfig:
     """Run folder."""
     minutes: float | None = None
     """The length of the run in time, shared out to the stages in proportion to their steps. The steps are then no length, but the scale
-    of the schedules: what a recipe does at half of them is done after half of the time, however many steps the machine makes."""
+    of the schedules: what a recipe does at half of them is done after half of the time, however many steps the machine makes. Not
+    counted: the start and the first step of each stage, the last validation, saving and samples at the end."""
     start_from: str | None = None
     """Folder or hub name of a trained model of the same shape and vocabulary whose weights the run begins with."""
     adapter: Literal["codebook", "free"] = "codebook"

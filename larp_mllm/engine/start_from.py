@@ -5,7 +5,7 @@ from typing import Any
 from larp.engine.state import differences
 from larp_mllm.home import find_model
 from larp_mllm.mllm import Mllm
-from larp_mllm.processing import words_hash
+from larp_mllm.processing import VIDEO_TOKENIZER, words_hash
 
 # What of a base's config the shapes and the meaning of its weights follow from.
 _BASE = (
@@ -23,9 +23,15 @@ _BASE = (
 def take_weights(mllm: Mllm, source: str) -> None:
     """Put the weights of a trained model into a fresh one, which keeps the codebook of its own video tokenizer.
 
-    source: a folder that training wrote (the run folder will do), or a hub name. Raises ValueError that names what differs.
+    source: a folder that training wrote (the run folder will do), or a hub name. Raises ValueError that names what differs, or
+    says what the folder holds instead.
     """
-    folder = find_model(source)
+    folder = find_model(source, option="--start-from")
+    if not (folder / VIDEO_TOKENIZER).is_dir():
+        raise ValueError(
+            f"--start-from {source}: the model in {folder} lacks its {VIDEO_TOKENIZER} folder. Copy it again, or if eval/gpu.py wrote "
+            "it, take OUT/weights/mllm after `python eval/gpu.py --unpack-results OUT`"
+        )
     trained = Mllm.load(folder, "cpu")
     if differing := differences(_shape(trained), _shape(mllm)):
         raise ValueError(f"start_from {source} is another model than this run's: {'; '.join(differing)}")

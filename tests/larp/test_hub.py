@@ -229,3 +229,13 @@ def test_an_unknown_dtype_of_the_file_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "int8"}))
     with pytest.raises(CheckpointError, match="dtype is 'int8', expected one of float32, bfloat16, float16"):
         LarpTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(("said", "named"), [({}, "float32"), ({"dtype": "float16"}, "float16")])
+def test_a_dtype_of_the_config_that_is_not_the_files_is_named(tmp_path, said, named):
+    folder = small().save_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config | said))
+    with pytest.raises(CheckpointError, match=rf'config\.json says {named} where it must say "dtype": "bfloat16"'):
+        Discriminator.from_pretrained(folder)

@@ -152,9 +152,21 @@ def test_lpips_begins_in_its_time_and_looks_at_some_frames(recipe, tmp_path, mon
         (["--minutes", "0"], "minutes = 0.0 must be positive and finite"),
         (["--minutes", "nan"], "minutes = nan must be positive and finite"),
         (["--loss.lpips-frames", "-1"], "loss.lpips_frames must be 0 or more"),
+        (
+            ["--loss.lpips", "1", "--loss.lpips-frames", "17"],
+            "loss.lpips_frames = 17 is more than the 16 frames of a clip",
+        ),
     ],
 )
 def test_mistakes_are_named(recipe, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit):
         main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), *options])
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_loss_that_is_never_reached_is_noted(recipe, tmp_path, capsys):
+    options = ["--steps", "3", "--loss.lpips-start", "9", "--loss.lpips-frames", "17"]
+    main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), *options])
+    said = capsys.readouterr().out
+    assert "note: loss.gan_start = 3 is not reached in 3 steps: the run trains without loss.gan\n" in said
+    assert "loss.lpips_start" not in said, "it has no weight"

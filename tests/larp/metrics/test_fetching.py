@@ -188,6 +188,19 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, package, monkeypatch):
         fetch(source(package))
 
 
+def test_the_list_names_damage_and_a_cache_that_is_a_file(cache, tmp_path, monkeypatch):
+    wanted = source(None, authors(tmp_path))
+    monkeypatch.setattr(fetching, "SOURCES", {"toy": wanted})
+    (path,) = fetch(wanted)
+    assert f"{path} (1 MB)  " in describe()
+    path.write_bytes(b"Weights")
+    assert f"{path} (1 MB), damaged: delete it and run `larp-mllm fetch toy`" in describe()
+    monkeypatch.setattr(fetching, "_CHECKED", 6)
+    assert f"{path} (1 MB), not checked" in describe()
+    monkeypatch.setenv("LARP_CACHE", str(path))
+    assert describe().endswith(f"\nthe cache folder {path} is a file: set LARP_CACHE to a folder")
+
+
 def test_a_full_disk_leaves_nothing(cache, tmp_path, full_disk):
     origin = authors(tmp_path, b"w" * 10_000)
     with full_disk():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -718,3 +719,8 @@ def test_a_run_begins_with_trained_weights_of_the_same_shape(train, cache, tmp_p
     with pytest.raises(ValueError, match=r"start_from .* another model.*hidden_size was 32, is 64"):
         train(tmp_path / "three", *still, "--start-from", str(tmp_path / "one"), "--tiny.width", "64")
     assert not (tmp_path / "three").exists()
+    with pytest.raises(ValueError, match=r"^--start-from .*gone: no model folder .* Give --start-from such a folder"):
+        train(tmp_path / "three", *still, "--start-from", str(tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "one/model/video_tokenizer")
+    with pytest.raises(ValueError, match=r"^--start-from .*one: .* lacks its video_tokenizer .*--unpack-results"):
+        train(tmp_path / "three", *still, "--start-from", str(tmp_path / "one"))
