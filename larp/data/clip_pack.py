@@ -12,17 +12,19 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from larp.data.clips import resize_frames
 from larp.data.datasets import open_videos, split_specs
+from larp.data.doctor import equal_files
 from larp.data.listing import DataError, NoSplitError, VideoItem
 from larp.data.threads import in_order
 from larp.data.video import ShortVideoError, VideoError, count_frames, read_video, write_video
@@ -36,6 +38,10 @@ _SPLITS = ("train", "validation", "test")
 _WITHOUT_SPLITS = re.compile(r"(csv|jsonl|folder):|(?!\w+:)")
 """Specs whose videos are all for training, as far as a manifest does not say otherwise."""
 _LEAST_SIZE, _MOST_SIZE = 16, 1024
+_CLIP_FRAMES = 16
+"""Of the clips that models are trained on, unless they are told otherwise."""
+_LEAST_BYTES = 1024
+"""Of a clip in a pack; the room for that is asked for before the work, which may run out of room all the same."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,9 @@ class PackReport:
     psnr: float
     """dB, mean over clips, of the packed frames against those that were encoded."""
     skipped: tuple[tuple[str, str], ...]
-    """(name, reason) of videos that cannot be read."""
+    """(name, reason) of videos that cannot be read, or are copies of videos of another split."""
+    short: tuple[str, ...]
+    """Names of clips with fewer frames than models are trained on (16)."""
 
 
 def pack_clips(
@@ -87,20 +95,27 @@ def pack_clips(
     Frames are resized and cropped as `resize_frames` does. Videos keep the split that their lists or manifest give
     them; those of a folder, or of a manifest without splits, are all for training. Of UCF-101's training list, one
     group of each class (the last) is for validation. Of `more`, further specs, the training videos are taken, without their
-    classes: for tokenizers, which need no class, beside generators, which know those of `specs`. `workers` threads (None: one a core) share the work. The file
-    appears under its name once it is whole. Raises DataError for a spec that cannot be used and for the same video
-    twice, VideoError if no video can be read, NoPyAVError without PyAV.
+    classes: for tokenizers, which need no class, beside generators, which know those of `specs`. A video that is, byte for
+    byte, one of another split too is left out of training (and of validation, if it is one for test). `workers` threads
+    (None: one a core) share the work. The file appears under its name once it is whole. Raises DataError for a spec that
+    cannot be used, for two videos of one name and for a file that cannot be written, VideoError if no video can be read,
+    NoPyAVError without PyAV.
     """
     options = options or PackOptions()
-    entries = _entries(specs, more)
-    out, workers = Path(out), workers or cores()
-    rows, skipped, errors = [], [], []
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out, workers = Path(out), thread_count(workers)
+    entries, skipped = _without_leaks(_entries(specs, more), workers)
+    if out.is_dir():
+        raise DataError(f"{out}: is a folder: give the name of a file")
+    make_room(out, _LEAST_BYTES * len(entries))
+    rows, errors = [], []
     handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".clips", dir=out.parent)
     try:
         # Deflated, because the tables and the encoder's signature are a tenth of so small a video.
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack:
-            encoded = in_order(partial(_encode, options=options), entries, workers)
+        with (
+            os.fdopen(handle, "wb") as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack,
+            closing(in_order(partial(_encode, options=options), entries, workers)) as encoded,
+        ):
             for entry, (row, video, error) in zip(
                 entries, tqdm(encoded, total=len(entries), desc="packing clips", unit="clip", delay=1), strict=True
             ):
@@ -115,6 +130,8 @@ def pack_clips(
             pack.writestr(zipfile.ZipInfo(MANIFEST), json_lines(rows), zipfile.ZIP_DEFLATED)
         os.chmod(temporary, 0o644)
         os.replace(temporary, out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -124,6 +141,7 @@ def pack_clips(
         out.stat().st_size,
         sum(errors) / len(errors),
         tuple(skipped),
+        tuple(row["path"] for row in rows if row["frames"] < _CLIP_FRAMES),
     )
 
 
@@ -138,9 +156,26 @@ def json_lines(rows: Sequence[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+def thread_count(workers: int | None) -> int:
+    """How many threads share the work: as many as this process has cores if None; ValueError for fewer than one."""
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; at least one thread is needed")
+    return workers or len(os.sched_getaffinity(0))
+
+
+def make_room(out: Path, size: int) -> None:
+    """Make the folder that `out` will lie in; DataError if nothing can be written there, or not `size` bytes."""
+    folder = out.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        free = shutil.disk_usage(folder).free
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{out}: cannot be written: {error.filename} is a file, no folder") from None
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written: {error.strerror.lower()} ({folder})") from None
+    if free < size:
+        raise DataError(f"{out}: needs {size / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB left: free space")
 
 
 # What goes into a pack
@@ -165,6 +200,23 @@ def _entries(specs: Sequence[str], more: Sequence[str]) -> list[dict]:
             facts = {"label": label, "caption": item.caption, "split": split, "group": item.group}
             entries.append({"path": path, "name": item.name, "file": item.path, **facts})
     return entries
+
+
+def _without_leaks(entries: list[dict], workers: int) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Leave out files that are, byte for byte, one of a later split too: the entries, and (name, reason) of the others."""
+    paths = dict.fromkeys(entry["file"] for entry in entries if entry["file"].is_file())
+    content = {path: same[0] for same in equal_files(paths, workers) for path in same}
+    owners, kept, left_out = {}, [], []
+    for entry in sorted(entries, key=lambda entry: _SPLITS.index(entry["split"])):
+        owners[content.get(entry["file"], entry["file"])] = entry
+    for entry in entries:
+        owner = owners[content.get(entry["file"], entry["file"])]
+        if owner["split"] == entry["split"]:
+            kept.append(entry)
+        else:
+            reason = f"the {entry['split']} video is {owner['name']} of split {owner['split']}, byte for byte"
+            left_out.append((entry["name"], reason))
+    return kept, left_out
 
 
 def _listed(spec: str) -> Iterator[tuple[VideoItem, str, str | None]]:

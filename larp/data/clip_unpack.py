@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from larp.data.clip_pack import LABELLED, MANIFEST, check_size, cores, json_lines
+from larp.data.clip_pack import LABELLED, MANIFEST, check_size, json_lines, make_room, thread_count
 from larp.data.clips import resize_frames
 from larp.data.container import has_pyav
 from larp.data.listing import DataError
@@ -26,7 +28,7 @@ from tqdm import tqdm
 Decoder = Literal["pyav", "opencv"]
 
 _WHOLE = "unpacked.json"
-"""Written last: what a folder was unpacked from."""
+"""Written last: what a folder was unpacked from, and the hashes of its files."""
 _MOST_BYTES = 1 << 28
 """Of one video of a pack."""
 
@@ -39,6 +41,8 @@ class UnpackReport:
     frames: int
     fresh: bool
     """False if the folder held the clips of this pack already."""
+    splits: frozenset[str]
+    """Those that have a clip."""
 
 
 def unpack_clips(
@@ -51,41 +55,45 @@ def unpack_clips(
     """Write the clips of a pack into a folder, as .npy files, clips.jsonl of all and labelled.jsonl of those with a class.
 
     Every hash and every number of frames is checked, and the folder appears whole or not at all. A folder that holds
-    the same already is left as it is. `size`: pixels along both sides (None: as packed). `workers` threads (None: one
-    a core) share the work. `decoder`: PyAV or, where it is missing, OpenCV; both give the same frames. Raises
-    DataError for a pack that is cut or damaged, for another folder of that name, and where there is no decoder.
+    the same already is left as it is, once every byte of its files is checked. `size`: pixels along both sides (None: as
+    packed). `workers` threads (None: one a core) share the work. `decoder`: PyAV or, where it is missing, OpenCV; both
+    give the same frames. Raises DataError for a pack that is cut or damaged, for another folder of that name or a file
+    of it that is gone or changed, where there is no room, and where there is no decoder.
     """
     if size is not None:
         check_size(size)
-    pack, folder, decoder = Path(pack), Path(folder), decoder or _decoder()
+    pack, folder, workers, decoder = Path(pack), Path(folder), thread_count(workers), decoder or _decoder()
     try:
         with zipfile.ZipFile(pack) as archive:
+            if min((member.header_offset for member in archive.infolist()), default=0):
+                raise DataError(f"{pack}: its beginning is missing, or another file lies before it: copy it again")
             text = archive.read(MANIFEST)
             rows = _rows(pack, text)
             mark = {"pack": hashlib.sha256(text).hexdigest(), "size": size or rows[0]["size"], "clips": len(rows)}
-            report = UnpackReport(len(rows), sum(row["frames"] for row in rows), fresh=True)
-            if _is_whole(folder, mark, rows):
-                return UnpackReport(report.clips, report.frames, fresh=False)
+            frames, splits = sum(row["frames"] for row in rows), frozenset(str(row.get("split")) for row in rows)
+            if _is_whole(folder, mark, workers):
+                return UnpackReport(len(rows), frames, False, splits)
             _check_free(folder)
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_room(folder, frames * mark["size"] ** 2 * 3)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
                 new = Path(temporary) / "clips"
                 work = partial(_unpack, pack=pack, archive=archive, folder=new, size=mark["size"], decoder=decoder)
-                done = in_order(work, rows, workers or cores())
-                for _ in tqdm(done, total=len(rows), desc="unpacking clips", unit="clip", delay=1):
-                    pass
-                _write_manifests(new, rows)
-                (new / _WHOLE).write_text(json.dumps(mark) + "\n")
+                with closing(in_order(work, rows, workers)) as done:
+                    hashes = dict(tqdm(done, total=len(rows), desc="unpacking clips", unit="clip", delay=1))
+                hashes |= _write_manifests(new, rows)
+                (new / _WHOLE).write_text(json.dumps(mark | {"sha256": hashes}) + "\n")
                 if folder.is_dir():
                     folder.rmdir()  # empty, or it would not have come so far
                 new.rename(folder)
-    except FileNotFoundError as error:
-        raise DataError(f"{error.filename or pack}: no such file") from None
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) == pack:
+            raise DataError(f"{pack}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+        raise DataError(f"{folder}: cannot be written: {(error.strerror or str(error)).lower()}") from error
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise DataError(
             f"{pack}: is no pack of clips, or one that was cut or damaged: copy it again ({error})"
         ) from None
-    return report
+    return UnpackReport(len(rows), frames, True, splits)
 
 
 def _rows(pack: Path, text: bytes) -> list[dict]:
@@ -110,17 +118,29 @@ def _rows(pack: Path, text: bytes) -> list[dict]:
     return rows
 
 
-def _is_whole(folder: Path, mark: dict, rows: Sequence[dict]) -> bool:
-    """Whether a folder was unpacked from this pack at this size, and nothing of it is gone or cut."""
+def _is_whole(folder: Path, mark: dict, workers: int) -> bool:
+    """Whether a folder was unpacked from this pack at this size; DataError if a file of it is gone or has changed."""
     try:
-        if json.loads((folder / _WHOLE).read_text()) != mark:
+        found = json.loads((folder / _WHOLE).read_text())
+        hashes = found.pop("sha256")
+        if found != mark:
             return False
-        least = mark["size"] ** 2 * 3
-        return (folder / MANIFEST).is_file() and all(
-            (folder / _frame_file(row)).stat().st_size > row["frames"] * least for row in rows
-        )
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, AttributeError):
         return False
+    with closing(in_order(lambda name: _hash_or_none(folder / name), hashes, workers)) as found:
+        for name, now in zip(hashes, found, strict=True):
+            if now != hashes[name]:
+                state = "is gone or cannot be read" if now is None else "has changed since it was unpacked"
+                raise DataError(f"{folder / name}: {state}: delete the folder, and unpack again")
+    return True
+
+
+def _hash_or_none(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _check_free(folder: Path) -> None:
@@ -128,9 +148,11 @@ def _check_free(folder: Path) -> None:
         raise DataError(f"{folder}: is there already and holds something else: delete it, or choose another folder")
 
 
-def _unpack(row: dict, pack: Path, archive: zipfile.ZipFile, folder: Path, size: int, decoder: Decoder) -> None:
-    """Write the frames of one clip below a folder."""
-    name, target = row["path"], folder / _frame_file(row)
+def _unpack(
+    row: dict, pack: Path, archive: zipfile.ZipFile, folder: Path, size: int, decoder: Decoder
+) -> tuple[str, str]:
+    """Write the frames of one clip below a folder; return the file's name and hash."""
+    name, file = row["path"], folder / row["path"]
     try:
         if archive.getinfo(name).file_size > _MOST_BYTES:
             raise DataError(f"{pack}: {name} is too large for a clip: pack it again")
@@ -139,14 +161,15 @@ def _unpack(row: dict, pack: Path, archive: zipfile.ZipFile, folder: Path, size:
         raise DataError(f"{pack}: {name} is missing or damaged: copy the pack again ({error})") from None
     if hashlib.sha256(video).hexdigest() != row["sha256"]:
         raise DataError(f"{pack}: {name} has another hash than its line of {MANIFEST}: copy the pack again")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    file = target.with_suffix(".mp4")
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(video)
     frames = read_video(file)[0] if decoder == "pyav" else _read_with_opencv(file, row["frames"])
     file.unlink()
     if frames.shape != (row["frames"], row["size"], row["size"], 3):
         raise DataError(f"{pack}: {name} decodes to {frames.shape} where {row['frames']} frames were packed")
-    np.save(target, resize_frames(frames, size, size))
+    content = io.BytesIO()  # np.save into a file does not say why it fails
+    np.save(content, resize_frames(frames, size, size))
+    return _write(folder, _frame_file(row).as_posix(), content.getbuffer())
 
 
 def _read_with_opencv(path: Path, frames: int) -> np.ndarray:
@@ -180,11 +203,16 @@ def _frame_file(row: dict) -> Path:
     return Path(row["path"]).with_suffix(".npy")
 
 
-def _write_manifests(folder: Path, rows: Sequence[dict]) -> None:
+def _write(folder: Path, name: str, content: bytes | memoryview) -> tuple[str, str]:
+    (folder / name).write_bytes(content)
+    return name, hashlib.sha256(content).hexdigest()
+
+
+def _write_manifests(folder: Path, rows: Sequence[dict]) -> dict[str, str]:
+    """Write the manifests; their hashes by name."""
     left_out = ("path", "size", "sha256")
     lines = [
         {"path": _frame_file(row).as_posix()} | {key: row[key] for key in row if key not in left_out} for row in rows
     ]
-    (folder / MANIFEST).write_text(json_lines(lines), encoding="utf-8")
-    if labelled := [line for line in lines if "label" in line]:
-        (folder / LABELLED).write_text(json_lines(labelled), encoding="utf-8")
+    manifests = {MANIFEST: lines, LABELLED: [line for line in lines if "label" in line]}
+    return dict(_write(folder, name, json_lines(listed).encode()) for name, listed in manifests.items() if listed)

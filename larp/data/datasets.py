@@ -106,6 +106,10 @@ def _kind_of_path(spec: str) -> str:
         return "folder"
     if path.suffix in (".csv", ".jsonl") and path.is_file():
         return path.suffix[1:]
+    if path.suffix == ".clips" and path.is_file():
+        raise DataError(
+            f"data spec {spec!r} is a pack of clips: larp-mllm unpack-clips {spec} -o DIR, then give jsonl:DIR/clips.jsonl"
+        )
     if path.is_file():
         raise DataError(
             f"data spec {spec!r} is a file, but no .csv or .jsonl manifest; give the folder, or list it in a manifest"
@@ -299,7 +303,9 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
         return VideoSet(hash_split(items, split, spec), classes, spec)
     chosen = tuple(item for item, row in zip(items, values, strict=True) if split in ("all", row["split"]))
     if not chosen:
-        raise NoSplitError(f"{path}: no line has split {split}")
+        others = ", ".join(sorted({row["split"] for row in values}))
+        remedy = "give other data with --eval-data, or add such lines" if split == "test" else "add such lines"
+        raise NoSplitError(f"{path}: no line has split {split}, all have {others}: {remedy}")
     return VideoSet(chosen, classes, spec)
 
 

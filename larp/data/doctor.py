@@ -232,19 +232,12 @@ def _stem(name: str) -> str:
 
 
 def _same_bytes(sets: list[tuple[str, VideoSet]], paths: list[Path], workers: int) -> Iterator[Problem]:
-    """Find files of equal content, and files that stand for videos of two splits.
-
-    Only files of equal size are read, and only those with equal beginnings to their end.
-    """
+    """Find files of equal content, and files that stand for videos of two splits."""
     places = defaultdict(list)
     for split, videos in sets:
         for item in videos.items:
             places[item.path].append((split, item.name))
-    groups = [paths]
-    for key in (_size, _beginning, _content):
-        flat = [path for group in groups for path in group]
-        values = dict(zip(flat, in_order(key, flat, workers), strict=True))
-        groups = [same for group in groups for same in _by(values, group) if len(same) > 1]
+    groups = equal_files(paths, workers)
     together = {path for group in groups for path in group}
     groups += [[path] for path in paths if path not in together and len(places[path]) > 1]
     leaks, copies = [], []
@@ -256,6 +249,20 @@ def _same_bytes(sets: list[tuple[str, VideoSet]], paths: list[Path], workers: in
         yield Problem("error", f"files that are in two splits, byte for byte: {len(leaks)}", tuple(leaks))
     if copies:
         yield Problem("warning", f"files that are there more than once, byte for byte: {len(copies)}", tuple(copies))
+
+
+def equal_files(paths: Iterable[Path], workers: int) -> list[list[Path]]:
+    """Group the files of equal content; those that are alone are left out. `workers` threads share the work.
+
+    Only files of equal size are read, and only those with equal beginnings to their end. Raises OSError for a file that
+    cannot be read.
+    """
+    groups = [list(paths)]
+    for key in (_size, _beginning, _content):
+        flat = [path for group in groups for path in group]
+        values = dict(zip(flat, in_order(key, flat, workers), strict=True))
+        groups = [same for group in groups for same in _by(values, group) if len(same) > 1]
+    return groups
 
 
 def _by(values: dict[Path, object], group: list[Path]) -> list[list[Path]]:

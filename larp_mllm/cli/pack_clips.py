@@ -52,3 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
         f"{arguments.out}: {report.bytes} bytes, {clips} clips, {report.frames} frames of {options.size}x{options.size}, "
         f"{report.psnr:.2f} dB"
     )
+    if report.short:
+        print(
+            f"note: clips of fewer than 16 frames, too short for most models: {len(report.short)}, such as {report.short[0]}"
+        )
+    if "test" not in report.clips:
+        print("note: no clip is for test: a training on them needs other clips with --eval-data")

@@ -30,3 +30,5 @@ def run(arguments: argparse.Namespace) -> None:
     report = unpack_clips(arguments.pack, arguments.out, arguments.size, arguments.workers)
     state = "" if report.fresh else ", as before"
     print(f"{arguments.out}: {report.clips} clips, {report.frames} frames{state}")
+    if "test" not in report.splits:
+        print("note: no clip is for test: a training on them needs other clips with --eval-data")

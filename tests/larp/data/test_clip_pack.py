@@ -1,14 +1,17 @@
 """Packs of clips: what goes in comes out, whichever decoder is at hand, and a damaged pack is refused in a line."""
 
 import json
+import os
+import shutil
 import zipfile
+from collections import namedtuple
 from pathlib import Path
 
 from larp.data.clip_pack import PackOptions, pack_clips
 from larp.data.clip_unpack import unpack_clips
 from larp.data.clips import resize_frames
 from larp.data.datasets import open_videos
-from larp.data.listing import DataError
+from larp.data.listing import DataError, NoSplitError
 from larp.data.video import VideoError, read_video, write_video
 from larp_mllm.cli import main
 
@@ -38,7 +41,7 @@ def home(tmp_path_factory) -> Path:
     train, test = [], []
     for number, name in enumerate(("Surfing", "Archery")):
         for group in (3, 8, 9):
-            write_video(root / "ucf" / UCF.format(name, group, 1), moving(number + group), fps=25)
+            write_video(root / "ucf" / UCF.format(name, group, 1), moving(10 * number + group), fps=25)
             (test if group == 3 else train).append(f"{name}/v_{name}_g{group:02d}_c01.avi")
     (lists / "trainlist01.txt").write_text("".join(f"{line} 1\n" for line in train))
     (lists / "testlist01.txt").write_text("".join(f"{line}\n" for line in test))
@@ -154,9 +157,21 @@ def test_a_second_call_leaves_a_whole_folder_alone(pack, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "box").rglob("*")}
     with pytest.raises(DataError, match="holds something else: delete it"):
         unpack_clips(pack, tmp_path / "box", size=16)
-    (tmp_path / "box/short.npy").unlink()
-    with pytest.raises(DataError, match="holds something else: delete it"):
+
+
+@pytest.mark.parametrize("name", ["short.npy", "clips.jsonl", "labelled.jsonl"])
+def test_a_second_call_finds_every_file_that_is_gone_or_changed(pack, tmp_path, name):
+    unpack_clips(pack, tmp_path / "box")
+    file = tmp_path / "box" / name
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(DataError, match=f"{name}: has changed since it was unpacked: delete the folder"):
         unpack_clips(pack, tmp_path / "box")
+    file.unlink()
+    with pytest.raises(DataError, match=f"{name}: is gone or cannot be read: delete the folder"):
+        unpack_clips(pack, tmp_path / "box")
+    file.write_bytes(data)
+    assert not unpack_clips(pack, tmp_path / "box").fresh
 
 
 def test_an_empty_folder_is_taken(pack, tmp_path):
@@ -182,6 +197,8 @@ def wandering(data: bytes) -> bytes:
         (lambda pack, to: to.write_bytes(pack.read_bytes()[:-100]), "cut or damaged"),
         (lambda pack, to: to.write_bytes(pack.read_bytes()[:5000]), "cut or damaged"),
         (lambda pack, to: to.write_bytes(b""), "cut or damaged"),
+        (lambda pack, to: to.write_bytes(2 * pack.read_bytes()), "another file lies before it"),
+        (lambda pack, to: to.mkdir(), "cannot be read: is a directory"),
         (lambda pack, to: None, "no such file"),
     ],
 )
@@ -230,6 +247,53 @@ def test_packing_refuses_what_it_cannot_do(home, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["none"]
 
 
+def test_a_copy_of_a_held_out_video_is_left_out_of_training(home, tmp_path):
+    (tmp_path / "small").mkdir()
+    shutil.copy(home / "ucf" / UCF.format("Surfing", 3, 1), tmp_path / "small/a.mp4")
+    shutil.copy(home / "ucf" / UCF.format("Surfing", 8, 1), tmp_path / "small/b.mp4")
+    report = pack_clips(
+        [f"ucf101:{home / 'ucf'}", f"folder:{tmp_path / 'small'}"], tmp_path / "x.clips", TINY, workers=2
+    )
+    reason = "the train video is Surfing/v_Surfing_g03_c01 of split test, byte for byte"
+    assert report.skipped == (("a.mp4", reason),) and report.clips == {"train": 3, "validation": 2, "test": 2}
+
+
+def test_where_nothing_can_be_written_is_told_before_the_work(home, pack, tmp_path, monkeypatch):
+    monkeypatch.setattr("larp.data.clip_pack._encode", None)
+    monkeypatch.setattr("larp.data.clip_unpack._unpack", None)
+    (tmp_path / "file").touch()
+    spec = f"folder:{home / 'more'}"
+    with pytest.raises(DataError, match=f"^{tmp_path}: is a folder: give the name of a file$"):
+        pack_clips([spec], tmp_path)
+    for work, source in ((pack_clips, [spec]), (unpack_clips, pack)):
+        with pytest.raises(DataError, match=f"^{tmp_path}/file/x: cannot be written: {tmp_path}/file is a file"):
+            work(source, tmp_path / "file/x")
+        with pytest.raises(ValueError, match="workers is 0"):
+            work(source, tmp_path / "x", workers=0)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1000))
+    for work, source in ((pack_clips, [spec]), (unpack_clips, pack)):
+        with pytest.raises(DataError, match=f"^{tmp_path}/x: needs 0.[0-9] MB, and {tmp_path} has 0.0 MB left"):
+            work(source, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_told_with_path_and_reason(home, pack, tmp_path, monkeypatch):
+    def full(path, *_, **__) -> int:
+        with open("/dev/full", "wb", buffering=0) as file:
+            return file.write(b"x")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(DataError, match=f"^{tmp_path}/x: cannot be written: no space left on device$"):
+            unpack_clips(pack, tmp_path / "x")
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    with pytest.raises(DataError, match=f"^{tmp_path}/x: cannot be written: no space left on device$"):
+        pack_clips([f"folder:{home / 'more'}"], tmp_path / "x", TINY)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_commands_say_what_they_did(home, tmp_path, capsys):
     out = tmp_path / "more.clips"
     main(["pack-clips", "--data", f"folder:{home / 'more'}", "-o", str(out), "--size", "32", "--max-frames", "5"])
@@ -237,7 +301,13 @@ def test_the_commands_say_what_they_did(home, tmp_path, capsys):
     assert said[0].startswith("left out: broken.mp4: ") and ": 2 train clips, 8 frames of 32x32, " in said[1].replace(
         f"{out.stat().st_size} bytes, ", ""
     )
+    note = "note: no clip is for test: a training on them needs other clips with --eval-data"
+    assert said[2:] == ["note: clips of fewer than 16 frames, too short for most models: 2, such as a_dog.mp4", note]
     for state in ("", ", as before"):
         main(["unpack-clips", str(out), "-o", str(tmp_path / "more")])
-        assert capsys.readouterr().out == f"{tmp_path / 'more'}: 2 clips, 8 frames{state}\n"
+        assert capsys.readouterr().out == f"{tmp_path / 'more'}: 2 clips, 8 frames{state}\n{note}\n"
+    with pytest.raises(NoSplitError, match="no line has split test, all have train: give other data with --eval-data"):
+        open_videos(f"jsonl:{tmp_path / 'more/clips.jsonl'}", "test")
+    with pytest.raises(DataError, match=f"is a pack of clips: larp-mllm unpack-clips {out} -o DIR"):
+        open_videos(str(out))
     assert not (tmp_path / "more/labelled.jsonl").exists()
