@@ -19,6 +19,7 @@ try:
 except ImportError:  # a machine that trains on unpacked frames alone
     av = None
 
+MAX_BYTES = 8 * 2**30
 MAX_PIXELS = 4096 * 4096
 
 # What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and

@@ -8,7 +8,6 @@ in silence, so the number of frames that came out is compared with the number th
 from __future__ import annotations
 
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,18 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import DECODE_ERRORS, MAX_PIXELS, VideoError, as_url, av, check_pyav, has_pyav, opened
+from larp.data.container import (
+    DECODE_ERRORS,
+    MAX_BYTES,
+    MAX_PIXELS,
+    VideoError,
+    as_url,
+    av,
+    check_pyav,
+    has_pyav,
+    opened,
+)
+from larp.data.encoding import Encoding, Gif, Movie, check_encoder
 from larp.data.frame_file import FRAMES_PER_SECOND, is_frame_file, open_frames
 
 import numpy as np
@@ -27,14 +37,11 @@ import numpy as np
 if TYPE_CHECKING:
     from larp.data.audio import AudioTrack
 
-MAX_BYTES = 8 * 2**30
 # Frames per second that can be written: a GIF counts 16 bits of hundredths of a second, and no player shows a thousand.
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
 )
-
-_ENCODER_CHOICES = ("libx264", "libopenh264", "mpeg4", "libx265", "libvpx-vp9", "mjpeg")
 
 
 class ShortVideoError(VideoError):
@@ -157,9 +164,9 @@ class VideoWriter:
         self.path = Path(path)
         check_output(self.path)
         self._rate, self._audio = _rational(fps), audio
-        self._encoding = _Encoding(codec, quality, pixel_format, preset, tune)
+        self._encoding = Encoding(codec, quality, pixel_format, preset, tune)
         self._size: tuple[int, ...] | None = None
-        self._sink: _Movie | _Gif | None = None
+        self._sink: Movie | Gif | None = None
 
     def __enter__(self) -> VideoWriter:
         with self._errors():
@@ -194,25 +201,25 @@ class VideoWriter:
                     os.chmod(self._temporary, 0o644)
                     os.replace(self._temporary, self.path)
         finally:
-            if isinstance(self._sink, _Movie):
+            if isinstance(self._sink, Movie):
                 self._sink.close()
             with suppress(FileNotFoundError):
                 os.unlink(self._temporary)
 
-    def _open(self) -> _Movie | _Gif:
+    def _open(self) -> Movie | Gif:
         audio = self._audio if self._audio is not None and self._audio.stream is not None else None
         if self.path.suffix.lower() == ".gif":
             if audio is not None:
                 audio.notes.append("the sound was left out: a .gif holds none")
-            return _Gif(self._temporary, self._rate)
+            return Gif(self._temporary, self._rate)
         check_pyav(self.path)
-        _check_encoder(self.path, self._encoding.codec)
+        check_encoder(self.path, self._encoding.codec)
         if audio is not None:
             try:
-                return _Movie(self._temporary, self._rate, self._size, self._encoding, audio)
+                return Movie(self._temporary, self._rate, self._size, self._encoding, audio)
             except DECODE_ERRORS:
                 audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
-        return _Movie(self._temporary, self._rate, self._size, self._encoding, None)
+        return Movie(self._temporary, self._rate, self._size, self._encoding, None)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -223,7 +230,7 @@ class VideoWriter:
         except DECODE_ERRORS as error:
             if isinstance(error, OSError) and error.strerror:  # a full disk, a folder: no fault of the encoding
                 raise VideoError(f"{self.path}: cannot be written: {error.strerror}") from error
-            if isinstance(self._sink, _Gif):
+            if isinstance(self._sink, Gif):
                 raise VideoError(f"{self.path}: cannot be written as a GIF: {error}") from error
             raise VideoError(
                 f"{self.path}: cannot be written with codec {self._encoding.codec!r}, pixel format "
@@ -338,124 +345,6 @@ def _fps(stream) -> float:
 
 
 # Writing
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    codec: str
-    quality: int
-    pixel_format: str
-    preset: str
-    tune: str | None
-
-
-class _Movie:
-    """A container with one video stream, and an audio track whose packets are written as their time comes."""
-
-    def __init__(
-        self, target: str, rate: Fraction, size: tuple[int, ...], encoding: _Encoding, audio: AudioTrack | None
-    ):
-        self.padding = [(0, 0)] * 4
-        height, width = size[:2]
-        if "420" in encoding.pixel_format:
-            self.padding = [(0, 0), (0, height % 2), (0, width % 2), (0, 0)]
-        self.rate, self.audio, self.frames, self.sound = rate, audio, 0, None
-        self.container = av.open(target, "w")
-        try:
-            options = _encoder_options(encoding)
-            self.stream = self.container.add_stream(encoding.codec, rate=rate, options=options)
-            self.stream.height, self.stream.width = height + self.padding[1][1], width + self.padding[2][1]
-            self.stream.pix_fmt, self.stream.thread_count = encoding.pixel_format, 1
-            if audio is not None:
-                self.sound = self.container.add_stream_from_template(audio.stream)
-            self.container.start_encoding()
-        except BaseException:
-            self.close()
-            raise
-
-    def add(self, frames: np.ndarray) -> None:
-        if any(sum(pair) for pair in self.padding):
-            frames = np.pad(frames, self.padding, mode="edge")
-        for frame in frames:
-            self._mux_sound(self.frames / self.rate)
-            self.frames += 1
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self.container.mux(self.stream.encode(picture))
-
-    def finish(self) -> None:
-        self._mux_sound(None)
-        self.container.mux(self.stream.encode())
-        self.container.close()
-
-    def close(self) -> None:
-        with suppress(*DECODE_ERRORS):
-            self.container.close()
-
-    def _mux_sound(self, until: Fraction | None) -> None:
-        if self.sound is not None:
-            for packet in self.audio.packets(until):
-                packet.stream = self.sound
-                self.container.mux(packet)
-
-
-class _Gif:
-    """An animated GIF, which Pillow writes all at once."""
-
-    def __init__(self, target: str, rate: Fraction):
-        self.target, self.pictures, self.bytes = target, [], 0
-        # A GIF counts in hundredths of a second, and players slow down anything under two of them
-        self.duration = max(20, round(100 / float(rate)) * 10)
-
-    def add(self, frames: np.ndarray) -> None:
-        from PIL import Image
-
-        self.pictures += [Image.fromarray(frame) for frame in frames]
-        self.bytes += frames.nbytes
-        if self.bytes > MAX_BYTES:
-            raise VideoError(f"a .gif of more than {MAX_BYTES >> 30} GiB of frames is not written: choose an .mp4")
-
-    def finish(self) -> None:
-        first, *others = self.pictures
-        first.save(self.target, save_all=True, append_images=others, duration=self.duration, loop=0, disposal=1)
-
-
-def _check_encoder(path: Path, codec: str) -> None:
-    try:
-        av.codec.Codec(codec, "w")
-    except ValueError:
-        raise VideoError(_missing_encoder(path, codec)) from None
-
-
-# With its AVX-512 code one file in 150 came out otherwise, from the same frames (LOG.md, 2026-11-26).
-_REPEATABLE = {"x264-params": "asm=avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
-
-
-def _encoder_options(encoding: _Encoding) -> dict[str, str]:
-    codec, quality = encoding.codec, encoding.quality
-    if codec in ("libx264", "libx265"):
-        return {
-            "crf": str(quality),
-            "preset": encoding.preset,
-            **({"tune": encoding.tune} if encoding.tune else {}),
-            **(_REPEATABLE if codec == "libx264" else {}),
-            **({"x265-params": "log-level=none"} if codec == "libx265" else {}),
-        }
-    if codec.startswith("libvpx"):
-        return {"crf": str(quality), "b": "0"}
-    quantiser = str(max(2, round(quality * 31 / 51)))  # the older codecs know a quantiser of 2 to 31 only
-    return {"qmin": quantiser, "qmax": quantiser}
-
-
-def _missing_encoder(path: Path, codec: str) -> str:
-    present = []
-    for name in _ENCODER_CHOICES:
-        with suppress(ValueError):
-            present.append(av.codec.Codec(name, "w").name)
-    return (
-        f"{path}: this FFmpeg has no encoder {codec!r}. Choose codec= one of "
-        f"{', '.join(present) or 'none found'}, write a .gif (needs no encoder), "
-        "or install the `av` wheel from PyPI, which brings libx264"
-    )
 
 
 def _rational(fps: float) -> Fraction:

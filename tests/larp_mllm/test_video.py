@@ -57,7 +57,7 @@ def test_without_an_encoder_it_is_a_gif(monkeypatch):
     def none(path, codec):
         raise VideoError("no encoder")
 
-    monkeypatch.setattr(larp.data.video, "_check_encoder", none)
+    monkeypatch.setattr(larp.data.video, "check_encoder", none)
     html = noise(5, 16, 16)._repr_html_()
     media, data = held(html)
     assert media == "image/gif" and "<img" in html
