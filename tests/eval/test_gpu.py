@@ -10,7 +10,7 @@ from pathlib import Path
 
 from eval.gpu import GpuConfig, main
 from larp.data.clip_pack import PackOptions, pack_clips
-from larp.engine.parts import PIECE, unpack_results
+from larp.engine.parts import PIECE
 from larp.generator import LarpGenerator
 from larp.tokenizer import LarpTokenizer
 from larp_mllm.mllm import Mllm
@@ -129,7 +129,7 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     pieces = list((tmp_path / "out").glob("*.tar.*"))
     assert all(piece.stat().st_size <= PIECE for piece in pieces)
     assert len(pieces) + len(list((tmp_path / "out").glob("*.json"))) <= 8
-    unpack_results(tmp_path / "out")
+    main(["--unpack-results", str(tmp_path / "out")])
     tokenizer = LarpTokenizer.from_pretrained(tmp_path / "out/weights/tokenizer")
     generator = LarpGenerator.from_pretrained(tmp_path / "out/weights/generator")
     assert generator.config.tokenizer_hash == tokenizer.weight_hash(), "what came back belongs together"
