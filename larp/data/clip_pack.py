@@ -28,6 +28,7 @@ from larp.data.doctor import equal_files
 from larp.data.listing import DataError, NoSplitError, VideoItem
 from larp.data.threads import in_order
 from larp.data.video import ShortVideoError, VideoError, count_frames, read_video, write_video
+from larp.engine.ranks import cores
 
 import numpy as np
 from tqdm import tqdm
@@ -160,7 +161,7 @@ def thread_count(workers: int | None) -> int:
     """How many threads share the work: as many as this process has cores if None; ValueError for fewer than one."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; at least one thread is needed")
-    return workers or len(os.sched_getaffinity(0))
+    return workers or cores()
 
 
 def make_room(out: Path, size: int) -> None:
