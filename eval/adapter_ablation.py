@@ -16,11 +16,13 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from larp.config import parse, run_script, to_dict
-from larp.data.tokens import TokenCache
-from larp.engine.log import read_metrics, write_json
+from bench.trainings import stage
+from larp.config import parse, to_dict
+from larp.data.token_cache import TokenCache
+from larp.engine.log import read_metrics
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.metrics.protocols import check_record_path, versions
-from larp.metrics.trainings import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("codebook", "free")

@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
+from larp.config import parse, to_dict
+from larp.data.clips import ClipShape, clip_to_frames
+from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
-from larp.engine.log import write_json
-from larp.generator import LarpGenerator
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import check_device
 from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, judge_real, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
 from larp.metrics.protocols import check_record_path, versions
-from larp.sampling import check_sampling
-from larp.tokenizer import LarpTokenizer
+from larp.models.generator import LarpGenerator
+from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.sample import check_sampling
 
 import numpy as np
 import torch

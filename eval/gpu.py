@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from larp.config import parse, run_script, to_dict
+from bench.parts import REPORT, Runner, unpack_results
+from larp.config import parse, to_dict
 from larp.engine.clock import check_minutes
-from larp.engine.parts import REPORT, Runner, unpack_results
+from larp.engine.signals import run_script
 from larp.hub import EMA, WEIGHTS, check_device, weights_file
 from larp.metrics import lpips
 
@@ -296,8 +297,8 @@ def going_on(earlier: dict[str, Path], part: str) -> list[str]:
 
 def smaller(model: Path, target: Path) -> Path:
     """Write the averaged weights of a model of larp, or else its weights, in 16 bits; return the folder."""
-    from larp.generator import LarpGenerator
-    from larp.tokenizer import LarpTokenizer
+    from larp.models.generator import LarpGenerator
+    from larp.models.tokenizer import LarpTokenizer
 
     kind = LarpGenerator if "generator" in target.name else LarpTokenizer
     variant = EMA if (model / weights_file(EMA)).exists() else None

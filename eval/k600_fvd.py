@@ -17,13 +17,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
+from larp.config import parse, to_dict
+from larp.data.clips import ClipShape, clip_to_frames
+from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import repeat_last
 from larp.data.listing import NoSplitError
-from larp.engine.log import write_json
-from larp.generator import LarpGenerator
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import check_device
 from larp.metrics import lpips
 from larp.metrics.clipsets import RealClips, countable, describe_row, floor_row, frechet_row, load_pair
@@ -37,12 +38,14 @@ from larp.metrics.frame_prediction import (
     baselines,
     paired_gain,
 )
-from larp.metrics.frames import psnr, ssim
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
 from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
-from larp.sampling import check_sampling, generate
-from larp.tokenizer import LarpTokenizer
+from larp.metrics.psnr_ssim import ssim
+from larp.models.generator import LarpGenerator
+from larp.models.losses import psnr
+from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.sample import check_sampling, generate
 
 import numpy as np
 import torch

@@ -14,17 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, run_script
-from larp.data.clips import contact_sheet, pixels_to_clip
+from larp.config import parse
+from larp.data.clips import pixels_to_clip
+from larp.data.contact_sheet import contact_sheet
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
-from larp.engine.log import check_writable, write_json
-from larp.metrics.blobs import read_blob, score
+from larp.engine.signals import run_script
+from larp.files import check_writable, write_json
 from larp.metrics.protocols import versions
+from larp.metrics.shape_checker import read_blob, score
 from larp.metrics.weights import checkpoint_hashes
-from larp.sampling import check_sampling
-from larp_mllm.home import find_model
-from larp_mllm.mllm import Mllm
-from larp_mllm.sampling import VideoSampling
+from larp.sampling.sample import check_sampling
+from larp_mllm.generation.sampling import VideoSampling
+from larp_mllm.locate import find_model
+from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 
 
@@ -96,7 +98,7 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
     return {
         "name": config.protocol,
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
-        "checker": "larp.metrics.blobs",
+        "checker": "larp.metrics.shape_checker",
         "one_video_per_prompt": True,
         "guidance_scale": config.guidance_scale,
         "temperature": config.temperature,

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
+from larp.config import parse, to_dict
+from larp.data.clips import ClipShape, clip_to_frames
+from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import open_videos
 from larp.data.loader import iterate_once
-from larp.engine.log import write_json
-from larp.metrics.frames import mean_colour, psnr, ssim
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.metrics.protocols import check_record_path, versions
-from larp.tokenizer import LarpTokenizer
+from larp.metrics.psnr_ssim import mean_colour, ssim
+from larp.models.losses import psnr
+from larp.models.tokenizer import LarpTokenizer
 
 import numpy as np
 import torch

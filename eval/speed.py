@@ -3,7 +3,7 @@ same mathematics, in one run:
 
     python eval/speed.py --out speed.json                          # the paper's size
     python eval/speed.py --size small --what inference             # a recipe's, encode and decode only
-    python eval/speed.py --what head                               # the loss of the language model, see larp_mllm/head_speed.py
+    python eval/speed.py --what head                               # the loss of the language model, see eval/bench/head_speed.py
     python eval/speed.py --device cuda --precision bf16 --compile --batch-size 16
 
 The two are checked to give the same codes, clips and losses before anything is timed, and then take turns. The floor is the operations
@@ -18,15 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import from_dict, load_recipe, parse, run_script, to_dict
-from larp.discriminator import Discriminator
-from larp.engine.blocks import compile_blocks
-from larp.engine.log import write_json
-from larp.losses import discriminator_loss, generator_loss
-from larp.metrics import flops
-from larp.metrics.protocols import check_record_path
-from larp.metrics.straightforward import Straightforward, judge
-from larp.metrics.timing import (
+from bench import flops
+from bench.head_speed import HeadSize, describe_heads, measure_heads
+from bench.straightforward import Straightforward, judge
+from bench.timing import (
     Lap,
     in_fresh_process,
     in_turn,
@@ -37,10 +32,18 @@ from larp.metrics.timing import (
     ratio,
     summary,
 )
-from larp.noise import BatchNoise
-from larp.objective import AdversaryConfig, LossConfig, tokenizer_loss
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
-from larp_mllm.head_speed import HeadSize, describe_heads, measure_heads
+from larp.config import from_dict, load_recipe, parse, to_dict
+from larp.engine.adversary import AdversaryConfig
+from larp.engine.signals import run_script
+from larp.files import write_json
+from larp.metrics.protocols import check_record_path
+from larp.models.discriminator import Discriminator
+from larp.models.layers import compile_blocks
+from larp.models.losses import discriminator_loss, generator_loss
+from larp.models.noise import BatchNoise
+from larp.models.objective import LossConfig, tokenizer_loss
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import torch
 from torch import Tensor

@@ -18,18 +18,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from larp.config import parse, run_script, to_dict
-from larp.engine.blocks import compile_blocks
+from bench import flops
+from bench.head_speed import HeadCase, plain_loss
+from bench.measurements import Measurements, between, busiest, copy_rate, finish, mark, matmul_rate, seconds_of
+from bench.sampler_speed import fused_sampler, samplers
+from bench.speed_sizes import Sizes
+from bench.timing import machine
+from larp.config import parse, to_dict
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.metrics import flops
-from larp.metrics.measurements import Measurements, between, busiest, copy_rate, finish, mark, matmul_rate, seconds_of
-from larp.metrics.sampler_speed import fused_sampler, samplers
-from larp.metrics.timing import machine
-from larp.noise import BatchNoise
-from larp.objective import LossConfig, tokenizer_loss
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
-from larp_mllm.head_speed import HeadCase, plain_loss
-from larp_mllm.speed_sizes import Sizes
+from larp.engine.signals import run_script
+from larp.models.layers import compile_blocks
+from larp.models.noise import BatchNoise
+from larp.models.objective import LossConfig, tokenizer_loss
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import torch
 import torch.nn.functional as F

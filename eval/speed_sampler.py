@@ -18,15 +18,17 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.decoding import BlockWeights, Decoder
-from larp.engine.log import write_json
-from larp.generator import SIZES, GeneratorConfig, LarpGenerator
+from bench.timing import Lap, in_turn, machine
+from larp.config import parse, to_dict
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import check_device
+from larp.kernels.packed_linear import Weights
+from larp.kernels.threads import threads
 from larp.metrics.protocols import check_record_path, versions
-from larp.metrics.timing import Lap, in_turn, machine
-from larp.packing import Weights, threads
-from larp.sampling import check_sampling, guide, row_uniforms, sample_logits
+from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator
+from larp.sampling.decoder import BlockWeights, Decoder
+from larp.sampling.sample import check_sampling, guide, row_uniforms, sample_logits
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,7 @@ class SamplerSpeedConfig:
     """Time the sampler of the AR generator against reading its weights, a naive sampler, and a batch of one."""
 
     size: str = "B"
-    """A row of larp.generator.SIZES."""
+    """A row of larp.models.generator.SIZES."""
     num_tokens: int = 1024
     """Codes of a clip."""
     codebook_size: int = 8192
@@ -57,7 +59,7 @@ class SamplerSpeedConfig:
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the fast sampler's weights and cache; the naive one keeps float32, and only float32 must agree with it."""
     weights: Weights = "auto"
-    """How the fast sampler multiplies, see larp.packing."""
+    """How the fast sampler multiplies, see larp.kernels.packed_linear."""
     out: Path = Path("sampler.json")
     """Where the figures go."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"

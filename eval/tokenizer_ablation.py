@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from larp.config import parse, run_script, to_dict
-from larp.engine.log import write_json
+from bench.trainings import stage
+from larp.config import parse, to_dict
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.metrics.protocols import check_record_path
-from larp.metrics.trainings import stage
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS: dict[str, tuple[str, ...]] = {

@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.data.clips import ClipShape, clip_to_frames, contact_sheet
+from larp.config import parse, to_dict
+from larp.data.clips import ClipShape, clip_to_frames
+from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import open_videos
-from larp.engine.log import write_json
-from larp.generator import LarpGenerator
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import check_device
 from larp.metrics.classifier import require_labels
 from larp.metrics.clipsets import (
@@ -42,9 +43,10 @@ from larp.metrics.protocols import (
     headline,
     result,
 )
-from larp.quantizer import usage
-from larp.sampling import Guidance, check_sampling
-from larp.tokenizer import LarpTokenizer
+from larp.models.generator import LarpGenerator
+from larp.models.quantizer import usage
+from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.sample import Guidance, check_sampling
 
 import numpy as np
 import torch

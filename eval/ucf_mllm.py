@@ -17,17 +17,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, run_script, to_dict
-from larp.data.clips import clip_to_frames, contact_sheet
+from larp.config import parse, to_dict
+from larp.data.clips import clip_to_frames
+from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, humanize, open_videos
-from larp.data.tokens import TokenCache
-from larp.engine.log import write_json
+from larp.data.token_cache import TokenCache
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import check_device
 from larp.metrics.classifier import VERSION, classifier_of, judge_real, require_labels
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
-from larp_mllm.home import find_model
+from larp_mllm.generation.sampling import VideoSampling
+from larp_mllm.locate import find_model
 from larp_mllm.metrics.evaluation import (
     caption_accuracy,
     clip_shape,
@@ -37,8 +40,7 @@ from larp_mllm.metrics.evaluation import (
     prompts_of,
     split_evenly,
 )
-from larp_mllm.mllm import Mllm
-from larp_mllm.sampling import VideoSampling
+from larp_mllm.pipeline import Mllm
 
 import numpy as np
 import torch

@@ -15,17 +15,18 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from larp.config import parse, run_script, to_dict
+from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import FixedPass, iterate_once
-from larp.engine.log import write_json
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
 from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
 from larp.metrics.reconstruction import Watch, reconstruct
-from larp.tokenizer import LarpTokenizer
+from larp.models.tokenizer import LarpTokenizer
 
 import torch
 from torch import Tensor

@@ -1,7 +1,35 @@
-"""LARP: a video tokenizer whose codes are easy to predict, and the generator that predicts them."""
+"""LARP: a video tokenizer whose codes are easy to predict, and the generator that predicts them.
+
+    from larp import LarpTokenizer
+    tokenizer = LarpTokenizer.from_pretrained("runs/tokenizer/model")
+    codes = tokenizer.encode(clip)
+
+Names are loaded when they are first used, so that `import larp` stays light.
+"""
 
 import os
+from importlib import import_module
 
 # OpenMP threads that spin while they wait make small models up to 20 times slower where another process wants the cores, and
 # gain nothing measurable where none does (LOG.md). It is read when torch is loaded, so larp is imported before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_MODULES = {
+    "LarpTokenizer": "models.tokenizer",
+    "TokenizerConfig": "models.tokenizer_config",
+    "LarpGenerator": "models.generator",
+    "GeneratorConfig": "models.generator",
+    "generate": "sampling.sample",
+}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import os
-import sys
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -321,37 +319,6 @@ def parse(
     return tyro.cli(
         cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)
     ), recipe
-
-
-def run_script(prog: str, main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the user can mend ends it with one message and exit status 2, no traceback.
-
-    That is a ValueError, an OSError that names a file (one that cannot be written, say), or a FloatingPointError: a loss
-    that is no number any more. Of several ranks, those that merely repeat an error of the main one say nothing. A training
-    run that was told to stop, and returns where in `stopped_at`, ends with 143 (as SIGTERM does) or 130 (as Ctrl-C does), so
-    that what follows it does not start.
-    """
-    from larp.engine.signals import stopped_by
-
-    try:
-        result = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
-        if not getattr(error, "of_main", False):
-            print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    if isinstance(result, dict) and "stopped_at" in result:
-        sys.exit(128 + stopped_by())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # All is written. Leaving at once spares the interpreter's long goodbye, in which communication threads whose peers are
-        # gone abort now and then (seen once in a dozen runs), and a launcher takes that for a failed training.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:

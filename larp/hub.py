@@ -8,6 +8,8 @@ import json
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
+from larp.config import from_dict
+
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -68,8 +70,6 @@ class LarpModel(nn.Module):
                 raise CheckpointError(
                     f"{folder} has format {config['larp_format']}; this version reads up to {FORMAT}: update larp"
                 )
-            from larp.config import from_dict
-
             stored = config.get("dtype", "float32")
             tensors = widened(tensors, stored, folder / CONFIG)
             values = {k: v for k, v in config.items() if k not in ("model_type", "larp_format", "dtype")}
@@ -170,24 +170,6 @@ class LarpModel(nn.Module):
     def num_parameters(self) -> int:
         """Count the learned numbers."""
         return sum(p.numel() for p in self.parameters())
-
-
-def check_device(device: str | torch.device) -> None:
-    """Raise ValueError that lists the devices of this machine unless `device` is one of them."""
-    at_hand = ["cpu"]
-    if torch.cuda.is_available():
-        at_hand += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        at_hand += ["mps", "mps:0"]
-    try:
-        known = torch.device(device).type not in ("cpu", "cuda", "mps") or str(torch.device(device)) in (
-            *at_hand,
-            "cpu:0",
-        )
-    except (RuntimeError, TypeError):
-        known = False
-    if not known:
-        raise ValueError(f"device {str(device)!r} is not there; this machine has {', '.join(at_hand)}")
 
 
 def make_folder(folder: str | Path) -> Path:
@@ -309,3 +291,23 @@ def complain(problems: list[str], about: str) -> None:
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{about}: {'; '.join(problems[:8])}{more}")
+
+
+def choose_device(device: str | None = None) -> str:
+    """Return `device`, or by default the GPU if there is one. ValueError as `check_device`."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return device
+
+
+def check_device(device: str | torch.device) -> None:
+    """Raise ValueError, with the devices of this machine, unless torch can put a tensor on `device` and read it back."""
+    try:
+        torch.zeros(1, device=torch.device(device)).tolist()
+    except Exception as error:  # a family of its own for each way in which a device can be absent
+        found = ["cpu"]
+        if torch.cuda.is_available():
+            found += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            found += ["mps"]
+        raise ValueError(f"device {str(device)!r} is not there; this machine has {', '.join(found)}") from error

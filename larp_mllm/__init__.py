@@ -9,33 +9,33 @@ Names are loaded when they are first used, so that `import larp_mllm` stays ligh
 from importlib import import_module
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
-from larp_mllm.registration import register
+from larp_mllm.model.auto_classes import register
 
-_HOMES = {
-    "generate": "generation",
-    "describe": "generation",
-    "continue_video": "generation",
-    "chat": "generation",
-    "Mllm": "mllm",
+_MODULES = {
+    "generate": "api",
+    "describe": "api",
+    "continue_video": "api",
+    "chat": "api",
+    "Mllm": "pipeline",
     "Video": "video",
-    "VideoSampling": "sampling",
-    "TextSampling": "sampling",
-    "Progress": "progress",
-    "LarpMllmConfig": "configuration",
-    "LarpMllmForCausalLM": "modeling",
-    "LarpMllmProcessor": "processing",
-    "Vocabulary": "vocabulary",
+    "VideoSampling": "generation.sampling",
+    "TextSampling": "generation.sampling",
+    "Progress": "generation.progress",
+    "LarpMllmConfig": "model.configuration",
+    "LarpMllmForCausalLM": "model.modeling",
+    "LarpMllmProcessor": "processing.processor",
+    "Vocabulary": "model.vocabulary",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_MODULES)
 
 register()
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, run_script
+from larp.config import parse
 from larp.data.datasets import open_videos
 from larp.data.extraction import check_counts, extract_tokens
-from larp.data.tokens import TokenCache
+from larp.data.token_cache import TokenCache
 from larp.engine import backend
-from larp.tokenizer import LarpTokenizer
+from larp.engine.signals import run_script
+from larp.models.tokenizer import LarpTokenizer
 
 RECIPES = Path(__file__).parent / "recipes"
 

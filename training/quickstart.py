@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from larp.config import run_script
+from larp.engine.signals import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle moving left"

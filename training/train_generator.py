@@ -12,26 +12,27 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from larp.config import parse, run_script, to_dict
-from larp.data.batches import CachedCodes, LiveCodes
+from larp.config import parse, to_dict
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import extract_tokens
-from larp.data.tokens import TokenCache
+from larp.data.token_cache import TokenCache
 from larp.engine import backend
 from larp.engine.backend import Engine, Ranks, make_engine
+from larp.engine.checkpoint import check_folder, load_state, open_run, save_state, take_weights
 from larp.engine.clock import Clock
+from larp.engine.code_batches import CachedCodes, LiveCodes
+from larp.engine.distributed import whole, whole_copy
 from larp.engine.generator_settings import TrainGeneratorConfig
-from larp.engine.log import RunLog, check_wandb, write_json
+from larp.engine.log import RunLog, check_wandb
 from larp.engine.optimizer import build_optimizer
-from larp.engine.sharding import whole, whole_copy
-from larp.engine.start_from import take_weights
-from larp.engine.state import check_folder, load_state, open_run, save_state
-from larp.generator import GeneratorConfig, LarpGenerator, code_loss
+from larp.engine.samples import GUIDANCE, Samples, tokenizer_of
+from larp.engine.signals import run_script
+from larp.files import write_json
 from larp.hub import EMA
-from larp.metrics.prediction import predict_codes
-from larp.noise import BatchNoise
-from larp.samples import GUIDANCE, Samples, tokenizer_of
-from larp.tokenizer import LarpTokenizer
+from larp.metrics.code_prediction import predict_codes
+from larp.models.generator import GeneratorConfig, LarpGenerator, code_loss
+from larp.models.noise import BatchNoise
+from larp.models.tokenizer import LarpTokenizer
 
 import torch
 from torch import Tensor

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from larp.config import parse, run_script, to_dict
+from larp.config import parse, to_dict
 from larp.engine.backend import (
     Engine,
     Ranks,
@@ -32,29 +32,37 @@ from larp.engine.backend import (
     start,
     stop_requested,
 )
+from larp.engine.checkpoint import check_folder, load_state, newest_state, open_run, save_state
 from larp.engine.clock import Clock
+from larp.engine.distributed import main_first
 from larp.engine.log import RunLog, check_wandb
-from larp.engine.ranks import main_first
 from larp.engine.schedules import lr_factor
-from larp.engine.state import check_folder, load_state, newest_state, open_run, save_state
-from larp_mllm.bases import check_positions, check_rows, is_tiny, load_base
+from larp.engine.signals import run_script
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, Videos, open_corpus, open_videos
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.finetuning import optimizer, prepare, write_model, wrong_tensor
+from larp_mllm.engine.finetuning import optimizer, prepare, take_weights, write_model, wrong_tensor
 from larp_mllm.engine.perplexity import score_text
-from larp_mllm.engine.report import headline, refuse, surroundings, write_report, wrong_figures
-from larp_mllm.engine.resuming import ended, going_on, nothing_to_do
+from larp_mllm.engine.report import (
+    ended,
+    going_on,
+    headline,
+    nothing_to_do,
+    refuse,
+    surroundings,
+    write_report,
+    wrong_figures,
+)
 from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter, stage_at, stages
-from larp_mllm.engine.start_from import take_weights
-from larp_mllm.home import remember_newest
-from larp_mllm.mllm import Mllm
-from larp_mllm.modeling import LarpMllmForCausalLM
-from larp_mllm.processing import LarpMllmProcessor, words_hash
-from larp_mllm.sequence import TokenSequence
+from larp_mllm.locate import remember_newest
+from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.pipeline import Mllm
+from larp_mllm.processing.processor import LarpMllmProcessor, words_hash
+from larp_mllm.processing.sequence import TokenSequence
 
 import torch
 from torch import Tensor

@@ -12,28 +12,32 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from larp.config import parse, run_script, to_dict
+from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.listing import NoSplitError
 from larp.data.loader import ClipLoader, iterate_once
 from larp.data.resident import ResidentClips
-from larp.discriminator import Discriminator
-from larp.engine import backend, state
+from larp.engine import backend
+from larp.engine import checkpoint as state
+from larp.engine.adversary import Adversary
 from larp.engine.backend import Engine, Ranks
+from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
-from larp.engine.log import RunLog, check_wandb, write_json
+from larp.engine.log import RunLog, check_wandb
 from larp.engine.optimizer import build_optimizer
 from larp.engine.schedules import ramp
-from larp.engine.start_from import take_weights
+from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
+from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
 from larp.metrics.weights import WeightsMissing
-from larp.noise import BatchNoise
-from larp.objective import Adversary, tokenizer_loss
-from larp.quantizer import CodebookKeeper, add_counts, usage_of_counts
-from larp.tokenizer import LarpTokenizer, TokenizerOutput, draw_prefixes
+from larp.models.discriminator import Discriminator
+from larp.models.noise import BatchNoise
+from larp.models.objective import tokenizer_loss
+from larp.models.quantizer import CodebookKeeper, add_counts, usage_of_counts
+from larp.models.tokenizer import LarpTokenizer, TokenizerOutput, draw_prefixes
 
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,7 @@
 """Clips packed into one small file, to be trained on where there is no room for the videos, or no PyAV.
 
 A pack is a zip file of one small H.264 video per clip and of clips.jsonl, their manifest. Unpacked, it is a folder of
-.npy files (larp/data/frame_file.py) with two manifests that the `jsonl:` spec reads: clips.jsonl of all clips, and
+.npy files (larp/data/container.py) with two manifests that the `jsonl:` spec reads: clips.jsonl of all clips, and
 labelled.jsonl of those with a class.
 """
 
@@ -26,9 +26,9 @@ from larp.data.clips import resize_frames
 from larp.data.datasets import open_videos, split_specs
 from larp.data.doctor import equal_files
 from larp.data.listing import DataError, NoSplitError, VideoItem
-from larp.data.threads import in_order
+from larp.data.loader import in_order
 from larp.data.video import ShortVideoError, VideoError, count_frames, read_video, write_video
-from larp.engine.ranks import cores
+from larp.kernels.threads import cores
 
 import numpy as np
 from tqdm import tqdm

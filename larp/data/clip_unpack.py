@@ -19,7 +19,7 @@ from larp.data.clip_pack import LABELLED, MANIFEST, check_size, json_lines, make
 from larp.data.clips import resize_frames
 from larp.data.container import has_pyav
 from larp.data.listing import DataError
-from larp.data.threads import in_order
+from larp.data.loader import in_order
 from larp.data.video import VideoError, read_video
 
 import numpy as np

@@ -7,10 +7,7 @@ itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +16,6 @@ import torch.nn.functional as F
 _CHUNK = 32
 # How many times longer than the frame a picture may become before the crop; ones wider still are cropped first.
 _MOST_LONG = 4
-# Pixels: the widest picture of a contact sheet.
-_WIDEST = 4096
-# Of the pictures of a contact sheet that were given.
-_GIVEN = "#2f6fdf"
 
 
 @dataclass(frozen=True)
@@ -128,98 +121,3 @@ def clip_to_frames(clip: torch.Tensor) -> np.ndarray:
         raise ValueError(f"a clip is (3, T, H, W), not {tuple(clip.shape)}")
     pixels = clip.detach().float().clamp(0, 1).mul(255).round().byte()
     return pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy()
-
-
-def side_by_side(
-    originals: Sequence[np.ndarray], reconstructions: Sequence[np.ndarray], pairs_per_row: int = 2
-) -> np.ndarray:
-    """Join uint8 (T, H, W, 3) videos of one shape into one, each original left of its reconstruction, pairs in rows."""
-    if len(originals) != len(reconstructions) or not len(originals):
-        raise ValueError(
-            f"{len(originals)} originals and {len(reconstructions)} reconstructions; need the same number, at least 1"
-        )
-    shapes = {video.shape for video in (*originals, *reconstructions)}
-    if len(shapes) > 1:
-        raise ValueError(f"all videos must have one shape, not {sorted(shapes)}")
-    pairs = [np.concatenate(pair, axis=2) for pair in zip(originals, reconstructions, strict=True)]
-    per_row = min(pairs_per_row, len(pairs))
-    pairs += [np.zeros_like(pairs[0])] * (-len(pairs) % per_row)
-    rows = [np.concatenate(pairs[k : k + per_row], axis=2) for k in range(0, len(pairs), per_row)]
-    return np.concatenate(rows, axis=1)
-
-
-def contact_sheet(
-    videos: Sequence[np.ndarray],
-    captions: Sequence[str],
-    path: str | Path,
-    columns: int = 8,
-    cell: int = 80,
-    given: int = 0,
-) -> None:
-    """Write a PNG with one row for each uint8 (T, H, W, 3) video: its caption above `columns` evenly spaced frames.
-
-    Frames are enlarged by whole factors (nearest neighbour) up to `cell` pixels high, or shrunk to it; very wide ones
-    become lower. If the first `given` frames of each were there before the others were made, these are framed in blue,
-    and half of the columns show what was made, as far as there is so much. The file is replaced in one step. ValueError
-    if captions and videos do not pair up; OSError that names the file if it cannot be written, and then nothing new is
-    there.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    if len(videos) != len(captions) or not len(videos):
-        raise ValueError(
-            f"{len(videos)} videos and {len(captions)} captions; need one caption for each video, at least 1"
-        )
-    font, gap = ImageFont.load_default(size=14), max(3, cell // 24) if given else 3
-    line = 16 + 2 * gap
-    rows = [[(k < given, _enlarge(video[k], cell)) for k in _spread(len(video), columns, given)] for video in videos]
-    width = max(sum(picture.width + gap for _, picture in row) for row in rows) + gap
-    width = max(width, *(int(font.getlength(text)) + 4 * gap for text in captions))
-    sheet = Image.new("RGB", (width, sum(row[0][1].height + line + gap for row in rows) + gap), "white")
-    draw, y = ImageDraw.Draw(sheet), 0
-    for row, text in zip(rows, captions, strict=True):
-        draw.text((2 * gap, y + gap), text, fill="black", font=font)
-        y, x = y + line, gap
-        for framed, picture in row:
-            if framed:
-                draw.rectangle((x - gap, y - gap, x + picture.width + gap - 1, y + picture.height + gap - 1), _GIVEN)
-            sheet.paste(picture, (x, y))
-            x += picture.width + gap
-        y += row[0][1].height + gap
-    path = Path(path)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def _spread(frames: int, columns: int, given: int) -> list[int]:
-    """The frames that a row shows: evenly spaced, apart among the given ones and the others."""
-
-    def evenly(first: int, count: int, shown: int) -> list[int]:
-        return [first + round(k) for k in np.linspace(0, count - 1, min(count, shown))]
-
-    made = frames - given
-    if not given or made <= 0:
-        return evenly(0, frames, columns)
-    before = min(given, max(columns // 2, columns - made))
-    return evenly(0, given, before) + evenly(given, made, columns - before)
-
-
-def _enlarge(frame: np.ndarray, cell: int):
-    from PIL import Image
-
-    picture = Image.fromarray(frame)
-    scale = min(cell / picture.height, _WIDEST / picture.width)
-    if scale < 1:
-        size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-        return picture.resize(size, Image.Resampling.BILINEAR)
-    factor = int(scale)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

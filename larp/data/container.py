@@ -8,11 +8,14 @@ PyAV may be missing: then no video file is read or written, and everything else 
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from larp.files import as_url
+
+import numpy as np
 
 try:
     import av
@@ -108,13 +111,6 @@ def check_regular(path: str | Path) -> None:
         raise VideoError(f"{path}: is {found}, no file: write the video to a file, and give its name")
 
 
-def as_url(path: str | Path) -> str | None:
-    """The URL that a name is, with the second slash that pathlib takes away; None for the name of a file."""
-    # A single letter before the colon is a drive.
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+", str(path))
-    return f"{found[1]}://{str(path)[found.end() :]}" if found else None
-
-
 def not_there(path: str | Path, error: OSError) -> str:
     """What to say of a name that is no file."""
     if str(path) in ("", "."):  # a Path of nothing is the current folder
@@ -149,3 +145,41 @@ def _container_format(path: str | Path, head: bytes) -> str:
         f"{path}: does not begin like a video file (mp4, mov, avi, mkv, webm, gif, flv, ogg, ivf, wmv, mpeg) "
         "or a picture (png, jpeg)"
     )
+
+
+FRAMES_PER_SECOND = 25.0
+"""The frame rate of every such file: the format holds none."""
+
+
+def is_frame_file(path: str | Path) -> bool:
+    """Whether a name is that of a file of frames."""
+    return Path(path).suffix.lower() == ".npy"
+
+
+def open_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Map an .npy file: read-only uint8 (T, H, W, 3) frames, read from the disk as they are used.
+
+    VideoError for everything else, a cut file and one with pickled objects among it.
+    """
+    try:
+        check_regular(path)
+        frames = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise VideoError(not_there(path, error)) from None
+    except VideoError:
+        raise
+    except Exception as error:  # numpy parses the header as Python, so a damaged one may raise nearly anything
+        raise VideoError(f"{path}: is no .npy file of frames, or a damaged one: {_first_line(error)}") from error
+    if not isinstance(frames, np.ndarray):
+        frames.close()
+        raise VideoError(f"{path}: is an archive of arrays, not an .npy file of frames")
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise VideoError(f"{path}: holds {frames.dtype} {frames.shape}; frames are uint8 (T, H, W, 3), T, H and W > 0")
+    height, width = frames.shape[1:3]
+    if height * width > max_pixels:
+        raise VideoError(f"{path}: {width}x{height} pixels per frame is over max_pixels={max_pixels}")
+    return frames
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -13,7 +13,7 @@ from statistics import median_low
 
 from larp.data.clips import ClipShape, choose_start
 from larp.data.datasets import UCF101_GROUP, DataError, NoSplitError, VideoSet, open_videos, split_specs
-from larp.data.threads import in_order
+from larp.data.loader import in_order
 from larp.data.video import VideoError, VideoInfo, iter_frames, probe
 
 from tqdm import tqdm

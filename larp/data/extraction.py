@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from larp.data import tokens
+from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
-from larp.data.loader import ClipLoader
-from larp.data.threads import in_order
-from larp.data.tokens import INDEX, TokenCache, token_key
+from larp.data.loader import ClipLoader, in_order
+from larp.data.token_cache import INDEX, TokenCache, token_key
 from larp.data.video import ShortVideoError, VideoError, VideoInfo, iter_frames, probe, read_video
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else. A PNG or JPEG picture reads as one frame.
 
-An .npy file of frames is a video too, and needs no PyAV (larp/data/frame_file.py); these are read, not written here.
+An .npy file of frames is a video too, and needs no PyAV (larp/data/container.py); these are read, not written here.
 Other files are opened by larp/data/container.py, and every failure is a `VideoError` that names the file. FFmpeg may end early
 in silence, so the number of frames that came out is compared with the number that was asked for.
 """
@@ -20,22 +20,24 @@ from typing import TYPE_CHECKING
 
 from larp.data.container import (
     DECODE_ERRORS,
+    FRAMES_PER_SECOND,
     MAX_BYTES,
     MAX_PIXELS,
     VideoError,
-    as_url,
     av,
     check_pyav,
     has_pyav,
+    is_frame_file,
+    open_frames,
     opened,
 )
 from larp.data.encoding import Encoding, Gif, Movie, check_encoder
-from larp.data.frame_file import FRAMES_PER_SECOND, is_frame_file, open_frames
 
 import numpy as np
 
 if TYPE_CHECKING:
     from larp.data.audio import AudioTrack
+from larp.files import check_output
 
 # Frames per second that can be written: a GIF counts 16 bits of hundredths of a second, and no player shows a thousand.
 LEAST_FPS, MOST_FPS = 0.01, 1000.0
@@ -162,7 +164,10 @@ class VideoWriter:
         audio: AudioTrack | None = None,
     ):
         self.path = Path(path)
-        check_output(self.path)
+        try:
+            check_output(self.path)
+        except ValueError as error:
+            raise VideoError(str(error)) from error
         self._rate, self._audio = _rational(fps), audio
         self._encoding = Encoding(codec, quality, pixel_format, preset, tune)
         self._size: tuple[int, ...] | None = None
@@ -245,14 +250,6 @@ def check_fps(fps: float) -> float:
             f"fps is {fps!r}; it must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, to be written to files"
         )
     return float(fps)
-
-
-def check_output(path: str | Path) -> None:
-    """VideoError for what no file can be called, and for a URL, of which a folder would be made."""
-    if "\0" in str(path):
-        raise VideoError(f"{str(path)!r} holds a zero byte: give the name of a file")
-    if (url := as_url(path)) and not Path(path).parent.is_dir():
-        raise VideoError(f"{url}: URLs are not written to: give the name of a file")
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) -> None:

@@ -29,14 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from larp.engine import signals
-from larp.engine.averaging import WeightAverage
-from larp.engine.blocks import checkpoint_activations, compile_blocks
 from larp.engine.device_steps import DeviceSteps, fuse, place_counters
-from larp.engine.ranks import (
+from larp.engine.distributed import (
     Ranks,
     barrier,
     broadcast_object,
-    cores,
     current_ranks,
     fill_in_environment,
     free_port,
@@ -47,7 +44,10 @@ from larp.engine.ranks import (
     reduce_sum,
     set_current_ranks,
 )
+from larp.engine.ema import WeightAverage
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, deepspeed_settings, micro_batch
+from larp.kernels.threads import cores
+from larp.models.layers import checkpoint_activations, compile_blocks
 
 import numpy as np
 import torch

@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 
-from larp.engine import ranks
+from larp.engine import distributed as ranks
 
 
 class Clock:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from larp.engine.clock import check_minutes
 from larp.engine.optimizer import OptimizerConfig
+from larp.engine.samples import SamplingConfig
 from larp.engine.settings import EngineConfig
-from larp.generator import Task
-from larp.samples import SamplingConfig
+from larp.models.generator import Task
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainGeneratorConfig:
     out: Path = Path("runs/generator")
     """Run folder."""
     size: str = "tiny"
-    """A row of larp.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
+    """A row of larp.models.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
     dropout: float = 0.1
     condition_dropout: float | None = None
     """Share of training clips that are shown without their class or given frames, which guidance needs. By default 0.1 for classes and,

@@ -7,8 +7,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,61 +14,12 @@ from types import TracebackType
 from typing import Any
 
 from larp.engine.backend import Ranks
+from larp.files import write_text
 
 from tqdm import tqdm
 
 METRICS_FILE = "metrics.jsonl"
 _WANDB_ID = "wandb-id.txt"
-
-
-def write_json(path: Path | str, obj: Any) -> None:
-    """Write `obj` as indented JSON such that after a crash the file holds the old or the new content, never a half.
-
-    Numbers that are not finite become null: JSON has none, and other programs would refuse the whole file.
-    """
-    write_text(path, json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _finite(obj: Any) -> Any:
-    if isinstance(obj, dict):
-        return {key: _finite(value) for key, value in obj.items()}
-    if isinstance(obj, list | tuple):
-        return [_finite(value) for value in obj]
-    return None if isinstance(obj, float) and not math.isfinite(obj) else obj
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Replace a UTF-8 file at once: written beside it, synced to disk, then renamed."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-
-
-def check_writable(path: Path) -> None:
-    """ValueError unless a file can be written to `path`, missing folders made; nothing stays behind from the check.
-
-    An existing file counts as writable: it is replaced. For use before long work whose result goes there.
-    """
-    from larp.data.video import check_output  # FFmpeg, which few need who log
-
-    check_output(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the name of a file, such as {path / 'NAME'}")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{path} cannot be written ({folder} is a file, not a folder): choose another place")
-    try:
-        # Tried, not asked: of /proc or a read-only disk the permissions tell another story.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({folder} takes no files: {error.strerror}): choose another place"
-        ) from error
 
 
 def check_wandb(project: str | None) -> None:

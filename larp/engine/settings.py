@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from larp.engine.ranks import Ranks
+from larp.engine.distributed import Ranks
 
 import torch
 from torch import nn

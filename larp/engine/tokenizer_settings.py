@@ -4,12 +4,13 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from larp.engine.adversary import AdversaryConfig
 from larp.engine.clock import check_minutes
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.schedules import ramp
 from larp.engine.settings import EngineConfig
-from larp.objective import AdversaryConfig, LossConfig
-from larp.tokenizer import TokenizerConfig
+from larp.models.objective import LossConfig
+from larp.models.tokenizer_config import TokenizerConfig
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import read_windows
 from larp.data.loader import iterate_once
 from larp.data.shapes import cache_folder
-from larp.data.tokens import file_state
+from larp.data.token_cache import file_state
 from larp.data.video import VideoError
-from larp.tokenizer import LarpTokenizer
+from larp.models.tokenizer import LarpTokenizer
 
 import torch
 import torch.nn.functional as F

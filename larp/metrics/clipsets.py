@@ -13,11 +13,11 @@ from typing import Any
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.video import VideoError, count_frames, read_video
-from larp.generator import LarpGenerator, Task
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
 from larp.metrics.protocols import Window, draw_windows
-from larp.sampling import generate
-from larp.tokenizer import LarpTokenizer
+from larp.models.generator import LarpGenerator, Task
+from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.sample import generate
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ def generated_clips(
     """One clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
 
     condition: class numbers (n,), or given codes and separator (n, N + 1). sampling: further arguments of
-    `larp.sampling.generate`; a clip does not depend on the batch that it is made in.
+    `larp.sampling.sample.generate`; a clip does not depend on the batch that it is made in.
     """
     with tqdm(total=len(condition), desc="generating", unit="clip", delay=2) as bar:
         for first in range(0, len(condition), batch_size):

@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 from larp.data.extraction import repeat_last
-from larp.metrics.frames import psnr
-from larp.tokenizer import LarpTokenizer
+from larp.models.losses import psnr
+from larp.models.tokenizer import LarpTokenizer
 
 from torch import Tensor
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from larp.metrics.frames import check_pair
 from larp.metrics.sources import LPIPS, LPIPS_ALEXNET
 from larp.metrics.weights import LPIPS_HEADS, VGG16, WeightsMissing
+from larp.models.losses import check_pair
 
 import torch
 from torch import Tensor, nn

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.engine.log import check_writable
+from larp.files import check_writable
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures
 
 import torch

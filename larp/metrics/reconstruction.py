@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from larp.data.clips import clip_to_frames, contact_sheet, side_by_side
+from larp.data.clips import clip_to_frames
+from larp.data.contact_sheet import contact_sheet, side_by_side
 from larp.data.video import movies_are_written, write_video
 from larp.metrics import lpips
-from larp.metrics.frames import mean_colour, psnr, ssim
 from larp.metrics.frechet import Moments, frechet_distance, real_floor
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures, PublishedI3D
+from larp.metrics.psnr_ssim import mean_colour, ssim
 from larp.metrics.sources import I3D_KINETICS, LPIPS
-from larp.quantizer import usage
-from larp.tokenizer import LarpTokenizer, TokenizerOutput
+from larp.models.losses import psnr
+from larp.models.quantizer import usage
+from larp.models.tokenizer import LarpTokenizer, TokenizerOutput
 
 import numpy as np
 import torch

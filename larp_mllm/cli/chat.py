@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from larp_mllm.cli import options
 
 if TYPE_CHECKING:
-    from larp_mllm.mllm import Mllm
-    from larp_mllm.progress import Progress
+    from larp_mllm.generation.progress import Progress
+    from larp_mllm.pipeline import Mllm
 
 DESCRIPTION = """\
 Talk with a language model of training/train_mllm.py. Answers may hold text and videos in any order: text is printed as it
@@ -55,7 +55,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the question, or one line after another until they end."""
-    from larp.engine.log import check_writable
+    from larp.files import check_writable
     from larp_mllm.checks import check_count
 
     if arguments.scale is not None:
@@ -90,7 +90,7 @@ class Conversation:
 
     def open(self) -> "Mllm":
         """Load the model, once."""
-        from larp_mllm.generation import open_model
+        from larp_mllm.api import open_model
 
         if self.model is None:
             self.model = open_model(**options.model_options(self.arguments))
@@ -120,7 +120,7 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """Send a message and print the answer. After a ValueError the conversation is what it was, without the message."""
-        from larp_mllm.generation import chat
+        from larp_mllm.api import chat
 
         content, self.shown = [*self.shown, {"type": "text", "text": text}], []
         messages = [*self.messages, {"role": "user", "content": content}]

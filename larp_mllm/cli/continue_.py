@@ -34,8 +34,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the videos; print their paths."""
-    from larp.longvideo import check_paths
-    from larp_mllm.generation import continue_video
+    from larp.codec.whole_video import check_paths
+    from larp_mllm.api import continue_video
 
     stem = f"{arguments.video.stem}-continued"
     options.check_videos_out(arguments, stem)

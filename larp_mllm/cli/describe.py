@@ -29,7 +29,7 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the caption."""
     from larp.data.video import probe
-    from larp_mllm.generation import describe
+    from larp_mllm.api import describe
 
     probe(arguments.video)  # before a model is loaded
     print(

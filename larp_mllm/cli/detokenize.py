@@ -24,8 +24,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the video; print its path."""
-    from larp.data.token_file import TokenizedVideo
-    from larp.longvideo import detokenize_video
+    from larp.codec.token_file import TokenizedVideo
+    from larp.codec.whole_video import detokenize_video
 
     options.check_movie(arguments.out)
     video = TokenizedVideo.load(arguments.tokens)

@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the folder; print it, and beside the output how to use it."""
     import sys
 
-    from larp_mllm.export import check_target, export
-    from larp_mllm.home import find_model
+    from larp_mllm.export.checkpoint import check_target, export
+    from larp_mllm.locate import find_model
 
     import torch
 

@@ -30,7 +30,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the videos; print their paths."""
-    from larp_mllm.generation import generate
+    from larp_mllm.api import generate
 
     stem = re.sub(r"[^a-z0-9]+", "-", arguments.prompt.lower())[:60].strip("-") or "video"
     options.check_videos_out(arguments, stem)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from larp.longvideo import Encoding
-    from larp.tokenizer import LarpTokenizer
+    from larp.codec.whole_video import Encoding
+    from larp.models.tokenizer import LarpTokenizer
     from larp_mllm.video import Video
 
 WINDOWS = """\
@@ -36,7 +36,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_model`, as the functions of `larp_mllm.generation` take them."""
+    """The options of `add_model`, as the functions of `larp_mllm.api` take them."""
     return {name: getattr(arguments, name) for name in ("model", "dtype", "device")}
 
 
@@ -57,7 +57,7 @@ def add_video_sampling(parser: argparse.ArgumentParser, guidance_scale: float) -
 
 
 def video_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_video_sampling`, as the functions of `larp_mllm.generation` take them."""
+    """The options of `add_video_sampling`, as the functions of `larp_mllm.api` take them."""
     names = ("seed", "guidance_scale", "temperature", "top_k", "top_p")
     return {name: getattr(arguments, name) for name in names}
 
@@ -79,7 +79,7 @@ def add_text_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, pref
 
 
 def text_sampling(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
-    """The options of `add_text_sampling`, as the functions of `larp_mllm.generation` take them."""
+    """The options of `add_text_sampling`, as the functions of `larp_mllm.api` take them."""
     names = ("max_new_tokens", *(f"{prefix}{name}" for name in ("temperature", "top_k", "top_p")))
     return {name: getattr(arguments, name) for name in names}
 
@@ -108,7 +108,7 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
     """ValueError unless the videos that the options of `add_videos_out` ask for can be written; for use before long work."""
-    from larp.engine.log import check_writable
+    from larp.files import check_writable
     from larp_mllm.checks import check_count
     from larp_mllm.video import check_suffix
 
@@ -195,16 +195,16 @@ def add_original_size(parser: argparse.ArgumentParser) -> None:
 
 def encoding(arguments: argparse.Namespace) -> "Encoding":
     """The options of `add_encoding`; ValueError for values that no tokenizer takes."""
-    from larp.longvideo import Encoding
+    from larp.codec.whole_video import Encoding
 
     return Encoding(arguments.fit, arguments.num_tokens, arguments.target_psnr, arguments.batch_size)
 
 
 def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
     """The tokenizer that the options of `add_tokenizer` name, `arguments.tokenizer` from then on; ValueError if it cannot be loaded."""
-    from larp.tokenizer import LarpTokenizer
-    from larp_mllm.device import choose_device
-    from larp_mllm.home import find_model, find_tokenizer
+    from larp.hub import choose_device
+    from larp.models.tokenizer import LarpTokenizer
+    from larp_mllm.locate import find_model, find_tokenizer
 
     if arguments.tokenizer is None:
         try:
@@ -218,7 +218,7 @@ def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
 
 def check_movie(path: Path) -> None:
     """ValueError unless a video (no still picture) can be written under this name, and there."""
-    from larp.engine.log import check_writable
+    from larp.files import check_writable
     from larp_mllm.video import SUFFIXES
 
     movies = [suffix for suffix in SUFFIXES if suffix != ".png"]

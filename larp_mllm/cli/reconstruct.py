@@ -26,7 +26,7 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the video; print its figures."""
-    from larp.longvideo import check_paths, reconstruct_video
+    from larp.codec.whole_video import check_paths, reconstruct_video
 
     encoding = options.encoding(arguments)
     options.check_movie(arguments.out)

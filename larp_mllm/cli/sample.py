@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from larp_mllm.cli import options
 
 if TYPE_CHECKING:
-    from larp.continuation import LongClip
-    from larp.generator import LarpGenerator
-    from larp.tokenizer import LarpTokenizer
-    from larp_mllm.generators import Training
+    from larp.models.generator import LarpGenerator
+    from larp.models.tokenizer import LarpTokenizer
+    from larp.sampling.long_clips import LongClip
+    from larp.sampling.training_info import Training
 
 DESCRIPTION = """\
 Write videos of classes, or videos that go on from the last frames of a video, with a generator of
@@ -135,10 +135,10 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the videos and the sheet; print their paths and seams."""
     from larp.data.clips import clip_to_frames
-    from larp.data.gallery import Gallery, check_scale
-    from larp.generator import LarpGenerator
-    from larp_mllm.device import choose_device
-    from larp_mllm.generators import find_training
+    from larp.data.contact_sheet import Gallery, check_scale
+    from larp.hub import choose_device
+    from larp.models.generator import LarpGenerator
+    from larp.sampling.training_info import find_training
 
     folder, drawing = _check(arguments), _drawing(arguments)
     device = choose_device(arguments.device)
@@ -167,9 +167,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> Path:
     """The folder OUT; ValueError for what can be told to be wrong before anything is loaded."""
-    from larp.data.gallery import SHEET
+    from larp.data.contact_sheet import SHEET
     from larp.data.video import probe
-    from larp.engine.log import check_writable
+    from larp.files import check_writable
     from larp_mllm.video import SUFFIXES
 
     for name in ("num_videos", "scale", "batch_size", "stride", "given"):
@@ -203,8 +203,8 @@ def _check(arguments: argparse.Namespace) -> Path:
 
 
 def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `larp.sampling.generate`, checked."""
-    from larp.sampling import Guidance, check_sampling
+    """The options of `larp.sampling.sample.generate`, checked."""
+    from larp.sampling.sample import Guidance, check_sampling
 
     scale = arguments.guidance_scale
     if scale is None:
@@ -295,9 +295,9 @@ def _videos(
     drawing: dict[str, Any],
 ) -> tuple[list[str], "Iterator[LongClip]"]:
     """The names of the videos, and the videos as they come."""
-    from larp.continuation import GIVEN, last_frames, sample_classes, sample_continuations
-    from larp.generator import LarpGenerator
-    from larp_mllm.generators import find_training
+    from larp.models.generator import LarpGenerator
+    from larp.sampling.long_clips import GIVEN, last_frames, sample_classes, sample_continuations
+    from larp.sampling.training_info import find_training
 
     import torch
 

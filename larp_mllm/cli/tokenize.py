@@ -24,9 +24,9 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the token file; print what is in it."""
-    from larp.data.token_file import check_suffix
-    from larp.engine.log import check_writable
-    from larp.longvideo import check_paths, tokenize_video
+    from larp.codec.token_file import check_suffix
+    from larp.codec.whole_video import check_paths, tokenize_video
+    from larp.files import check_writable
 
     encoding = options.encoding(arguments)
     check_suffix(arguments.out)

@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     import json
 
     from larp_mllm.engine.report import describe_training, read_training
-    from larp_mllm.home import find_model
+    from larp_mllm.locate import find_model
 
     found = read_training(find_model() if arguments.model is None else arguments.model)
     print(json.dumps(found, indent=2, ensure_ascii=False) if arguments.json else describe_training(found))

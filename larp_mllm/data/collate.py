@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.sequence import TokenSequence
 
 import torch
 from torch import Tensor

@@ -5,16 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from larp.data.tokens import TokenCache
-from larp.engine.ranks import main_first
-from larp.tokenizer import LarpTokenizer
+from larp.data.token_cache import TokenCache
+from larp.engine.distributed import main_first
+from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.data.dataset import CaptionedVideos, Tasks, caption_phrases, judged_tasks
-from larp_mllm.data.held_out import HELD_OUT, held_out_rows
+from larp_mllm.data.leakage import HELD_OUT, held_out_rows, same_text, same_videos, same_videos_of_records
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
-from larp_mllm.data.twins import same_text, same_videos, same_videos_of_records
-from larp_mllm.processing import LarpMllmProcessor
-from larp_mllm.sequence import TokenSequence
+from larp_mllm.processing.processor import LarpMllmProcessor
+from larp_mllm.processing.sequence import TokenSequence
 
 TEXT_LENGTH = 512
 """Ids of a piece of text at most, where --sequence-length does not say it."""
@@ -162,11 +161,11 @@ def open_corpus(
     )
     notes: list[str] = []
     if videos.train is not None and videos.held_out is not None:
-        notes += same_videos(videos.train, videos.held_out)
+        notes += same_videos(videos.train.names, videos.held_out.names)
     if records_to_judge is not None:
-        notes += same_videos_of_records(found, records_to_judge.rows)
+        notes += same_videos_of_records(found.names, found.videos, records_to_judge.rows)
     if pieces is not None:
-        notes += same_text(pieces, judged)
+        notes += same_text(pieces.pieces, judged.pieces)
     return Corpus(
         train,
         held_out,

@@ -6,16 +6,51 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from larp.data.datasets import humanize
-from larp.data.tokens import TokenCache, batch_rows
-from larp.noise import BatchNoise
-from larp_mllm.conversation import chat_segments
-from larp_mllm.data.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
+from larp.data.token_cache import TokenCache, batch_rows
+from larp.models.noise import BatchNoise
 from larp_mllm.data.mirroring import mirrored
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
-from larp_mllm.sequence import Layout, TokenSequence, check_length, continuation, encode, text_to_video, video_to_text
+from larp_mllm.processing.chat import chat_segments
+from larp_mllm.processing.sequence import (
+    Layout,
+    TokenSequence,
+    check_length,
+    continuation,
+    encode,
+    text_to_video,
+    video_to_text,
+)
 
 import torch
+
+# A caption stands behind a colon or alone, so that "surfing" fits as well as "a person surfing".
+WISHES = ("{}", "Show me a video: {}", "Make a short video of this: {}", "Please draw me a clip. It shows: {}")
+QUESTIONS = ("What does this video show?", "Describe this video.", "What is happening here?")
+
+DIALOGUES = len(WISHES) + len(QUESTIONS)
+"""How many forms a chat about one video has."""
+
+
+def dialogue(number: int, caption: str, video: object) -> list[dict]:
+    """Form `number`, 0 to DIALOGUES - 1, of a chat about a video: messages as in `larp_mllm.processing.chat.chat_segments`."""
+    shown = [{"type": "video", "video": video}]
+    if number < len(WISHES):
+        return [
+            {"role": "user", "content": WISHES[number].format(caption)},
+            {"role": "assistant", "content": shown},
+        ]
+    question = {"type": "text", "text": QUESTIONS[number - len(WISHES)]}
+    return [{"role": "user", "content": [*shown, question]}, {"role": "assistant", "content": caption}]
+
+
+def drawn_dialogue(uniform: float) -> int:
+    """The form that a number in [0, 1) stands for: wishes and questions are equally frequent."""
+    wishes, questions = len(WISHES), len(QUESTIONS)
+    if uniform < 0.5:
+        return int(2 * uniform * wishes)
+    return wishes + int((2 * uniform - 1) * questions)
+
 
 # Class names are actions more often than things, and a prompt comes in any of these forms.
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")

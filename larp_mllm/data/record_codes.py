@@ -14,10 +14,10 @@ from pathlib import Path
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.extraction import read_windows
 from larp.data.listing import VideoItem
-from larp.data.threads import in_order
-from larp.data.tokens import CODE_VERSION, file_state
+from larp.data.loader import in_order
+from larp.data.token_cache import CODE_VERSION, file_state
 from larp.data.video import ShortVideoError, VideoError, probe, read_video
-from larp.tokenizer import LarpTokenizer
+from larp.models.tokenizer import LarpTokenizer
 
 import torch
 from safetensors import SafetensorError, safe_open

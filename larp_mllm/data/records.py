@@ -19,11 +19,11 @@ from typing import Any
 
 from larp.data.listing import text_lines
 from larp_mllm.checks import check_start
-from larp_mllm.conversation import chat_parts, chat_segments, check_loss, check_text
-from larp_mllm.data.held_out import content_numbers
+from larp_mllm.data.leakage import content_numbers
 from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
-from larp_mllm.processing import LarpMllmProcessor
-from larp_mllm.sequence import (
+from larp_mllm.processing.chat import chat_parts, chat_segments, check_loss, check_text
+from larp_mllm.processing.processor import LarpMllmProcessor
+from larp_mllm.processing.sequence import (
     PLACEHOLDER,
     TokenSequence,
     check_length,

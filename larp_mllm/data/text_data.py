@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from larp.data.listing import text_lines
-from larp_mllm.conversation import check_text
-from larp_mllm.data.held_out import HELD_OUT, content_numbers, held_out_rows
-from larp_mllm.sequence import IGNORE, Layout, TokenSequence
+from larp_mllm.data.leakage import HELD_OUT, content_numbers, held_out_rows
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.chat import check_text
+from larp_mllm.processing.sequence import Layout, TokenSequence
 
 import torch
 from tqdm import tqdm

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from larp_mllm.data.collate import collate
 from larp_mllm.data.dataset import evaluation_rows
 from larp_mllm.data.text_data import TextSet
-from larp_mllm.modeling import LarpMllmForCausalLM
-from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.sequence import TokenSequence
 
 import torch
 from torch import Tensor

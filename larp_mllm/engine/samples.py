@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from larp.data.clips import contact_sheet
+from larp.data.contact_sheet import contact_sheet
 from larp.data.video import movies_are_written
-from larp.engine.log import write_json
+from larp.files import write_json
 from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
-from larp_mllm.mllm import Mllm
-from larp_mllm.sampling import TextSampling, VideoSampling
-from larp_mllm.writer import draw_text
+from larp_mllm.generation.decode import draw_text
+from larp_mllm.generation.sampling import TextSampling, VideoSampling
+from larp_mllm.pipeline import Mllm
 
 SHEET, CAPTIONS = "sheet.png", "captions.json"
 _SMALLEST = 256  # pixels of height that an MP4 is scaled up to, so that players show it well

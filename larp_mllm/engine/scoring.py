@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from larp.engine.ranks import Ranks, reduce_sum
+from larp.engine.distributed import Ranks, reduce_sum
 from larp_mllm.data.collate import collate
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows, judged_tasks
-from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.sequence import TokenSequence
 
 import torch
 from torch import Tensor

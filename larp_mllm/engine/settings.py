@@ -7,10 +7,10 @@ from typing import Literal
 
 from larp.engine.clock import check_minutes
 from larp.engine.settings import EngineConfig
-from larp_mllm.bases import is_tiny
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.stages import AlignConfig, JointConfig, stages
+from larp_mllm.model.base_models import is_tiny
 
 TOKENS = Path("runs/tokens")
 

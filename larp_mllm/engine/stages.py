@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from larp.engine.sharding import whole
+from larp.engine.distributed import whole
 from larp_mllm.engine.finetuning import Method, TrainedPart
-from larp_mllm.modeling import LarpMllmForCausalLM
+from larp_mllm.model.modeling import LarpMllmForCausalLM
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

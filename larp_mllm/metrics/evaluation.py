@@ -12,14 +12,14 @@ from larp.data.clips import ClipShape, pixels_to_clip
 from larp.data.datasets import VideoSet, humanize
 from larp.data.extraction import repeat_last
 from larp.data.loader import iterate_once
-from larp.data.tokens import TokenCache
+from larp.data.token_cache import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
 from larp.metrics.clipsets import RealClips, countable
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
 from larp_mllm.data.dataset import PHRASINGS, caption_phrases
+from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.metrics.figures import caption_figures, clustered_mean, code_bits, frequency_bits
-from larp_mllm.mllm import Mllm
-from larp_mllm.sampling import VideoSampling
+from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 
 import torch

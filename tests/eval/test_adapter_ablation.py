@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from bench import trainings
 from eval import adapter_ablation as ablation
-from larp.metrics import trainings
 from tests.larp_mllm.tiny import tiny_cache
 
 import pytest

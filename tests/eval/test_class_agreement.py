@@ -5,9 +5,10 @@ import re
 
 from eval import class_agreement
 from larp.data.video import write_video
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import numpy as np
 import pytest

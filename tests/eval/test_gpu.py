@@ -8,12 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+from bench.parts import PIECE
 from eval.gpu import GpuConfig, main
 from larp.data.clip_pack import PackOptions, pack_clips
-from larp.engine.parts import PIECE
-from larp.generator import LarpGenerator
-from larp.tokenizer import LarpTokenizer
-from larp_mllm.mllm import Mllm
+from larp.models.generator import LarpGenerator
+from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.pipeline import Mllm
 
 import pytest
 

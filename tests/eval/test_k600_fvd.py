@@ -6,10 +6,11 @@ import shutil
 
 from eval import k600_fvd
 from larp.data.video import write_video
-from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.i3d import RANDOM_NAME
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import numpy as np
 import pytest

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 from eval import rate_distortion as curve
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
 import torch

@@ -3,15 +3,17 @@
 import json
 from dataclasses import replace
 
+from bench import flops, timing
+from bench.straightforward import Straightforward, judge
 from eval import speed
-from larp import products
-from larp.discriminator import Discriminator
-from larp.metrics import flops, timing
-from larp.metrics.straightforward import Straightforward, judge
-from larp.noise import BatchNoise
-from larp.objective import AdversaryConfig, tokenizer_loss
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.engine.adversary import AdversaryConfig
+from larp.kernels import matmul as products
+from larp.models.discriminator import Discriminator
+from larp.models.noise import BatchNoise
+from larp.models.objective import tokenizer_loss
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
 import torch

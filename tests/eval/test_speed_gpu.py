@@ -2,8 +2,8 @@
 
 import json
 
+from bench.measurements import Measurements
 from eval import speed_gpu
-from larp.metrics.measurements import Measurements
 
 import pytest
 import torch

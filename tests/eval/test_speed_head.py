@@ -3,9 +3,9 @@
 import json
 from dataclasses import replace
 
+from bench import head_speed
+from bench.head_speed import HeadCase, HeadSize, describe_heads, difference, one_pass
 from eval import speed
-from larp_mllm import head_speed
-from larp_mllm.head_speed import HeadCase, HeadSize, describe_heads, difference, one_pass
 
 import pytest
 import torch

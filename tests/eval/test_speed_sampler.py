@@ -2,9 +2,9 @@
 
 import json
 
+from bench.timing import Lap
 from eval import speed_sampler
 from eval.speed_sampler import SamplerSpeedConfig, check_agreement, figures, make_contenders, random_generator
-from larp.metrics.timing import Lap
 
 import pytest
 import torch

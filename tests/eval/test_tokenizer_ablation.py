@@ -4,8 +4,8 @@ import json
 import subprocess
 from pathlib import Path
 
+from bench import trainings as stages
 from eval import tokenizer_ablation as ablation
-from larp.metrics import trainings as stages
 
 import pytest
 

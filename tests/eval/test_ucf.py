@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from eval import ucf_gfvd, ucf_rfvd
 from larp.data.video import write_video
-from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.i3d import RandomI3D
-from larp.prior import PriorConfig
-from larp.sampling import Guidance
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.sample import Guidance
 
 import numpy as np
 import pytest

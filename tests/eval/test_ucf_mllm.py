@@ -11,7 +11,7 @@ from larp.data.loader import iterate_once
 from larp.data.video import read_video, write_video
 from larp.metrics.frame_prediction import CODED_COPY, COPY, RECONSTRUCTION
 from larp_mllm.data.dataset import PHRASINGS
-from larp_mllm.mllm import Mllm
+from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 from tests.larp_mllm.tiny import K, tiny_cache, tiny_mllm
 

@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from larp.engine.ranks import cores
+from larp.kernels.threads import cores
 from tests.conftest import ROOT, beside
 
 import pytest

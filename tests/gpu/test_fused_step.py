@@ -1,9 +1,9 @@
 """The fused kernels of the sampler's step, beside the plain one. They need a GPU: a CPU rehearsal skips them."""
 
-from larp import kept_decoder
-from larp.decoding import Decoder
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.sampling import generate
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.sampling import reused_decoder as kept_decoder
+from larp.sampling.decoder import Decoder
+from larp.sampling.sample import generate
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
     captured = generate(model, torch.tensor([1]), **options)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     kept_decoder.forget()
-    monkeypatch.setattr("larp.decoding.CapturedSteps", lambda step: step)
+    monkeypatch.setattr("larp.sampling.decoder.CapturedSteps", lambda step: step)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     assert captured.unique().numel() > 50
 
@@ -65,7 +65,7 @@ def test_what_the_kernels_do_not_serve_is_refused(device):
 def test_no_bit_depends_on_how_the_kernels_are_launched(device):
     model = drawn(device)
     decoder, codes = Decoder(model, 2, weights="fused", dtype=torch.bfloat16), torch.tensor([5, 6], device=device)
-    from larp.decoding_kernels import Launch, Shape
+    from larp.sampling.decoder_kernels import Launch, Shape
 
     every = {name: Shape(8, 1) for name in ("qkv", "wo", "gate", "w2", "head")}
     others = [Launch(), Launch(pdl=decoder.fused.launch.pdl, gate_ahead=1.0, qkv_ahead=0.5), Launch(**every)]

@@ -1,12 +1,13 @@
 """The models on a GPU: the reference's values, float32 as on a CPU, and bfloat16 close to both."""
 
-from larp.discriminator import Discriminator
-from larp.generator import LarpGenerator, code_loss
-from larp.metrics.frames import psnr
-from larp.noise import BatchNoise
-from larp.prior import PriorConfig, cross_entropy
-from larp.sampling import Guidance, generate
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.discriminator import Discriminator
+from larp.models.generator import LarpGenerator, code_loss
+from larp.models.losses import psnr
+from larp.models.noise import BatchNoise
+from larp.models.prior import PriorConfig, cross_entropy
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.sample import Guidance, generate
 from tests.gpu.conftest import golden
 
 import pytest

@@ -1,8 +1,9 @@
 """Sampling with captured CUDA graphs: the codes that the same steps give one kernel at a time."""
 
-from larp import decoding, kept_decoder
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.sampling import Guidance, generate
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.sampling import decoder as decoding
+from larp.sampling import reused_decoder as kept_decoder
+from larp.sampling.sample import Guidance, generate
 
 import pytest
 import torch

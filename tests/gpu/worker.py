@@ -13,16 +13,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from larp.engine import backend, state
+from larp.engine import backend
+from larp.engine import checkpoint as state
+from larp.engine.adversary import AdversaryConfig
 from larp.engine.backend import EngineConfig, make_engine
-from larp.engine.blocks import compile_blocks
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.noise import BatchNoise
-from larp.objective import AdversaryConfig, LossConfig
-from larp.prior import PriorConfig
-from larp.sampling import generate
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.layers import compile_blocks
+from larp.models.noise import BatchNoise
+from larp.models.objective import LossConfig
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.sample import generate
 from training import train_generator, train_mllm, train_tokenizer
 
 import torch
@@ -158,7 +161,7 @@ def train_generator_steps(config: EngineConfig, _: Path, ranks: backend.Ranks) -
 def train_mllm_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> dict[str, dict]:
     from larp_mllm.engine.finetuning import optimizer, prepare
     from larp_mllm.engine.stages import JointConfig
-    from larp_mllm.sequence import encode, text_to_video, video_to_text
+    from larp_mllm.processing.sequence import encode, text_to_video, video_to_text
     from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 
     mllm = tiny_mllm("tiny-qwen2")

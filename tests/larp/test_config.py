@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from larp.config import ConfigError, check_types, from_dict, load_recipe, parse, run_script, to_dict
+from larp.config import ConfigError, check_types, from_dict, load_recipe, parse, to_dict
 from larp.engine import signals
+from larp.engine.signals import run_script
 
 import pytest
 

@@ -5,10 +5,11 @@ import json
 import shutil
 from dataclasses import replace
 
-from larp.discriminator import Discriminator, DiscriminatorConfig
 from larp.hub import CheckpointError, changed
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.discriminator import Discriminator, DiscriminatorConfig
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import huggingface_hub
 import pytest

@@ -1,6 +1,6 @@
 """Tiny random bases and tokenizers: every test of the plugin runs on these."""
 
-from larp_mllm.mllm import Mllm
+from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

@@ -5,8 +5,8 @@ from pathlib import Path
 import larp_mllm
 from larp.data.clips import frames_to_clip
 from larp.data.video import read_video
-from larp.metrics.frames import psnr
-from larp.tokenizer import LarpTokenizer
+from larp.models.losses import psnr
+from larp.models.tokenizer import LarpTokenizer
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import larp.data.video
 from larp.data.video import VideoError, probe
-from larp_mllm import notebook
+from larp_mllm import video as notebook
 from larp_mllm.video import Video
 
 import av

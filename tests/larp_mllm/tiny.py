@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from larp.data import tokens
-from larp.data.tokens import TokenCache
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
-from larp_mllm.bases import load_base
-from larp_mllm.mllm import Mllm
-from larp_mllm.modeling import LarpMllmForCausalLM
-from larp_mllm.processing import LarpMllmProcessor
+from larp.data import token_cache as tokens
+from larp.data.token_cache import TokenCache
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
+from larp_mllm.model.base_models import load_base
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.pipeline import Mllm
+from larp_mllm.processing.processor import LarpMllmProcessor
 
 import torch
 

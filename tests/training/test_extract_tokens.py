@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from larp.data.tokens import TokenCache, TokenCacheError
+from larp.data.token_cache import TokenCache, TokenCacheError
 from larp.data.video import write_video
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 from training.extract_tokens import main
 
 import numpy as np

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from larp.config import from_dict, load_recipe, parse, to_dict
 from larp.data.datasets import split_specs
-from larp.discriminator import Discriminator
 from larp.engine.backend import Ranks, micro_batch
-from larp.prior import PRIOR_SIZES
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.discriminator import Discriminator
+from larp.models.prior import PRIOR_SIZES
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 from training.train_generator import TrainGeneratorConfig
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig
 

@@ -10,18 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from larp.data.batches import CachedCodes
-from larp.data.tokens import TokenCache
+from larp.data.token_cache import TokenCache
 from larp.data.video import probe
 from larp.engine.backend import EngineConfig, Ranks
+from larp.engine.checkpoint import newest_state
+from larp.engine.code_batches import CachedCodes
 from larp.engine.optimizer import OptimizerConfig
-from larp.engine.state import newest_state
-from larp.generator import LarpGenerator
-from larp.metrics.prediction import predict_codes
-from larp.prior import PriorConfig
-from larp.samples import SamplingConfig
-from larp.sampling import generate
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.engine.samples import SamplingConfig
+from larp.metrics.code_prediction import predict_codes
+from larp.models.generator import LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.sample import generate
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
 from training.train_generator import SHARED, TrainGeneratorConfig, build_model, main, open_data, train

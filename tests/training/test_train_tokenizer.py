@@ -9,10 +9,10 @@ from pathlib import Path
 
 from larp.config import ConfigError, from_dict, load_recipe
 from larp.data.datasets import DataError, open_videos
-from larp.engine.ranks import free_port
+from larp.engine.distributed import free_port
 from larp.metrics.lpips import Lpips
 from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, file_sha256
-from larp.tokenizer import LarpTokenizer
+from larp.models.tokenizer import LarpTokenizer
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig, main
 
 import pytest

@@ -7,7 +7,7 @@ from pathlib import Path
 from larp.engine import clock
 from larp.hub import EMA
 from larp.metrics.lpips import Lpips
-from larp.tokenizer import LarpTokenizer
+from larp.models.tokenizer import LarpTokenizer
 from tests.training.test_train_tokenizer import TINY
 from training import train_tokenizer
 from training.train_tokenizer import main

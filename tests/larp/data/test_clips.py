@@ -2,16 +2,8 @@
 
 import math
 
-from larp.data.clips import (
-    ClipShape,
-    choose_start,
-    clip_to_frames,
-    contact_sheet,
-    frames_to_clip,
-    resize_frames,
-    scale_frames,
-    side_by_side,
-)
+from larp.data.clips import ClipShape, choose_start, clip_to_frames, frames_to_clip, resize_frames, scale_frames
+from larp.data.contact_sheet import contact_sheet, side_by_side
 
 import numpy as np
 import pytest

@@ -7,7 +7,7 @@ import threading
 import time
 from pathlib import Path
 
-from larp.data.threads import in_order
+from larp.data.loader import in_order
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_closed_it_waits_for_the_calls_that_run_and_drops_the_others():
 def test_ctrl_c_twice_leaves_no_thread_behind():
     """The interpreter's end would find it running, and torch aborts the process then."""
     code = (
-        "import signal, time; from larp.data.threads import in_order\n"
+        "import signal, time; from larp.data.loader import in_order\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def call(_): print('running', flush=True); time.sleep(1.5); print('done', flush=True)\n"
         "for _ in in_order(call, range(9), 1): pass"

@@ -10,11 +10,11 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from larp.config import run_script
 from larp.engine import backend, signals
-from larp.engine import ranks as rank_module
+from larp.engine import distributed as rank_module
 from larp.engine.backend import EngineConfig, Ranks, make_engine, micro_batch, reduce_mean, reduce_sum
 from larp.engine.schedules import lr_factor
+from larp.engine.signals import run_script
 
 import pytest
 import torch
@@ -296,7 +296,7 @@ WORKER = """
 import json, sys, torch
 from larp.engine import backend
 from larp.engine.backend import EngineConfig, make_engine, reduce_mean
-from larp.engine.state import load_state, open_run, save_state
+from larp.engine.checkpoint import load_state, open_run, save_state
 from torch import nn
 stage, out, resume = int(sys.argv[1]), sys.argv[2], "--resume" in sys.argv
 ranks = backend.start(0)

@@ -2,13 +2,14 @@
 
 import shutil
 
-from larp.discriminator import Discriminator, DiscriminatorConfig
 from larp.engine.backend import EngineConfig, make_engine
-from larp.engine.state import load_state, newest_state, save_state
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.noise import BatchNoise
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.engine.checkpoint import load_state, newest_state, save_state
+from larp.models.discriminator import Discriminator, DiscriminatorConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.noise import BatchNoise
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
 from larp.engine.device_steps import DeviceSteps, fuse, place_counters
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
-from larp.generator import GeneratorConfig, LarpGenerator
+from larp.models.generator import GeneratorConfig, LarpGenerator
 
 import pytest
 import torch

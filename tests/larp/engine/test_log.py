@@ -6,7 +6,8 @@ import sys
 import types
 
 from larp.engine.backend import Ranks
-from larp.engine.log import RunLog, check_wandb, read_metrics, write_json
+from larp.engine.log import RunLog, check_wandb, read_metrics
+from larp.files import write_json
 
 import pytest
 import torch

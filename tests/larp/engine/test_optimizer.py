@@ -4,9 +4,10 @@ import copy
 
 from larp.engine.backend import EngineConfig, make_engine
 from larp.engine.optimizer import Muon, MuonAdamW, OptimizerConfig, build_optimizer, orthogonalise
-from larp.generator import GeneratorConfig, LarpGenerator
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
 import torch

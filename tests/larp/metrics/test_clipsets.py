@@ -3,7 +3,6 @@
 from larp.data.clips import ClipShape
 from larp.data.listing import VideoItem, VideoSet
 from larp.data.video import write_video
-from larp.generator import GeneratorConfig, LarpGenerator
 from larp.metrics.clipsets import (
     RealClips,
     class_numbers,
@@ -15,8 +14,10 @@ from larp.metrics.clipsets import (
 )
 from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.protocols import draw_windows
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import numpy as np
 import pytest

@@ -1,13 +1,14 @@
 """One pass of reconstruction: what validation measures where the published weights are at hand, and where they are not."""
 
-from larp.metrics.frames import ssim
 from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.i3d import RandomI3D
 from larp.metrics.lpips import Lpips
+from larp.metrics.psnr_ssim import ssim
 from larp.metrics.reconstruction import Watch, reconstruct
 from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, file_sha256
-from larp.prior import PriorConfig
-from larp.tokenizer import LarpTokenizer, TokenizerConfig
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
 import torch

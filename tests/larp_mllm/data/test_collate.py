@@ -1,7 +1,8 @@
 """Records share rows without seeing each other, and nothing is lost on the way."""
 
 from larp_mllm.data.collate import collate, pack
-from larp_mllm.sequence import IGNORE, Layout, TokenSequence, encode, text_to_video, video_to_text
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.sequence import Layout, TokenSequence, encode, text_to_video, video_to_text
 
 import pytest
 import torch

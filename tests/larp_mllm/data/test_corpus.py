@@ -7,10 +7,11 @@ from pathlib import Path
 
 from larp_mllm.data.corpus import Videos, open_corpus
 from larp_mllm.data.dataset import Tasks
+from larp_mllm.data.leakage import same_videos_of_records
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import ENOUGH, shipped_text
-from larp_mllm.data.twins import same_videos_of_records
-from larp_mllm.sequence import IGNORE, TokenSequence
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.sequence import TokenSequence
 from tests.larp_mllm.tiny import open_cache
 
 import pytest
@@ -148,6 +149,6 @@ def test_records_that_share_a_video_with_held_out_ones_are_told():
     sequences = [TokenSequence(torch.tensor([7, row]), torch.tensor([IGNORE, row])) for row in range(5)]
     shown = [[Path("a")], [Path("b"), Path("c")], [], [Path("c")], [Path("a")]]
     records = RecordSet(sequences, [f"r:{row}" for row in range(1, 6)], shown)
-    (told,) = same_videos_of_records(records, [1, 2])
+    (told,) = same_videos_of_records(records.names, records.videos, [1, 2])
     assert told.startswith("1 of 2 held-out records show a video that is trained on in another record (r:2): figures")
-    assert same_videos_of_records(records, [1, 3]) == []
+    assert same_videos_of_records(records.names, records.videos, [1, 3]) == []

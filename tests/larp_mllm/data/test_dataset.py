@@ -3,20 +3,24 @@
 import dataclasses
 from collections import Counter
 
-from larp_mllm.conversation import chat_segments
 from larp_mllm.data.dataset import (
+    DIALOGUES,
     PHRASINGS,
     TASKS,
+    WISHES,
     CaptionedVideos,
     Tasks,
     TrainingMix,
     caption_phrases,
+    dialogue,
+    drawn_dialogue,
     evaluation_rows,
 )
-from larp_mllm.data.dialogues import DIALOGUES, WISHES, dialogue, drawn_dialogue
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
-from larp_mllm.sequence import IGNORE, TokenSequence, encode
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.chat import chat_segments
+from larp_mllm.processing.sequence import TokenSequence, encode
 from tests.larp_mllm.tiny import CAPTIONS, K, open_cache
 
 import pytest

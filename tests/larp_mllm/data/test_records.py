@@ -7,7 +7,7 @@ from larp.data.clips import frames_to_clip
 from larp.data.video import read_video, write_video
 from larp_mllm.data import record_codes
 from larp_mllm.data.records import open_records
-from larp_mllm.sequence import IGNORE
+from larp_mllm.model.vocabulary import IGNORE
 
 import numpy as np
 import pytest

@@ -4,8 +4,8 @@ import json
 import sys
 
 from larp_mllm.data.text_data import TextSet, open_text
-from larp_mllm.sequence import IGNORE, Layout
-from larp_mllm.vocabulary import Vocabulary
+from larp_mllm.model.vocabulary import IGNORE, Vocabulary
+from larp_mllm.processing.sequence import Layout
 
 import pytest
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from larp.engine.ranks import Ranks
+from larp.engine.distributed import Ranks
 from larp_mllm.engine.finetuning import merged_weights, optimizer, prepare, write_model
 from larp_mllm.engine.stages import AlignConfig, JointConfig, load_adapter, save_adapter, stage_at, stages
-from larp_mllm.mllm import Mllm
+from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

@@ -1,9 +1,9 @@
 """Figures on held-out data: of much of it, a part."""
 
-from larp.engine.ranks import Ranks
+from larp.engine.distributed import Ranks
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.engine.scoring import score_corpus
-from larp_mllm.sequence import TokenSequence
+from larp_mllm.processing.sequence import TokenSequence
 
 import torch
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import larp_mllm
 from larp.config import from_dict, load_recipe
-from larp.data import tokens as token_files
-from larp.data.tokens import TokenCache, TokenCacheError
+from larp.data import token_cache as token_files
+from larp.data.token_cache import TokenCache, TokenCacheError
 from larp.engine.backend import Ranks
+from larp.engine.checkpoint import newest_state
 from larp.engine.log import read_metrics as metrics
-from larp.engine.state import newest_state
-from larp_mllm.bases import load_base
 from larp_mllm.data.dataset import CaptionedVideos, Tasks, TrainingMix
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.settings import TrainMllmConfig
-from larp_mllm.home import find_model
-from larp_mllm.sampling import VideoSampling
+from larp_mllm.generation.sampling import VideoSampling
+from larp_mllm.locate import find_model
+from larp_mllm.model.base_models import load_base
 from larp_mllm.video import Video
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
 from training import train_mllm

@@ -1,0 +1,204 @@
+"""A job of several parts against the clock: each a process with its own limit, the report and the results written as they come.
+
+runner = Runner(out, out / "work", deadline=time.monotonic() + 540)
+runner.run(100, tests=["-m", "pytest", "-q"])          # one part; several run side by side
+runner.keep("weights", runner.work / "weights")        # OUT/weights.tar.00, weights.tar.01, ...
+unpack_results(out)                                    # elsewhere, later
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from larp.files import write_json
+
+PIECE = 15 * 2**20
+"""Bytes of a file of results at most."""
+REPORT = "report.json"
+_LINES = 12
+# What of the work folder is small and worth keeping beside the logs.
+_FIGURES = ("*.json", "*/report.json", "*/config.json", "*/metrics.jsonl", "*.png", "*/samples/*.png")
+
+
+@dataclass
+class Runner:
+    """Runs parts as processes of this Python until a deadline, and keeps the report up to date.
+
+    out: where report and results go. work: where parts work. root: their working folder, first on their python path.
+    environment: further variables of theirs.
+    """
+
+    out: Path
+    work: Path
+    deadline: float
+    root: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    report: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.began = time.monotonic()
+        self.report |= {"parts": {}, "results": {}}
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
+
+    def run(self, limit: float, **commands: Sequence) -> bool:
+        """Run the named commands side by side, each for `limit` seconds at most; True if all of them ended well.
+
+        A signal that ends this program ends them first, and is in the report.
+        """
+        limit = min(limit, self.left)
+        if limit < 5:
+            self.skip("no time is left for it: give more --minutes", *commands)
+            return False
+        began = time.monotonic()
+        started = {name: self._start(name, command) for name, command in commands.items()}
+        try:
+            for name, process in started.items():
+                try:
+                    status = "ok" if process.wait(max(0.1, began + limit - time.monotonic())) == 0 else "failed"
+                except subprocess.TimeoutExpired:
+                    status = "out of time"
+                    _end(process)
+                self._note(name, status, time.monotonic() - began)
+        except BaseException:
+            for name, process in started.items():
+                if process.poll() is None:
+                    _end(process)
+                    self._note(name, "stopped", time.monotonic() - began)
+            self.keep_logs()
+            raise
+        self.keep_logs()
+        return all(self.report["parts"][name]["status"] == "ok" for name in commands)
+
+    def skip(self, reason: str, *names: str) -> None:
+        """Note that parts are left out, and why."""
+        for name in names:
+            self.report["parts"][name] = {"status": "skipped", "seconds": 0.0, "lines": reason}
+            print(f"{name}: skipped: {reason}", flush=True)
+        self.write()
+
+    def log(self, name: str) -> Path:
+        """The file that takes what a part prints."""
+        return self.work / "logs" / f"{name}.log"
+
+    def write(self) -> None:
+        """Write the report as it stands."""
+        write_json(self.out / REPORT, self.report | {"seconds": round(time.monotonic() - self.began, 1)})
+
+    def _start(self, name: str, command: Sequence) -> subprocess.Popen:
+        log = self.log(name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        paths = os.pathsep.join(filter(None, [str(self.root), os.environ.get("PYTHONPATH")]))
+        own = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "TQDM_MININTERVAL": "20"}
+        environment = os.environ | own | self.environment
+        print(f"{name}: {' '.join(map(str, command))}", flush=True)
+        with open(log, "w") as file:
+            return subprocess.Popen(
+                [sys.executable, *map(str, command)], cwd=self.root, env=environment, stdout=file, stderr=file,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+
+    def _note(self, name: str, status: str, seconds: float) -> None:
+        lines = "" if status == "ok" else last_lines(self.log(name))
+        entry = {"status": status, "seconds": round(seconds, 1)} | ({"lines": lines} if lines else {})
+        self.report["parts"][name] = entry
+        self.write()
+        print(f"{name}: {status} after {seconds:.0f} s{': ' + lines if lines else ''}", flush=True)
+
+    def keep_logs(self) -> None:
+        """Put the logs and the small results of all parts into OUT, in place of earlier ones."""
+        figures = [path for pattern in _FIGURES for path in sorted(self.work.glob(pattern))]
+        self.keep("logs", *(self.log(name) for name in self.report["parts"]), *figures)
+
+    def keep(self, name: str, *paths: Path) -> None:
+        """Put files and folders of the work folder into OUT as NAME.tar.00 and so on, in place of older ones."""
+        whole = self.work / f"{name}.tar"
+        with tarfile.open(whole, "w") as archive:
+            for path in paths:
+                if path.exists():
+                    archive.add(path, path.relative_to(self.work))
+        for old in self.out.glob(f"{name}.tar.*"):
+            old.unlink()
+        pieces = 0
+        with open(whole, "rb") as file:
+            for piece in iter(lambda: file.read(PIECE), b""):
+                (self.out / f"{name}.tar.{pieces:02d}").write_bytes(piece)
+                pieces += 1
+        self.report["results"][name] = {"pieces": pieces, "sha256": _sha256([whole])}
+        whole.unlink()
+        self.write()
+
+
+def last_lines(path: Path) -> str:
+    """The last lines of a log, without what progress bars wrote over."""
+    lines = path.read_text(errors="replace").replace("\r", "\n").splitlines() if path.exists() else []
+    return "\n".join([line for line in lines if line.strip()][-_LINES:])
+
+
+def unpack_results(folder: Path) -> list[str]:
+    """Put the pieces in OUT together below it, and return the names of what was in them; whole or not at all.
+
+    Raises ValueError for a folder without results, and for pieces that are missing or not those that the report names.
+    """
+    try:
+        results = json.loads((folder / REPORT).read_text(encoding="utf-8"))["results"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{folder} holds no results of eval/gpu.py, or its {REPORT} is damaged: give the folder that it wrote (--out)"
+        ) from error
+    found = []
+    with tempfile.TemporaryDirectory(prefix=".unpacking-", dir=folder) as temporary:
+        for name, result in results.items():
+            pieces = [folder / f"{name}.tar.{number:02d}" for number in range(result["pieces"])]
+            if missing := [piece.name for piece in pieces if not piece.is_file()]:
+                raise ValueError(f"{folder} lacks {', '.join(missing)}: bring all pieces back")
+            if _sha256(pieces) != result["sha256"]:
+                raise ValueError(
+                    f"{pieces[0]} and its further pieces are not those that {REPORT} names: copy them again"
+                )
+            whole = Path(temporary) / f"{name}.tar"
+            with open(whole, "wb") as file:
+                for piece in pieces:
+                    file.write(piece.read_bytes())
+            with tarfile.open(whole) as archive:
+                archive.extractall(Path(temporary) / "results", filter="data")
+                found += archive.getnames()
+        shutil.copytree(Path(temporary) / "results", folder, dirs_exist_ok=True)
+    return found
+
+
+def _sha256(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Stop a part and all that it started: asked first, so that a training saves, then made to."""
+    for number, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return

@@ -1,0 +1,1 @@
+"""Matrix products by the faster library where there is one."""

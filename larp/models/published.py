@@ -1,0 +1,67 @@
+"""The published LARP checkpoint layout (hub repositories hywang66/LARP-L-long-*), written.
+
+    python -m larp.models.published runs/mine/model published/     # a tokenizer that the published code loads as it is
+    python -m larp.models.published runs/mine/model published/ --variant ema       # its averaged weights
+
+`published_tokenizer` and `discriminator` translate. The published file holds the same tensors as ours under other names.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from larp.hub import CONFIG, WEIGHTS, make_folder
+from larp.models.discriminator import Discriminator, discriminator_to_published
+from larp.models.published_tokenizer import tokenizer_to_published
+from larp.models.tokenizer import LarpTokenizer
+
+from safetensors.torch import save_file
+
+
+def save_published(model: LarpTokenizer | Discriminator, folder: str | Path) -> Path:
+    """Write a model in the published layout, config.json beside model.safetensors, and return the folder.
+
+    Raises CheckpointError, before anything is written, that names a field which that layout cannot express, and ValueError if
+    `folder` is a file.
+    """
+    to_published = discriminator_to_published if isinstance(model, Discriminator) else tokenizer_to_published
+    config, tensors = to_published(model.config, model.state_dict())
+    folder = make_folder(folder)
+    # Copies, because safetensors refuses tensors that share memory, as the parts of a fused weight do.
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})
+    (folder / (WEIGHTS + ".part")).replace(folder / WEIGHTS)
+    (folder / (CONFIG + ".part")).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / (CONFIG + ".part")).replace(folder / CONFIG)
+    return folder
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}\n{self.format_usage().strip()}")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Write the tokenizer of a folder or hub repository in the published layout: `python -m larp.models.published FROM TO`."""
+    parser = _Parser(
+        prog="python -m larp.models.published", description="Write a tokenizer in the published LARP layout."
+    )
+    parser.add_argument("source", metavar="FROM", help="folder or hub name of a tokenizer")
+    parser.add_argument("target", metavar="TO", help="folder to write to")
+    parser.add_argument("--variant", help="weights to take: 'ema' for the averaged ones; by default the last ones")
+    arguments = parser.parse_args(argv)
+    source, target = arguments.source, arguments.target
+    if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
+        raise ValueError(f"{target} is the folder that is read: give another one to write to")
+    print(f"wrote {save_published(LarpTokenizer.from_pretrained(source, variant=arguments.variant), target)}")
+    return {}
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"larp.models.published: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,200 @@
+"""The stochastic vector quantizer (SVQ), always in float32 (arXiv 2410.21264, section 3.2).
+
+Shapes: B batch, N tokens, K codebook size, d code dimension.
+"""
+
+from typing import NamedTuple
+
+from larp.kernels.matmul import linear
+from larp.models.codebook_scores import draw_in_blocks, rows_at_a_time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Latents that a CPU compares with the codebook at a time: 16 MB of cosines for 8192 codes.
+_ROWS = 512
+
+
+class Quantized(NamedTuple):
+    """What the quantizer gives back: latents (B, N, d) with straight-through gradients, codes (B, N), two scalar losses."""
+
+    latents: Tensor
+    codes: Tensor
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code by cosine similarity; in training a code is drawn from softmax(cosine / temperature).
+
+    Args:
+        codebook_size, dim: K and d.
+        temperature: of the softmax that codes are drawn from.
+    """
+
+    def __init__(self, codebook_size: int, dim: int, temperature: float = 0.03):
+        super().__init__()
+        self.embedding = nn.Embedding(codebook_size, dim)
+        nn.init.kaiming_uniform_(self.embedding.weight)
+        self.temperature = temperature
+
+    def codebook(self) -> Tensor:
+        """Return the L2-normalised codebook, (K, d) float32, with gradient."""
+        return F.normalize(self.embedding.weight.float(), dim=-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Map codes (B, N) int64 to normalised latents (B, N, d) float32."""
+        return F.normalize(F.embedding(codes, self.embedding.weight).float(), dim=-1)
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def similarities(self, latents: Tensor) -> Tensor:
+        """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
+        return linear(F.normalize(latents.float(), dim=-1), self.codebook())
+
+    def probabilities(self, latents: Tensor, temperature: float | None = None) -> Tensor:
+        """Return softmax(cosine / temperature), (B, N, K) float32; `temperature` in place of the quantizer's own."""
+        return (self.similarities(latents) / (temperature or self.temperature)).softmax(-1)
+
+    @torch.no_grad()
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that, nor a (B, N, K) tensor."""
+        rows = latents.flatten(0, -2).split(self._rows(latents))
+        return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
+
+    @torch.no_grad()
+    def drawn(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
+        """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
+        rows = self._rows(latents)
+        parts = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
+        if latents.device.type == "cpu":
+            codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
+        else:
+            # The temperature divides the codebook, which is small.
+            codebook = self.codebook() / (temperature or self.temperature)
+            codes = [
+                draw_in_blocks(linear(F.normalize(some.float(), dim=-1), codebook).softmax(-1), given)
+                for some, given in parts
+            ]
+        return torch.cat(codes).view(latents.shape[:-1])
+
+    def _rows(self, latents: Tensor) -> int:
+        return _ROWS if latents.device.type == "cpu" else rows_at_a_time(len(self.embedding.weight))
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def forward(self, latents: Tensor, uniform: Tensor | None = None, temperature: float | None = None) -> Quantized:
+        """Quantize projected latents (B, N, d).
+
+        Args:
+            uniform: (B, N) values of U[0, 1) that draw the codes by inverse CDF; None takes the nearest code.
+            temperature: of these draws, in place of the quantizer's own.
+
+        The losses are mean squared errors between normalised vectors, the gradient of the codebook loss reaching the
+        codebook only and that of the commitment loss the latents only.
+        """
+        normal = F.normalize(latents.float(), dim=-1)
+        codes = self.nearest(normal) if uniform is None else self.drawn(normal, uniform, temperature)
+        chosen = self.lookup(codes)
+        return Quantized(
+            latents=normal + (chosen - normal).detach(),
+            codes=codes,
+            codebook_loss=F.mse_loss(chosen, normal.detach()),
+            commitment_loss=F.mse_loss(normal, chosen.detach()),
+        )
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one index per row of (..., K) probabilities by inverse CDF with the given U[0, 1) values (...): int64 (...).
+
+    One random number per draw, instead of K, makes the draw independent of how a batch is split over processes.
+    """
+    cdf = probabilities.cumsum(-1)
+    # Scaled by the last entry, which rounding keeps from being exactly 1: the index never runs over.
+    threshold = uniform[..., None].to(cdf) * cdf[..., -1:]
+    return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
+
+
+class CodebookKeeper:
+    """Keeps codes in use: counts them, remembers recent latents, and gives idle codes new places among these.
+
+    An option of the small recipes, off in the published one: with a small budget most codes never move from where they were
+    initialised. Bookkeeping where the latents are; the caller gathers `codes` and `latents` over all processes first, so that
+    every process makes the same choice.
+
+    Args:
+        codebook_size: K.
+        memory: how many recent latents are kept; by default eight for each code, 16384 at least.
+    """
+
+    def __init__(self, codebook_size: int, memory: int | None = None):
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.memory = memory or max(16384, 8 * codebook_size)
+        self.latents = torch.empty(0)
+
+    def observe(self, latents: Tensor, codes: Tensor | None) -> None:
+        """Take in normalised latents (B, N, d) and, unless None, the codes (B, N) that they got."""
+        fresh = latents.detach().float().flatten(0, -2)
+        self.latents = torch.cat([self.latents.to(fresh).reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
+        if codes is not None:
+            self.counts = add_counts(self.counts.to(codes.device), codes)
+
+    def cluster(self, iterations: int = 10, seed: int = 0) -> Tensor:
+        """Return a fresh codebook (K, d): spherical k-means over the remembered latents, from random ones of them."""
+        generator = torch.Generator().manual_seed(seed)
+        size = len(self.counts)
+        centres = self.latents[torch.randint(len(self.latents), (size,), generator=generator)]
+        for _ in range(iterations):
+            nearest = (self.latents @ centres.T).argmax(-1)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, self.latents)
+            empty = (torch.bincount(nearest, minlength=size) == 0)[:, None]
+            sums = torch.where(
+                empty, self.latents[torch.randint(len(self.latents), (size,), generator=generator)], sums
+            )
+            centres = F.normalize(sums, dim=-1)
+        self.counts.zero_()
+        return centres
+
+    def idle(self) -> Tensor:
+        """Return the codes not used since the last reset, (M,) int64."""
+        return (self.counts == 0).nonzero().squeeze(-1)
+
+    def redraw(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
+        """Return a copy of the codebook (K, d) whose rows `codes` (M,) are remembered latents, and start counting anew."""
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
+        # A little noise keeps two codes drawn from one latent apart.
+        rows = self.latents[picks]
+        rows = rows + 0.01 * torch.randn(rows.shape, generator=generator).to(rows)
+        renewed = codebook.detach().clone()
+        renewed[codes.to(renewed.device)] = F.normalize(rows, dim=-1).to(renewed)
+        self.counts.zero_()
+        return renewed
+
+    def state_dict(self) -> dict:
+        """Return what `load_state_dict` needs to go on exactly."""
+        return {"counts": self.counts.cpu().clone(), "latents": self.latents.cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take up a state of `state_dict`."""
+        self.counts, self.latents = state["counts"].clone(), state["latents"]
+
+
+def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
+    """Add to `counts` (K,) int64 how often each of the codes of any shape occurs; in place, and returned."""
+    # torch.bincount reads the largest code first, for which a GPU would have to finish its work.
+    codes = codes.detach().flatten()
+    return counts.index_add_(0, codes, torch.ones_like(codes))
+
+
+def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
+    """Return {"codes_used": share of the codebook seen, "perplexity": exp of the entropy of the code histogram} for any codes."""
+    return usage_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size))
+
+
+def usage_of_counts(counts: Tensor) -> dict[str, float]:
+    """Return what `usage` returns for codes that were seen `counts` (K,) times."""
+    share = counts.double() / counts.sum().clamp_min(1)
+    entropy = -(share * share.clamp_min(1e-300).log()).sum()
+    return {"codes_used": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()}

@@ -1,0 +1,99 @@
+"""What a tokenizer is made of: its sizes, and the shape of its clips and codes."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from larp.config import check_positive, check_types
+from larp.models.prior import PriorConfig
+
+Patch = tuple[int, int, int]
+
+
+# (blocks, heads, width) of the encoder and of the decoder alike. S, B and L are the paper's; of these only L has published weights
+# (S and B: hywang66/LARP, issue 11).
+TOKENIZER_SIZES: dict[str, tuple[int, int, int]] = {
+    "S": (6, 8, 512),
+    "B": (8, 12, 768),
+    "L": (12, 12, 768),
+}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The tokenizer; the defaults are LARP-L (173 M parameters without the prior)."""
+
+    num_frames: int = 16
+    """Frames of a clip, T."""
+    height: int = 128
+    """Pixels, H."""
+    width: int = 128
+    """Pixels, W."""
+    patch_size: Patch = (4, 8, 8)
+    """Frames, rows and columns of an encoder patch."""
+    decoder_patch_size: Patch | None = None
+    """The same for the decoder; by default the encoder's."""
+    num_tokens: int = 1024
+    """Codes of a clip, N."""
+    codebook_size: int = 8192
+    """K."""
+    code_dim: int = 16
+    """Dimension of a code, d."""
+    encoder_width: int = 768
+    encoder_depth: int = 12
+    encoder_heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 12
+    decoder_heads: int = 12
+    stochastic: bool = True
+    """Draw codes in training; off takes the nearest one (a deterministic VQ)."""
+    temperature: float = 0.03
+    """Of the softmax that codes are drawn from."""
+    init: Literal["published", "balanced"] = "published"
+    """`balanced` starts small trainings: queries of the patches' scale, latents of the decoder positions' scale."""
+    nested: bool = False
+    """Any prefix of the codes decodes: a learned mask latent stands for those left out."""
+    prior: PriorConfig = field(default_factory=PriorConfig)
+    """The AR prior, used in training only."""
+
+    def __post_init__(self):
+        check_types(self)
+        sides = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("width", "depth", "heads")]
+        check_positive(self, "num_frames", "height", "width", "num_tokens", "codebook_size", "code_dim", *sides)
+        for name, patch in (("patch_size", self.patch_size), ("decoder_patch_size", self.decoder_patch_size)):
+            for axis, length, part in zip(
+                ("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True
+            ):
+                if part < 1 or length % part:
+                    raise ValueError(
+                        f"{axis} = {length} is not a multiple of {part}, its part of {name} = {tuple(patch)}"
+                    )
+        for side in ("encoder", "decoder"):
+            width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
+            if width % heads or width % 4:
+                raise ValueError(f"{side}_width = {width} must be a multiple of 4 and of {side}_heads = {heads}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.prior.enabled and self.prior.positions < self.num_tokens:
+            raise ValueError(f"prior.positions = {self.prior.positions} is less than num_tokens = {self.num_tokens}")
+        if self.prior.enabled and self.num_tokens < 2:
+            raise ValueError("the prior needs num_tokens of at least 2; turn it off with --model.prior.no-enabled")
+
+    @classmethod
+    def of_size(cls, size: str, **fields: Any) -> "TokenizerConfig":
+        """Return the configuration of a row of `TOKENIZER_SIZES`, with the other fields given by name."""
+        if size not in TOKENIZER_SIZES:
+            raise ValueError(f"unknown tokenizer size {size!r}; the sizes are {', '.join(TOKENIZER_SIZES)}")
+        depth, heads, width = TOKENIZER_SIZES[size]
+        sides = {f"{side}_{name}": value for side in ("encoder", "decoder")
+                 for name, value in (("depth", depth), ("heads", heads), ("width", width))}  # fmt: skip
+        return cls(**sides | fields)
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """(T, H, W)."""
+        return self.num_frames, self.height, self.width
+
+    def grid(self, patch: Patch) -> Patch:
+        """Return how many patches a full clip has along time, rows and columns."""
+        return tuple(length // part for length, part in zip(self.clip_shape, patch, strict=True))

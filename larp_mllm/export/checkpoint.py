@@ -1,0 +1,224 @@
+"""Export: a trained model -> a stock checkpoint of its base architecture, which transformers, vLLM and others serve.
+
+The adapter's rows become rows of embedding and head, LoRA is folded in, and the text tokenizer gets words for the ids of
+videos. V rows of the base, K codes.
+"""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from larp.files import check_writable
+from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.export.readme import readme
+from larp_mllm.export.token_names import add_words, loader_of
+from larp_mllm.locate import read_config
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.vocabulary import Vocabulary
+from larp_mllm.model.weights import quiet, told_if_unwritable
+from larp_mllm.processing.chat import stop_ids
+from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor
+from larp_mllm.video import Video
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+if TYPE_CHECKING:
+    from larp_mllm.pipeline import Mllm
+
+LAYOUT = "larp.json"
+FORMAT = 1
+
+
+def export(
+    model: "Mllm | str | Path",
+    to: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write `model` (loaded, or where `find_model` finds it) into the folder `to` as a stock checkpoint; returns `to`.
+
+    Its logits are those of `model`, but for text ids that the base has no rows for (a tokenizer with more entries than
+    rows): there they are 0, not -inf, and generation_config.json suppresses them. dtype: of the written weights, by
+    default the model's. The folder is written beside `to` and renamed when it is whole; `overwrite` replaces an earlier
+    export, never anything else. Raises ValueError.
+    """
+    to = Path(to).absolute()
+    check_target(to, overwrite)
+    if isinstance(model, (str, Path)):
+        from larp_mllm.pipeline import Mllm
+
+        model = Mllm.load(model, "cpu")
+    with told_if_unwritable(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
+    part = aside / "new"
+    try:
+        with told_if_unwritable(to):
+            part.mkdir()
+            with quiet():
+                _write(model, part, dtype, max_shard_size)
+            _share(part)
+            check_target(to, overwrite)
+            if to.exists():
+                # Into the folder that goes away in any case: there is no time at which half of an export is left.
+                os.replace(to, aside / "old")
+            os.replace(part, to)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return to
+
+
+def read_video_ids(folder: str | Path, ids) -> Video:
+    """The ids that an exported model wrote for one video -> the video; video_start and video_end around them may be there.
+
+    folder: the export. ids: list or int64 (N,). Raises ValueError if they are not exactly one video.
+    """
+    layout = _layout(Path(folder))
+    vocabulary = Vocabulary(layout["text_size"], layout["codebook_size"], layout["tokens_per_video"])
+    ids = [int(i) for i in ids]
+    inner = ids[ids[:1] == [vocabulary.video_start] :]
+    inner = inner[: len(inner) - (inner[-1:] == [vocabulary.video_end])]
+    if wrong := [i for i in inner if not vocabulary.first_code <= i < vocabulary.size]:
+        raise ValueError(
+            f"id {wrong[0]} is no code: the codes of {folder} are the ids {vocabulary.first_code} to {vocabulary.size - 1}. "
+            "Allow only those while a video is drawn"
+        )
+    codes = [vocabulary.id_to_code(i) for i in inner]
+    vocabulary.span(codes)
+    from larp.data.clips import clip_to_frames
+
+    clip = _video_tokenizer(Path(folder).resolve()).decode(torch.tensor([codes]))[0]
+    return Video(clip_to_frames(clip), layout["fps"], codes=tuple(codes))
+
+
+def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
+    model, processor = mllm.model, mllm.processor
+    stock = stock_model(model, dtype)
+    tokenizer, words = add_words(processor.tokenizer, model.vocabulary, folder)
+    layout = {"format": FORMAT, **_describe(model, processor, words)}
+    layout["tokenizer_class"] = loader_of(tokenizer, folder, stock.config)
+    _settle_ids(stock, processor, layout["missing_text_ids"])
+    stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
+    (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
+    (folder / "README.md").write_text(readme(layout, type(stock).__name__))
+
+
+@torch.no_grad()
+def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The base architecture with text_size + 2 + K rows in embedding and head, untied, its other weights shared."""
+    base, adapter, vocabulary = model.base, model.adapter, model.vocabulary
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    state = _folded(base)
+    for module, text, video in (
+        (base.get_input_embeddings(), embedding, adapter.input_rows()),
+        (base.get_output_embeddings(), head, torch.cat([adapter.control_rows(), adapter.code_rows()])),
+    ):
+        missing = text.new_zeros(vocabulary.text_size - len(text), text.shape[1])
+        state[_name(base, module)] = torch.cat([text, missing, video.to(text)])
+    config = copy.deepcopy(base.config)
+    config.vocab_size, config.tie_word_embeddings = vocabulary.size, False
+    config.dtype = dtype or base.dtype
+    with torch.device("meta"):
+        stock = type(base)(config)
+    stock.load_state_dict({name: t.detach().to(config.dtype) for name, t in state.items()}, strict=True, assign=True)
+    return stock
+
+
+def _folded(base: nn.Module) -> dict[str, Tensor]:
+    """The weights of the base as they were before peft put its layers there, what those add folded in."""
+    state = dict(base.state_dict())
+    for name, layer in base.named_modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            merged = copy.deepcopy(layer)
+            if not merged.merged:
+                merged.merge()
+            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
+            state |= {f"{name}.{key}": value for key, value in merged.get_base_layer().state_dict().items()}
+    return state
+
+
+def _name(base: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in base.named_modules() if candidate is module) + ".weight"
+
+
+def _settle_ids(stock: PreTrainedModel, processor: LarpMllmProcessor, missing: list[int]) -> None:
+    # Not the base's own generation_config: servers take its penalties and temperatures as defaults, for videos too.
+    bos, eos = processor.layout.bos, processor.layout.eos
+    pad = processor.tokenizer.pad_token_id
+    stock.config.bos_token_id, stock.config.eos_token_id = bos, eos
+    stops = stop_ids(processor.tokenizer)
+    stock.generation_config = GenerationConfig(
+        bos_token_id=bos,
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else eos,
+        suppress_tokens=missing or None,
+    )
+
+
+def _describe(model: LarpMllmForCausalLM, processor: LarpMllmProcessor, words: dict[str, str]) -> dict:
+    vocabulary, config = model.vocabulary, model.config
+    return {
+        "text_size": vocabulary.text_size,
+        "video_start": vocabulary.video_start,
+        "video_end": vocabulary.video_end,
+        "first_code": vocabulary.first_code,
+        "codebook_size": vocabulary.codebook_size,
+        "tokens_per_video": vocabulary.tokens_per_video,
+        "begin": [] if processor.layout.bos is None else [processor.layout.bos],
+        "words": words,
+        "missing_text_ids": list(range(model.base.get_input_embeddings().weight.shape[0], vocabulary.text_size)),
+        "fps": config.fps,
+        "frame_stride": config.frame_stride,
+        "given_frames": config.given_frames,
+        "video_tokenizer_hash": processor.video_tokenizer.weight_hash(),
+    }
+
+
+def check_target(to: Path, overwrite: bool) -> None:
+    """ValueError unless an export may be written to `to`: new or empty, or with `overwrite` an earlier export, and in a
+    folder that takes files.
+    """
+    to = to.absolute()
+    check_writable(to.parent / f"{to.name}.new" if to.is_dir() else to)
+    if not to.exists() or (to.is_dir() and not any(to.iterdir())):
+        return
+    if not to.is_dir() or not (to / LAYOUT).is_file():
+        raise ValueError(f"{to} is there already and is no earlier export: give a new folder")
+    if not overwrite:
+        raise ValueError(
+            f"{to} holds an earlier export: say overwrite (--overwrite) to replace it, or give a new folder"
+        )
+
+
+def _layout(folder: Path) -> dict:
+    layout = read_config(folder / LAYOUT)
+    if layout is None:
+        raise ValueError(f"{folder} is no export: {LAYOUT} is missing. Write one with larp-mllm export --to {folder}")
+    if layout.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder / LAYOUT} has format {layout.get('format')}, this version reads {FORMAT}: update larp-mllm"
+        )
+    return layout
+
+
+@lru_cache(maxsize=2)
+def _video_tokenizer(folder: Path) -> LarpTokenizer:
+    return LarpTokenizer.from_pretrained(folder / VIDEO_TOKENIZER)
+
+
+def _share(folder: Path) -> None:
+    # safetensors gives its files to the owner alone; others may read a model as they may read its config.json.
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o666 & ~mask)

@@ -1,0 +1,111 @@
+"""The README.md of an export: how plain transformers and vLLM write videos with it. A test runs what it shows."""
+
+_TEXT = """\
+# A language model with video vocabulary
+
+A stock `{architecture}` with {size:,} ids, made by `larp-mllm export`. Ids below {text_size} are text, {video_start} opens a
+video and {video_end} closes it, and {first_code} to {last_code} are the {codebook_size} codes of the video tokenizer. A video is
+video_start, exactly {count} codes, video_end. `larp.json` holds these numbers.
+
+## transformers
+
+```python
+import json
+import torch
+from transformers import AutoModelForCausalLM, {loader}
+
+layout = json.load(open("larp.json"))
+tokenizer = {loader}.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".").eval()
+
+text = tokenizer.encode("a person surfing", add_special_tokens=False, split_special_tokens=True)
+prompt = torch.tensor([layout["begin"] + text + [layout["video_start"]]])
+codes = list(range(layout["first_code"], layout["first_code"] + layout["codebook_size"]))
+count = layout["tokens_per_video"]
+ids = model.generate(
+    prompt,
+    attention_mask=torch.ones_like(prompt),
+    prefix_allowed_tokens_fn=lambda row, so_far: codes,
+    min_new_tokens=count,
+    max_new_tokens=count,
+    do_sample=True,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+)[0, prompt.shape[1]:].tolist()
+```
+
+The constraint is what makes it a video: exactly {count} ids, all of them codes. Guidance, which `larp_mllm.generate` uses, is not
+part of this; transformers can do it with `guidance_scale=2.0` and `negative_prompt_ids` = begin ids and video_start, for one
+prompt at a time. vLLM cannot.
+
+## From ids to frames
+
+With larp_mllm installed, in this folder:
+
+```python
+from larp_mllm.export.checkpoint import read_video_ids
+
+read_video_ids(".", ids).save("surfing.mp4")
+```
+
+## vLLM
+
+```python
+from vllm import LLM, SamplingParams
+
+llm = LLM(".")
+params = SamplingParams(
+    n=4, temperature=1.0, top_p=1.0, min_tokens=count, max_tokens=count, allowed_token_ids=codes, detokenize=False
+)
+request = llm.generate({{"prompt_token_ids": prompt[0].tolist()}}, params)[0]
+videos = [list(answer.token_ids) for answer in request.outputs]  # each for read_video_ids
+```
+
+As a server, `vllm serve . --generation-config vllm`, then POST to `/v1/completions`
+
+```
+{{"model": ".", "prompt": [ids of the prompt], "temperature": 1.0, "min_tokens": {count}, "max_tokens": {count},
+ "allowed_token_ids": [{first_code}, ..., {last_code}], "return_token_ids": true}}
+```
+
+and give `choices[0].token_ids` to `read_video_ids`. To caption a video, the prompt is begin ids, video_start, its codes, video_end,
+and `allowed_token_ids` are the text ids, or left out.
+
+## What to know
+
+- **Text that others typed** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
+  whole string reads a typed `{start_word}` as the control token. Words that the base added without marking them special
+  (such as `<tool_call>`) are read as such even then; `LarpMllmProcessor.encode_text` of the original model has neither gap.
+- The words are `{start_word}`, `{end_word}` and `{code_word}`, marked special: `skip_special_tokens=False` shows them.
+- The video tokenizer is in `video_tokenizer/`; codes of any other mean something else.
+- Embedding and head are separate here, even if the base had one for both.
+{notes}"""
+_MISSING = """- The ids {first} to {last} are words of the tokenizer that the base has no rows for. Their rows are zero here; `generation_config.json`
+  suppresses them in transformers, elsewhere forbid them when text is drawn.
+"""
+_OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this kind of model AutoTokenizer, and so a server that is given
+  text, splits it by the usual rules of the architecture, not by those in `tokenizer.json`: give it ids.
+"""
+
+
+def readme(layout: dict, architecture: str) -> str:
+    """The text for a layout as in larp.json."""
+    last = layout["first_code"] + layout["codebook_size"] - 1
+    missing, notes = layout["missing_text_ids"], ""
+    if missing:
+        notes += _MISSING.format(first=missing[0], last=missing[-1])
+    if layout["tokenizer_class"] != "AutoTokenizer":
+        notes += _OTHER_TOKENIZER.format(loader=layout["tokenizer_class"])
+    return _TEXT.format(
+        architecture=architecture,
+        size=last + 1,
+        count=layout["tokens_per_video"],
+        last_code=last,
+        loader=layout["tokenizer_class"],
+        start_word=layout["words"]["video_start"],
+        end_word=layout["words"]["video_end"],
+        code_word=layout["words"]["code"].format(0),
+        notes=notes,
+        **{name: layout[name] for name in ("text_size", "video_start", "video_end", "first_code", "codebook_size")},
+    )

@@ -1,0 +1,1 @@
+"""How a language model writes text and codes."""

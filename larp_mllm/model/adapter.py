@@ -1,0 +1,112 @@
+"""TokenAdapter: the rows that video ids have in the embedding and in the head, made from the tokenizer's codebook.
+
+The base model is never resized. Similar codes start with similar embeddings, which free rows have to learn from data
+(reference/multimodal: mean-initialised rows are the baseline, `kind="free"`).
+
+Every parameter sits in a submodule whose forward is called: a bare nn.Parameter read here would be empty under ZeRO-3.
+"""
+
+from typing import get_args
+
+from larp_mllm.model.configuration import AdapterKind
+
+import torch
+from torch import Tensor, nn
+
+
+class CodebookRows(nn.Module):
+    """K rows of width `hidden`: MLP(codebook) + a learned residual that starts at zero.
+
+    `offset` gives all rows a learned vector in common. Head rows have none: it would move all logits alike.
+    """
+
+    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden, bias=offset))
+        self.residual = nn.Embedding(codebook_size, hidden)
+
+    def forward(self, codebook: Tensor) -> Tensor:
+        """Codebook (K, d) -> rows (K, hidden)."""
+        everyone = torch.arange(codebook.shape[0], device=codebook.device)
+        return self.mlp(codebook) + self.residual(everyone)
+
+    @torch.no_grad()
+    def start(self, codebook: Tensor, embeddings: Tensor) -> None:
+        """Set the start: zero residual; around their mean, rows of the average norm of `embeddings` (rows, hidden)."""
+        first, last = self.mlp[0], self.mlp[2]
+        for linear in (first, last):
+            nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(first.bias)
+        nn.init.zeros_(self.residual.weight)
+        rows = self.mlp[1](first(codebook)) @ last.weight.T
+        centre = rows.mean(0)
+        scale = embeddings.norm(dim=-1).mean() / (rows - centre).norm(dim=-1).mean().clamp_min(1e-6)
+        last.weight.mul_(scale)
+        if last.bias is not None:
+            last.bias.copy_(-centre * scale)
+
+
+class FreeRows(nn.Module):
+    """K learned rows of width `hidden`, drawn at the start around the mean of the base model's rows."""
+
+    def __init__(self, codebook_size: int, hidden: int):
+        super().__init__()
+        self.rows = nn.Embedding(codebook_size, hidden)
+
+    def forward(self, codebook: Tensor) -> Tensor:
+        """Codebook (K, d) -> rows (K, hidden); only the number of codes matters."""
+        return self.rows(torch.arange(codebook.shape[0], device=codebook.device))
+
+    @torch.no_grad()
+    def start(self, codebook: Tensor, embeddings: Tensor) -> None:
+        """Set the start: normal with the mean and standard deviation of `embeddings` (rows, hidden), per channel."""
+        mean, std = embeddings.mean(0), embeddings.std(0)
+        self.rows.weight.copy_(mean + std * torch.randn_like(self.rows.weight))
+
+
+class TokenAdapter(nn.Module):
+    """Input and output rows for the video ids of one model: two controls (video_start, video_end) and K codes.
+
+    codebook: (K, d) float, kept as a buffer and saved with the model. Raises ValueError for an unknown kind.
+    """
+
+    def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook"):
+        super().__init__()
+        if kind not in get_args(AdapterKind):
+            raise ValueError(f"adapter kind must be one of {', '.join(get_args(AdapterKind))}, got {kind!r}")
+        self.register_buffer("codebook", torch.zeros(codebook_size, code_dim))
+        if kind == "codebook":
+            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True)
+            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False)
+        else:
+            self.code_input, self.code_output = FreeRows(codebook_size, hidden), FreeRows(codebook_size, hidden)
+        self.control_input = nn.Embedding(2, hidden)
+        self.control_output = nn.Embedding(2, hidden)
+
+    @torch.no_grad()
+    def start(self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor) -> None:
+        """Set the start from the codebook (K, d) and the base model's embedding and head rows (V, hidden)."""
+        if tuple(codebook.shape) != tuple(self.codebook.shape):
+            raise ValueError(
+                f"the adapter was made for a codebook {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}"
+            )
+        self.codebook.copy_(codebook)
+        self.code_input.start(self.codebook, input_embeddings)
+        self.code_output.start(self.codebook, output_embeddings)
+        for controls, rows in ((self.control_input, input_embeddings), (self.control_output, output_embeddings)):
+            controls.weight.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(controls.weight))
+
+    def input_rows(self) -> Tensor:
+        """(2 + K, hidden): what video_start, video_end and the codes look like to the model."""
+        return torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
+
+    def control_rows(self) -> Tensor:
+        """(2, hidden): the head rows of video_start and video_end."""
+        return self._controls(self.control_output)
+
+    def code_rows(self) -> Tensor:
+        """(K, hidden): the head rows of the codes; hidden states @ rows.T are the code logits."""
+        return self.code_output(self.codebook)
+
+    def _controls(self, table: nn.Embedding) -> Tensor:
+        return table(torch.arange(2, device=self.codebook.device))

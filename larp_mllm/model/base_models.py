@@ -1,0 +1,295 @@
+"""Base language models: a hub name, an alias, a folder, or a tiny one made here that needs no network.
+
+Weights are read from safetensors alone, never from pickle, and code that lies beside a model is run only for a caller who
+says trust_remote_code.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, first_line, is_hub_name, reach, read_config
+from larp_mllm.model.weights import not_finite, pickled_in
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+ALIASES = {
+    "Qwen2-0.5B": "Qwen/Qwen2-0.5B",
+    "Qwen2-1.5B": "Qwen/Qwen2-1.5B",
+    "Qwen2-7B": "Qwen/Qwen2-7B",
+    "Qwen2.5-0.5B": "Qwen/Qwen2.5-0.5B",
+    "Qwen2.5-1.5B": "Qwen/Qwen2.5-1.5B",
+    "Qwen2.5-3B": "Qwen/Qwen2.5-3B",
+    "Qwen3-0.6B": "Qwen/Qwen3-0.6B-Base",
+    "Qwen3-1.7B": "Qwen/Qwen3-1.7B-Base",
+    "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
+    "Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
+    "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
+    "Llama-3.2-3B": "meta-llama/Llama-3.2-3B",
+    "TinyLlama-1.1B": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "SmolLM-135M": "HuggingFaceTB/SmolLM-135M",
+    "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
+    "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M",
+    "SmolLM2-1.7B": "HuggingFaceTB/SmolLM2-1.7B",
+    "Mistral-7B": "mistralai/Mistral-7B-v0.3",
+}
+_EXAMPLES = ("Qwen2-0.5B", "Llama-3.2-1B", "SmolLM2-135M")
+TINY = {"tiny-qwen2": Qwen2Config, "tiny-llama": LlamaConfig}
+TINY_VOCABULARY = 512
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+class BaseError(ValueError):
+    """A base model that cannot be had; the message names it, the reason, and what to do instead."""
+
+
+def is_tiny(name: str) -> bool:
+    """True for the randomly initialised bases, whose weights mean nothing before training."""
+    return name in TINY
+
+
+def load_base(
+    name: str,
+    captions: Iterable[str] = (),
+    layers: int = 4,
+    width: int = 192,
+    heads: int = 4,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A base and its text tokenizer, on the CPU.
+
+    name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied). `layers`, `width`,
+    `heads` and the `captions` that the text tokenizer is trained on matter to the tiny ones alone; `trust_remote_code`
+    runs the Python code that lies beside a base of an architecture that transformers does not know. Raises BaseError.
+    """
+    if is_tiny(name):
+        tokenizer = tiny_tokenizer(captions)
+        model = AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads))
+        return model.to(dtype), tokenizer
+    source = ALIASES.get(name, name)
+    if not Path(source).is_dir() and not is_hub_name(source):
+        what = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
+        raise BaseError(f"--base {name}: {what}, and no hub name (owner/name) or alias{_meant(name)} {_remedy()}")
+    try:
+        model, tokenizer = _load(source, trust_remote_code, dtype)
+        _check_model(model)
+        _check_tokenizer(tokenizer)
+    except Exception as error:  # transformers, the hub and httpx raise families of their own
+        reason = str(error) if isinstance(error, _Unfit) else first_line(error)
+        if "custom code" in reason and not trust_remote_code:
+            reason = "it needs Python code that lies beside it. Read that, and if you trust it, say trust_remote_code"
+        raise BaseError(f"--base {name}: {source} cannot be loaded: {reason}. {_remedy()}") from error
+    return model, tokenizer
+
+
+_HAS_VIDEOS = (
+    "is a language model that has a video vocabulary already, and cannot be a base again: go on with its run with --resume, or "
+    "take the base that it was made of"
+)
+
+
+class _Unfit(Exception):
+    """What is wrong with a base, said in full."""
+
+
+def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _read(source, trust_remote_code, dtype, local_files_only=True)
+    except Exception as error:
+        if Path(source).is_dir() or isinstance(error, _Unfit):
+            raise
+    reach(source)
+    return _read(source, trust_remote_code, dtype, local_files_only=False)
+
+
+def _read(
+    source: str, trust_remote_code: bool, dtype: torch.dtype, local_files_only: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    if (read_config(Path(source, RUN_MODEL, "config.json")) or {}).get("model_type") == MODEL_TYPE:
+        raise _Unfit(f"in its {RUN_MODEL} {_HAS_VIDEOS}")
+    config = AutoConfig.from_pretrained(source, **options)
+    _check_config(config)
+    _check_files(Path(source))
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are named below, with all others
+        **options,
+    )  # fmt: skip
+    _check_weights(model, found)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        if not (local_files_only or Path(source).is_dir()):
+            raise
+        raise _Unfit(f"its text tokenizer cannot be loaded ({first_line(error)})") from error
+    return model, tokenizer
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    if config.model_type == MODEL_TYPE:
+        raise _Unfit(f"it {_HAS_VIDEOS}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise _Unfit(f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)")
+    made_for = config.architectures or []
+    if made_for and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for):
+        raise _Unfit(f"it is a {made_for[0]}, needed is a causal language model (...ForCausalLM)")
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickled := pickled_in(folder):
+        raise _Unfit(
+            f"its weights are pickled ({pickled}), and loading pickle runs any code in it. If you trust it, convert it to "
+            "safetensors, once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and copy the tokenizer"
+        )
+
+
+def _check_weights(model: PreTrainedModel, found: dict) -> None:
+    """What transformers would fill in at random, after a mere warning."""
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += [
+        f"{name} has shape {tuple(a)} in place of {tuple(b)}"
+        for name, a, b in sorted(found["mismatched_keys"], key=str)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        unknown = sorted(found["unexpected_keys"])
+        unused = f" (and {unknown[0]} of its files has no place in it)" if unknown else ""
+        raise _Unfit(
+            f"its weights do not fit its config.json, {'; '.join(wrong[:3])}{more}{unused}: copy all of its files again, "
+            "or restore those that belong together"
+        )
+    if (bad := not_finite(model.named_parameters())) is not None:
+        raise _Unfit(f"its tensor {bad} holds NaN or infinity: it is damaged, copy it again or take another")
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None or model.get_input_embeddings() is None:
+        raise _Unfit(f"a {model.config.model_type} has no head or no embedding of its text that could be found")
+    if getattr(head, "bias", None) is not None:
+        raise _Unfit(
+            f"the head of a {model.config.model_type} has a bias, which codes would not have: take a Llama, Qwen, Mistral "
+            "or SmolLM"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    # Where the files are missing, transformers makes a tokenizer without words rather than an error.
+    ids = tokenizer.encode("a person surfing", add_special_tokens=False)
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise _Unfit("its text tokenizer is missing or has no words: put its tokenizer.json into the folder")
+
+
+def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "the base") -> None:
+    """BaseError unless a video of so many codes, with its two controls and a word of text, fits the base's positions."""
+    positions = getattr(base.config, "max_position_embeddings", None)
+    if positions is not None and positions < tokens_per_video + 3:
+        raise BaseError(
+            f"--base {name}: it has {positions} positions, a video of this tokenizer takes {tokens_per_video + 2} and its text "
+            "some more: take a base with more positions, or a tokenizer with fewer codes per video"
+        )
+
+
+def check_rows(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "the base") -> None:
+    """BaseError if a control token that the text tokenizer puts of itself has no row in the base's embedding.
+
+    Those are its begin and end of text and what its chat template writes; of others, text that holds one is refused.
+    """
+    rows = base.get_input_embeddings().num_embeddings
+    asked = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    missing = {id: what for what, id in asked.items() if id is not None and id >= rows}
+    for id in (id for id in _template_ids(tokenizer) if id >= rows):
+        missing.setdefault(id, "chat template")
+    if missing:
+        told = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} ({id}, {missing[id]})" for id in sorted(missing))
+        raise BaseError(
+            f"--base {name}: its embedding has {rows} rows, too few for {told} of its text tokenizer: let the base have them, "
+            "once, with model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or take a base whose rows "
+            "cover its tokenizer"
+        )
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:  # what is used in its place writes begin and end of text alone
+        return []
+    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    for first in (0, 1):  # some templates know no system role
+        try:
+            text = tokenizer.apply_chat_template(chat[first:], tokenize=False)
+        except Exception:  # jinja raises a family of its own; a chat that needs the template says what is wrong
+            continue
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return []
+
+
+def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int) -> Qwen2Config | LlamaConfig:
+    """The config of a tiny base: Qwen2 with a tied head or Llama with its own, 1024 positions."""
+    if width % (2 * heads):
+        raise ValueError(
+            f"width {width} must be a multiple of 2 * heads = {2 * heads} (rotary positions need even heads)"
+        )
+    return TINY[name](
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=round(width * 8 / 3 / 32) * 32 or 32,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=name == "tiny-qwen2",
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most 512 entries trained on the captions; any text can be written in it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY_VOCABULARY,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Sorted and unique, so that the same captions in any order give the same ids.
+    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=SPECIAL[0],
+        pad_token=SPECIAL[0],
+        additional_special_tokens=SPECIAL[1:],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _meant(name: str) -> str:
+    near = difflib.get_close_matches(name, [*ALIASES, *TINY], n=1)
+    return f"; did you mean {near[0]}?" if near else "."
+
+
+def _remedy() -> str:
+    return (
+        "Give a local folder with a transformers checkpoint, a hub name or an alias such as "
+        f"{', '.join(_EXAMPLES)}, or --base tiny-qwen2, which needs no network"
+    )

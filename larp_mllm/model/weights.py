@@ -1,0 +1,173 @@
+"""The weights of a model folder, looked at before and after they are loaded (which files, which shapes, no NaN), and a full disk."""
+
+import copy
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from larp_mllm.locate import MODEL_TYPE, first_line, read_config
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_folder(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig | None = None) -> None:
+    """ValueError unless config.json (or `config`) and the files of weights can be a model of this class.
+
+    Pickled weights are refused, and an adapter that would be loaded in place of the model.
+    """
+    files = _weight_files(folder)
+    if not isinstance(config, PreTrainedConfig):
+        saved = read_config(folder / "config.json") or {}
+        if saved.get("model_type") != MODEL_TYPE:
+            raise ValueError(
+                f"{folder}: config.json is missing, or not that of a {MODEL_TYPE} model: give the folder that training wrote, "
+                "OUT/model"
+            )
+        config = model_class.config_class.from_pretrained(folder)
+    if files:
+        _check_shapes(model_class, config, files, str(folder))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights, none if there are none."""
+    names = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
+    if not names and (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / INDEX} is damaged ({first_line(error)}): copy the model folder again"
+            ) from error
+        if wrong := [name for name in names if not str(name).endswith(".safetensors") or Path(name).name != name]:
+            raise ValueError(f"{folder / INDEX} names {wrong[0]!r}, expected safetensors files of the same folder")
+    if not names and (pickled := pickled_in(folder)):
+        raise ValueError(
+            f"{folder} holds pickled weights ({pickled}), which can run code and are never loaded: convert them to "
+            f"{WEIGHTS} where you trust them (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} holds an adapter of peft (adapter_config.json), which would be loaded in place of the model: fold "
+            "it into the weights, or take the file away"
+        )
+    return [folder / name for name in names]
+
+
+def pickled_in(folder: Path) -> str | None:
+    """The name of a file of pickled weights in a folder, None if there is none."""
+    return next((file.name for file in sorted(folder.iterdir()) if file.suffix in _PICKLED), None)
+
+
+def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, files: list[Path], where: str) -> None:
+    """That a model of this config can be built, and its tensors have the shapes of those in the files.
+
+    Without memory: a damaged config may ask for more than there is. Missing and unknown tensors are not judged here.
+    """
+    # Not at the top: where this module is imported first, it would bring in our model, which needs this module whole.
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    saved: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            saved |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    layers = getattr(config.text_config, "num_hidden_layers", 0)
+    if layers > len(saved):
+        raise ValueError(
+            f"{where}: config.json says num_hidden_layers = {layers}, but there are only {len(saved)} tensors. Restore the "
+            "two files that belong together"
+        )
+    if type(config.text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{where}: config.json says that the base is a {config.text_config.model_type}, which is no causal language model. "
+            "Restore the config.json that was written with the weights"
+        )
+    try:
+        with torch.device("meta"):
+            expected = model_class(copy.deepcopy(config)).state_dict()
+    except Exception as error:  # each architecture stumbles in its own way over sizes that cannot be
+        raise ValueError(
+            f"{where}: config.json describes a model that cannot be built ({first_line(error)[:200]}). Restore the config.json "
+            "that was written with the weights"
+        ) from error
+    both = [(name, saved[name], tuple(value.shape)) for name, value in expected.items() if name in saved]
+    check_fit([f"{name} has shape {found} in place of {want}" for name, found, want in both if found != want], where)
+
+
+def check_fit(wrong: list[str], where: str) -> None:
+    """ValueError that names the first of what is wrong with the tensors, if anything is."""
+    if wrong:
+        raise ValueError(
+            f"{where}: the weights do not fit config.json: {'; '.join(sorted(wrong)[:3])}"
+            f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the two files that belong together"
+        )
+
+
+def check_finite(model: nn.Module, where: str) -> None:
+    """ValueError that names a tensor of a model that holds NaN or infinity."""
+    tensors = model.state_dict()
+    if (name := not_finite(tensors.items())) is not None:
+        half = (
+            "; or its weights are too large for float16: load bfloat16" if tensors[name].dtype == torch.float16 else ""
+        )
+        raise ValueError(
+            f"{where}: the tensor {name} holds NaN or infinity: the model is damaged, copy it again or take an earlier "
+            f"checkpoint{half}"
+        )
+
+
+@torch.no_grad()
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first of named tensors that holds a number that is not finite."""
+    for name, tensor in tensors:
+        # One pass, and no copy of the size of the tensor; a NaN is both least and greatest. On "meta" there are no numbers.
+        if tensor.numel() and not tensor.is_meta and not all(end.isfinite() for end in torch.aminmax(tensor)):
+            return name
+    return None
+
+
+@contextmanager
+def told_if_unwritable(folder: str | Path) -> Iterator[None]:
+    """A full disk, and whatever else ends the writing of a model in the block, as a ValueError that names the folder."""
+    try:
+        yield
+    except Exception as error:
+        # A full disk: safetensors has a kind of its own for it, tokenizers raises a bare Exception.
+        if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
+            raise
+        raise ValueError(
+            f"{folder} cannot be written ({first_line(error)}): free space there, or choose another folder"
+        ) from error
+
+
+@contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """In the block, no warnings or tables of transformers, nor of what it imports when it saves; errors are raised.
+
+    bars: leave those of loading and of downloads as they are; by default there are none either.
+    """
+    level, variable = logging.get_verbosity(), "DS_ACCELERATOR"
+    own = variable not in os.environ and not torch.accelerator.is_available()
+    hidden = not bars and logging.is_progress_bar_enabled()
+    if hidden:
+        logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if own:
+        # Saving imports deepspeed, which without this warns on the standard output that it could find no accelerator.
+        os.environ[variable] = "cpu"
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if hidden:
+            logging.enable_progress_bar()
+        if own:
+            os.environ.pop(variable, None)

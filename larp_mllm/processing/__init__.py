@@ -1,0 +1,1 @@
+"""Text, videos and conversations <-> ids."""

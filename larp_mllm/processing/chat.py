@@ -1,0 +1,307 @@
+"""Chats <-> segments, through the text tokenizer's own chat template.
+
+The template is rendered around unguessable stand-ins, which are then cut out and replaced by the contents, encoded
+apart: what a user or a data set writes can never become a control token of the chat. A template therefore sees no
+contents: white space that it would take off them is taken off, but `<think>` blocks of earlier answers stay.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from larp_mllm.processing.plain_text import control_ids
+from larp_mllm.processing.sequence import Segment
+
+ROLES = ("system", "user", "assistant")
+
+# For tokenizers without a chat template: those of base models, which were never taught to chat.
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+    # A line break as it is would go with the tag before it: transformers renders with trim_blocks.
+    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+_PART_KEYS = {"text": {"type", "text", "loss"}, "video": {"type", "video", "path", "start", "loss"}}
+# White space that no template writes itself: if it is gone after rendering, the template trims contents.
+_EDGE = "\v"
+_SECRET = secrets.token_hex(16)
+_STAND_IN = re.compile(rf"X{_SECRET}N(\d+)X")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A text (`text`) or video (`given`: the part as the message has it) of a message, and whether it is learned."""
+
+    text: str | None
+    given: dict[str, Any]
+    loss: bool
+
+
+def chat_segments(
+    messages: Any,
+    tokenizer,
+    encode_text: Callable[[str], list[int]],
+    codes_of: Callable[[dict], Iterable[int]],
+    where: str = "messages",
+    answer: bool = False,
+    learned: bool = True,
+    thinking: bool = False,
+) -> list[Segment]:
+    """A chat -> segments; encode them with framed=False, since the template brings its own begin and end.
+
+    Args:
+        messages: `{"role": "system"|"user"|"assistant", "content": text or parts}` in order; a part is `{"type": "text",
+            "text": ...}` or `{"type": "video", "video" or "path": ...}`. "loss": true or false, of a message or (which goes
+            before it) of a part, says whether that is learned. By default what the assistant says is; and with the last
+            part of its turn, the token that ends the turn.
+        tokenizer: of transformers; DEFAULT_TEMPLATE is used if it has no chat template.
+        encode_text: text -> text ids, none of them a control token (LarpMllmProcessor.encode_text).
+        codes_of: a part of type video -> its N codes.
+        where: what errors call the chat.
+        answer: end with what the template puts before an answer. Of such a chat nothing is learned.
+        learned: whether what the assistant says is, by default. Where it is not, the assistant may have said nothing, and
+            a turn end without a control token.
+        thinking: what the template is told as enable_thinking; those that do not know it ignore it.
+
+    Raises ValueError for messages of another form, a "loss" of what has nothing to learn or of a chat to be answered, and if
+    the template refuses them (some know no system role, or want user and assistant to take turns), leaves one out, repeats
+    one, or ends a learned turn without a control token.
+    """
+    learned = learned and not answer
+    turns = chat_parts(messages, where, learned, empty_answers=not learned)
+    roles = [message["role"] for message in messages]
+    if answer:
+        _check_asks(messages, where)
+    rendered = _render(roles, tokenizer, where, answer, thinking)
+    pieces, controls = _Pieces(tokenizer, encode_text), control_ids(tokenizer)
+    segments: list[Segment] = []
+    ends_learned = False
+    for template, number in zip(rendered.pieces, [*rendered.order, None], strict=True):
+        parts = [] if number is None else _trimmed(turns[number], rendered.trims[number])
+        # The base reads a word together with the space before it.
+        space = " " if template.endswith(" ") and (answer if number is None else parts) else ""
+        ids = pieces.template(template.removesuffix(space))
+        segments += _turn_end(ids, controls, where) if ends_learned else [Segment("text", ids, False)]
+        for part in parts:
+            if part.text is None:
+                segments.append(Segment("video", tuple(codes_of(part.given)), part.loss))
+            else:
+                segments.append(Segment("text", pieces.content(space + part.text), part.loss))
+            space = ""
+        ends_learned = bool(parts) and roles[number] == "assistant" and parts[-1].loss
+    return [segment for segment in segments if segment.content]
+
+
+def chat_parts(messages: Any, where: str, learned: bool = True, empty_answers: bool = False) -> list[list[Part]]:
+    """Check messages, and give the texts and videos of each.
+
+    learned: whether what the assistant says is, by default. empty_answers: whether it may have said nothing.
+    Raises ValueError, naming `where` and the message.
+    """
+    if not isinstance(messages, list | tuple) or not messages:
+        raise ValueError(
+            f'{where}: "messages" must be a list of at least one {{"role", "content"}}, got {_brief(messages)}'
+        )
+    return [
+        _message_parts(message, learned, empty_answers, f"{where}: message {number}")
+        for number, message in enumerate(messages, 1)
+    ]
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """The ids that end an assistant's turn: the one that the chat template puts after it, and the end of text."""
+    found = []
+    try:
+        after = _render(["user", "assistant"], tokenizer, "stop_ids", False).pieces[-1]
+        controls = control_ids(tokenizer)
+        found = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in controls][:1]
+    except ValueError:  # a template that cannot show the end of a turn; the end of text remains
+        pass
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(found + eos))
+
+
+# Messages
+
+
+def _message_parts(message: Any, learned: bool, empty_answers: bool, where: str) -> list[Part]:
+    if not isinstance(message, dict) or set(message) - {"loss"} != {"role", "content"}:
+        raise ValueError(
+            f'{where} must be {{"role": ..., "content": ...}}, with "loss" or without, got {_brief(message)}'
+        )
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise ValueError(f"{where}: the role must be one of {', '.join(ROLES)}, got {_brief(role)}")
+    loss = check_loss(message, learned and role == "assistant", where)
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple):
+        raise ValueError(f"{where}: content must be a text, or a list of text and video parts, got {_brief(content)}")
+    parts = [_part(part, loss, f"{where}, part {number}") for number, part in enumerate(content, 1)]
+    if message.get("loss") and not any(part.text != "" for part in parts):
+        raise ValueError(f'{where} ({role}) is empty, and "loss": true has nothing to learn: leave it out')
+    # An empty system message means: without the one that the template would put.
+    may_be_empty = role == "system" or (role == "assistant" and empty_answers)
+    if not may_be_empty and not any(part.text is None or part.text.strip() for part in parts):
+        raise ValueError(f"{where} ({role}) is empty: give it a text or a video, or leave it out")
+    return [part for part in parts if part.text != ""]
+
+
+def _part(part: Any, learned: bool, where: str) -> Part:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "video"):
+        raise ValueError(
+            f'{where} must be {{"type": "text", "text": ...}} or {{"type": "video", "video": ...}}, got {_brief(part)}'
+        )
+    if unknown := sorted(map(str, set(part) - _PART_KEYS[kind])):
+        remedy = "download the video and name the file" if "url" in unknown else f"known are {_known(kind)}"
+        raise ValueError(f"{where}: unknown key {unknown[0]!r} in a {kind} part: {remedy}")
+    loss = check_loss(part, learned, where)
+    if kind == "text":
+        text = check_text(part.get("text"), f"{where}: text")
+        if part.get("loss") and not text:
+            raise ValueError(f'{where}: the text is empty, and "loss": true has nothing to learn: leave the part out')
+        return Part(text, part, loss)
+    if ("video" in part) == ("path" in part):
+        raise ValueError(f'{where}: a video part has either "video" or "path", got {_brief(part)}')
+    return Part(None, part, loss)
+
+
+def _check_asks(messages: Any, where: str) -> None:
+    """ValueError unless the checked messages can be answered: the last is not the assistant's, and none has a "loss"."""
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the last message is the assistant's, there is nothing to answer: add a user's")
+    for number, message in enumerate(messages, 1):
+        parts = [] if isinstance(message["content"], str) else message["content"]
+        if any("loss" in given for given in (message, *parts)):
+            raise ValueError(
+                f'{where}: message {number} has a "loss", but nothing is learned of a chat that is answered: leave it out'
+            )
+
+
+def check_loss(given: dict, default: bool, where: str) -> bool:
+    """The "loss" of a record, message or part, by default `default`; ValueError unless it is true or false."""
+    loss = given.get("loss", default)
+    if not isinstance(loss, bool):
+        raise ValueError(f'{where}: "loss" must be true or false, got {_brief(loss)}')
+    return loss
+
+
+def check_text(text: Any, where: str) -> str:
+    """`text`, if it is one; ValueError for another type, or half a character, which no tokenizer can read."""
+    if not isinstance(text, str):
+        raise ValueError(f"{where} must be a text, got {_brief(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} holds half a character (\\u{ord(text[error.start]):04x}): write it as UTF-8"
+        ) from None
+    return text
+
+
+def _trimmed(parts: list[Part], trims: tuple[bool, bool]) -> list[Part]:
+    """The parts without the white space at either end that the template takes off."""
+    texts = [part.text for part in parts]
+    if trims[0] and texts and texts[0] is not None:
+        texts[0] = texts[0].lstrip()
+    if trims[1] and texts and texts[-1] is not None:
+        texts[-1] = texts[-1].rstrip()
+    return [Part(text, part.given, part.loss) for text, part in zip(texts, parts, strict=True)]
+
+
+def _known(kind: str) -> str:
+    return ", ".join(sorted(_PART_KEYS[kind]))
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# The template
+
+
+@dataclass(frozen=True)
+class _Rendered:
+    pieces: list[str]
+    """What the template writes before, between and after the contents."""
+    order: list[int]
+    """Which message's content stands there; some templates move the system message."""
+    trims: dict[int, tuple[bool, bool]]
+    """For each message, whether white space before and after its content is taken off."""
+
+
+def _render(roles: list[str], tokenizer, where: str, answer: bool, thinking: bool = False) -> _Rendered:
+    chat = [{"role": role, "content": f"{_EDGE}X{_SECRET}N{number}X{_EDGE}"} for number, role in enumerate(roles)]
+    own = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    try:
+        # Thinking is off by default, as far as a template knows it: what is learned here is the answer.
+        text = tokenizer.apply_chat_template(
+            chat, chat_template=own, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
+        )
+    except Exception as error:  # jinja raises a family of its own, and templates whatever they like
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(
+            f"{where}: the chat template of the text tokenizer does not take the roles {', '.join(roles)}: {said}. Give the "
+            "roles that it knows in the order it wants, or set another chat_template"
+        ) from error
+    split = _STAND_IN.split(text)
+    pieces, order = split[::2], [int(number) for number in split[1::2]]
+    for number, role in enumerate(roles):
+        if order.count(number) != 1:
+            raise ValueError(
+                f"{where}: the chat template of the text tokenizer shows message {number + 1} ({role}) "
+                f"{order.count(number)} times instead of once: leave that message out, or set another chat_template"
+            )
+    trims = {
+        number: (not pieces[place].endswith(_EDGE), not pieces[place + 1].startswith(_EDGE))
+        for place, number in enumerate(order)
+    }
+    return _Rendered([piece.strip(_EDGE) for piece in pieces], order, trims)
+
+
+def _turn_end(ids: tuple[int, ...], controls: Collection[int], where: str) -> list[Segment]:
+    """What the template writes after a learned answer: learned up to the token that ends the turn."""
+    end = next((place + 1 for place, id in enumerate(ids) if id in controls), None)
+    if end is None:
+        raise ValueError(
+            f"{where}: the chat template of the text tokenizer ends the assistant's turn without a control token, so that "
+            'an answer would never end: set another chat_template, or "loss": false for its last part'
+        )
+    return [Segment("text", ids[:end], True), Segment("text", ids[end:], False)]
+
+
+class _Pieces:
+    """Encodes the pieces of a chat, so that they are the ids of the whole as far as the tokenizer allows.
+
+    Tokenizers of the sentencepiece family put a space before every text that they are given, which only the first piece
+    of a chat should have: others are encoded after a line break, which is then taken off.
+    """
+
+    def __init__(self, tokenizer, encode_text: Callable[[str], list[int]]):
+        self._template = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._content = encode_text
+        self._spaced = encode_text("\na") != encode_text("\n") + encode_text("a")
+        self._first = True
+
+    def template(self, text: str) -> tuple[int, ...]:
+        """A piece of the template, in which control tokens are read as such."""
+        return self._encode(self._template, text)
+
+    def content(self, text: str) -> tuple[int, ...]:
+        """A piece that somebody wrote, in which there are none."""
+        return self._encode(self._content, text)
+
+    def _encode(self, encode: Callable[[str], list[int]], text: str) -> tuple[int, ...]:
+        if not text:
+            return ()
+        first, self._first = self._first, False
+        if self._spaced and not first:
+            head, whole = encode("\n"), encode("\n" + text)
+            if whole[: len(head)] == head:
+                return tuple(whole[len(head) :])
+        return tuple(encode(text))

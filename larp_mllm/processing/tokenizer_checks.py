@@ -1,0 +1,76 @@
+"""Whether a text tokenizer and a LARP tokenizer are those that a language model was trained with."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.locate import first_line
+from larp_mllm.model.configuration import LarpMllmConfig
+
+from transformers import AutoTokenizer
+
+
+def load_text_tokenizer(folder: Path):
+    """The text tokenizer of a model folder; no code that lies there is run. ValueError if it cannot be loaded."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise families of their own
+        state = "is damaged" if (folder / "tokenizer.json").is_file() else "is missing"
+        raise ValueError(
+            f"{folder}: the text tokenizer cannot be loaded, tokenizer.json {state}: copy the model folder again, "
+            f"or take the file from the base model ({first_line(error)})"
+        ) from error
+
+
+def words_hash(tokenizer) -> str:
+    """SHA-256 (hex) of the words of a text tokenizer with their ids."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+
+
+def check_tokenizers(config: LarpMllmConfig, tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
+    """ValueError unless both tokenizers are those that the config of a LarpMllmForCausalLM records."""
+    expected = max(config.text_config.vocab_size, len(tokenizer))
+    if config.text_size != expected:
+        raise ValueError(
+            f"{where}: the model's text ids end at {config.text_size}, but its base and tokenizer make {expected}; "
+            "the tokenizer files are not those the model was trained with: restore them"
+        )
+    _check_hash(config.video_tokenizer_hash, video_tokenizer, where, "config.json")
+    frames = video_tokenizer.config.num_frames
+    if config.given_frames >= frames:
+        raise ValueError(
+            f"{where}: config.json says given_frames = {config.given_frames}, but a clip of the video tokenizer has {frames} "
+            "frames, and none would be left to draw: restore the config.json that was written with the weights"
+        )
+
+
+def check_saved(saved: dict, tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
+    """ValueError unless both tokenizers are those that processor_config.json records."""
+    file, found = "processor_config.json", words_hash(tokenizer)
+    if found != _recorded(saved.get("text_tokenizer_hash"), "text_tokenizer_hash", found, where, file):
+        raise ValueError(
+            f"{where}: the words of the text tokenizer are not those that {file} records; the tokenizer files are "
+            "not those the model was trained with: restore them"
+        )
+    _check_hash(saved.get("video_tokenizer_hash"), video_tokenizer, where, file)
+
+
+def _check_hash(recorded: object, video_tokenizer: LarpTokenizer, where: str, file: str) -> None:
+    found = video_tokenizer.weight_hash()
+    recorded = _recorded(recorded, "video_tokenizer_hash", found, where, file)
+    if found != recorded:
+        raise ValueError(
+            f"{where}: the video tokenizer has weight hash {found[:12]}, the model was trained with {recorded[:12]}: its "
+            "codes would mean something else. Restore that one"
+        )
+
+
+def _recorded(value: object, name: str, found: str, where: str, file: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(
+            f"{where}: {file} does not record {name}, so that nothing shows whether the tokenizer is the one the model was "
+            f'trained with: copy the model folder again, or, if you know that it is, write "{name}": "{found}" into {file}'
+        )
+    return value

@@ -1,0 +1,106 @@
+"""Every family of base models: text unharmed, records apart, gradients, round trips, generation."""
+
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from tests.larp_mllm.families import FAMILIES, VOCAB_SIZE
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+N, K = 4, 16
+TEXT = torch.randint(0, VOCAB_SIZE, (2, 11), generator=torch.Generator().manual_seed(0))
+
+
+def base_of(family: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+
+
+def model_of(family: str, adapter: str = "codebook") -> LarpMllmForCausalLM:
+    return LarpMllmForCausalLM.from_base(base_of(family), VOCAB_SIZE - 5, torch.randn(K, 4), N, adapter).eval()
+
+
+def record(model: LarpMllmForCausalLM, seed: int, text: int) -> torch.Tensor:
+    """Ids of so much text, a video, and a word more."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(0, VOCAB_SIZE, (text + 1,), generator=generator).tolist()
+    codes = torch.randint(0, K, (N,), generator=generator).tolist()
+    return torch.tensor([*words[:-1], *model.vocabulary.span(codes), words[-1]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_base_gives_its_own_text_logits_to_the_bit_before_and_after_training(family):
+    expected = base_of(family)(TEXT).logits
+    model = model_of(family)
+    model.base.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.stack([record(model, seed, 5) for seed in range(2)])
+    losses = []
+    for _ in range(3):
+        assert torch.equal(model(TEXT).logits[..., :VOCAB_SIZE], expected)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert torch.equal(model(TEXT).logits[..., :VOCAB_SIZE], expected)
+
+
+@pytest.mark.parametrize(
+    "family, attention",
+    [*((family, "sdpa") for family in FAMILIES), ("qwen2-tied", "eager"), ("mistral-sliding", "eager")],
+)
+def test_packed_records_do_not_see_each_other(family, attention):
+    model = model_of(family)
+    model.base.set_attn_implementation(attention)
+    records = [record(model, seed, text) for seed, text in ((0, 3), (1, 9), (2, 6))]
+    apart = torch.cat([model(one[None]).logits[0] for one in records])
+    positions = torch.cat([torch.arange(len(one)) for one in records])
+    # Two rows: what is in one must not change where the records of the other begin.
+    rows = [torch.cat(records), torch.cat(records[::-1])]
+    places = [positions, torch.cat([torch.arange(len(one)) for one in records[::-1]])]
+    packed = model(torch.stack(rows), position_ids=torch.stack(places)).logits
+    torch.testing.assert_close(packed[0], apart, rtol=1e-4, atol=1e-5)
+    crossing = model(rows[0][None]).logits[0]
+    assert (crossing - apart)[len(records[0]) :].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family, adapter", [*((family, "codebook") for family in FAMILIES), ("llama2", "free")])
+def test_what_is_saved_is_loaded(family, adapter, tmp_path):
+    model = model_of(family, adapter)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = record(model, 0, 5)[None]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert again.config.vocabulary == model.vocabulary
+    tied = again.base.get_output_embeddings().weight is again.base.get_input_embeddings().weight
+    assert tied == FAMILIES[family]().tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_gives_the_same_gradients_and_they_reach_everything(family):
+    found = []
+    for checkpointing in (False, True):
+        model = model_of(family).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.stack([record(model, seed, 5) for seed in range(2)])
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert [name for name, gradient in gradients.items() if gradient is None] == []
+        for part in ("adapter.code_input.residual", "adapter.code_output.residual", "base.model.layers.0.self_attn.q"):
+            assert any(g.abs().max() > 0 for name, g in gradients.items() if name.startswith(part)), part
+        found.append((loss.detach(), gradients))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_with_a_cache_equals_generation_without(family):
+    model = model_of(family)
+    ids = torch.stack([record(model, seed, 4) for seed in range(2)])
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None)
+    written = [model.generate(ids, use_cache=cached, pad_token_id=0, **settings) for cached in (True, False)]
+    assert written[0].shape[1] == ids.shape[1] + 6
+    assert torch.equal(*written)
