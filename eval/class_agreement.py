@@ -22,7 +22,7 @@ from larp.data.datasets import VideoSet, open_videos
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.hub import check_device
-from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, judge_real, require_labels
+from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, classify_real, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import LarpGenerator
@@ -110,7 +110,7 @@ def evaluate(config: AgreementConfig) -> dict:
     condition = class_numbers(generator, videos, labels)
     classifier = classifier_of(config.data, ClipShape(*tokenizer.config.clip_shape))
     report = {"classes": list(classifier.classes), "chance": 1 / len(classifier.classes)}
-    report |= judge_real(classifier, tokenizer, videos, config.batch_size) | {"generated": []}
+    report |= classify_real(classifier, tokenizer, videos, config.batch_size) | {"generated": []}
     shown: list[np.ndarray] = []
     for scale in config.guidance_scale:
         clips = generated_clips(

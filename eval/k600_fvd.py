@@ -40,7 +40,7 @@ from larp.metrics.frame_prediction import (
 )
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
+from larp.metrics.protocols import PRESETS, Protocol, check_record_path, result, summary
 from larp.metrics.psnr_ssim import ssim
 from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
@@ -73,7 +73,7 @@ class PredictionConfig:
     given: int = 5
     """First frames of each clip that the generator is shown."""
     num_clips: int = _PRESET.num_clips
-    """Clips to predict, drawn by the seed from all windows that do not overlap."""
+    """Clips to predict, sampled by the seed from all windows that do not overlap."""
     guidance_scale: float = 1.0
     """Classifier-free guidance, for generators trained with null_condition; 1 is off."""
     temperature: float = 1.0
@@ -85,7 +85,7 @@ class PredictionConfig:
     out: Path = Path("prediction.json")
     """Where the figures go; the PNG gets the same name with its own suffix."""
     seed: int = _PRESET.seed
-    """Of the drawing of clips and of the sampling."""
+    """Of the sampling of clips and of the sampling."""
     batch_size: int = 16
     """Clips at a time."""
     features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
@@ -242,7 +242,7 @@ def evaluate(config: PredictionConfig) -> dict:
     videos, split = open_split(config)
     items, counts, skipped = countable(videos)
     clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
-    seen = measure(generator, tokenizer, clips.drawn(), features, perceptual, config)
+    seen = measure(generator, tokenizer, clips.sampled(), features, perceptual, config)
     others = [features(scored_size(clip)) for clip in clips.others()]
     report = likeness(seen, config) | {
         "given": config.given,
@@ -303,7 +303,7 @@ def describe(report: dict) -> str:
             f" {gain['share_of_clips']:.1%} of {report['num_clips']} clips"
         )
     lines.append(f"the given frames as regenerated: {report['given_frames_regenerated_psnr']:.2f} dB")
-    lines.append(headline(report["frechet"]))
+    lines.append(summary(report["frechet"]))
     lines += [describe_row(row) for row in report["frechet"]["table"]]
     lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
     return "\n".join([*lines, *report["files"]])

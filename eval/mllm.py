@@ -1,4 +1,4 @@
-"""Does a language model draw what it is told? Videos for held-out prompts, read by an analytic checker:
+"""Does a language model sample what it is told? Videos for held-out prompts, read by an analytic checker:
 
     python eval/mllm.py --protocol shapes                      # the newest model trained here
     python eval/mllm.py --model runs/mllm/model --guidance-scale 2
@@ -118,8 +118,8 @@ def report(record: dict, videos: list[Video], out: Path) -> None:
     shares = ", ".join(f"{name} {record[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
     told = record["protocol"]
     print(f"{shares} of {record['n']} videos")
-    drawn = ", ".join(f"{name} {told[name]}" for name in ("guidance_scale", "temperature", "seed"))
-    print(f"protocol: {told['prompts']}; {drawn}")
+    sampled = ", ".join(f"{name} {told[name]}" for name in ("guidance_scale", "temperature", "seed"))
+    print(f"protocol: {told['prompts']}; {sampled}")
     print(f"wrote {out} and {sheet}")
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from bench import flops
 from bench.head_speed import HeadSize, describe_heads, measure_heads
-from bench.straightforward import Straightforward, judge
+from bench.reference import ReferenceTokenizer, judge
 from bench.timing import (
     Lap,
     in_fresh_process,
@@ -138,7 +138,7 @@ def check_equal(model: LarpTokenizer, clips: Tensor) -> dict[str, float]:
 
     Two codes may change places where their cosines differ by less than rounding does.
     """
-    plain = Straightforward(model)
+    plain = ReferenceTokenizer(model)
     ours, theirs = model.encode(clips), plain.encode(clips)
     with torch.inference_mode():
         cosines = model.quantizer.similarities(plain.project(clips))
@@ -155,7 +155,7 @@ def inference(subject: Subject) -> dict[str, Any]:
     """Check that the two ways agree, and time encode and decode in turn."""
     config, model, clips = subject.config, subject.build().eval(), subject.clips()
     agreement = check_equal(model, clips)
-    plain = Straightforward(model)
+    plain = ReferenceTokenizer(model)
     codes = plain.encode(clips)
     if config.compile:
         compile_blocks(model, subject.device)
@@ -182,7 +182,7 @@ def inference(subject: Subject) -> dict[str, Any]:
 def inference_memory(subject: Subject, straightforward: bool) -> int:
     """Peak memory in bytes of one encode and decode, in a process that does nothing else."""
     model, clips = subject.build().eval(), subject.clips()
-    way = Straightforward(model) if straightforward else model
+    way = ReferenceTokenizer(model) if straightforward else model
     with subject.autocast():
         way.decode(way.encode(clips))
     return peak_memory(subject.device)
@@ -240,7 +240,7 @@ def train(subject: Subject, adversarial: bool, straightforward: bool) -> dict[st
             discriminator = Discriminator(subject.adversary.discriminator(subject.model))
         optimizers[discriminator] = torch.optim.Adam(discriminator.parameters(), lr=3e-5, betas=(0.5, 0.9))
         score = (lambda clip: judge(discriminator, clip)) if straightforward else discriminator
-    forward = Straightforward(model) if straightforward else model
+    forward = ReferenceTokenizer(model) if straightforward else model
     if subject.config.compile and not straightforward:
         for module in optimizers:
             compile_blocks(module, subject.device)
@@ -259,7 +259,7 @@ def training(subject: Subject, adversarial: bool) -> dict[str, Any]:
         for way in WAYS:
             runs[way].append(in_fresh_process(train, subject, adversarial, way == WAYS[1]))
         ours, theirs = (runs[way][-1]["loss"] for way in WAYS)
-        # A draw at the edge between two codes may fall on either side; 16 bits round more.
+        # A sample at the edge between two codes may fall on either side; 16 bits round more.
         if abs(ours / theirs - 1) > (1e-3 if subject.config.precision == "fp32" else 3e-2):
             raise ValueError(f"the two implementations differ: their training losses are {ours} and {theirs}")
     adversary = subject.adversary.discriminator(subject.model) if adversarial else None

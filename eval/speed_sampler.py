@@ -28,7 +28,7 @@ from larp.kernels.threads import threads
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator
 from larp.sampling.decoder import BlockWeights, Decoder
-from larp.sampling.sample import check_sampling, guide, row_uniforms, sample_logits
+from larp.sampling.sample import apply_guidance, check_sampling, row_uniforms, sample_logits
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +158,7 @@ class Contender:
 
     def choose(self, logits: Tensor, index: Tensor, greedy: bool = False) -> Tensor:
         """Draw the codes (B,) of an index (1,) from logits (R, K)."""
-        logits = guide(logits, self.guidance) if self.guidance != 1 else logits
+        logits = apply_guidance(logits, self.guidance) if self.guidance != 1 else logits
         return sample_logits(logits, float(not greedy), uniform=self.uniforms.index_select(1, index)[:, 0])
 
     def first_codes(self, count: int) -> Tensor:
@@ -179,10 +179,10 @@ class Contender:
             self.sampler.decode_n(torch.zeros_like(self.uniforms[:, : codes + 1], dtype=torch.int64), self.choose)
             return
         self.sampler.probabilities.clear()
-        drawn, copies = self.uniforms.new_zeros(self.clips, dtype=torch.int64), len(self.condition) // self.clips
+        sampled, copies = self.uniforms.new_zeros(self.clips, dtype=torch.int64), len(self.condition) // self.clips
         for _ in range(codes):
-            logits = self.sampler.decode_one(drawn.repeat(copies))
-            drawn = self.choose(logits, torch.zeros(1, dtype=torch.int64, device=drawn.device))
+            logits = self.sampler.decode_one(sampled.repeat(copies))
+            sampled = self.choose(logits, torch.zeros(1, dtype=torch.int64, device=sampled.device))
 
 
 def make_contenders(config: SamplerSpeedConfig, model: LarpGenerator) -> dict[str, Contender]:

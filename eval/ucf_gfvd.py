@@ -2,7 +2,7 @@
 
     python eval/ucf_gfvd.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT
 
-Draws real clips as LARP's protocol does, generates one clip for the label of each, and prints and writes the Frechet
+Samples real clips as LARP's protocol does, generates one clip for the label of each, and prints and writes the Frechet
 distance between the two sets with its protocol and its real-vs-real floor, and a table of what else was measured against
 the same real clips: their reconstructions, and further guidance scales. Beside the JSON, a PNG of generated clips.
 """
@@ -40,8 +40,8 @@ from larp.metrics.protocols import (
     PRESETS,
     Protocol,
     check_record_path,
-    headline,
     result,
+    summary,
 )
 from larp.models.generator import LarpGenerator
 from larp.models.quantizer import usage
@@ -92,7 +92,7 @@ class GfvdConfig:
     out: Path = Path("gfvd.json")
     """Where the figure goes; the PNG gets the same name with its own suffix."""
     seed: int = _PRESET.seed
-    """Of the drawing of real clips and of the sampling."""
+    """Of the sampling of real clips and of the sampling."""
     batch_size: int = 16
     """Clips at a time."""
     features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
@@ -156,7 +156,7 @@ def evaluate(config: GfvdConfig) -> dict:
     clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
     # Classes that the generator does not know are an error now, not after the reading.
     class_numbers(generator, videos, [items[video].label for video, _ in clips.windows])
-    pairs = reconstructed_clips(tokenizer, clips.drawn())
+    pairs = reconstructed_clips(tokenizer, clips.sampled())
     both = [(features(clip), features(again)) for clip, again in pairs]
     real, decoded = (torch.cat(side) for side in zip(*both, strict=True))
     others = [features(clip) for clip in clips.others()]
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> dict:
     recipes = Path(__file__).resolve().parent / "recipes"
     config, _ = parse(GfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_gfvd.py")
     report = evaluate(config)
-    print(headline(report))
+    print(summary(report))
     print(*map(describe_row, report["table"]), sep="\n")
     print(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
     for entry in report["skipped"]:

@@ -25,7 +25,7 @@ from larp.data.token_cache import TokenCache
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.hub import check_device
-from larp.metrics.classifier import VERSION, classifier_of, judge_real, require_labels
+from larp.metrics.classifier import VERSION, classifier_of, classify_real, require_labels
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
@@ -71,9 +71,9 @@ class UcfMllmConfig:
     temperature: float = 1.0
     """Of the generated videos; 0 takes the likeliest code."""
     num_clips: int = 200
-    """Test clips to continue, drawn by the seed from all windows that do not overlap."""
+    """Test clips to continue, sampled by the seed from all windows that do not overlap."""
     continuation_temperature: tuple[float, ...] = (1.0, 0.0)
-    """Of the predicted frames, each measured; they are drawn without text or guidance."""
+    """Of the predicted frames, each measured; they are sampled without text or guidance."""
     top_k: int = 0
     """Sample among the k likeliest codes; 0 keeps all."""
     top_p: float = 1.0
@@ -81,7 +81,7 @@ class UcfMllmConfig:
     out: Path = Path("ucf-mllm.json")
     """Where the figures go; the PNGs get the same name with -guidance-2.png and -continuation.png."""
     seed: int = 42
-    """Of the drawing of clips and of the sampling."""
+    """Of the sampling of clips and of the sampling."""
     batch_size: int = 16
     """Clips at a time; changes no figure beyond rounding."""
     show: int = 8
@@ -105,7 +105,7 @@ class UcfMllmConfig:
             )
 
     def sampling(self, guidance_scale: float = 1.0, temperature: float = 1.0) -> VideoSampling:
-        """The options of one draw."""
+        """The options of one sample."""
         return VideoSampling(guidance_scale, temperature, self.top_k, self.top_p, self.seed, self.batch_size)
 
 
@@ -146,7 +146,7 @@ class Job:
         config, shape, texts = self.config, clip_shape(self.mllm), prompts_of(self.videos)
         classifier = classifier_of(config.data, shape)
         tokenizer = self.mllm.processor.video_tokenizer
-        report = judge_real(classifier, tokenizer, self.videos, config.batch_size, shape.stride)
+        report = classify_real(classifier, tokenizer, self.videos, config.batch_size, shape.stride)
         report |= {"classes": list(classifier.classes), "chance": 1 / len(texts), "generated": []}
         for scale in config.guidance_scale:
             sampling = config.sampling(scale, config.temperature)
@@ -198,7 +198,7 @@ class Job:
             "bits": "teacher-forced, over code logits alone; all clips of the cache; intervals of 95 % with videos as clusters",
             "agreement": "larp.metrics.classifier; real: centre clips; generated: 8 bits, classes and phrasings in turn; Wilson's intervals",
             "captions": "centre clips, likeliest words; class read by larp_mllm.metrics.figures.class_in_caption; none read is wrong",
-            "continuation": "windows that do not overlap, drawn by the seed; no text, no guidance; PSNR of predicted frames, mean over clips",
+            "continuation": "windows that do not overlap, sampled by the seed; no text, no guidance; PSNR of predicted frames, mean over clips",
             "model": {
                 "base": own.text_config.model_type,
                 "adapter": own.adapter,
@@ -229,7 +229,7 @@ def interval(figure: dict, form: str) -> str:
     return f"[{', '.join(format(end, form) for end in figure['interval_95'])}]" if figure["interval_95"] else ""
 
 
-def tell_bits(part: dict) -> list[str]:
+def bits_lines(part: dict) -> list[str]:
     """The bits as lines for a person."""
     rows = [("after the caption, first phrasing", "first_phrasing"), ("mean over its phrasings", "all_phrasings"),
             ("without text", "without_text"), ("the caption saves", "text_saves")]  # fmt: skip
@@ -240,7 +240,7 @@ def tell_bits(part: dict) -> list[str]:
     return [*lines, f"  {'all codes alike':<34} {part['uniform']:6.3f}"]
 
 
-def tell_agreement(part: dict) -> list[str]:
+def agreement_lines(part: dict) -> list[str]:
     """The agreement as lines for a person; the confusion table is that of the last guidance scale."""
     rows = [("real test clips", part["real"]), ("the same, reconstructed", part["reconstructed"])]
     rows += [(f"generated, guidance {figures['guidance_scale']:g}", figures) for figures in part["generated"]]
@@ -250,7 +250,7 @@ def tell_agreement(part: dict) -> list[str]:
     return lines + table(f"{rows[-1][0]}: wanted | taken for", part["classes"], rows[-1][1]["confusion"])
 
 
-def tell_captions(part: dict) -> list[str]:
+def captions_lines(part: dict) -> list[str]:
     """The captions as lines for a person."""
     told = f"  {'captions that name the class':<34} {part['accuracy']:6.1%}  {interval(part, '.1%')}  N={part['num_clips']}"
     chance = f"chance {part['chance']:.1%}, always the most frequent class {part['most_frequent']:.1%}"
@@ -266,7 +266,7 @@ def table(title: str, classes: list[str], confusion: list[list[int]]) -> list[st
     return [f"  {title}, in the same order", *rows]
 
 
-def tell_continuation(part: dict) -> list[str]:
+def continuation_lines(part: dict) -> list[str]:
     """The continuation as lines for a person."""
     lines = [
         f"frames {part['frame'][0]} to {part['frame'][-1]} from {part['given']} given ones, {part['num_clips']} clips: PSNR"
@@ -281,14 +281,19 @@ def tell_continuation(part: dict) -> list[str]:
     return [*lines, f"  bits per code after {bits}"]
 
 
-TELL = {"bits": tell_bits, "agreement": tell_agreement, "captions": tell_captions, "continuation": tell_continuation}
+LINES = {
+    "bits": bits_lines,
+    "agreement": agreement_lines,
+    "captions": captions_lines,
+    "continuation": continuation_lines,
+}
 
 
 def describe(report: dict) -> str:
     """The figures of a report as lines for a person."""
-    lines = [line for part, tell in TELL.items() if part in report for line in tell(report[part])]
+    lines = [line for part, tell in LINES.items() if part in report for line in tell(report[part])]
     told, skipped = report["protocol"], {}
-    for part in TELL:
+    for part in LINES:
         skipped |= {entry["name"]: entry["reason"] for entry in report.get(part, {}).get("skipped", ())}
     lines.append(f"protocol: {told['split']}; {told['clips']}; seed {told['config']['seed']}")
     lines += [f"skipped {name}: {reason}" for name, reason in sorted(skipped.items())]

@@ -24,8 +24,8 @@ from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
 from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, headline, result
-from larp.metrics.reconstruction import Watch, reconstruct
+from larp.metrics.protocols import PRESETS, Protocol, check_record_path, result, summary
+from larp.metrics.reconstruction import ValidationMetrics, reconstruct
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -48,7 +48,7 @@ class RfvdConfig:
     split: Literal["train", "test", "all"] = "test"
     """Which of them; the published rFVD is of the train split."""
     num_clips: int | None = None
-    """Videos to measure, one clip of each, drawn by the seed; by default all of them."""
+    """Videos to measure, one clip of each, sampled by the seed; by default all of them."""
     out: Path = Path("results.json")
     """Where the figures go; the MP4 and the PNG get the same name with their own suffixes."""
     seed: int = 42
@@ -124,7 +124,11 @@ def evaluate(config: RfvdConfig) -> dict:
     perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos, others, in_split = choose_videos(config)
-    watch, once, more = Watch(features, perceptual), one_pass(videos, config, shape), one_pass(others, config, shape)
+    watch, once, more = (
+        ValidationMetrics(features, perceptual),
+        one_pass(videos, config, shape),
+        one_pass(others, config, shape),
+    )
     done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=watch)
     spare = [features(batch["clip"]) for batch in tqdm(more, desc="real clips", unit="batch", delay=2)]
     protocol = protocol_of(config, features, shape, in_split, len(done.codes))
@@ -143,7 +147,7 @@ def evaluate(config: RfvdConfig) -> dict:
 
 
 def frechet_record(
-    protocol: Protocol, watch: Watch, spare: list[Tensor], config: RfvdConfig, checkpoints: dict[str, str]
+    protocol: Protocol, watch: ValidationMetrics, spare: list[Tensor], config: RfvdConfig, checkpoints: dict[str, str]
 ) -> dict:
     """The Frechet figure of what was watched, with spare real features for its floor."""
     real, decoded = torch.cat(watch.real), torch.cat(watch.decoded)
@@ -166,7 +170,7 @@ def describe(report: dict) -> str:
     lines.append(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
     if "prior_top1" in report:
         lines.append(f"prior: top-1 {report['prior_top1']:.1%}, {report['prior_bits']:.2f} bits per token")
-    lines.append(headline(report["frechet"]))
+    lines.append(summary(report["frechet"]))
     lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
     return "\n".join([*lines, *report["files"]])
 

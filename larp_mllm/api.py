@@ -8,7 +8,7 @@ from pathlib import Path
 
 from larp.hub import check_device
 from larp_mllm.checks import check_count, check_progress, check_prompt, check_prompts, check_seconds
-from larp_mllm.generation.progress import Report
+from larp_mllm.generation.progress import ProgressCallback
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm, check_dtype
@@ -35,7 +35,7 @@ def generate(
     model: Model = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
     preview_every: int = 0,
 ) -> Video | list[Video]:
     """Videos for a sentence: `larp_mllm.generate("a person surfing").save("surfing.mp4")`.
@@ -46,9 +46,9 @@ def generate(
         prompt: what the video shows; nothing in it is read as a control token.
         num_videos: videos of each prompt.
         guidance_scale: 1 is off; more follows the prompt more closely.
-        temperature, top_k, top_p: of the draw of a code; temperature 0 takes the likeliest; 0 and 1.0: no cut.
+        temperature, top_k, top_p: of the sample of a code; temperature 0 takes the likeliest; 0 and 1.0: no cut.
         seed: the same seed and place in the list give the same video.
-        batch_size: videos drawn side by side; does not change them.
+        batch_size: videos sampled side by side; does not change them.
         model: a folder, a hub name or a loaded Mllm; by default LARP_MLLM_MODEL, else the newest model trained here.
         device: by default the GPU if there is one.
         dtype: of the language model's weights, "float32", "bfloat16" or "float16"; by default as they were saved.
@@ -80,12 +80,12 @@ def describe(
     model: Model = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> str:
     """The caption that the model gives to a video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip
     (3, T, H, W) in [0, 1] of the size that the model was trained on; other arrays are a ValueError.
 
-    Of a longer video the frames around its middle are read. temperature, top_k, top_p: of the draw of a word piece; 0
+    Of a longer video the frames around its middle are read. temperature, top_k, top_p: of the sample of a word piece; 0
     takes the likeliest. max_new_tokens: length at most. progress is called after each. The others as in `generate`.
     """
     check_progress(progress)
@@ -108,7 +108,7 @@ def continue_video(
     model: Model = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Video | list[Video]:
     """A video that goes on for `seconds` more: the frames at hand, then new ones; a list if num_videos > 1.
 
@@ -142,7 +142,7 @@ def chat(
     model: Model = None,
     device: str | None = None,
     dtype: str | torch.dtype | None = None,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict:
     """The model's answer to a conversation; it may hold text and videos in any order.
 

@@ -48,11 +48,11 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_seconds(seconds: float) -> None:
-    """ValueError unless `seconds` is a number above 0, and at most an hour: more would be drawn for days."""
+    """ValueError unless `seconds` is a number above 0, and at most an hour: more would be sampled for days."""
     if not (isinstance(seconds, Real) and not isinstance(seconds, bool) and 0 < seconds < math.inf):
         raise ValueError(f"seconds is {seconds!r}; it must be a finite number above 0")
     if seconds > _LONGEST:
-        raise ValueError(f"seconds is {seconds:g}; at most {_LONGEST} are drawn at a time: go on from the result")
+        raise ValueError(f"seconds is {seconds:g}; at most {_LONGEST} are sampled at a time: go on from the result")
 
 
 def check_start(start: object, where: str) -> float | None:

@@ -127,7 +127,7 @@ def home() -> Path:
     return Path(os.environ.get("LARP_MLLM_HOME") or Path.home() / ".cache" / "larp-mllm")
 
 
-def remember_newest(model: str | Path) -> Path:
+def set_default_model(model: str | Path) -> Path:
     """Point `generate` without a model at this folder from now on; returns the pointer file."""
     pointer = home() / POINTER
     pointer.parent.mkdir(parents=True, exist_ok=True)
@@ -138,8 +138,8 @@ def remember_newest(model: str | Path) -> Path:
     return pointer
 
 
-def forget_newest(model: str | Path) -> None:
-    """Take back `remember_newest` of this folder; nothing happens if another is pointed at."""
+def clear_default_model(model: str | Path) -> None:
+    """Take back `set_default_model` of this folder; nothing happens if another is pointed at."""
     pointer = home() / POINTER
     if pointer.is_file() and _read_pointer(pointer) == Path(model).resolve():
         pointer.unlink()

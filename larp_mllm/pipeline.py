@@ -14,12 +14,12 @@ from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_count, check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.answer import Answer
-from larp_mllm.generation.decode import draw_answer, draw_codes, draw_text, positions, sensible_threads
-from larp_mllm.generation.progress import CodeProgress, Report, TextProgress
+from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, num_threads_for, positions
+from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.weights import quiet, told_if_unwritable
+from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import chat_segments, stop_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.sequence import encode
@@ -64,7 +64,7 @@ class Mllm:
     def save(self, folder: str | Path) -> None:
         """Write a folder that `load` reads. ValueError, naming it, if it cannot be written."""
         self._record_tokenizer()
-        with told_if_unwritable(folder), quiet():
+        with naming_unwritable(folder), quiet():
             make_folder(folder)
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
@@ -91,7 +91,7 @@ class Mllm:
         prompts: list[str],
         num_videos: int = 1,
         sampling: VideoSampling = _VIDEO,
-        progress: Report | None = None,
+        progress: ProgressCallback | None = None,
         preview_every: int = 0,
     ) -> list[Video]:
         """num_videos videos for each prompt, prompt by prompt.
@@ -106,7 +106,7 @@ class Mllm:
         encoded = {text: self.processor.layout.prompt(self._encode_text(text)) for text in prompts}
         rows = [encoded[text] for text in texts]
         count = self.model.vocabulary.tokens_per_video
-        with self._telling(len(rows) * count, progress, preview_every) as told:
+        with self._progress(len(rows) * count, progress, preview_every) as told:
             codes = self._draw(rows, sampling, told)
         frames = [frames for part in codes.split(sampling.batch_size) for frames in self.processor.decode_videos(part)]
         return [
@@ -114,7 +114,9 @@ class Mllm:
             for pixels, text, row in zip(frames, texts, codes.tolist(), strict=True)
         ]
 
-    def describe(self, videos: list, sampling: TextSampling = _CAPTION, progress: Report | None = None) -> list[str]:
+    def describe(
+        self, videos: list, sampling: TextSampling = _CAPTION, progress: ProgressCallback | None = None
+    ) -> list[str]:
         """Captions of videos: files, Videos, uint8 frames (T, H, W, 3), or clips (3, T, H, W) in [0, 1].
 
         Of a longer video the frames around its middle are read; of a file every `frame_stride`-th. A caption has at
@@ -133,8 +135,8 @@ class Mllm:
         codes = self.processor.encode_videos(videos)
         total = sampling.max_new_tokens * len(videos)
         told = TextProgress(total, progress, self.processor.decode_text if len(videos) == 1 else lambda _: "")
-        with sensible_threads(model, len(codes)):
-            texts = draw_text(
+        with num_threads_for(model, len(codes)):
+            texts = decode_text(
                 model,
                 [layout.question(row) for row in codes],
                 sampling,
@@ -150,7 +152,7 @@ class Mllm:
         total_frames: int,
         prompts: Sequence[str] | None = None,
         sampling: VideoSampling = _CONTINUATION,
-        progress: Report | None = None,
+        progress: ProgressCallback | None = None,
     ) -> LongClip:
         """Let clips, float (B, 3, F, H, W) in [0, 1], go on until they have `total_frames` frames.
 
@@ -171,7 +173,7 @@ class Mllm:
         new = tokenizer.config.num_frames - given
         windows = math.ceil((total_frames - clips.shape[2]) / new)
 
-        with self._telling(windows * len(clips) * self.model.vocabulary.tokens_per_video, progress) as told:
+        with self._progress(windows * len(clips) * self.model.vocabulary.tokens_per_video, progress) as told:
 
             def write(codes: Tensor, seed: int) -> Tensor:
                 rows = [layout.continuation(text, row) for text, row in zip(encoded, codes.tolist(), strict=True)]
@@ -186,7 +188,7 @@ class Mllm:
         prompt: str = "",
         num_videos: int = 1,
         sampling: VideoSampling = _CONTINUATION,
-        progress: Report | None = None,
+        progress: ProgressCallback | None = None,
     ) -> list[Video]:
         """num_videos ways in which a video (a file, a Video, frames or a clip) goes on for so many more `seconds`.
 
@@ -212,7 +214,7 @@ class Mllm:
         total = given + max(1, round(seconds * fps))
         long = self.continue_clips(known, total, [prompt] * num_videos, sampling, progress)
         new = [clip_to_frames(clip[:, given:]) for clip in long.frames]
-        return [Video(np.concatenate([frames, drawn]), fps, prompt, given=len(frames)) for drawn in new]
+        return [Video(np.concatenate([frames, sampled]), fps, prompt, given=len(frames)) for sampled in new]
 
     def chat(
         self,
@@ -220,7 +222,7 @@ class Mllm:
         video_sampling: VideoSampling = _VIDEO,
         text_sampling: TextSampling = _ANSWER,
         max_videos: int = 4,
-        progress: Report | None = None,
+        progress: ProgressCallback | None = None,
     ) -> dict:
         """The answer to a conversation, which may hold text and videos in any order.
 
@@ -229,7 +231,7 @@ class Mllm:
         Video or an array. Returned is such a message, of the role assistant, its videos as Videos, its text empty if the
         model says nothing: append it to `messages` to go on. It ends where the model ends it, after
         `max_new_tokens`, or where the positions of the base do; a video is begun only where all of it has room, and at
-        most `max_videos` times. ValueError for messages that do not fit, before anything is drawn.
+        most `max_videos` times. ValueError for messages that do not fit, before anything is sampled.
         """
         check_count("max_videos", max_videos, least=0)
         processor, model, v = self.processor, self.model, self.model.vocabulary
@@ -241,8 +243,8 @@ class Mllm:
                 f"{positions(model)} positions: leave out old messages or videos ({v.tokens_per_video + 2} ids each)"
             )
         answer = Answer(processor, model.config.fps, text_sampling.max_new_tokens, progress)
-        with sensible_threads(model, 2 if video_sampling.guided else 1):
-            written = draw_answer(
+        with num_threads_for(model, 2 if video_sampling.guided else 1):
+            written = decode_answer(
                 *(model, prompt, processor.layout.prompt([]), video_sampling, text_sampling),
                 *(stop_ids(processor.tokenizer), max_videos),
             )
@@ -264,21 +266,21 @@ class Mllm:
         return self.processor.encode_text(text.strip())
 
     def _draw(self, rows: list[list[int]], sampling: VideoSampling, told: CodeProgress) -> Tensor:
-        """The codes after each prompt, int64 (B, N) on the CPU, drawn in batches."""
+        """The codes after each prompt, int64 (B, N) on the CPU, sampled in batches."""
         count, size = self.model.vocabulary.tokens_per_video, sampling.batch_size
         batches, free = [torch.empty(0, count, dtype=torch.int64)], self.processor.layout.prompt([])
-        with sensible_threads(self.model, min(len(rows), size) * (2 if sampling.guided else 1)):
+        with num_threads_for(self.model, min(len(rows), size) * (2 if sampling.guided else 1)):
             for first in range(0, len(rows), size):
                 batch = rows[first : first + size]
                 numbers = sampling.uniforms(first, len(batch), count).to(self.model.device)
 
-                def draw(logits: Tensor, index: int, numbers: Tensor = numbers) -> Tensor:
-                    return sampling.draw(logits, numbers[:, index])
+                def sample(logits: Tensor, index: int, numbers: Tensor = numbers) -> Tensor:
+                    return sampling.sample(logits, numbers[:, index])
 
-                batches.append(draw_codes(self.model, batch, draw, free, sampling.guidance_scale, told).cpu())
+                batches.append(decode_codes(self.model, batch, sample, free, sampling.guidance_scale, told).cpu())
         return torch.cat(batches)
 
-    def _telling(self, total: int, report: Report | None, every: int = 0) -> CodeProgress:
+    def _progress(self, total: int, report: ProgressCallback | None, every: int = 0) -> CodeProgress:
         nested = self.processor.video_tokenizer.config.nested
 
         def preview(codes: Tensor) -> list[Video]:

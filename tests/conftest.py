@@ -42,7 +42,7 @@ def clips_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Let a test draw the same numbers whichever tests ran before it."""
+    """Let a test sample the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
 
 

@@ -69,7 +69,9 @@ def test_imports_go_one_way(path):
 @pytest.mark.parametrize("package", FLOORS)
 def test_a_room_imports_from_the_floors_below_it(package):
     floors = FLOORS[package]
-    rooms = {path.stem for path in (ROOT / package).glob("*.py")} | {path.parent.name for path in (ROOT / package).glob("*/*.py")}
+    rooms = {path.stem for path in (ROOT / package).glob("*.py")} | {
+        path.parent.name for path in (ROOT / package).glob("*/*.py")
+    }
     assert rooms - {"__init__"} == set(floors)
     climbing = [
         f"{name} -> {target}"

@@ -189,7 +189,7 @@ def open_samples(
     shape: GeneratorConfig,
     ranks: Ranks,
 ) -> Samples | None:
-    """Make ready what is sampled on the way; None if nothing is, or its tokenizer is gone. It draws random numbers."""
+    """Make ready what is sampled on the way; None if nothing is, or its tokenizer is gone. It samples random numbers."""
     if config.sampling.clips == 0 or not (tokenizer := tokenizer or tokenizer_of(held_out, ranks)):
         return None
     guidance = config.sampling.ramp(GUIDANCE if config.dropped else 1.0)
@@ -317,8 +317,8 @@ def micro_batches(
     step = engine.step_count
     for offset, codes, condition in source.step(step):
         if config.dropped > 0:
-            drawn = BatchNoise(config.seed, step, config.batch_size, offset, len(codes), codes.device).uniform()
-            hidden = (drawn < config.dropped).view(-1, *[1] * (condition.dim() - 1))
+            sampled = BatchNoise(config.seed, step, config.batch_size, offset, len(codes), codes.device).uniform()
+            hidden = (sampled < config.dropped).view(-1, *[1] * (condition.dim() - 1))
             condition = torch.where(hidden, engine.module.unconditional(condition), condition)
         yield codes, condition
 

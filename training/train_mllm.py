@@ -45,11 +45,11 @@ from larp_mllm.engine.finetuning import optimizer, prepare, take_weights, write_
 from larp_mllm.engine.perplexity import score_text
 from larp_mllm.engine.report import (
     ended,
+    environment_info,
     going_on,
-    headline,
     nothing_to_do,
     refuse,
-    surroundings,
+    summary,
     write_report,
     wrong_figures,
 )
@@ -57,7 +57,7 @@ from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import TALLY, micro_batches, rates, score_corpus, tally
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter, stage_at, stages
-from larp_mllm.locate import remember_newest
+from larp_mllm.locate import set_default_model
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.pipeline import Mllm
@@ -138,7 +138,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     plan = stages(config.align, config.joint)
     if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last, config.minutes))) is not None:
         if ranks.is_main:
-            print("\n".join([nothing_to_do(config.out, report), *headline(report)]))
+            print("\n".join([nothing_to_do(config.out, report), *summary(report)]))
         return report
     videos = open_videos(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
@@ -150,7 +150,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     named = before.loader_state.get("stage") if before and config.minutes is not None else None
     stage = stage_at(plan, before.step if before else 0, named)
     run = Run(config, ranks, plan, videos, corpus, mix, stage, clock)
-    text = {"data": corpus.held_out_text_name, "before": judge_text(mllm, corpus, config, ranks)}
+    text = {"data": corpus.held_out_text_name, "before": evaluate_text(mllm, corpus, config, ranks)}
     begin(run, mllm)
     del mllm  # of which a later stage must not find a second copy in memory
     engines, options = {"model": run.engine}, {"recipe": recipe, **to_dict(config)}
@@ -331,7 +331,7 @@ def sample_on_the_way(run: Run, folder: Path) -> None:
         write_current(run, folder / "model")
     if run.ranks.is_main:
         module.eval()
-        # Training must draw the numbers that it would have drawn without.
+        # Training must sample the numbers that it would have sampled without.
         with torch.random.fork_rng([run.ranks.device] if run.ranks.device.type == "cuda" else []):
             mllm = Mllm.load(folder / "model", str(run.ranks.device)) if zero_stage == 3 else run.mllm
             write_samples(mllm, held_out, config.sampling, config.seed, folder, movies=False)
@@ -343,7 +343,7 @@ def sample_on_the_way(run: Run, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- results
 
 
-def judge_text(mllm: Mllm, corpus: Corpus, config: TrainMllmConfig, ranks: Ranks) -> dict[str, float]:
+def evaluate_text(mllm: Mllm, corpus: Corpus, config: TrainMllmConfig, ranks: Ranks) -> dict[str, float]:
     """The perplexity of the held-out text before training, measured by the first rank. Collective.
 
     ValueError if it is no number: nothing could be learned then.
@@ -404,7 +404,7 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         "text_tokenizer": words_hash(run.mllm.processor.tokenizer),
         "video_tokenizer": run.mllm.model.config.video_tokenizer_hash,
         "seconds": round(sum(told["seconds"].values()), 1),
-        **surroundings(),
+        **environment_info(),
         "text": text,
         "model": str(folder),
     }
@@ -414,10 +414,10 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         write_report(report, config.out)
     refuse(broadcast_object(wrong_tensor(folder) if run.ranks.is_main else None), report)
     try:
-        mllm = judge_model(run, report, folder)
+        mllm = evaluate_model(run, report, folder)
     finally:
         if run.ranks.is_main and not wrong_figures(report):
-            remember_newest(folder)
+            set_default_model(folder)
     report = broadcast_object(report)
     refuse(next(iter(wrong_figures(report)), None), report)
     if mllm is not None:
@@ -427,16 +427,16 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
             if held_out is not None
             else []
         )
-        report |= surroundings()
+        report |= environment_info()
         write_report(report, config.out)
-        print("\n".join(headline(report)))
+        print("\n".join(summary(report)))
         print(f"model:    {folder}   (larp_mllm.generate finds it by itself)")
         if report["samples"]:
             print(f"samples:  {report['samples'][0]}")
     return broadcast_object(report)
 
 
-def judge_model(run: Run, report: dict, folder: Path) -> Mllm | None:
+def evaluate_model(run: Run, report: dict, folder: Path) -> Mllm | None:
     """Put the figures of what was trained into the report; returns the saved model, on the first rank. Collective."""
     report["eval"] = evaluate(run)
     run.mllm, run.engine = None, run.engine.close()

@@ -31,13 +31,13 @@ from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
 from larp.files import write_json
 from larp.metrics import lpips
-from larp.metrics.reconstruction import Reconstruction, Watch, reconstruct
+from larp.metrics.reconstruction import Reconstruction, ValidationMetrics, reconstruct
 from larp.metrics.weights import WeightsMissing
 from larp.models.discriminator import Discriminator
 from larp.models.noise import BatchNoise
 from larp.models.objective import tokenizer_loss
-from larp.models.quantizer import CodebookKeeper, add_counts, usage_of_counts
-from larp.models.tokenizer import LarpTokenizer, TokenizerOutput, draw_prefixes
+from larp.models.quantizer import CodebookResetter, add_counts, usage_of_counts
+from larp.models.tokenizer import LarpTokenizer, TokenizerOutput, sample_prefix_lengths
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +59,11 @@ class Trainer:
     tokenizer: Engine
     adversary: Adversary | None
     perceptual: lpips.Lpips | None
-    watch: Watch
+    watch: ValidationMetrics
     """LPIPS and rFVD of validation, where their weights are at hand."""
-    keeper: CodebookKeeper | None
+    resetter: CodebookResetter | None
     counts: Tensor
-    """How often each code was drawn since the last line of the log, by this process."""
+    """How often each code was sampled since the last line of the log, by this process."""
     quantizing: bool = False
     """Whether the last step had the quantizer."""
     best: dict[str, float] = field(default_factory=dict)
@@ -100,10 +100,10 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
         )  # fmt: skip
         adversary = Adversary(judge, config.loss)
     perceptual = load_lpips().to(ranks.device) if config.loss.lpips > 0 else None
-    keeper = CodebookKeeper(c.codebook_size) if config.keeps_codes else None
+    resetter = CodebookResetter(c.codebook_size) if config.resets_codes else None
     counts = torch.zeros(c.codebook_size, dtype=torch.int64, device=ranks.device)
-    watch = Watch.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else Watch()
-    return Trainer(config, ranks, clock, engine, adversary, perceptual, watch, keeper, counts)
+    watch = ValidationMetrics.at_hand(c.clip_shape, ranks.device, perceptual) if ranks.is_main else ValidationMetrics()
+    return Trainer(config, ranks, clock, engine, adversary, perceptual, watch, resetter, counts)
 
 
 def load_lpips() -> lpips.Lpips:
@@ -119,7 +119,7 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
     config, step, place = trainer.config, trainer.tokenizer.step_count, trainer.clock.position
     quantize = place >= config.quantized_from
     if quantize and config.quantized_from and not trainer.quantizing:
-        place_codes(trainer, all_codes=True)
+        reset_codes(trainer, all_codes=True)
     trainer.quantizing = quantize
     adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(place) else None
     perceptual = trainer.perceptual if place >= config.loss.lpips_start else None
@@ -133,7 +133,7 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
         )
         keep = None
         if config.model.nested:
-            keep = draw_prefixes(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
+            keep = sample_prefix_lengths(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
         out = trainer.tokenizer(clip, noise, mix, quantize, keep, config.temperature(place))
         with trainer.tokenizer.autocast():
             loss, parts = tokenizer_loss(config.loss, clip, out, perceptual, noise)
@@ -154,18 +154,18 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
         and trainer.clock.due(config.reset_codes_every)
         and place < 0.9 * config.steps
     ):
-        place_codes(trainer, all_codes=False)
+        reset_codes(trainer, all_codes=False)
     return sums
 
 
 def observe(trainer: Trainer, out: TokenizerOutput) -> None:
-    """Count the codes of a micro batch, and show the keeper the latents and codes of the global one."""
+    """Count the codes of a micro batch, and show the resetter the latents and codes of the global one."""
     codes = None if out.quantized is None else out.quantized.codes
     if codes is not None:
         add_counts(trainer.counts, codes)
-    if trainer.keeper is not None:
+    if trainer.resetter is not None:
         latents = backend.gather(F.normalize(out.latents.detach().float(), dim=-1))
-        trainer.keeper.observe(latents, None if codes is None else backend.gather(codes))
+        trainer.resetter.observe(latents, None if codes is None else backend.gather(codes))
 
 
 def count_codes(trainer: Trainer) -> dict[str, float]:
@@ -175,12 +175,12 @@ def count_codes(trainer: Trainer) -> dict[str, float]:
     return usage_of_counts(counts) if counts.sum() else {}
 
 
-def place_codes(trainer: Trainer, all_codes: bool) -> None:
+def reset_codes(trainer: Trainer, all_codes: bool) -> None:
     """Put all codes where the latents are, or the idle ones on some of them; alike in every process."""
-    quantizer, keeper = trainer.tokenizer.module.quantizer, trainer.keeper
+    quantizer, resetter = trainer.tokenizer.module.quantizer, trainer.resetter
     seed = trainer.config.seed + trainer.tokenizer.step_count
-    moved = torch.arange(len(trainer.counts)) if all_codes else keeper.idle()
-    renewed = keeper.cluster(seed=seed) if all_codes else keeper.redraw(quantizer.codebook(), moved, seed)
+    moved = torch.arange(len(trainer.counts)) if all_codes else resetter.idle()
+    renewed = resetter.cluster(seed=seed) if all_codes else resetter.resample(quantizer.codebook(), moved, seed)
     trainer.tokenizer.overwrite(quantizer.embedding.weight, renewed)
     if trainer.tokenizer.average is not None:
         # A code in a new place is another code: the average of the two places would be neither.
@@ -233,7 +233,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     clock.start(first, elapsed=0.0 if saved is None else saved.extra.get("elapsed", 0.0))
     shown = ("loss", "psnr", "prior_top1")
     with RunLog(config.out, ranks, clock.total, first, shown, config.wandb, to_dict(config)) as log:
-        announce(trainer, train, test, log)
+        log_setup(trainer, train, test, log)
         batches = iter(loader)
         trainer.tokenizer.module.train()
         while not clock.done:
@@ -322,16 +322,16 @@ def identity(config: TrainTokenizerConfig) -> dict:
         "adversary": {k: v for k, v in adversary.items() if k != "lr"},
         "optimizer": {"name": config.optimizer.name, **own_rate},
         # What it has counted since the start cannot be made up for.
-        "keeps_codes": config.keeps_codes,
+        "resets_codes": config.resets_codes,
     }
 
 
 def keep_extra(trainer: Trainer) -> dict:
     """What a checkpoint holds beside the engines; every process calls it."""
-    keeper = trainer.keeper.state_dict() if trainer.keeper else {}
+    resetter = trainer.resetter.state_dict() if trainer.resetter else {}
     adversary = trainer.adversary.state_dict() if trainer.adversary else {}
     kept = {"elapsed": trainer.clock.elapsed, "best": trainer.best, "quantizing": trainer.quantizing}
-    return {"adversary": adversary, "keeper": keeper, "counts": backend.reduce_sum(trainer.counts).cpu(), **kept}
+    return {"adversary": adversary, "resetter": resetter, "counts": backend.reduce_sum(trainer.counts).cpu(), **kept}
 
 
 def restore(trainer: Trainer, extra: dict) -> None:
@@ -343,11 +343,11 @@ def restore(trainer: Trainer, extra: dict) -> None:
         trainer.adversary.load_state_dict(extra["adversary"])
     if trainer.ranks.is_main:
         trainer.counts.copy_(extra["counts"])
-    if trainer.keeper is not None:
-        trainer.keeper.load_state_dict(extra["keeper"])
+    if trainer.resetter is not None:
+        trainer.resetter.load_state_dict(extra["resetter"])
 
 
-def announce(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> None:
+def log_setup(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> None:
     """Say what is about to be trained, and on what."""
     model = trainer.tokenizer.module
     prior = sum(p.numel() for p in model.prior.parameters()) if model.prior is not None else 0

@@ -9,9 +9,9 @@ from typing import Any
 from bench.measurements import Measurements, between, busiest, finish, mark, seconds_of
 from larp.kernels.packed_linear import Weights
 from larp.models.generator import GeneratorConfig, LarpGenerator
-from larp.sampling import reused_decoder as kept_decoder
+from larp.sampling import reused_decoder
 from larp.sampling.decoder import Decoder
-from larp.sampling.sample import generate, guide, row_uniforms, sample_logits
+from larp.sampling.sample import apply_guidance, generate, row_uniforms, sample_logits
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def sampler(
     codes = torch.zeros(clips, count, dtype=torch.int64, device=device)
 
     def choose(logits: Tensor, index: Tensor) -> Tensor:
-        return sample_logits(guide(logits, GUIDANCE), uniform=uniforms.index_select(1, index)[:, 0])
+        return sample_logits(apply_guidance(logits, GUIDANCE), uniform=uniforms.index_select(1, index)[:, 0])
 
     labels = torch.arange(clips, device=device) % config.num_classes
     condition = torch.cat([labels, model.unconditional(labels)])
@@ -86,7 +86,7 @@ def sampler(
             marks.append(mark(device))
         finish(device)
         figures["seconds_of_generate"] = [between(first, second) for first, second in pairwise(marks)]
-        kept_decoder.forget()
+        reused_decoder.forget()
     return figures
 
 

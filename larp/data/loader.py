@@ -69,7 +69,7 @@ class ClipLoader:
     caption list[str] ("" for none), sample_offset (position of row 0 in the global batch) and step.
 
     `global_batch` rows make one step; rank r of world_size takes the r-th contiguous slice, in `micro_batch` rows at a
-    time. `shuffle` draws a new order each epoch, and random start frames; without it, files in order and their centres.
+    time. `shuffle` samples a new order each epoch, and random start frames; without it, files in order and their centres.
     `flip` mirrors half of the clips. `in_memory` decodes every video once, at the clip's size, if that fits `memory_gb`
     (else it warns and decodes on the fly); otherwise `workers` threads read ahead. Unreadable or too short videos are
     replaced by others of the set and listed in `skipped` as (name, reason). Raises ValueError if the numbers do not
@@ -179,8 +179,8 @@ class ClipLoader:
 
     def _row(self, position: int) -> tuple[int, np.ndarray]:
         """Read the clip at a global position: its index and its frames, uint8 (T, H, W, 3)."""
-        draw = np.random.default_rng((self.seed, _DRAW, position)).random(2)
-        u = float(draw[0]) if self.shuffle else None
+        sample = np.random.default_rng((self.seed, _DRAW, position)).random(2)
+        u = float(sample[0]) if self.shuffle else None
         count = len(self._source.videos)
         index, frames = self._index(position), None
         if (frames := self._source.clip(index, u)) is None:
@@ -190,7 +190,7 @@ class ClipLoader:
                     break
         if frames is None:
             raise VideoError(_nothing_readable(self._source))
-        return index, frames[:, :, ::-1] if self.flip and draw[1] < 0.5 else frames
+        return index, frames[:, :, ::-1] if self.flip and sample[1] < 0.5 else frames
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self._count())

@@ -201,7 +201,7 @@ def make_engine(
     of an average of the weights (0: none), for zero_stage 0 to 2. All weights must be float32. Raises ValueError for a
     stage above these, an optimizer without trainable parameters, and a batch that does not divide.
     """
-    # From here on each rank draws its own dropout masks; the first keeps the stream that one process would have.
+    # From here on each rank samples its own dropout masks; the first keeps the stream that one process would have.
     torch.manual_seed(torch.initial_seed() + ranks.rank)
     if config.zero_stage > max_zero_stage:
         raise ValueError(

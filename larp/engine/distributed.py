@@ -169,7 +169,7 @@ def whole(module: nn.Module, zero_stage: int) -> Iterator[None]:
 def whole_copy(module: nn.Module, make: Callable[[], nn.Module], zero_stage: int) -> nn.Module:
     """Return the module, or where stage 3 shards it a copy with all weights, for other uses than training. Collective.
 
-    `make()` builds a module of the same shape. No random numbers are drawn, which training would miss.
+    `make()` builds a module of the same shape. No random numbers are sampled, which training would miss.
     """
     if zero_stage < 3:
         return module

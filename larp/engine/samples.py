@@ -94,7 +94,7 @@ class Samples:
         self.fps = held_out.frame_rate(OLD_FPS)
         self.names, self.condition = _conditions(config.clips, model_config, held_out)
 
-    def draw(self, model: LarpGenerator) -> list[np.ndarray]:
+    def sample(self, model: LarpGenerator) -> list[np.ndarray]:
         """Write all clips with the weights that the model has now, as uint8 (T, H, W, 3) frames; whole on every rank."""
         count, ranks = len(self.names), self.ranks
         own = range(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
@@ -109,13 +109,13 @@ class Samples:
 
     def write_sheet(self, model: LarpGenerator, path: Path) -> None:
         """Write a contact sheet of clips of this moment."""
-        videos = self.draw(model)
+        videos = self.sample(model)
         if self.ranks.is_main:
             contact_sheet(videos, self.names, path)
 
     def write_gallery(self, model: LarpGenerator, folder: Path) -> str:
         """Write each clip as an MP4, and all on folder/sheet.png; return the path of the sheet."""
-        videos, gallery = self.draw(model), Gallery(folder, self.fps)
+        videos, gallery = self.sample(model), Gallery(folder, self.fps)
         if self.ranks.is_main:
             for name, video in zip(self.names, videos, strict=True):
                 gallery.add(name, video)

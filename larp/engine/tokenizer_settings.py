@@ -140,7 +140,7 @@ class TrainTokenizerConfig:
         )
 
     @property
-    def keeps_codes(self) -> bool:
+    def resets_codes(self) -> bool:
         """Whether codes are ever given new places."""
         return bool(self.reset_codes_every or self.continuous)
 

@@ -101,7 +101,7 @@ class _Linear(torch.autograd.Function):
 class _Attention(torch.autograd.Function):
     """Attention head by head, some queries at a time, so that their weights never leave the cache.
 
-    The gradient computes the weights, and draws the dropout, again: nothing of size Q x S is kept.
+    The gradient computes the weights, and samples the dropout, again: nothing of size Q x S is kept.
     """
 
     @staticmethod

@@ -4,7 +4,7 @@ Measured on this kind of work, one thread, 91 M weights in float32: two rows tak
 weights once for each row, and 14 ms with weights that oneDNN has laid out for it, which it reads once for all rows.
 
 These also give a row the same bits whatever the rows beside it and the number of threads. Clips depend on that: between 2 and 16
-rows the last bits of `F.linear` differ, which moves 1.4 of the 1024 draws of a clip (8192 codes, that model, random weights).
+rows the last bits of `F.linear` differ, which moves 1.4 of the 1024 samples of a clip (8192 codes, that model, random weights).
 
 Shapes: R rows, I input width, O output width.
 """

@@ -232,7 +232,7 @@ def agreement(wanted: Sequence[int] | Tensor, taken_for: Tensor, classes: Sequen
 
 
 @torch.inference_mode()
-def judge_real(
+def classify_real(
     classifier: ClipClassifier, tokenizer: LarpTokenizer, videos: VideoSet, batch_size: int, stride: int = 1
 ) -> dict[str, Any]:
     """Agreement of the centre clips of real videos, as they are and through the tokenizer: what generated ones can reach.

@@ -1,4 +1,4 @@
-"""The two sides of a figure of generation: real clips drawn from a data set, and clips made for their conditions.
+"""The two sides of a figure of generation: real clips sampled from a data set, and clips made for their conditions.
 
 Shapes: B clips, T frames, H x W pixels, N codes of a clip, n clips in all.
 """
@@ -14,7 +14,7 @@ from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.video import VideoError, count_frames, read_video
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
-from larp.metrics.protocols import Window, draw_windows
+from larp.metrics.protocols import Window, sample_windows
 from larp.models.generator import LarpGenerator, Task
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.sample import generate
@@ -42,12 +42,12 @@ def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[
 
 
 class RealClips:
-    """Real clips, drawn as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
+    """Real clips, sampled as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
 
     Args:
         items, counts: videos and their numbers of frames, see `countable`.
         shape: of a clip; windows, of the frames that it reaches over, do not overlap.
-        num_clips, seed: as in `larp.metrics.protocols.draw_windows`, which draws as many others, if there are so many.
+        num_clips, seed: as in `larp.metrics.protocols.sample_windows`, which samples as many others, if there are so many.
         batch: clips at a time.
 
     In the place of a damaged video's clips come the first of the others, and then of all further windows in an order that
@@ -58,7 +58,7 @@ class RealClips:
         self, items: Sequence[VideoItem], counts: Sequence[int], shape: ClipShape, num_clips: int, seed: int, batch: int
     ):
         self.items, self.shape, self.num_clips, self.batch = items, shape, num_clips, batch
-        self.windows, spare = draw_windows(counts, shape.span, num_clips, seed, spare=num_clips)
+        self.windows, spare = sample_windows(counts, shape.span, num_clips, seed, spare=num_clips)
         everything = ((video, k * shape.span) for video, count in enumerate(counts) for k in range(count // shape.span))
         known = {*self.windows, *spare}
         rest = [window for window in everything if window not in known]
@@ -71,18 +71,18 @@ class RealClips:
         """(name, reason) of the videos that turned out damaged so far."""
         return [(self.items[video].name, reason) for video, reason in self._damaged.items()]
 
-    def drawn(self) -> Iterator[Tensor]:
+    def sampled(self) -> Iterator[Tensor]:
         """The clips in batches (b, 3, T, H, W); `windows`, of (video, first frame), says afterwards which they are.
 
         ValueError that names a damaged video if no other is left to take its place.
         """
-        return self._batches(self._all_drawn())
+        return self._batches(self._all_sampled())
 
     def others(self) -> Iterator[Tensor]:
-        """Up to `num_clips` further clips, in batches (b, 3, T, H, W); to be read once, after the drawn ones."""
+        """Up to `num_clips` further clips, in batches (b, 3, T, H, W); to be read once, after the sampled ones."""
         return self._batches(clip for clip, _ in islice(self._in_reserve(), self.num_clips))
 
-    def _all_drawn(self) -> Iterator[Tensor]:
+    def _all_sampled(self) -> Iterator[Tensor]:
         reserve = self._in_reserve()
         for place, window in enumerate(tqdm(self.windows, desc="real clips", unit="clip", delay=2)):
             clip = self._read(window)

@@ -119,9 +119,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 def bootstrap_deviation(a: Tensor, b: Tensor, repeats: int, seed: int, paired: bool = False) -> float:
     """Standard deviation of the Frechet distance over `repeats` resamplings of the clips of both sets.
 
-    a (n, D) and b (m, D) float features. `paired` draws the same rows from both sets (reconstructions beside their
+    a (n, D) and b (m, D) float features. `paired` samples the same rows from both sets (reconstructions beside their
     originals). Only the spread is returned, because resampling repeats clips and so shifts the distance itself upward.
-    ValueError for fewer than 2 repeats, or for a paired draw from sets of different sizes.
+    ValueError for fewer than 2 repeats, or for a paired sample from sets of different sizes.
     """
     if repeats < 2:
         raise ValueError(f"bootstrap: repeats must be at least 2, got {repeats}")
@@ -137,9 +137,9 @@ def bootstrap_deviation(a: Tensor, b: Tensor, repeats: int, seed: int, paired: b
 
 
 def real_floor(features: Tensor, num_clips: int, seed: int) -> tuple[float, int]:
-    """Frechet distance between two disjoint draws of real features: what a perfect generator would score at this size.
+    """Frechet distance between two disjoint samples of real features: what a perfect generator would score at this size.
 
-    features (m, D). The draws have `num_clips` each, or m // 2 where there are not enough; the number used is returned
+    features (m, D). The samples have `num_clips` each, or m // 2 where there are not enough; the number used is returned
     beside the distance, because the floor falls about as 1 / n. ValueError for fewer than 4 features.
     """
     if len(features) < 4:

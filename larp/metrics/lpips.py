@@ -101,7 +101,7 @@ class Lpips(nn.Module):
         WeightsMissing names the files and where to place them; ValueError if a file is not the published one, or a tensor
         is missing.
         """
-        # Whether the weights are at hand must not change what a training draws afterwards.
+        # Whether the weights are at hand must not change what a training samples afterwards.
         with torch.random.fork_rng(devices=[]):
             model = cls(net)
         source = SOURCES[net]

@@ -33,7 +33,7 @@ class Protocol:
     split: Literal["train", "test", "all", "validation"]
     """Their split."""
     real_set: str
-    """Which clips of them, and how they are drawn."""
+    """Which clips of them, and how they are sampled."""
     num_videos: int | None
     """Videos that the whole split holds; None where published counts differ."""
     num_clips: int
@@ -49,7 +49,7 @@ class Protocol:
     features: str
     """Name of the feature extractor."""
     seed: int
-    """Of the drawing of real clips, and of sampling."""
+    """Of the sampling of real clips, and of sampling."""
     choices: tuple[str, ...] = ()
     """Where the published protocol leaves room or is not reproducible, and what we do."""
 
@@ -94,7 +94,7 @@ PRESETS: dict[str, Protocol] = {
             choices=(
                 *_SHARED_CHOICES,
                 "windows are counted by the frame numbers in the file headers",
-                "generated clips use the labels of the real clips, in the order in which these are drawn",
+                "generated clips use the labels of the real clips, in the order in which these are sampled",
             ),
         ),
         Protocol(
@@ -111,7 +111,7 @@ PRESETS: dict[str, Protocol] = {
             frame_rule=_RESIZE,
             features=PUBLISHED_NAME,
             seed=42,
-            choices=(*_SHARED_CHOICES, "starts are drawn by the seed (the reference draws them unseeded)"),
+            choices=(*_SHARED_CHOICES, "starts are sampled by the seed (the reference samples them unseeded)"),
         ),
         Protocol(
             name="larp-k600-fp",
@@ -136,15 +136,15 @@ PRESETS: dict[str, Protocol] = {
 Window = tuple[int, int]
 
 
-def draw_windows(
+def sample_windows(
     frame_counts: Sequence[int], frames: int, num_clips: int, seed: int, spare: int = 0
 ) -> tuple[list[Window], list[Window]]:
     """Draw clips from all non-overlapping windows of `frames` frames, as LARP's generation protocol does.
 
     frame_counts: frames of each video, in sorted path order; windows are listed video by video. Returns `num_clips`
-    drawn by random.Random(seed).sample, and up to `spare` of the others (for the real-vs-real floor), each as (video,
+    sampled by random.Random(seed).sample, and up to `spare` of the others (for the real-vs-real floor), each as (video,
     first frame).
-    ValueError if there are fewer windows than clips: nothing is drawn twice.
+    ValueError if there are fewer windows than clips: nothing is sampled twice.
     """
     windows = [(video, k * frames) for video, count in enumerate(frame_counts) for k in range(count // frames)]
     if num_clips < 1 or num_clips > len(windows):
@@ -152,10 +152,10 @@ def draw_windows(
             f"num_clips={num_clips}, but {len(frame_counts)} videos hold {len(windows)} windows of {frames} frames "
             f"that do not overlap; ask for 1 to {len(windows)} clips or give more videos"
         )
-    drawn = random.Random(seed).sample(windows, num_clips)
-    taken = set(drawn)
+    sampled = random.Random(seed).sample(windows, num_clips)
+    taken = set(sampled)
     others = [window for window in windows if window not in taken]
-    return drawn, random.Random(seed + 1).sample(others, min(spare, len(others)))
+    return sampled, random.Random(seed + 1).sample(others, min(spare, len(others)))
 
 
 def result(
@@ -185,7 +185,7 @@ def result(
         "floor": {
             "value": floor[0],
             "num_clips": floor[1],
-            # The floor falls as 1 / n, so that smaller draws can be carried over to the size of the figure.
+            # The floor falls as 1 / n, so that smaller samples can be carried over to the size of the figure.
             "at_num_clips": floor[0] * floor[1] / protocol.num_clips,
         },
         "comparable": not reasons,
@@ -224,7 +224,7 @@ def versions() -> dict[str, str]:
     return {"larp": own, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def headline(record: Mapping[str, Any]) -> str:
+def summary(record: Mapping[str, Any]) -> str:
     """The figure as a person should read it: name, value, spread, N, floor, and whether it may be compared."""
     floor = record["floor"]
     here = "" if floor["num_clips"] == record["num_clips"] else f", so about {floor['at_num_clips']:.2f} here"

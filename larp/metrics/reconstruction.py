@@ -31,7 +31,7 @@ class Reconstruction:
 
     metrics: psnr and ssim (means over videos), mean_colour_psnr (the baseline), codes_used and perplexity of the codes, prior_top1
         and prior_top5 (teacher-forced, greedy codes) and prior_bits (per token) if the tokenizer has a prior, num_clips, and what
-        a `Watch` adds.
+        a `ValidationMetrics` adds.
     codes: (n, N) int64. originals, reconstructions: uint8 (T, H, W, 3) of clips from all over the set.
     """
 
@@ -50,7 +50,7 @@ class Reconstruction:
         return f"{stem}.mp4", f"{stem}.png"
 
 
-class Watch:
+class ValidationMetrics:
     """Looks on while clips are reconstructed: LPIPS, and the features of a Frechet distance.
 
     Args:
@@ -67,7 +67,9 @@ class Watch:
         self.start()
 
     @classmethod
-    def at_hand(cls, clip_shape: tuple[int, int, int], device="cpu", perceptual: lpips.Lpips | None = None) -> "Watch":
+    def at_hand(
+        cls, clip_shape: tuple[int, int, int], device="cpu", perceptual: lpips.Lpips | None = None
+    ) -> "ValidationMetrics":
         """What validation can measure here of clips (T, H, W): LPIPS and rFVD, each where its published weights are at hand.
 
         `perceptual` is an LPIPS that is loaded already. Raises ValueError for a weight file that is not the published one.
@@ -121,7 +123,7 @@ class Watch:
 
 @torch.no_grad()
 def reconstruct(
-    model: LarpTokenizer, batches: Collection[dict], keep: int = 8, device="cpu", watch: Watch | None = None
+    model: LarpTokenizer, batches: Collection[dict], keep: int = 8, device="cpu", watch: ValidationMetrics | None = None
 ) -> Reconstruction:
     """Encode and decode every clip of `batches` (dicts with `clip`, as `larp.data.loader.iterate_once` yields them).
 
@@ -130,7 +132,7 @@ def reconstruct(
     """
     training = model.training
     model.eval()
-    watch = watch or Watch()
+    watch = watch or ValidationMetrics()
     watch.start()
     figures: dict[str, list[Tensor]] = {}
     result = Reconstruction({}, torch.empty(0, model.num_tokens, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Cross-entropy, ranks and draws over a codebook, some rows at a time: what GPUs train with.
+"""Cross-entropy, ranks and samples over a codebook, some rows at a time: what GPUs train with.
 
 Scores of all positions against all codes are large (256 clips of 256 codes of 8192: 2.1 GB in float32) while what makes them is
 small (16 numbers a position). Held whole, they and their gradients travel about twenty times between a GPU and its memory; here
@@ -15,19 +15,19 @@ from torch.autograd.function import once_differentiable
 
 # Scores that exist at a time: 1 GB. Smaller parts are more launches, and those are what a small model on a GPU waits for.
 _ELEMENTS = 1 << 28
-# Codes whose probabilities are added up first when one is drawn: the running sum then goes over the sums.
+# Codes whose probabilities are added up first when one is sampled: the running sum then goes over the sums.
 _BLOCK = 128
 
 
 class CodeScores(NamedTuple):
-    """loss: mean cross-entropy in nats, a scalar; ranks: int64 (R,), how many codes are likelier than the right one; drawn: int64 (R,).
+    """loss: mean cross-entropy in nats, a scalar; ranks: int64 (R,), how many codes are likelier than the right one; sampled: int64 (R,).
 
     The last two are empty where they were not asked for.
     """
 
     loss: Tensor
     ranks: Tensor
-    drawn: Tensor
+    sampled: Tensor
 
 
 def rows_at_a_time(codes: int) -> int:
@@ -42,7 +42,7 @@ def score_codes(
 
     Args:
         targets: the right codes, int64 (R,).
-        uniform: (R,) values of U[0, 1) by which a code is drawn for each row.
+        uniform: (R,) values of U[0, 1) by which a code is sampled for each row.
         ranked: whether to count the ranks.
     """
     return CodeScores(*_Scores.apply(predictions, codebook.detach(), targets, uniform, ranked))
@@ -52,7 +52,7 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, predictions: Tensor, codebook: Tensor, targets: Tensor, uniform: Tensor | None, ranked: bool):
         rows = rows_at_a_time(len(codebook))
-        losses, ranks, drawn, gradients = [], [], [], []
+        losses, ranks, sampled, gradients = [], [], [], []
         with torch.autocast(predictions.device.type, enabled=False):
             for start in range(0, len(predictions), rows):
                 part = slice(start, start + rows)
@@ -66,12 +66,12 @@ class _Scores(torch.autograd.Function):
                 losses.append(-chosen.log().sum())
                 gradients.append(probabilities @ codebook - codebook[targets[part]])
                 if uniform is not None:
-                    drawn.append(draw_in_blocks(probabilities, uniform[part]))
+                    sampled.append(sample_in_blocks(probabilities, uniform[part]))
         ctx.save_for_backward(torch.cat(gradients) / len(predictions))
         loss, empty = torch.stack(losses).sum() / len(predictions), targets.new_empty(0)
-        ranks, drawn = torch.cat([empty, *ranks]), torch.cat([empty, *drawn])
-        ctx.mark_non_differentiable(ranks, drawn)
-        return loss, ranks, drawn
+        ranks, sampled = torch.cat([empty, *ranks]), torch.cat([empty, *sampled])
+        ctx.mark_non_differentiable(ranks, sampled)
+        return loss, ranks, sampled
 
     @staticmethod
     @once_differentiable
@@ -80,8 +80,8 @@ class _Scores(torch.autograd.Function):
         return gradients * grad, None, None, None, None
 
 
-def draw_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one index per row of (R, K) probabilities by U[0, 1) values (R,), as `larp.models.quantizer.draw` but for rounding: int64 (R,).
+def sample_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Draw one index per row of (R, K) probabilities by U[0, 1) values (R,), as `larp.models.quantizer.sample_codes` but for rounding: int64 (R,).
 
     The probabilities are read once, and nothing of their size is written.
     """

@@ -239,7 +239,7 @@ def checkpoint_activations(module: nn.Module, name: str = "model") -> None:
 def compile_blocks(module: nn.Module, device: torch.device) -> None:
     """Compile a model's blocks with torch.compile, in place; of a model that has none of larp's, the whole forward.
 
-    Block by block, since what lies between them draws random numbers and takes numbers that change at every step. Raises
+    Block by block, since what lies between them samples random numbers and takes numbers that change at every step. Raises
     ValueError where there is no compiler.
     """
     compilers = (os.environ.get("CXX", "g++"),) if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")

@@ -7,15 +7,15 @@ from torch import Tensor
 class BatchNoise:
     """A stream of random tensors, row `i` of which is the same whatever the number of processes or micro batches.
 
-    Every process draws the numbers of the whole global batch and keeps its own rows, so that one process with 16 clips and two
-    processes with 8 take the same stochastic codes, sampling masks and label noise. Draws come from a CPU generator: a GPU and
+    Every process samples the numbers of the whole global batch and keeps its own rows, so that one process with 16 clips and two
+    processes with 8 take the same stochastic codes, sampling masks and label noise. Samples come from a CPU generator: a GPU and
     a CPU run see the same numbers.
 
     Args:
         seed, step: name the stream; the same pair gives the same numbers.
         total: rows of the global batch.
         offset, count: the rows of this micro batch, `offset + count <= total`.
-        device: where the drawn rows are put.
+        device: where the sampled rows are put.
     """
 
     def __init__(self, seed: int, step: int, total: int, offset: int = 0, count: int | None = None, device="cpu"):
@@ -35,9 +35,9 @@ class BatchNoise:
         """Return float32 values of N(0, 1), shape (count, *shape)."""
         return self._placed(torch.randn(self.total, *shape, generator=self.generator))
 
-    def _placed(self, drawn: Tensor) -> Tensor:
+    def _placed(self, sampled: Tensor) -> Tensor:
         """Our rows, on the device."""
         if self.device.type != "cuda":
-            return drawn[self.rows].to(self.device)
+            return sampled[self.rows].to(self.device)
         # From pageable memory the copy would wait for all that the device has still to do.
-        return drawn[self.rows].pin_memory().to(self.device, non_blocking=True)
+        return sampled[self.rows].pin_memory().to(self.device, non_blocking=True)

@@ -13,7 +13,7 @@ from larp.kernels.matmul import linear
 from larp.models.codebook_scores import score_codes
 from larp.models.layers import Block, Linear
 from larp.models.noise import BatchNoise
-from larp.models.quantizer import draw
+from larp.models.quantizer import sample_codes
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class ARPrior(nn.Module):
 
         Args:
             codebook: (K, d) normalised and detached.
-            mix: share of the inputs of round 2 that are replaced by codes drawn from round 1's predictions. One mask entry
+            mix: share of the inputs of round 2 that are replaced by codes sampled from round 1's predictions. One mask entry
                 covers all d channels of a position. 0 leaves out the second round: it would repeat the first.
             noise: needed when mix > 0.
         """
@@ -115,10 +115,10 @@ class ARPrior(nn.Module):
         length = inputs.shape[1] - 1
         uniform = noise.uniform(length) if twice else None
         score = self._score if latents.device.type == "cpu" else self._score_in_parts
-        loss, accuracies, drawn = score(inputs, targets, codebook, uniform, judged=True)
+        loss, accuracies, sampled = score(inputs, targets, codebook, uniform, judged=True)
         if twice:
             replace = (noise.uniform(length) < mix)[..., None]
-            mixed = torch.where(replace, codebook[drawn].to(inputs), inputs[:, 1:])
+            mixed = torch.where(replace, codebook[sampled].to(inputs), inputs[:, 1:])
             second, *_ = score(torch.cat([inputs[:, :1], mixed], dim=1), targets, codebook)
             loss = (loss + second) / 2
         return PriorResult(loss, *accuracies)
@@ -126,17 +126,17 @@ class ARPrior(nn.Module):
     def _score(
         self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """One round: its loss, if `judged` how often the right code was the likeliest or among five, and codes (B, N-2) drawn by `uniform`."""
+        """One round: its loss, if `judged` how often the right code was the likeliest or among five, and codes (B, N-2) sampled by `uniform`."""
         logits = self.logits(inputs, codebook)
         loss = cross_entropy(logits, targets)
-        accuracies = drawn = None
+        accuracies = sampled = None
         with torch.no_grad():
             if judged:
                 top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[..., None]
                 accuracies = top5[..., 0].float().mean(), top5.any(-1).float().mean()
             if uniform is not None:
-                drawn = draw(logits[:, :-1].softmax(-1), uniform)
-        return loss, accuracies, drawn
+                sampled = sample_codes(logits[:, :-1].softmax(-1), uniform)
+        return loss, accuracies, sampled
 
     def _score_in_parts(
         self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
@@ -145,9 +145,9 @@ class ARPrior(nn.Module):
         predictions = (self.predict(inputs) / self.config.temperature).flatten(0, 1)
         # The last prediction has no input of round 2 to replace.
         given = None if uniform is None else F.pad(uniform, (0, 1)).flatten()
-        loss, ranks, drawn = score_codes(predictions, codebook, targets.flatten(), given, judged)
+        loss, ranks, sampled = score_codes(predictions, codebook, targets.flatten(), given, judged)
         accuracies = ((ranks < 1).float().mean(), (ranks < 5).float().mean()) if judged else None
-        return loss, accuracies, None if uniform is None else drawn.view(targets.shape)[:, :-1]
+        return loss, accuracies, None if uniform is None else sampled.view(targets.shape)[:, :-1]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

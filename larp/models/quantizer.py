@@ -6,7 +6,7 @@ Shapes: B batch, N tokens, K codebook size, d code dimension.
 from typing import NamedTuple
 
 from larp.kernels.matmul import linear
-from larp.models.codebook_scores import draw_in_blocks, rows_at_a_time
+from larp.models.codebook_scores import rows_at_a_time, sample_in_blocks
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code by cosine similarity; in training a code is drawn from softmax(cosine / temperature).
+    """Nearest code by cosine similarity; in training a code is sampled from softmax(cosine / temperature).
 
     Args:
         codebook_size, dim: K and d.
-        temperature: of the softmax that codes are drawn from.
+        temperature: of the softmax that codes are sampled from.
     """
 
     def __init__(self, codebook_size: int, dim: int, temperature: float = 0.03):
@@ -64,17 +64,17 @@ class VectorQuantizer(nn.Module):
         return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
 
     @torch.no_grad()
-    def drawn(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
+    def sampled(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
         """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
         rows = self._rows(latents)
         parts = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
         if latents.device.type == "cpu":
-            codes = [draw(self.probabilities(some, temperature), given) for some, given in parts]
+            codes = [sample_codes(self.probabilities(some, temperature), given) for some, given in parts]
         else:
             # The temperature divides the codebook, which is small.
             codebook = self.codebook() / (temperature or self.temperature)
             codes = [
-                draw_in_blocks(linear(F.normalize(some.float(), dim=-1), codebook).softmax(-1), given)
+                sample_in_blocks(linear(F.normalize(some.float(), dim=-1), codebook).softmax(-1), given)
                 for some, given in parts
             ]
         return torch.cat(codes).view(latents.shape[:-1])
@@ -88,14 +88,14 @@ class VectorQuantizer(nn.Module):
         """Quantize projected latents (B, N, d).
 
         Args:
-            uniform: (B, N) values of U[0, 1) that draw the codes by inverse CDF; None takes the nearest code.
-            temperature: of these draws, in place of the quantizer's own.
+            uniform: (B, N) values of U[0, 1) that sample the codes by inverse CDF; None takes the nearest code.
+            temperature: of these samples, in place of the quantizer's own.
 
         The losses are mean squared errors between normalised vectors, the gradient of the codebook loss reaching the
         codebook only and that of the commitment loss the latents only.
         """
         normal = F.normalize(latents.float(), dim=-1)
-        codes = self.nearest(normal) if uniform is None else self.drawn(normal, uniform, temperature)
+        codes = self.nearest(normal) if uniform is None else self.sampled(normal, uniform, temperature)
         chosen = self.lookup(codes)
         return Quantized(
             latents=normal + (chosen - normal).detach(),
@@ -105,10 +105,10 @@ class VectorQuantizer(nn.Module):
         )
 
 
-def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+def sample_codes(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """Draw one index per row of (..., K) probabilities by inverse CDF with the given U[0, 1) values (...): int64 (...).
 
-    One random number per draw, instead of K, makes the draw independent of how a batch is split over processes.
+    One random number per sample, instead of K, makes the sample independent of how a batch is split over processes.
     """
     cdf = probabilities.cumsum(-1)
     # Scaled by the last entry, which rounding keeps from being exactly 1: the index never runs over.
@@ -116,7 +116,7 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
 
 
-class CodebookKeeper:
+class CodebookResetter:
     """Keeps codes in use: counts them, remembers recent latents, and gives idle codes new places among these.
 
     An option of the small recipes, off in the published one: with a small budget most codes never move from where they were
@@ -160,11 +160,11 @@ class CodebookKeeper:
         """Return the codes not used since the last reset, (M,) int64."""
         return (self.counts == 0).nonzero().squeeze(-1)
 
-    def redraw(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
+    def resample(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
         """Return a copy of the codebook (K, d) whose rows `codes` (M,) are remembered latents, and start counting anew."""
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
-        # A little noise keeps two codes drawn from one latent apart.
+        # A little noise keeps two codes sampled from one latent apart.
         rows = self.latents[picks]
         rows = rows + 0.01 * torch.randn(rows.shape, generator=generator).to(rows)
         renewed = codebook.detach().clone()

@@ -122,12 +122,12 @@ class LarpTokenizer(LarpModel):
         """Run a training pass over clips (B, 3, T, H, W).
 
         Args:
-            noise: the stochastic draws of this batch; None takes the nearest codes.
+            noise: the stochastic samples of this batch; None takes the nearest codes.
             mix: scheduled-sampling share of the prior (see `ARPrior.forward`).
             quantize: False passes normalised continuous latents on: a start that small trainings need.
             keep: (B,) int64 in 1..N, how many latents of each clip the decoder sees (nested dropout; nested models only). The
                 prior sees them all.
-            temperature: of the draws, in place of the config's.
+            temperature: of the samples, in place of the config's.
         """
         latents = self.project(clip)
         quantized = prior = None
@@ -288,10 +288,10 @@ def shortest_lengths(reached: Callable[[Tensor], Tensor], codes: Tensor) -> Tens
     return high
 
 
-def draw_prefixes(noise: BatchNoise, share: float, shortest: int, longest: int) -> Tensor:
+def sample_prefix_lengths(noise: BatchNoise, share: float, shortest: int, longest: int) -> Tensor:
     """Draw how many codes each clip of a batch keeps in nested dropout: (B,) int64.
 
     With probability `share` a length uniform in shortest..longest, otherwise `longest`.
     """
-    drawn = shortest + (noise.uniform() * (longest - shortest + 1)).long()
-    return torch.where(noise.uniform() < share, drawn, longest)
+    sampled = shortest + (noise.uniform() * (longest - shortest + 1)).long()
+    return torch.where(noise.uniform() < share, sampled, longest)

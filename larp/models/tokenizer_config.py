@@ -48,7 +48,7 @@ class TokenizerConfig:
     stochastic: bool = True
     """Draw codes in training; off takes the nearest one (a deterministic VQ)."""
     temperature: float = 0.03
-    """Of the softmax that codes are drawn from."""
+    """Of the softmax that codes are sampled from."""
     init: Literal["published", "balanced"] = "published"
     """`balanced` starts small trainings: queries of the patches' scale, latents of the decoder positions' scale."""
     nested: bool = False

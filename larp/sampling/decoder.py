@@ -78,7 +78,7 @@ class Decoder:
             in any batch; "plain" uses `F.linear`. "fused" is for one or two rows on a GPU: kernels that do most of a block at once
             (see larp.sampling.decoder_kernels), whose last bits are others; for a large model it tries at first, for some seconds, how to
             launch them. "auto" packs where that is possible (see larp.kernels.packed_linear), and fuses bfloat16 where that is, without trying.
-        dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is drawn.
+        dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is sampled.
         stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
             default 1 on a CPU, and `GPU_STRIDE` elsewhere.
 

@@ -91,7 +91,7 @@ def sample_classes(
         total_frames: F, by default T; fewer are cut, for more a `continuation` is needed.
         continuation: a generator for frame prediction, of the same tokenizer, which writes all windows but the first.
             It is guided as the first one is where it can be (`null_condition`), else not at all.
-        given, seed, sampling: as in `continue_clip`. The batch size does not change what is drawn.
+        given, seed, sampling: as in `continue_clip`. The batch size does not change what is sampled.
 
     Raises ValueError, at once, for models and numbers that do not fit.
     """
@@ -139,7 +139,7 @@ def sample_continuations(
     """
     total = frames.shape[1] + tokenizer.config.num_frames - given if total_frames is None else total_frames
     _check_counts(batch_size=batch_size, videos=videos)
-    # Nothing is drawn here: what does not fit is an error now.
+    # Nothing is sampled here: what does not fit is an error now.
     continue_clip(generator, tokenizer, frames[None], frames.shape[1], given=given)
     if total <= frames.shape[1]:
         raise ValueError(f"total_frames is {total}, but {frames.shape[1]} frames are given: ask for more than these")
@@ -212,7 +212,7 @@ def continue_windows(
     count = frames.shape[2]
     while count < total_frames:
         window = _encode(tokenizer, _padded(tokenizer, known))
-        # Mixed, so that a window does not draw what the next seed draws.
+        # Mixed, so that a window does not sample what the next seed samples.
         codes = write(window, seed + count * 0xBF58476D1CE4E5B9)
         clip = _decode(tokenizer, codes)
         seams.append(psnr(known, clip[:, :, :given]))

@@ -19,7 +19,7 @@ _last: list[tuple[tuple, weakref.ref, Any, Decoder]] = []
 
 
 @contextmanager
-def kept_decoder(model: "LarpGenerator", rows: int, weights: Weights, dtype: torch.dtype | None) -> Iterator[Decoder]:
+def reused_decoder(model: "LarpGenerator", rows: int, weights: Weights, dtype: torch.dtype | None) -> Iterator[Decoder]:
     """Give a decoder of a model as it is now: that of the last time, if model, rows, options and all weights are the same.
 
     On a GPU it is kept until the model is gone or another one is needed, if its cache is no larger than the weights. Elsewhere

@@ -1,4 +1,4 @@
-"""Sampling codes from an autoregressive model: what a draw may choose from, guidance, and the clips for a condition.
+"""Sampling codes from an autoregressive model: what a sample may choose from, guidance, and the clips for a condition.
 
 Every random number belongs to a row of the batch: the same seed and row index give the same clip whatever the batch size,
 to the last bit on a CPU that can pack its weights. The decoding itself is in larp.sampling.decoder.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from larp.kernels.packed_linear import Weights
 from larp.kernels.threads import threads
-from larp.sampling.reused_decoder import kept_decoder
+from larp.sampling.reused_decoder import reused_decoder
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ def generate(
     uniforms, scales = row_uniforms(seed, first_row, rows, count).to(device), scales.to(device)
 
     options = (rows, guided, temperature, top_k, top_p, min_p)
-    with kept_decoder(model, condition.shape[0], weights, dtype) as decoder, threads(decoder.best_threads()):
+    with reused_decoder(model, condition.shape[0], weights, dtype) as decoder, threads(decoder.best_threads()):
         if options in decoder.runs:
             run, choose, (codes, *read) = decoder.runs[options]
             for old, new in zip(read, (uniforms, scales), strict=True):
@@ -214,7 +214,7 @@ def generate(
         else:
 
             def choose(logits: Tensor, index: Tensor) -> Tensor:
-                logits = guide(logits, scales.index_select(0, index)) if guided else logits
+                logits = apply_guidance(logits, scales.index_select(0, index)) if guided else logits
                 return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
 
             codes = torch.empty(rows, count, dtype=torch.int64, device=device)
@@ -225,7 +225,7 @@ def generate(
         return codes.clone()
 
 
-def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+def apply_guidance(logits: Tensor, scale: float | Tensor) -> Tensor:
     """Mix logits (2 B, K), conditional first, to `unconditional + scale * (conditional - unconditional)` (B, K).
 
     A scale of 1 gives the conditional logits bit for bit.

@@ -146,7 +146,7 @@ class _Printer:
         from tqdm import tqdm
 
         self.out, self.scale, self.begun = arguments.out, arguments.scale, False
-        self.bar = tqdm(desc="drawing codes", unit="code", delay=2, leave=False)
+        self.bar = tqdm(desc="sampling codes", unit="code", delay=2, leave=False)
 
     def __call__(self, progress: "Progress") -> None:
         if progress.text:

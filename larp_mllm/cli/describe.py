@@ -22,7 +22,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video file; of a longer one the frames around its middle are read")
     options.add_text_sampling(parser, max_new_tokens=48)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws, where --temperature is not 0")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples, where --temperature is not 0")
     options.add_model(parser)
 
 

@@ -50,9 +50,9 @@ def add_video_sampling(parser: argparse.ArgumentParser, guidance_scale: float) -
         help="1 is off; more follows what is asked for more closely",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 is off")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability"
+        "--top-p", type=float, default=1.0, help="sample among the likeliest codes that reach this probability"
     )
 
 
@@ -69,12 +69,14 @@ def add_text_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, pref
         "--max-new-tokens", type=int, default=max_new_tokens, help="length of the text at most, in word pieces"
     )
     parser.add_argument(f"{option}temperature", type=float, default=0.0, help="0 always takes the likeliest word piece")
-    parser.add_argument(f"{option}top-k", type=int, default=0, help="draw among the k likeliest word pieces; 0 is off")
+    parser.add_argument(
+        f"{option}top-k", type=int, default=0, help="sample among the k likeliest word pieces; 0 is off"
+    )
     parser.add_argument(
         f"{option}top-p",
         type=float,
         default=1.0,
-        help="draw among the likeliest word pieces that reach this probability",
+        help="sample among the likeliest word pieces that reach this probability",
     )
 
 

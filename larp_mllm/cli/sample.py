@@ -70,7 +70,7 @@ def add(commands) -> None:
         "-o", "--out", required=True, help="a folder; files in it are replaced by those of the same name"
     )
     _add_length(parser)
-    _add_drawing(parser)
+    _add_sampling(parser)
     parser.add_argument(
         "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
     )
@@ -108,7 +108,7 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_drawing(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same videos")
     parser.add_argument(
         "--guidance-scale",
@@ -123,12 +123,12 @@ def _add_drawing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--guidance-stop", type=float, default=1.0, help="no guidance from this share on")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
-    parser.add_argument("--top-k", type=int, default=0, help="draw among the k likeliest codes; 0 is off")
+    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 is off")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw among the likeliest codes that reach this probability"
+        "--top-p", type=float, default=1.0, help="sample among the likeliest codes that reach this probability"
     )
     parser.add_argument(
-        "--min-p", type=float, default=0.0, help="draw among codes with this share of the likeliest one's probability"
+        "--min-p", type=float, default=0.0, help="sample among codes with this share of the likeliest one's probability"
     )
 
 
@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
     from larp.models.generator import LarpGenerator
     from larp.sampling.training_info import find_training
 
-    folder, drawing = _check(arguments), _drawing(arguments)
+    folder, sampling = _check(arguments), _sampling(arguments)
     device = choose_device(arguments.device)
     generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.scale is not None:
         check_scale(arguments.scale, tokenizer.config.height, tokenizer.config.width)
     fps = _fps(arguments, training)
-    names, clips = _videos(arguments, generator, tokenizer, training, labels, fps, drawing)
+    names, clips = _videos(arguments, generator, tokenizer, training, labels, fps, sampling)
     gallery, seams = Gallery(folder, fps, arguments.scale), []
     for batch in clips:
         for clip, row in zip(batch.frames, batch.seam_psnr.tolist(), strict=True):
@@ -202,7 +202,7 @@ def _check(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `larp.sampling.sample.generate`, checked."""
     from larp.sampling.sample import Guidance, check_sampling
 
@@ -211,9 +211,9 @@ def _drawing(arguments: argparse.Namespace) -> dict[str, Any]:
         scale = CLASS_GUIDANCE if arguments.source is None else 1.0
     guidance = Guidance(scale, arguments.guidance_final, arguments.guidance_start, arguments.guidance_stop)
     names = ("temperature", "top_k", "top_p", "min_p")
-    drawing = {"guidance": guidance} | {name: getattr(arguments, name) for name in names}
-    check_sampling(**drawing)
-    return drawing
+    sampling = {"guidance": guidance} | {name: getattr(arguments, name) for name in names}
+    check_sampling(**sampling)
+    return sampling
 
 
 def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[int]:
@@ -292,7 +292,7 @@ def _videos(
     training: "Training",
     labels: list[int],
     fps: float,
-    drawing: dict[str, Any],
+    sampling: dict[str, Any],
 ) -> tuple[list[str], "Iterator[LongClip]"]:
     """The names of the videos, and the videos as they come."""
     from larp.models.generator import LarpGenerator
@@ -302,7 +302,7 @@ def _videos(
     import torch
 
     total = None if arguments.seconds is None else max(1, round(arguments.seconds * fps))
-    shared = {"seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | drawing
+    shared = {"seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | sampling
     if arguments.source is not None:
         count, size = arguments.num_videos or 1, tokenizer.config.clip_shape[1:]
         given = arguments.given or _trained("--given", arguments.generator, training, training.given, GIVEN)

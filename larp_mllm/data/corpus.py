@@ -8,7 +8,7 @@ from typing import Any
 from larp.data.token_cache import TokenCache
 from larp.engine.distributed import main_first
 from larp.models.tokenizer import LarpTokenizer
-from larp_mllm.data.dataset import CaptionedVideos, Tasks, caption_phrases, judged_tasks
+from larp_mllm.data.dataset import CaptionedVideos, Tasks, caption_phrases, evaluated_tasks
 from larp_mllm.data.leakage import HELD_OUT, held_out_rows, same_text, same_videos, same_videos_of_records
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
@@ -124,8 +124,8 @@ def open_corpus(
 ) -> Corpus:
     """All data as sequences for a model of so many positions.
 
-    encoded: the folder where the codes of the records' videos are kept. tasks: what is drawn of the data. Raises ValueError
-    if a sequence that can be drawn, or that judges, has too many ids. Collective: the first rank encodes the records.
+    encoded: the folder where the codes of the records' videos are kept. tasks: what is sampled of the data. Raises ValueError
+    if a sequence that can be sampled, or that judges, has too many ids. Collective: the first rank encodes the records.
     """
     if sequence_length is not None and sequence_length > positions:
         raise ValueError(
@@ -148,12 +148,12 @@ def open_corpus(
         )
         found = main_first(lambda: open_records(records, processor, **options))
     train, held_out = captioned(videos.train), captioned(videos.held_out)
-    records_to_train, records_to_judge = _split(found)
+    records_to_train, records_to_evaluate = _split(found)
     if train is not None:
-        train.check_lengths(train.drawn(tasks))
+        train.check_lengths(train.sampled(tasks))
     if held_out is not None:
         trained = [task for task in (train.tasks if train is not None else ()) if getattr(tasks, task) > 0]
-        held_out.check_lengths(held_out.judged(judged_tasks(held_out, trained)))
+        held_out.check_lengths(held_out.judged(evaluated_tasks(held_out, trained)))
     if sequence_length is not None:
         _check_rows(train, records_to_train, tasks, sequence_length)
     pieces, judged, name = _open_texts(
@@ -162,15 +162,15 @@ def open_corpus(
     notes: list[str] = []
     if videos.train is not None and videos.held_out is not None:
         notes += same_videos(videos.train.names, videos.held_out.names)
-    if records_to_judge is not None:
-        notes += same_videos_of_records(found.names, found.videos, records_to_judge.rows)
+    if records_to_evaluate is not None:
+        notes += same_videos_of_records(found.names, found.videos, records_to_evaluate.rows)
     if pieces is not None:
         notes += same_text(pieces.pieces, judged.pieces)
     return Corpus(
         train,
         held_out,
         records_to_train,
-        records_to_judge,
+        records_to_evaluate,
         pieces,
         [judged[index] for index in range(len(judged))],
         name,
@@ -207,11 +207,11 @@ def _split(records: RecordSet | None) -> "tuple[RecordSet | Part | None, Part | 
 
 
 def _check_rows(videos: CaptionedVideos | None, records: "RecordSet | Part | None", tasks: Tasks, length: int) -> None:
-    """ValueError, before training, if something that can be drawn is longer than a packed row."""
+    """ValueError, before training, if something that can be sampled is longer than a packed row."""
     longest = {}
     if records is not None and tasks.interleaved:
         longest["records"] = max(len(records[number].ids) for number in range(len(records)))
-    if videos is not None and (found := videos.longest(videos.drawn(tasks), length)) is not None:
+    if videos is not None and (found := videos.longest(videos.sampled(tasks), length)) is not None:
         longest["tokens"] = found[0]
     for name, ids in longest.items():
         if ids > length:

@@ -1,4 +1,4 @@
-"""Token caches, records and text -> token sequences of mixed tasks; what is drawn follows from (seed, step)."""
+"""Token caches, records and text -> token sequences of mixed tasks; what is sampled follows from (seed, step)."""
 
 import math
 import unicodedata
@@ -44,7 +44,7 @@ def dialogue(number: int, caption: str, video: object) -> list[dict]:
     return [{"role": "user", "content": [*shown, question]}, {"role": "assistant", "content": caption}]
 
 
-def drawn_dialogue(uniform: float) -> int:
+def sample_dialogue(uniform: float) -> int:
     """The form that a number in [0, 1) stands for: wishes and questions are equally frequent."""
     wishes, questions = len(WISHES), len(QUESTIONS)
     if uniform < 0.5:
@@ -63,7 +63,7 @@ Draw = tuple[int, str, str, int]
 
 @dataclass(frozen=True)
 class Tasks:
-    """How often each task is drawn, by weight; tasks without data fall away."""
+    """How often each task is sampled, by weight; tasks without data fall away."""
 
     text_to_video: float = 0.6
     """A caption is given, its video learned."""
@@ -164,8 +164,8 @@ class CaptionedVideos:
             self._encoded[text] = self._encode_text(text) if text else []
         return self._encoded[text]
 
-    def drawn(self, tasks: Tasks) -> Iterator[Draw]:
-        """All that a `TrainingMix` with these tasks can draw and that may be longest: each text once, with its first row."""
+    def sampled(self, tasks: Tasks) -> Iterator[Draw]:
+        """All that a `TrainingMix` with these tasks can sample and that may be longest: each text once, with its first row."""
         rows = {text: row for row in reversed(range(len(self))) for text in self.phrases[row]}
         for task in (task for task in self.tasks if getattr(tasks, task) > 0):
             without = task == "continuation" and not tasks.continuation_text
@@ -178,7 +178,7 @@ class CaptionedVideos:
             rows = {self._fixed_text(row, task): row for row in reversed(range(len(self)))}
             yield from ((row, text, task, 0) for text, row in rows.items())
 
-    def longest(self, draws: Iterable[Draw], over: int = 0) -> tuple[int, int, str] | None:
+    def longest(self, samples: Iterable[Draw], over: int = 0) -> tuple[int, int, str] | None:
         """(ids, row, task) of the longest of the sequences, exactly; None if none has more than `over` ids.
 
         Those that cannot have so many, seen by the size of their text, are not encoded.
@@ -186,7 +186,7 @@ class CaptionedVideos:
         # The ids of everything around a text: all videos of a cache have as many codes.
         around: dict[tuple[str, int], int] = {}
         found = None
-        for row, text, task, form in draws:
+        for row, text, task, form in samples:
             if (task, form) not in around:
                 around[task, form] = len(self._built(row, "a", task, form).ids) + max(map(len, WISHES))
             most = max(over, found[0] if found else 0)
@@ -195,9 +195,9 @@ class CaptionedVideos:
                 found = (length, row, task) if length > most else found
         return found
 
-    def check_lengths(self, draws: Iterable[Draw]) -> None:
+    def check_lengths(self, samples: Iterable[Draw]) -> None:
         """ValueError that names the video of the longest sequence, if that has more ids than there are positions."""
-        if (longest := self.longest(draws, self.positions)) is not None:
+        if (longest := self.longest(samples, self.positions)) is not None:
             self._check_length(*longest)
 
     def _check_length(self, length: int, row: int, task: str) -> None:
@@ -240,13 +240,13 @@ class TrainingMix:
     def batch(self, step: int, global_batch: int, seed: int) -> list[TokenSequence]:
         """The sequences of one training step, all ranks together: the same whatever their number.
 
-        A place in the batch draws its task, and takes the row that its source has there; the rows of a source come in
+        A place in the batch samples its task, and takes the row that its source has there; the rows of a source come in
         a new order each epoch.
         """
-        drawn = BatchNoise(seed, step, global_batch).uniform(3).tolist()
+        sampled = BatchNoise(seed, step, global_batch).uniform(3).tolist()
         rows: dict[int, list[int]] = {}
         sequences = []
-        for place, (task, phrase, text) in enumerate(drawn):
+        for place, (task, phrase, text) in enumerate(sampled):
             task = self._task(task)
             number, source = self._sources[task]
             if number not in rows:
@@ -255,11 +255,11 @@ class TrainingMix:
             sequences.append(self._video(row, task, phrase, text) if task in VIDEO_TASKS else source[row])
         return sequences
 
-    def _task(self, drawn: float) -> str:
+    def _task(self, sampled: float) -> str:
         for task, share in self.shares.items():
-            if drawn < share:
+            if sampled < share:
                 return task
-            drawn -= share
+            sampled -= share
         return next(reversed(self.shares))  # what rounding leaves
 
     def _video(self, row: int, task: str, phrase: float, text: float) -> TokenSequence:
@@ -268,7 +268,7 @@ class TrainingMix:
             "text_to_video": text < self.tasks.caption_dropout,
             "continuation": text >= self.tasks.continuation_text,
         }
-        form = drawn_dialogue(text) if task == "chat" else 0
+        form = sample_dialogue(text) if task == "chat" else 0
         return self.videos.sequence(row, "" if without.get(task) else phrases[int(phrase * len(phrases))], task, form)
 
 
@@ -302,7 +302,7 @@ def _most_ids(text: str) -> int:
     return 1 + size + (0 if text.isascii() else len(unicodedata.normalize("NFKD", text).encode()))
 
 
-def judged_tasks(held_out: CaptionedVideos, trained: Collection[str]) -> tuple[str, ...]:
+def evaluated_tasks(held_out: CaptionedVideos, trained: Collection[str]) -> tuple[str, ...]:
     """The tasks that held-out videos judge: those that were `trained`; after records alone, captions in both directions."""
     return tuple(task for task in held_out.tasks if task in trained) or ("text_to_video", "video_to_text")
 

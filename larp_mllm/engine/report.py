@@ -12,7 +12,7 @@ from larp.engine.checkpoint import CONFIG_FILE, changed_values, newest_state
 from larp.engine.log import read_metrics
 from larp.files import write_json
 from larp.metrics.protocols import versions
-from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, forget_newest, read_config
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, clear_default_model, read_config
 
 TRAINING = "training.json"
 REPORT = "report.json"
@@ -20,7 +20,7 @@ CONFIG = "config.json"
 _TOO_OFTEN = 0.01  # probability of a video in the midst of plain text
 
 
-def surroundings() -> dict[str, Any]:
+def environment_info() -> dict[str, Any]:
     """What a report says about the machine: versions, and the most memory that this process has had, in GiB."""
     known = versions() | {name: metadata.version(name) for name in ("transformers", "peft", "deepspeed")}
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -46,7 +46,7 @@ def refuse(wrong: str | None, report: dict[str, Any]) -> None:
     `generate` without a model does not find it then, not even if it found an earlier one in the same folder.
     """
     if wrong is not None:
-        forget_newest(report["model"])
+        clear_default_model(report["model"])
         raise FloatingPointError(
             f"{report['model']} is written, but of no use: its {wrong} is not finite ({report['skipped_updates']} of "
             f"{report['steps']} updates were skipped). generate does not find it by itself; train anew in another folder, with "
@@ -109,7 +109,7 @@ def describe_training(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def headline(report: dict[str, Any]) -> list[str]:
+def summary(report: dict[str, Any]) -> list[str]:
     """The figures of a report in a few lines."""
     lines, score = [], report.get("eval") or {}
     named = (
@@ -173,7 +173,7 @@ def _finished(report: dict[str, Any]) -> list[str]:
         lines.append(f"data:     {records['trained_on']} records, {records['held_out']} held out")
     if pieces := report["data"].get("text_pieces"):
         lines.append(f"data:     {pieces} pieces of text")
-    lines += headline(report)
+    lines += summary(report)
     lines.append(f"took:     {report['steps']} steps of {report['batch_size']} records, {report['seconds']:.0f} s, "
                  f"{report['peak_memory_gib']:.1f} GiB at most in one process")  # fmt: skip
     lines.append("with:     " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()))

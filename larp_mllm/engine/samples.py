@@ -9,7 +9,7 @@ from larp.data.contact_sheet import contact_sheet
 from larp.data.video import movies_are_written
 from larp.files import write_json
 from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows
-from larp_mllm.generation.decode import draw_text
+from larp_mllm.generation.decode import decode_text
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.pipeline import Mllm
 
@@ -32,10 +32,10 @@ class SamplingConfig:
         for name in ("every", "videos"):
             if getattr(self, name) < 0:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be 0 (none) or more")
-        self.drawing(0)
+        self.sampling(0)
 
-    def drawing(self, seed: int) -> VideoSampling:
-        """How codes are drawn."""
+    def sampling(self, seed: int) -> VideoSampling:
+        """How codes are sampled."""
         return VideoSampling(guidance_scale=self.guidance_scale, temperature=self.temperature, seed=seed)
 
 
@@ -54,7 +54,7 @@ def write_samples(
     if not rows:
         return []
     texts = [held_out.phrases[row][0] for row in rows]
-    videos = mllm.generate(texts, sampling=config.drawing(seed))
+    videos = mllm.generate(texts, sampling=config.sampling(seed))
     folder.mkdir(parents=True, exist_ok=True)
     contact_sheet([video.frames for video in videos], texts, folder / SHEET)
     write_json(folder / CAPTIONS, describe_rows(mllm, held_out, rows))
@@ -72,7 +72,7 @@ def describe_rows(mllm: Mllm, data: CaptionedVideos, rows: list[int]) -> list[di
     layout = mllm.processor.layout
     questions = [layout.question(data.cache.codes[row].tolist()) for row in rows]
     stops = [] if layout.eos is None else [layout.eos]
-    answers = draw_text(mllm.model, questions, TextSampling(), stops)
+    answers = decode_text(mllm.model, questions, TextSampling(), stops)
     return [
         {
             "video": data.cache.names[row],

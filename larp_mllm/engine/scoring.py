@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from larp.engine.distributed import Ranks, reduce_sum
 from larp_mllm.data.collate import collate
 from larp_mllm.data.corpus import Corpus
-from larp_mllm.data.dataset import CaptionedVideos, evaluation_rows, judged_tasks
+from larp_mllm.data.dataset import CaptionedVideos, evaluated_tasks, evaluation_rows
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.sequence import TokenSequence
 
@@ -95,7 +95,7 @@ def score_corpus(
     """
     found: dict[str, float] = {}
     if (held_out := corpus.held_out_videos) is not None:
-        found |= score_videos(forward, held_out, judged_tasks(held_out, trained), most, size, ranks)
+        found |= score_videos(forward, held_out, evaluated_tasks(held_out, trained), most, size, ranks)
     if corpus.held_out_records:
         records = [corpus.held_out_records[row] for row in evaluation_rows(len(corpus.held_out_records), most)]
         found["records"] = len(records)

@@ -20,7 +20,7 @@ from larp_mllm.export.token_names import add_words, loader_of
 from larp_mllm.locate import read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.vocabulary import Vocabulary
-from larp_mllm.model.weights import quiet, told_if_unwritable
+from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import stop_ids
 from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor
 from larp_mllm.video import Video
@@ -57,12 +57,12 @@ def export(
         from larp_mllm.pipeline import Mllm
 
         model = Mllm.load(model, "cpu")
-    with told_if_unwritable(to):
+    with naming_unwritable(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     part = aside / "new"
     try:
-        with told_if_unwritable(to):
+        with naming_unwritable(to):
             part.mkdir()
             with quiet():
                 _write(model, part, dtype, max_shard_size)
@@ -90,7 +90,7 @@ def read_video_ids(folder: str | Path, ids) -> Video:
     if wrong := [i for i in inner if not vocabulary.first_code <= i < vocabulary.size]:
         raise ValueError(
             f"id {wrong[0]} is no code: the codes of {folder} are the ids {vocabulary.first_code} to {vocabulary.size - 1}. "
-            "Allow only those while a video is drawn"
+            "Allow only those while a video is sampled"
         )
     codes = [vocabulary.id_to_code(i) for i in inner]
     vocabulary.span(codes)

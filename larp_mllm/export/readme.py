@@ -82,7 +82,7 @@ and `allowed_token_ids` are the text ids, or left out.
 - Embedding and head are separate here, even if the base had one for both.
 {notes}"""
 _MISSING = """- The ids {first} to {last} are words of the tokenizer that the base has no rows for. Their rows are zero here; `generation_config.json`
-  suppresses them in transformers, elsewhere forbid them when text is drawn.
+  suppresses them in transformers, elsewhere forbid them when text is sampled.
 """
 _OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this kind of model AutoTokenizer, and so a server that is given
   text, splits it by the usual rules of the architecture, not by those in `tokenizer.json`: give it ids.

@@ -1,6 +1,6 @@
-"""An answer of a chat: its ids, as they are drawn, become texts and Videos, and whoever waits is told."""
+"""An answer of a chat: its ids, as they are sampled, become texts and Videos, and whoever waits is told."""
 
-from larp_mllm.generation.progress import Progress, Report, TextProgress
+from larp_mllm.generation.progress import Progress, ProgressCallback, TextProgress
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.video import Video
 
@@ -13,11 +13,11 @@ class Answer:
     Args:
         processor: its tokenizers make texts and frames of the ids.
         fps: of the videos.
-        most: draws of text that there may be.
+        most: samples of text that there may be.
         report: is told after each id, of a whole video with its last code; or None.
     """
 
-    def __init__(self, processor: LarpMllmProcessor, fps: float, most: int, report: Report | None):
+    def __init__(self, processor: LarpMllmProcessor, fps: float, most: int, report: ProgressCallback | None):
         self._processor, self._fps, self._report = processor, fps, report
         self._told = TextProgress(most, report, processor.decode_text)
         self._parts: list[dict] = []
@@ -26,7 +26,7 @@ class Answer:
         self._draws = self._videos = 0
 
     def add(self, written: int) -> None:
-        """Take the next id; ids come as `larp_mllm.generation.decode.draw_answer` yields them."""
+        """Take the next id; ids come as `larp_mllm.generation.decode.decode_answer` yields them."""
         v = self._processor.vocabulary
         self._draws += written <= v.video_start
         if v.is_text(written):

@@ -1,4 +1,4 @@
-"""The loop that writes: prompts are read side by side into a cache, then one id after another is drawn and read.
+"""The loop that writes: prompts are read side by side into a cache, then one id after another is sampled and read.
 
 Only the logits that are needed are computed: inside a video those of the codes, outside those of text and controls.
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from larp.kernels.threads import threads
-from larp.sampling.sample import guide
+from larp.sampling.sample import apply_guidance
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.processing.sequence import check_length
@@ -23,11 +23,11 @@ from transformers import DynamicCache, StaticCache
 _SMALL_STEP = 3e8  # multiplications in one step, below which one thread is best
 
 
-class Reader:
+class DecodeState:
     """Reads R rows of ids side by side; `hidden` (R, H) is what the model makes of the newest id of each row.
 
     Args:
-        model: in eval mode, its weights unchanged while the reader is used: the adapter's rows are computed once.
+        model: in eval mode, its weights unchanged while the state is used: the adapter's rows are computed once.
         rows: the prompts, of any lengths of at least 1.
         room: ids that will be read after the prompts, for which the cache is allocated at once; None: it grows.
 
@@ -45,7 +45,7 @@ class Reader:
         self._positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
         self.hidden = self._pass(ids)
 
-    def read(self, ids: Tensor) -> None:
+    def append(self, ids: Tensor) -> None:
         """Read one more id of each row, int64 (R,)."""
         self._mask, self._positions = F.pad(self._mask, (0, 1), value=1), self._positions[:, -1:] + 1
         self.hidden = self._pass(ids[:, None])
@@ -76,18 +76,18 @@ class Reader:
 
 
 @torch.no_grad()
-def draw_codes(
+def decode_codes(
     model: LarpMllmForCausalLM,
     prompts: Sequence[Sequence[int]],
-    draw: Callable[[Tensor, int], Tensor],
+    sample: Callable[[Tensor, int], Tensor],
     unconditional: Sequence[int] = (),
     guidance_scale: float = 1.0,
     report: Callable[[Tensor, int], None] | None = None,
 ) -> Tensor:
-    """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), drawn from code logits.
+    """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), sampled from code logits.
 
-    draw(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt
-    runs beside each prompt in the same batch. report(codes (B, N), number drawn) is called after each index. No text
+    sample(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt
+    runs beside each prompt in the same batch. report(codes (B, N), number sampled) is called after each index. No text
     logits are computed. ValueError if the ids exceed the positions of the base.
     """
     guided = guidance_scale != 1.0
@@ -95,20 +95,20 @@ def draw_codes(
     count = model.vocabulary.tokens_per_video
     longest = max(len(row) for row in rows)
     check_length(longest + count, positions(model), "generate: the prompt and the video")
-    reader = Reader(model, rows, room=count)
+    state = DecodeState(model, rows, room=count)
     codes = torch.empty(len(prompts), count, dtype=torch.int64, device=model.device)
     for index in range(count):
         if index:
-            reader.read(model.vocabulary.code_to_id(codes[:, index - 1]).repeat(2 if guided else 1))
-        logits = reader.code_logits()
-        codes[:, index] = draw(guide(logits, guidance_scale) if guided else logits, index)
+            state.append(model.vocabulary.code_to_id(codes[:, index - 1]).repeat(2 if guided else 1))
+        logits = state.code_logits()
+        codes[:, index] = sample(apply_guidance(logits, guidance_scale) if guided else logits, index)
         if report is not None:
             report(codes, index + 1)
     return codes
 
 
 @torch.no_grad()
-def draw_text(
+def decode_text(
     model: LarpMllmForCausalLM,
     prompts: Sequence[Sequence[int]],
     sampling: TextSampling,
@@ -122,13 +122,13 @@ def draw_text(
     most = sampling.max_new_tokens
     check_length(max(map(len, prompts)) + most, positions(model), "describe: the question and max_new_tokens")
     uniforms = sampling.uniforms(0, len(prompts), most).to(model.device)
-    reader, texts, going = Reader(model, prompts, room=most), [[] for _ in prompts], [True] * len(prompts)
+    state, texts, going = DecodeState(model, prompts, room=most), [[] for _ in prompts], [True] * len(prompts)
     for index in range(most):
-        logits = reader.text_logits()
+        logits = state.text_logits()
         logits[:, model.vocabulary.video_start :] = -torch.inf
         if index == 0:
             logits[:, list(stops)] = -torch.inf
-        ids = sampling.draw(logits, uniforms[:, index])
+        ids = sampling.sample(logits, uniforms[:, index])
         for row, chosen in enumerate(ids.tolist()):
             going[row] = going[row] and chosen not in stops
             if going[row]:
@@ -137,12 +137,12 @@ def draw_text(
             report(texts)
         if not any(going) or index + 1 == most:
             break
-        reader.read(ids)
+        state.append(ids)
     return texts
 
 
 @torch.no_grad()
-def draw_answer(
+def decode_answer(
     model: LarpMllmForCausalLM,
     prompt: Sequence[int],
     unconditional: Sequence[int],
@@ -151,50 +151,50 @@ def draw_answer(
     stops: Sequence[int],
     max_videos: int,
 ) -> Iterator[int]:
-    """Yield the ids of one answer as they are drawn: text and whole video spans in any order, without the stop id.
+    """Yield the ids of one answer as they are sampled: text and whole video spans in any order, without the stop id.
 
-    It ends at an id of `stops`, after `max_new_tokens` draws of text (a video_start is one), or where the positions of
+    It ends at an id of `stops`, after `max_new_tokens` samples of text (a video_start is one), or where the positions of
     the base do. A video begins only while fewer than `max_videos` have, and where there is room for all of it; its
     codes are guided against the `unconditional` prompt. Video number i takes the random numbers of row i.
     """
     v, room = model.vocabulary, positions(model) - len(prompt)
     numbers = text.uniforms(0, 1, text.max_new_tokens).to(model.device)
-    reader, videos = Reader(model, [prompt]), 0
+    state, videos = DecodeState(model, [prompt]), 0
     for index in range(text.max_new_tokens):
         if room < 1:
             return
-        logits = reader.text_logits()
+        logits = state.text_logits()
         logits[:, v.video_end] = -torch.inf
         if videos >= max_videos or room < v.tokens_per_video + 2:
             logits[:, v.video_start] = -torch.inf
-        chosen = text.draw(logits, numbers[:, index])
+        chosen = text.sample(logits, numbers[:, index])
         if (written := int(chosen)) in stops:
             return
         yield written
         room -= 1
-        reader.read(chosen)
+        state.append(chosen)
         if written == v.video_start:
-            yield from _span(reader, unconditional, video, videos)
+            yield from _span(state, unconditional, video, videos)
             videos, room = videos + 1, room - v.tokens_per_video - 1
 
 
-def _span(reader: Reader, unconditional: Sequence[int], video: VideoSampling, number: int) -> Iterator[int]:
+def _span(state: DecodeState, unconditional: Sequence[int], video: VideoSampling, number: int) -> Iterator[int]:
     """Draw and read the codes and the video_end of a span that was begun."""
-    v, device = reader.vocabulary, reader.hidden.device
+    v, device = state.vocabulary, state.hidden.device
     count = v.tokens_per_video
     numbers = video.uniforms(number, 1, count).to(device)
-    free = Reader(reader.model, [unconditional], room=count) if video.guided else None
+    free = DecodeState(state.model, [unconditional], room=count) if video.guided else None
     for index in range(count):
-        logits = reader.code_logits()
+        logits = state.code_logits()
         if free is not None:
-            logits = guide(torch.cat([logits, free.code_logits()]), video.guidance_scale)
-        ids = v.code_to_id(video.draw(logits, numbers[:, index]))
+            logits = apply_guidance(torch.cat([logits, free.code_logits()]), video.guidance_scale)
+        ids = v.code_to_id(video.sample(logits, numbers[:, index]))
         yield int(ids)
-        reader.read(ids)
+        state.append(ids)
         if free is not None and index + 1 < count:
-            free.read(ids)
+            free.append(ids)
     yield v.video_end
-    reader.read(torch.tensor([v.video_end], device=device))
+    state.append(torch.tensor([v.video_end], device=device))
 
 
 def positions(model: LarpMllmForCausalLM) -> int:
@@ -203,7 +203,7 @@ def positions(model: LarpMllmForCausalLM) -> int:
 
 
 @contextmanager
-def sensible_threads(model: LarpMllmForCausalLM, rows: int) -> Iterator[None]:
+def num_threads_for(model: LarpMllmForCausalLM, rows: int) -> Iterator[None]:
     """Let `rows` rows be written on the number of threads that suits the work."""
     # Small steps on several threads mostly wait for one another: on a busy two-core machine 300 times as long as on one.
     small = model.device.type == "cpu" and rows * model.num_parameters() < _SMALL_STEP

@@ -3,7 +3,7 @@
 Shapes: B sequences, R rows (2 B with guidance), S ids so far, V ids.
 """
 
-from larp.sampling.sample import guide
+from larp.sampling.sample import apply_guidance
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.model.vocabulary import Vocabulary
 
@@ -25,7 +25,7 @@ def logits_processors(
 
     Args:
         vocabulary: `model.vocabulary`.
-        video, text: how codes and text are drawn; by default `TextSampling()`, the likeliest.
+        video, text: how codes and text are sampled; by default `TextSampling()`, the likeliest.
         prompt_length: S of the (left-padded) prompts that generate gets.
         max_videos: spans that may begin after the prompt; 0 for text alone, None for any number.
         first_row: place in the list of the first sequence: a long list can be made in batches.
@@ -52,8 +52,8 @@ def logits_processors(
     """
     guidance = [SpanGuidance(vocabulary, video.guidance_scale)] if video.guided else []
     rules = SpanRules(vocabulary, max_videos, prompt_length)
-    draw = SeededDraw(vocabulary, video, text or TextSampling(), prompt_length, first_row)
-    return LogitsProcessorList([*guidance, rules, draw])
+    sample = SeededSampling(vocabulary, video, text or TextSampling(), prompt_length, first_row)
+    return LogitsProcessorList([*guidance, rules, sample])
 
 
 class SpanRules(LogitsProcessor):
@@ -70,12 +70,16 @@ class SpanRules(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """ids (R, S) so far and next logits (R, V) -> logits with -inf where an id may not follow."""
-        v, ids, drawn = self.vocabulary, torch.arange(scores.shape[-1], device=scores.device), _drawn(self, input_ids)
+        v, ids, sampled = (
+            self.vocabulary,
+            torch.arange(scores.shape[-1], device=scores.device),
+            _sampled(self, input_ids),
+        )
         begun = (input_ids[:, self.prompt_length :] == v.video_start).sum(-1, keepdim=True)
         may_begin = torch.ones_like(begun, dtype=torch.bool) if self.max_videos is None else begun < self.max_videos
-        allowed = torch.where((drawn < v.tokens_per_video)[:, None], v.is_code(ids), v.is_text(ids))
-        allowed = torch.where((drawn == v.tokens_per_video)[:, None], ids == v.video_end, allowed)
-        allowed |= (drawn > v.tokens_per_video)[:, None] & (ids == v.video_start) & may_begin
+        allowed = torch.where((sampled < v.tokens_per_video)[:, None], v.is_code(ids), v.is_text(ids))
+        allowed = torch.where((sampled == v.tokens_per_video)[:, None], ids == v.video_end, allowed)
+        allowed |= (sampled > v.tokens_per_video)[:, None] & (ids == v.video_start) & may_begin
         return scores.masked_fill(~allowed, -torch.inf)
 
 
@@ -97,18 +101,18 @@ class SpanGuidance(LogitsProcessor):
                 f"{len(scores)} rows in all"
             )
         first, half = self.vocabulary.first_code, len(scores) // 2
-        inside = _drawn(self, input_ids[:half]) < self.vocabulary.tokens_per_video
+        inside = _sampled(self, input_ids[:half]) < self.vocabulary.tokens_per_video
         mixed = scores[:half].clone()
-        mixed[:, first:] = guide(scores[:, first:], self.guidance_scale)
+        mixed[:, first:] = apply_guidance(scores[:, first:], self.guidance_scale)
         chosen = torch.where(inside[:, None], mixed, scores[:half])
         return torch.cat([chosen, chosen])
 
 
-class SeededDraw(LogitsProcessor):
-    """Draws the next id of each row as `larp_mllm` does, and leaves it alone possible: for `do_sample=False`.
+class SeededSampling(LogitsProcessor):
+    """Samples the next id of each row as `larp_mllm` does, and leaves it alone possible: for `do_sample=False`.
 
-    Inside spans `video` draws from the code logits, outside `text` from the others. Rows are those of `first_row` on; with
-    guidance (2 B rows) the second half draws as the first. The spans after the first of a row take other numbers.
+    Inside spans `video` samples from the code logits, outside `text` from the others. Rows are those of `first_row` on; with
+    guidance (2 B rows) the second half samples as the first. The spans after the first of a row take other numbers.
     """
 
     def __init__(
@@ -118,31 +122,31 @@ class SeededDraw(LogitsProcessor):
         self.prompt_length, self.first_row = prompt_length, first_row
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """ids (R, S) so far and next logits (R, V) -> logits that are -inf but at the id that was drawn."""
-        v, drawn = self.vocabulary, _drawn(self, input_ids)
+        """ids (R, S) so far and next logits (R, V) -> logits that are -inf but at the id that was sampled."""
+        v, sampled = self.vocabulary, _sampled(self, input_ids)
         rows = len(scores) // 2 if self.video.guided else len(scores)
         written = input_ids[:, self.prompt_length :]
-        words = (written <= v.video_start).sum(-1)  # draws of text, of which the start of a video is one
-        # A span that the prompt began is number 0, and the first one that is drawn after a whole prompt is as well.
+        words = (written <= v.video_start).sum(-1)  # samples of text, of which the start of a video is one
+        # A span that the prompt began is number 0, and the first one that is sampled after a whole prompt is as well.
         opened = input_ids[:, self.prompt_length - 1 :] == v.video_start
         ids = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
         for row in range(len(scores)):
             place, one = row % rows, scores[row : row + 1]
-            index = int(drawn[row])
+            index = int(sampled[row])
             if index < v.tokens_per_video:
                 span = int(opened[row].sum()) - 1
                 number = self.video.uniforms(self.first_row + place + span * rows, 1, v.tokens_per_video)[:, index]
-                ids[row] = v.code_to_id(self.video.draw(one[:, v.first_code :], number.to(one.device)))
+                ids[row] = v.code_to_id(self.video.sample(one[:, v.first_code :], number.to(one.device)))
             elif index == v.tokens_per_video:
                 ids[row] = v.video_end
             else:
                 index = int(words[row])
                 number = self.text.uniforms(self.first_row + place, 1, max(self.text.max_new_tokens, index + 1))
-                ids[row] = self.text.draw(one[:, : v.first_code], number[:, index].to(one.device))
+                ids[row] = self.text.sample(one[:, : v.first_code], number[:, index].to(one.device))
         return torch.full_like(scores, -torch.inf).scatter(1, ids[:, None], 0.0)
 
 
-def _drawn(processor: SpanRules | SpanGuidance | SeededDraw, input_ids: Tensor) -> Tensor:
+def _sampled(processor: SpanRules | SpanGuidance | SeededSampling, input_ids: Tensor) -> Tensor:
     """How many ids follow the last video_start of each row (R, S), int64 (R,); far more than N if there is none."""
     v, length = processor.vocabulary, input_ids.shape[1]
     place = torch.arange(length, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""How videos and text are drawn: two sets of options that check themselves, and the draws that they mean.
+"""How videos and text are sampled: two sets of options that check themselves, and the samples that they mean.
 
 Every random number belongs to a place in the list: the same seed and place give the same result whatever the batch.
 """
@@ -10,13 +10,13 @@ from larp_mllm.checks import check_count, check_seed
 
 from torch import Tensor
 
-# Text and videos of one seed must not be drawn with the same numbers.
+# Text and videos of one seed must not be sampled with the same numbers.
 _TEXT_STREAM = 0x632BE59BD9B4E019
 
 
 @dataclass(frozen=True)
 class VideoSampling:
-    """How codes are drawn; ValueError names the option that is out of range."""
+    """How codes are sampled; ValueError names the option that is out of range."""
 
     guidance_scale: float = 2.0
     """1 is off; more follows the prompt more closely: `unconditional + s * (conditional - unconditional)`."""
@@ -29,7 +29,7 @@ class VideoSampling:
     seed: int = 0
     """The same seed and place in the list give the same video."""
     batch_size: int = 64
-    """Videos that are drawn side by side; does not change them."""
+    """Videos that are sampled side by side; does not change them."""
 
     def __post_init__(self):
         check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
@@ -45,14 +45,14 @@ class VideoSampling:
         """The random numbers of `count` codes of the rows from `first_row` on: float64 (rows, count) in [0, 1)."""
         return row_uniforms(int(self.seed), first_row, rows, count)  # numpy's integers overflow where Python's do not
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Code logits (B, K), already guided, and one number for each row (B,) -> codes int64 (B,)."""
         return sample_logits(logits, self.temperature, self.top_k, self.top_p, uniform)
 
 
 @dataclass(frozen=True)
 class TextSampling:
-    """How text is drawn; ValueError names the option that is out of range."""
+    """How text is sampled; ValueError names the option that is out of range."""
 
     temperature: float = 0.0
     """Divides the logits; 0 takes the likeliest word piece."""
@@ -71,9 +71,9 @@ class TextSampling:
         check_seed(self.seed)
 
     def uniforms(self, first_row: int, rows: int, count: int) -> Tensor:
-        """The random numbers of `count` draws of the rows from `first_row` on: float64 (rows, count) in [0, 1)."""
+        """The random numbers of `count` samples of the rows from `first_row` on: float64 (rows, count) in [0, 1)."""
         return row_uniforms(int(self.seed) ^ _TEXT_STREAM, first_row, rows, count)
 
-    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits of text and controls (B, V) and one number for each row (B,) -> ids int64 (B,)."""
         return sample_logits(logits, self.temperature, self.top_k, self.top_p, uniform)

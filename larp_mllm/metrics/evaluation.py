@@ -130,8 +130,8 @@ def continuation_figures(
 
     Args:
         videos: labelled; a damaged one is replaced by another window, and named.
-        num_clips, seed: clips drawn from all windows that do not overlap, see `RealClips`.
-        samplings: how to draw, by name; each is measured.
+        num_clips, seed: clips sampled from all windows that do not overlap, see `RealClips`.
+        samplings: how to sample, by name; each is measured.
         look: is told (the name, the videos' names, clips (n, 3, T, 2 H, W) with the original above its prediction).
 
     Returns what `psnr_figures` does for each way; "above": the gains over copying; "given_frames_regenerated": PSNR of the
@@ -140,10 +140,10 @@ def continuation_figures(
     tokenizer, layout, shape = mllm.processor.video_tokenizer, mllm.processor.layout, clip_shape(mllm)
     given, device = mllm.model.config.given_frames, tokenizer.codebook.device
     items, counts, skipped = countable(videos)
-    drawn = RealClips(items, counts, shape, num_clips, seed, batch_size)
+    sampled = RealClips(items, counts, shape, num_clips, seed, batch_size)
     real, before, whole = [], [], []
     values: dict[str, list[Tensor]] = {way: [] for way in BASELINES}
-    for cpu_clip in drawn.drawn():
+    for cpu_clip in sampled.sampled():
         clip = cpu_clip.to(device)
         real.append(cpu_clip)
         before.append(tokenizer.encode(repeat_last(clip, given)))
@@ -152,7 +152,7 @@ def continuation_figures(
             values[way].append(frame_psnr(clip, made, given))
     clips, given_codes, codes = torch.cat(real), torch.cat(before).tolist(), torch.cat(whole).cpu()
     psnrs, seams = {way: torch.cat(parts) for way, parts in values.items()}, {}
-    chosen = [items[video] for video, _ in drawn.windows]
+    chosen = [items[video] for video, _ in sampled.windows]
     for way, sampling in samplings.items():
         made = mllm.continue_clips(clips[:, :, :given], shape.frames, sampling=sampling)
         psnrs[way], seams[way] = frame_psnr(clips, made.frames, given), made.seam_psnr.double().mean().item()
@@ -165,7 +165,7 @@ def continuation_figures(
         "text": [layout.prompt(text) for text in spoken],
         "nothing": [layout.prompt([])] * len(codes),
     }
-    groups = torch.tensor([video for video, _ in drawn.windows])
+    groups = torch.tensor([video for video, _ in sampled.windows])
     return psnr_figures(psnrs) | {
         "given": given,
         "frame": list(range(given + 1, shape.frames + 1)),
@@ -179,7 +179,7 @@ def continuation_figures(
             for name, prompts in contexts.items()
         },
         "num_clips": len(clips),
-        "skipped": skipped_entries([*skipped, *drawn.skipped]),
+        "skipped": skipped_entries([*skipped, *sampled.skipped]),
     }
 
 

@@ -47,7 +47,7 @@ class CodebookRows(nn.Module):
 
 
 class FreeRows(nn.Module):
-    """K learned rows of width `hidden`, drawn at the start around the mean of the base model's rows."""
+    """K learned rows of width `hidden`, sampled at the start around the mean of the base model's rows."""
 
     def __init__(self, codebook_size: int, hidden: int):
         super().__init__()

@@ -321,7 +321,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         z_loss: float,
         head_chunk: int,
     ) -> dict[str, Tensor]:
-        # Inside a span only codes can be drawn, so code targets are scored among codes, and everything else among text
+        # Inside a span only codes can be sampled, so code targets are scored among codes, and everything else among text
         # and controls. Both heads run even on an empty selection: every rank must touch every parameter.
         is_code = self.vocabulary.is_code(targets)
         is_text = (targets != IGNORE) & ~is_code

@@ -135,7 +135,7 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 @contextmanager
-def told_if_unwritable(folder: str | Path) -> Iterator[None]:
+def naming_unwritable(folder: str | Path) -> Iterator[None]:
     """A full disk, and whatever else ends the writing of a model in the block, as a ValueError that names the folder."""
     try:
         yield

@@ -44,15 +44,15 @@ class Layout:
     eos: int | None
 
     def prompt(self, text: SequenceOf[int]) -> list[int]:
-        """The ids after which the first code is drawn; an empty text gives the unconditional prompt of guidance."""
+        """The ids after which the first code is sampled; an empty text gives the unconditional prompt of guidance."""
         return [*self._begin(), *text, self.vocabulary.video_start]
 
     def question(self, codes: SequenceOf[int]) -> list[int]:
-        """The ids after which the caption of a video is drawn."""
+        """The ids after which the caption of a video is sampled."""
         return [*self._begin(), *self.vocabulary.span(codes)]
 
     def continuation(self, text: SequenceOf[int], given: SequenceOf[int]) -> list[int]:
-        """The ids after which the first code of a clip is drawn that begins with the frames whose codes are `given`."""
+        """The ids after which the first code of a clip is sampled that begins with the frames whose codes are `given`."""
         return [*self._begin(), *text, *self.vocabulary.span(given), self.vocabulary.video_start]
 
     def _begin(self) -> list[int]:
@@ -64,7 +64,7 @@ def encode(segments: SequenceOf[Segment], layout: Layout, framed: bool = True) -
 
     Scored are the contents of segments with `loss`; the video_start that follows a text or a learned video (the decision
     to show one); and the end id after a last text with `loss`, or after a record that is learned whole. video_end never
-    is: it always follows the N-th code. Nor is the end after a video drawn for a given text: `generate` stops there by
+    is: it always follows the N-th code. Nor is the end after a video sampled for a given text: `generate` stops there by
     itself, and learned from most sequences it would answer for the caption that `describe` asks for after a video.
     """
     ids: list[int] = layout._begin() if framed else []

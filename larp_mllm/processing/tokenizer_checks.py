@@ -42,7 +42,7 @@ def check_tokenizers(config: LarpMllmConfig, tokenizer, video_tokenizer: LarpTok
     if config.given_frames >= frames:
         raise ValueError(
             f"{where}: config.json says given_frames = {config.given_frames}, but a clip of the video tokenizer has {frames} "
-            "frames, and none would be left to draw: restore the config.json that was written with the weights"
+            "frames, and none would be left to sample: restore the config.json that was written with the weights"
         )
 
 

@@ -18,7 +18,7 @@ def cache(tmp_path_factory) -> Path:
     return tiny_cache(tmp_path_factory.mktemp("cache"), rows=8)
 
 
-def pretend(commands: list, monkeypatch, fail_at: int | None = None, drawn: bool = False) -> None:
+def pretend(commands: list, monkeypatch, fail_at: int | None = None, sampled: bool = False) -> None:
     """Put something in the place of train_mllm.py that writes what it would: with the codebook 4 - seed bits, with free rows 5,
     and half a bit more after the first 10 of 20 steps.
     """
@@ -41,7 +41,7 @@ def pretend(commands: list, monkeypatch, fail_at: int | None = None, drawn: bool
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(trainings, "subprocess", SimpleNamespace(run=run))
-    if not drawn:
+    if not sampled:
         monkeypatch.setattr(ablation, "plot", lambda *_: False)
 
 
@@ -80,14 +80,14 @@ def test_both_adapters_are_trained_alike_and_compared_in_pairs(cache, tmp_path, 
 
 @pytest.mark.slow
 def test_the_curve_is_drawn(cache, tmp_path, monkeypatch):
-    pretend([], monkeypatch, drawn=True)
+    pretend([], monkeypatch, sampled=True)
     report = ablation.main(options(cache, tmp_path))
     assert report["files"] == [str(tmp_path / "a-curve.png")] and (tmp_path / "a-curve.png").stat().st_size > 1000
     assert json.loads((tmp_path / "a.json").read_text()) == report
 
 
 def test_without_matplotlib_there_are_figures_all_the_same(cache, tmp_path, monkeypatch, capsys):
-    pretend([], monkeypatch, drawn=True)
+    pretend([], monkeypatch, sampled=True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     report = ablation.main(options(cache, tmp_path))
     assert report["files"] == [] and "pip install" in capsys.readouterr().out

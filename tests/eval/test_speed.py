@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from bench import flops, timing
-from bench.straightforward import Straightforward, judge
+from bench.reference import ReferenceTokenizer, judge
 from eval import speed
 from larp.engine.adversary import AdversaryConfig
 from larp.kernels import matmul as products
@@ -62,7 +62,7 @@ def build() -> LarpTokenizer:
 
 def test_both_ways_are_the_same_mathematics():
     model, clip = build(), torch.rand(2, 3, *CONFIG.clip_shape)
-    plain = Straightforward(model)
+    plain = ReferenceTokenizer(model)
     assert torch.equal(model.encode(clip), plain.encode(clip))
     torch.testing.assert_close(model.decode(model.encode(clip)), plain.decode(plain.encode(clip)))
     slopes = []
@@ -87,7 +87,7 @@ def counted(work) -> int:
 def test_operations_are_those_that_torch_counts(monkeypatch, pruned):
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     model, clip, discriminator = build(), torch.rand(2, 3, *CONFIG.clip_shape), Discriminator(ADVERSARY)
-    way, score = (model, discriminator) if pruned else (Straightforward(model), lambda x: judge(discriminator, x))
+    way, score = (model, discriminator) if pruned else (ReferenceTokenizer(model), lambda x: judge(discriminator, x))
     codes = model.encode(clip)
     assert counted(lambda: way.encode(clip)) == flops.forward_flops(flops.encode_products(CONFIG, 2, pruned))
     assert counted(lambda: way.decode(codes)) == flops.forward_flops(flops.decode_products(CONFIG, 2, pruned))
@@ -162,7 +162,7 @@ def test_fresh_processes_have_memory_and_threads_of_their_own():
 
 
 def test_a_different_result_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(Straightforward, "render", lambda self, latents: self.model.render(latents) + 0.01)
+    monkeypatch.setattr(ReferenceTokenizer, "render", lambda self, latents: self.model.render(latents) + 0.01)
     with pytest.raises(ValueError, match="the two implementations differ"):
         run(tmp_path, "--what", "inference")
     assert not (tmp_path / "speed.json").exists()

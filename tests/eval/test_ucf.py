@@ -136,7 +136,7 @@ def test_gfvd_generates_for_the_labels_of_the_real_clips(world, gfvd, tmp_path, 
 
 
 def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd, tmp_path, capsys):
-    # Fresh models paint one colour, and draw codes evenly whatever the class: these do not.
+    # Fresh models paint one colour, and sample codes evenly whatever the class: these do not.
     tokenizer = LarpTokenizer.from_pretrained(world / "tokenizer")
     torch.nn.init.normal_(tokenizer.head.weight, std=0.05)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -168,12 +168,12 @@ def test_gfvd_hands_every_sampling_option_on(world, gfvd, tmp_path, monkeypatch)
         gfvd, "generated_clips", lambda *given, **options: seen.append(options) or real(*given, **options)
     )
     arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "12"]
-    drawing = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "seed": 3}
+    sampling = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "seed": 3}
     ramp = {"guidance-scale": 2.0, "guidance-final": 4.0, "guidance-start": 0.25, "guidance-stop": 0.75}
-    words = [str(word) for name, value in (drawing | ramp).items() for word in (f"--{name.replace('_', '-')}", value)]
+    words = [str(word) for name, value in (sampling | ramp).items() for word in (f"--{name.replace('_', '-')}", value)]
     report = gfvd.main([*arguments, *words, "--also-guidance", "1", "--show", "0"])
     assert [options.pop("guidance") for options in seen] == [Guidance(1, None, 0.25, 0.75), Guidance(2, 4, 0.25, 0.75)]
-    assert seen == [drawing, drawing]
+    assert seen == [sampling, sampling]
     assert report["table"][-1]["clips"] == "generated, guidance 2 to 4 from 25% to 75%"
     for option in (("--min-p", "2"), ("--guidance-start", "1"), ("--guidance-final", "-1")):
         with pytest.raises((ValueError, SystemExit)):

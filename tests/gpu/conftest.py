@@ -95,7 +95,7 @@ class Trainings:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
             "OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "TORCH_EXTENSIONS_DIR": str(self.folder / "extensions"),
-            # The same for all, whenever they start: weights of metrics that one finds and another does not draw random numbers.
+            # The same for all, whenever they start: weights of metrics that one finds and another does not sample random numbers.
             "LARP_DATA": str(self.folder / "data"), "LARP_CACHE": str(self.folder / "cache"),
         }  # fmt: skip
         if self.on_cpu:

@@ -1,7 +1,7 @@
 """The fused kernels of the sampler's step, beside the plain one. They need a GPU: a CPU rehearsal skips them."""
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
-from larp.sampling import reused_decoder as kept_decoder
+from larp.sampling import reused_decoder
 from larp.sampling.decoder import Decoder
 from larp.sampling.sample import generate
 
@@ -11,7 +11,7 @@ import torch
 pytestmark = pytest.mark.gpu
 
 
-def drawn(device: torch.device, **fields) -> LarpGenerator:
+def sampled(device: torch.device, **fields) -> LarpGenerator:
     """A generator whose norms are not one and whose head is not zero."""
     if device.type != "cuda":
         pytest.skip("the kernels are for a GPU")
@@ -31,7 +31,7 @@ def drawn(device: torch.device, **fields) -> LarpGenerator:
 @pytest.mark.parametrize("rows", [1, 2])
 @torch.no_grad()
 def test_logits_are_those_of_the_plain_step(device, exact, rows, dtype, near, fields):
-    model = drawn(device, **fields)
+    model = sampled(device, **fields)
     condition = torch.arange(rows, device=device)
     if model.config.task != "class":
         condition = model.frame_condition(torch.randint(512, (rows, model.config.num_tokens), device=device))
@@ -45,25 +45,25 @@ def test_logits_are_those_of_the_plain_step(device, exact, rows, dtype, near, fi
 
 
 def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
-    model = drawn(device)
+    model = sampled(device)
     options = dict(guidance=1.5, seed=3, weights="fused", dtype=torch.bfloat16)
     captured = generate(model, torch.tensor([1]), **options)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
-    kept_decoder.forget()
+    reused_decoder.forget()
     monkeypatch.setattr("larp.sampling.decoder.CapturedSteps", lambda step: step)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     assert captured.unique().numel() > 50
 
 
 def test_what_the_kernels_do_not_serve_is_refused(device):
-    model = drawn(device)
+    model = sampled(device)
     with pytest.raises(ValueError, match=r"do not serve 3 rows \(at most 2\)"):
         Decoder(model, 3, weights="fused")
 
 
 @torch.no_grad()
 def test_no_bit_depends_on_how_the_kernels_are_launched(device):
-    model = drawn(device)
+    model = sampled(device)
     decoder, codes = Decoder(model, 2, weights="fused", dtype=torch.bfloat16), torch.tensor([5, 6], device=device)
     from larp.sampling.decoder_kernels import Launch, Shape
 
@@ -82,6 +82,6 @@ def test_no_bit_depends_on_how_the_kernels_are_launched(device):
 
 @torch.no_grad()
 def test_bfloat16_of_few_rows_is_fused_by_itself(device):
-    model = drawn(device)
+    model = sampled(device)
     assert Decoder(model, 2, dtype=torch.bfloat16).fused is not None
     assert Decoder(model, 2).fused is None and Decoder(model, 3, dtype=torch.bfloat16).fused is None

@@ -24,7 +24,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def tokenizer(seed: int = 0, **changes) -> LarpTokenizer:
-    """A tokenizer of the box's kind, drawn at random; its head is not zero."""
+    """A tokenizer of the box's kind, sampled at random; its head is not zero."""
     torch.manual_seed(seed)
     sides = {f"{s}_{n}": v for s in ("encoder", "decoder") for n, v in dict(width=128, depth=3, heads=4).items()}
     prior = PriorConfig(depth=2, heads=2, width=64, positions=64, dropout=0.0)
@@ -104,7 +104,7 @@ def test_float32_is_as_on_a_cpu(device, exact):
         m(clip.to(m.queries.device), BatchNoise(0, 0, 8, device=m.queries.device), 0.5) for m in (here, there)
     )
     assert (ours.quantized.codes == theirs.quantized.codes.cpu()).float().mean() > 0.99, (
-        "the draws are the same numbers"
+        "the samples are the same numbers"
     )
     assert theirs.prior.loss.item() == pytest.approx(ours.prior.loss.item(), rel=1e-2)
 
@@ -124,5 +124,5 @@ def test_bfloat16_encodes_and_decodes_close_to_float32(device):
         assert (model.encode(clip) == codes).float().mean() > SHARE
 
 
-# Of codes drawn from random weights, which lie closer together than trained ones.
+# Of codes sampled from random weights, which lie closer together than trained ones.
 SHARE = 0.9

@@ -2,7 +2,7 @@
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import decoder as decoding
-from larp.sampling import reused_decoder as kept_decoder
+from larp.sampling import reused_decoder
 from larp.sampling.sample import Guidance, generate
 
 import pytest
@@ -26,7 +26,7 @@ def model(device) -> LarpGenerator:
 
 def eager(monkeypatch) -> None:
     """Run every step as it is."""
-    kept_decoder.forget()
+    reused_decoder.forget()
     monkeypatch.setattr(decoding, "CapturedSteps", lambda step: step)
 
 

@@ -49,7 +49,7 @@ class Config:
     schedule: Literal["cosine", "constant"] = "cosine"
     """Course of the learning rate."""
     seed: int | None = None
-    """Seed; none draws one."""
+    """Seed; none samples one."""
     resume: bool = False
     """Go on with the run in `out`."""
     model: Model = field(default_factory=lambda: Model(num_tokens=32))

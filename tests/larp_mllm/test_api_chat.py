@@ -1,8 +1,8 @@
-"""Chats: answers of text and videos in any order, which can be passed on; what does not fit is said before anything is drawn."""
+"""Chats: answers of text and videos in any order, which can be passed on; what does not fit is said before anything is sampled."""
 
 import larp_mllm
 from larp.data.video import write_video
-from larp_mllm.generation.decode import draw_answer
+from larp_mllm.generation.decode import decode_answer
 from larp_mllm.generation.progress import Progress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.pipeline import Mllm
@@ -41,7 +41,7 @@ def test_an_answer_holds_text_and_videos_in_the_order_they_were_written(painter,
     assert answer["role"] == "assistant" and kinds(answer).count("video") == 2 and "text" in kinds(answer)
     layout, v = painter.processor.layout, painter.model.vocabulary
     ids = list(
-        draw_answer(
+        decode_answer(
             *(painter.model, prompt_of(painter, ASK), layout.prompt([]), VideoSampling(2.0, seed=1), TEXT),
             *(stop_ids(painter.processor.tokenizer), 2),
         )

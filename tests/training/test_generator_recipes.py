@@ -51,8 +51,8 @@ def test_recipes_of_the_published_generators(name):
     assert config.in_steps(videos).steps == pytest.approx(epochs * steps, rel=1e-3)
     assert (config.size, config.batch_size, config.seed, config.flips, config.stride) == ("LP", 64, 66667, False, 1)
     assert (config.dropout, config.ema, config.engine.precision, config.engine.clip_grad) == (0.1, 0.0, "bf16", 0.0)
-    drawing = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance_final=None)
-    assert all(getattr(config.sampling, option) == value for option, value in drawing.items())
+    sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance_final=None)
+    assert all(getattr(config.sampling, option) == value for option, value in sampling.items())
     if name == "larp-l-long-ar":
         assert (config.dropped, config.sampling.guidance) == (0.1, 1.25)
     else:

@@ -127,7 +127,9 @@ out = Path({str(tmp_path)!r})
 run = Runner(out, out / "work", time.monotonic() + 60, Path({str(ROOT)!r}))
 run.run(50, nap=["-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
 """
-    process = subprocess.Popen([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'eval'}"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'eval'}"}
+    )
     log = tmp_path / "work/logs/nap.log"
     for _ in range(300):
         if log.exists() and log.read_text().strip():

@@ -272,8 +272,8 @@ def test_the_ranks_wait_for_one_that_works_alone(ranks):
 
 def test_start_can_follow_finish_and_seeds_alike():
     first = backend.start(3)
-    drawn = torch.rand(2)
-    assert backend.start(3) == first and torch.equal(torch.rand(2), drawn)
+    sampled = torch.rand(2)
+    assert backend.start(3) == first and torch.equal(torch.rand(2), sampled)
     backend.finish()
     backend.finish()
     assert "RANK" not in os.environ and not torch.distributed.is_initialized()

@@ -30,7 +30,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(new_engine, train, tmp_path
     model = {"num_tokens": 16, "patch_size": (4, 8, 8)}
     extra = {"ema": torch.arange(3.0), "lecam": 0.5}
     save_state({"model": straight}, tmp_path, 3, {"position": 24}, extra, model=model)
-    drawn = torch.rand(3)
+    sampled = torch.rand(3)
     losses = train(straight, 3, 6)
 
     resumed = new_engine(config)
@@ -38,7 +38,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(new_engine, train, tmp_path
     load_state({"model": resumed}, state, model)
     assert (state.step, state.loader_state, resumed.step_count) == (3, {"position": 24}, 3)
     assert torch.equal(state.extra["ema"], torch.arange(3.0)) and state.extra["lecam"] == 0.5
-    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.rand(3), sampled)
     assert train(resumed, 3, 6) == losses
     assert same(weights(straight), weights(resumed))
 

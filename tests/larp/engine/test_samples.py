@@ -50,11 +50,11 @@ def model_of(task: str) -> LarpGenerator:
     return model
 
 
-def drawn(tokenizer, task="class", ranks=Ranks(), clips=4, **options) -> np.ndarray:  # noqa: B008 (frozen)
+def sampled(tokenizer, task="class", ranks=Ranks(), clips=4, **options) -> np.ndarray:  # noqa: B008 (frozen)
     config = SamplingConfig(clips=clips, **options)
     model = model_of(task)
     samples = Samples(config, config.ramp(1.25), tokenizer, cache_of(6, 25.0), model.config, 5, ranks)
-    return np.stack(samples.draw(model))
+    return np.stack(samples.sample(model))
 
 
 def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tokenizer):
@@ -78,14 +78,14 @@ def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tok
 )  # fmt: skip
 def test_every_option_acts(tokenizer, task, options):
     plain = dict(guidance=2.5) if "guidance" not in options else {}
-    assert not np.array_equal(drawn(tokenizer, task, **plain, **options), drawn(tokenizer, task, **plain))
+    assert not np.array_equal(sampled(tokenizer, task, **plain, **options), sampled(tokenizer, task, **plain))
 
 
 def test_a_rank_writes_its_share_of_the_same_clips(tokenizer):
-    whole = drawn(tokenizer, clips=5)
+    whole = sampled(tokenizer, clips=5)
     parts = []
     for rank in (0, 1):
-        samples_of_rank = drawn(tokenizer, clips=5, ranks=Ranks(rank, 2))
+        samples_of_rank = sampled(tokenizer, clips=5, ranks=Ranks(rank, 2))
         parts.append(samples_of_rank)
     assert [len(part) for part in parts] == [2, 3] and np.array_equal(np.concatenate(parts), whole)
 

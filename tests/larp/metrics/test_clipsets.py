@@ -13,7 +13,7 @@ from larp.metrics.clipsets import (
     load_pair,
 )
 from larp.metrics.frechet import Moments, frechet_distance
-from larp.metrics.protocols import draw_windows
+from larp.metrics.protocols import sample_windows
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
@@ -95,26 +95,26 @@ def windows_of(clips):
 
 def test_real_clips_are_the_protocols(videos):
     clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2)
-    drawn, spare = draw_windows([16] * 3, 4, 5, 42, spare=5)
-    assert [len(batch) for batch in RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2).drawn()] == [2, 2, 1]
-    assert windows_of(clips.drawn()) == drawn == clips.windows
+    sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
+    assert [len(batch) for batch in RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2).sampled()] == [2, 2, 1]
+    assert windows_of(clips.sampled()) == sampled == clips.windows
     assert windows_of(clips.others()) == spare and clips.skipped == []
 
 
 def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
-    drawn, spare = draw_windows([16] * 3, 4, 5, 42, spare=5)
-    damage(videos[drawn[0][0]].path)
+    sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
+    damage(videos[sampled[0][0]].path)
     found = []
     for batch in (2, 5):
         clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, batch)
-        found.append((windows_of(clips.drawn()), clips.windows, windows_of(clips.others())))
-        assert [name for name, _ in clips.skipped] == [f"{drawn[0][0]}.mp4"] and "decoded" in clips.skipped[0][1]
+        found.append((windows_of(clips.sampled()), clips.windows, windows_of(clips.others())))
+        assert [name for name, _ in clips.skipped] == [f"{sampled[0][0]}.mp4"] and "decoded" in clips.skipped[0][1]
     (read, windows, others), again = found
     assert (read, windows, others) == again and read == windows
-    good = [window for window in spare if window[0] != drawn[0][0]]
-    fresh = [(new, old) for new, old in zip(windows, drawn, strict=True) if new != old]
-    assert [new for new, _ in fresh] == good[: len(fresh)] and {old[0] for _, old in fresh} == {drawn[0][0]}
-    assert not set(windows) & set(others) and drawn[0][0] not in {video for video, _ in windows + others}
+    good = [window for window in spare if window[0] != sampled[0][0]]
+    fresh = [(new, old) for new, old in zip(windows, sampled, strict=True) if new != old]
+    assert [new for new, _ in fresh] == good[: len(fresh)] and {old[0] for _, old in fresh} == {sampled[0][0]}
+    assert not set(windows) & set(others) and sampled[0][0] not in {video for video, _ in windows + others}
     assert len(windows) + len(others) == 8, "all the windows of the two good videos are read, each once"
 
 
@@ -122,7 +122,7 @@ def test_too_few_readable_windows_are_an_error(videos):
     damage(videos[0].path)
     clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 9, 42, 4)
     with pytest.raises(ValueError, match=r"0.mp4 is damaged \(.*mend or leave out.* or ask for fewer than 9 clips"):
-        list(clips.drawn())
+        list(clips.sampled())
 
 
 def test_rows_of_a_table():

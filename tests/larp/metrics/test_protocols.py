@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 from types import SimpleNamespace
 
-from larp.metrics.protocols import PRESETS, draw_windows, headline, result
+from larp.metrics.protocols import PRESETS, result, sample_windows, summary
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_presets_are_the_published_ones():
 def test_an_unchanged_preset_is_comparable():
     figure = record(GFVD, PUBLISHED)
     assert figure["metric"] == "gFVD" and figure["comparable"] and figure["reasons"] == []
-    assert "comparable with figures of the protocol larp-ucf101-gfvd" in headline(figure)
+    assert "comparable with figures of the protocol larp-ucf101-gfvd" in summary(figure)
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_an_unchanged_preset_is_comparable():
 def test_every_change_makes_it_incomparable_and_is_named(change, reason):
     figure = record(replace(GFVD, **change), PUBLISHED)
     assert not figure["comparable"] and figure["reasons"] == [reason]
-    assert "NOT comparable" in headline(figure) and reason in headline(figure)
+    assert "NOT comparable" in summary(figure) and reason in summary(figure)
 
 
 def test_random_features_are_never_called_fvd():
     figure = record(replace(GFVD, features="frechet-random-i3d"), RANDOM)
     assert figure["metric"] == "frechet-random-i3d" and not figure["comparable"]
-    assert "fvd" not in headline(figure).lower().split("\n")[0]
+    assert "fvd" not in summary(figure).lower().split("\n")[0]
     with pytest.raises(ValueError, match="measured with frechet-random-i3d"):
         record(GFVD, RANDOM)
 
@@ -69,15 +69,15 @@ def test_the_record_holds_what_the_number_depends_on():
 def test_windows_follow_the_published_rule():
     counts = [35, 15, 48]
     every = [(0, 0), (0, 16), (2, 0), (2, 16), (2, 32)]
-    drawn, spare = draw_windows(counts, 16, 3, seed=42, spare=10)
-    assert drawn == random.Random(42).sample(every, 3)
-    assert sorted(drawn + spare) == every
-    assert draw_windows(counts, 16, 3, seed=42)[1] == []
-    assert draw_windows(counts, 16, 5, seed=1)[0] != draw_windows(counts, 16, 5, seed=2)[0]
+    sampled, spare = sample_windows(counts, 16, 3, seed=42, spare=10)
+    assert sampled == random.Random(42).sample(every, 3)
+    assert sorted(sampled + spare) == every
+    assert sample_windows(counts, 16, 3, seed=42)[1] == []
+    assert sample_windows(counts, 16, 5, seed=1)[0] != sample_windows(counts, 16, 5, seed=2)[0]
 
 
 def test_too_few_windows_is_an_error_not_a_repetition():
     with pytest.raises(ValueError, match=r"num_clips=6.*3 videos hold 5 windows"):
-        draw_windows([35, 15, 48], 16, 6, seed=42)
+        sample_windows([35, 15, 48], 16, 6, seed=42)
     with pytest.raises(ValueError, match="num_clips=0"):
-        draw_windows([35], 16, 0, seed=42)
+        sample_windows([35], 16, 0, seed=42)

@@ -4,7 +4,7 @@ from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.i3d import RandomI3D
 from larp.metrics.lpips import Lpips
 from larp.metrics.psnr_ssim import ssim
-from larp.metrics.reconstruction import Watch, reconstruct
+from larp.metrics.reconstruction import ValidationMetrics, reconstruct
 from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, file_sha256
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
@@ -67,7 +67,7 @@ def batches(count=3, size=2):
 
 
 def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(tokenizer, fake_weights):
-    watch = Watch.at_hand(SHAPE)
+    watch = ValidationMetrics.at_hand(SHAPE)
     assert watch.notes == []
     metrics = reconstruct(tokenizer, batches(), watch=watch).metrics
     clips = torch.cat([batch["clip"] for batch in batches()])
@@ -84,7 +84,7 @@ def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(toke
 
 
 def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
-    watch = Watch.at_hand(SHAPE)
+    watch = ValidationMetrics.at_hand(SHAPE)
     assert [note.split(":")[0] for note in watch.notes] == ["validation without LPIPS", "validation without rFVD"]
     assert "larp-mllm fetch lpips" in watch.notes[0] and "i3d_torchscript.pt" in watch.notes[1]
     metrics = reconstruct(tokenizer, batches(), watch=watch).metrics
@@ -92,17 +92,17 @@ def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
 
 
 def test_clips_that_the_networks_cannot_take_are_left_out_with_a_reason(fake_weights):
-    watch = Watch.at_hand((8, 8, 32))
+    watch = ValidationMetrics.at_hand((8, 8, 32))
     assert watch.features is None and watch.perceptual is None
     assert ["16 pixels" in watch.notes[0], "10 frames" in watch.notes[1]] == [True, True]
     ready = Lpips()
-    assert Watch.at_hand(SHAPE, perceptual=ready).perceptual is ready, "a loaded one is not loaded again"
+    assert ValidationMetrics.at_hand(SHAPE, perceptual=ready).perceptual is ready, "a loaded one is not loaded again"
 
 
 def test_random_features_and_few_clips_give_no_rfvd(tokenizer, fake_weights):
-    metrics = reconstruct(tokenizer, batches(), watch=Watch(RandomI3D(width=0.05))).metrics
+    metrics = reconstruct(tokenizer, batches(), watch=ValidationMetrics(RandomI3D(width=0.05))).metrics
     assert "rfvd" not in metrics, "FVD is only what the published network measures"
-    assert "rfvd" not in reconstruct(tokenizer, batches(1), watch=Watch.at_hand(SHAPE)).metrics
+    assert "rfvd" not in reconstruct(tokenizer, batches(1), watch=ValidationMetrics.at_hand(SHAPE)).metrics
 
 
 def test_figures_are_exact_under_autocast(tokenizer):

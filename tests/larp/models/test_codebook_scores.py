@@ -1,10 +1,10 @@
-"""Scores made in parts: the loss, gradient, accuracies and draws of those held whole."""
+"""Scores made in parts: the loss, gradient, accuracies and samples of those held whole."""
 
 from larp.models import codebook_scores as codescores
-from larp.models.codebook_scores import draw_in_blocks, score_codes
+from larp.models.codebook_scores import sample_in_blocks, score_codes
 from larp.models.noise import BatchNoise
 from larp.models.prior import ARPrior, PriorConfig
-from larp.models.quantizer import VectorQuantizer, draw
+from larp.models.quantizer import VectorQuantizer, sample_codes
 
 import pytest
 import torch
@@ -31,15 +31,15 @@ def test_loss_gradient_and_ranks_are_those_of_the_whole(scale):
     torch.testing.assert_close(found.loss, loss)
     torch.testing.assert_close(gradient, wanted)
     places = scores.argsort(-1, descending=True)
-    assert torch.equal(found.ranks, (places == targets[:, None]).int().argmax(-1)) and found.drawn.numel() == 0
+    assert torch.equal(found.ranks, (places == targets[:, None]).int().argmax(-1)) and found.sampled.numel() == 0
 
 
 @pytest.mark.parametrize("codes", [CODES, 100])
 def test_draws_are_those_of_the_whole_but_for_rounding(codes):
     probabilities, uniform = (4 * torch.randn(4000, codes)).softmax(-1), torch.rand(4000)
-    drawn, wanted = draw_in_blocks(probabilities, uniform), draw(probabilities, uniform)
-    assert (drawn == wanted).float().mean() > 0.999 and drawn.shape == (4000,)
-    ends = draw_in_blocks(probabilities, torch.tensor([0.0, 1 - 2**-24]).repeat(2000))
+    sampled, wanted = sample_in_blocks(probabilities, uniform), sample_codes(probabilities, uniform)
+    assert (sampled == wanted).float().mean() > 0.999 and sampled.shape == (4000,)
+    ends = sample_in_blocks(probabilities, torch.tensor([0.0, 1 - 2**-24]).repeat(2000))
     assert ends.min() >= 0 and ends.max() < codes
 
 
@@ -47,7 +47,7 @@ def test_a_code_without_probability_is_never_drawn():
     probabilities = torch.zeros(3, CODES)
     probabilities[0, 0] = probabilities[1, 130] = probabilities[2, 200] = 1.0
     for uniform in (0.0, 0.5, 1 - 2**-24):
-        assert draw_in_blocks(probabilities, torch.full((3,), uniform)).tolist() == [0, 130, 200]
+        assert sample_in_blocks(probabilities, torch.full((3,), uniform)).tolist() == [0, 130, 200]
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5])

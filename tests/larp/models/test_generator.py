@@ -16,7 +16,7 @@ def tiny(**changes) -> GeneratorConfig:
     return GeneratorConfig(**fields | changes)
 
 
-def drawn(**changes) -> LarpGenerator:
+def sampled(**changes) -> LarpGenerator:
     """A tiny model in evaluation mode whose output head is not zero."""
     torch.manual_seed(0)
     model = LarpGenerator(tiny(**changes)).eval()
@@ -66,7 +66,7 @@ def test_training_starts_at_log_k_and_reaches_every_weight():
 
 
 def test_no_given_frames_is_a_condition_of_its_own(tmp_path):
-    published, model = drawn(task="frame-prediction"), drawn(task="frame-prediction", null_condition=True)
+    published, model = sampled(task="frame-prediction"), sampled(task="frame-prediction", null_condition=True)
     assert published.tok_embeddings.weight.shape[0] == 33, "the published layout: the codes and the separator"
     codes = torch.randint(32, (1, 6))
     nothing = model.unconditional(model.frame_condition(codes))
@@ -84,7 +84,7 @@ def test_no_given_frames_is_a_condition_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_position_i_sees_the_codes_before_it_only(task):
-    model = drawn(task=task)
+    model = sampled(task=task)
     codes = torch.randint(32, (2, 6))
     condition = torch.tensor([0, 2]) if task == "class" else model.frame_condition(codes.flip(0))
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_position_i_sees_the_codes_before_it_only(task):
 
 
 def test_dropout_acts_in_training_only():
-    model = drawn(dropout=0.5)
+    model = sampled(dropout=0.5)
     codes, label = torch.randint(32, (1, 6)), torch.tensor([1])
     assert torch.equal(model(codes, label), model(codes, label))
     model.train()
@@ -104,7 +104,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_save_load_round_trip(tmp_path):
-    model = drawn(class_names=("walk", "run", "jump"), tokenizer_hash="ab")
+    model = sampled(class_names=("walk", "run", "jump"), tokenizer_hash="ab")
     again = LarpGenerator.from_pretrained(model.save_pretrained(tmp_path / "m"))
     assert again.config == model.config and again.weight_hash() == model.weight_hash()
     labels = again.class_labels(["jump", 0, "1"])

@@ -1,7 +1,7 @@
-"""The drawing of codes, the bookkeeping of a codebook, and the noise of a batch."""
+"""The sampling of codes, the bookkeeping of a codebook, and the noise of a batch."""
 
 from larp.models.noise import BatchNoise
-from larp.models.quantizer import CodebookKeeper, VectorQuantizer, draw, usage
+from larp.models.quantizer import CodebookResetter, VectorQuantizer, sample_codes, usage
 
 import pytest
 import torch
@@ -10,8 +10,8 @@ import torch
 def test_draw_stays_inside_whatever_the_uniform():
     probabilities = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
     for value in (0.0, 0.2499, 0.5, 1 - 2**-24):
-        drawn = draw(probabilities, torch.full((2,), value))
-        assert drawn.tolist() == [0 if value < 0.25 else 2, 0], "codes of probability 0 are never drawn"
+        sampled = sample_codes(probabilities, torch.full((2,), value))
+        assert sampled.tolist() == [0 if value < 0.25 else 2, 0], "codes of probability 0 are never sampled"
 
 
 def test_a_low_temperature_is_the_nearest_code():
@@ -31,30 +31,30 @@ def test_half_precision_latents_are_quantized_in_float32():
 
 
 def test_keeper_moves_idle_codes_onto_latents_and_resumes():
-    keeper = CodebookKeeper(8, memory=10)
+    resetter = CodebookResetter(8, memory=10)
     latents = torch.nn.functional.normalize(torch.randn(3, 4, 4), dim=-1)
-    keeper.observe(latents, torch.tensor([[0, 1, 1, 2]] * 3))
-    assert keeper.idle().tolist() == [3, 4, 5, 6, 7] and len(keeper.latents) == 10
-    other = CodebookKeeper(8, memory=10)
-    other.load_state_dict(keeper.state_dict())
+    resetter.observe(latents, torch.tensor([[0, 1, 1, 2]] * 3))
+    assert resetter.idle().tolist() == [3, 4, 5, 6, 7] and len(resetter.latents) == 10
+    other = CodebookResetter(8, memory=10)
+    other.load_state_dict(resetter.state_dict())
     codebook = torch.nn.functional.normalize(torch.randn(8, 4), dim=-1)
-    renewed = keeper.redraw(codebook, keeper.idle(), seed=1)
-    assert torch.equal(renewed, other.redraw(codebook, other.idle(), seed=1))
+    renewed = resetter.resample(codebook, resetter.idle(), seed=1)
+    assert torch.equal(renewed, other.resample(codebook, other.idle(), seed=1))
     assert torch.equal(renewed[:3], codebook[:3]) and not torch.isclose(renewed[3:], codebook[3:]).all(-1).any()
     nearest = (renewed[3:] @ latents.flatten(0, 1).T).amax(-1)
     assert (nearest > 0.98).all(), "the new places are places of latents"
-    assert len(keeper.idle()) == 8, "counting starts anew"
+    assert len(resetter.idle()) == 8, "counting starts anew"
 
 
 def test_clustering_fits_the_latents():
     centres = torch.nn.functional.normalize(torch.randn(16, 4), dim=-1)
-    keeper = CodebookKeeper(16, memory=4000)
+    resetter = CodebookResetter(16, memory=4000)
     latents = centres.repeat(100, 1) + 0.01 * torch.randn(1600, 4)
-    keeper.observe(torch.nn.functional.normalize(latents, dim=-1)[None], None)
-    codebook = keeper.cluster(seed=1)
+    resetter.observe(torch.nn.functional.normalize(latents, dim=-1)[None], None)
+    codebook = resetter.cluster(seed=1)
     torch.testing.assert_close(codebook.norm(dim=-1), torch.ones(16))
-    assert torch.equal(codebook, keeper.cluster(seed=1)), "every process makes the same choice"
-    fit = [(keeper.latents @ keeper.cluster(n, seed=1).T).amax(-1).mean().item() for n in (0, 1, 3, 10)]
+    assert torch.equal(codebook, resetter.cluster(seed=1)), "every process makes the same choice"
+    fit = [(resetter.latents @ resetter.cluster(n, seed=1).T).amax(-1).mean().item() for n in (0, 1, 3, 10)]
     assert fit == sorted(fit) and fit[-1] > fit[0] + 0.01, "each iteration brings the codes nearer to the latents"
 
 
@@ -69,7 +69,7 @@ def test_noise_belongs_to_the_rows_of_the_global_batch():
     for shape in ((), (5,), (2, 3)):
         assert torch.equal(whole.uniform(*shape), torch.cat([part.uniform(*shape) for part in parts]))
         assert torch.equal(whole.normal(*shape), torch.cat([part.normal(*shape) for part in parts]))
-    draws = [BatchNoise(seed, step, 4).uniform(4).flatten() for seed in (0, 1) for step in (0, 1)]
-    assert len({round(float(d.sum()), 6) for d in draws}) == 4, "seeds and steps differ"
+    samples = [BatchNoise(seed, step, 4).uniform(4).flatten() for seed in (0, 1) for step in (0, 1)]
+    assert len({round(float(d.sum()), 6) for d in samples}) == 4, "seeds and steps differ"
     with pytest.raises(ValueError, match="global batch of 4"):
         BatchNoise(0, 0, 4, 3, 2)

@@ -4,7 +4,7 @@ from larp.hub import CheckpointError
 from larp.models.losses import psnr
 from larp.models.noise import BatchNoise
 from larp.models.prior import PriorConfig, cross_entropy
-from larp.models.tokenizer import LarpTokenizer, draw_prefixes
+from larp.models.tokenizer import LarpTokenizer, sample_prefix_lengths
 from larp.models.tokenizer_config import TokenizerConfig
 
 import pytest
@@ -108,8 +108,8 @@ def test_draws_follow_the_probabilities_and_not_the_split():
     torch.testing.assert_close(whole.prior.loss, torch.stack([h.prior.loss for h in halves]).mean())
     latents = model.project(clip[:1])
     wanted = model.quantizer.probabilities(latents)[0, 0]
-    drawn = model.quantizer(latents.expand(4000, -1, -1), BatchNoise(0, 0, 4000).uniform(6)).codes[:, 0]
-    share = torch.bincount(drawn, minlength=32) / 4000
+    sampled = model.quantizer(latents.expand(4000, -1, -1), BatchNoise(0, 0, 4000).uniform(6)).codes[:, 0]
+    share = torch.bincount(sampled, minlength=32) / 4000
     assert (share - wanted).abs().max() < 0.04 and (share > 0).sum() > 3
 
 
@@ -181,7 +181,7 @@ def test_the_target_psnr_is_reached_by_the_fewest_codes():
 
 
 def test_nested_dropout_keeps_prefixes_and_trains_the_mask():
-    keep = draw_prefixes(BatchNoise(0, 0, 4000), 0.5, 2, 6)
+    keep = sample_prefix_lengths(BatchNoise(0, 0, 4000), 0.5, 2, 6)
     counts = torch.bincount(keep, minlength=7) / 4000
     assert counts[:2].sum() == 0 and (counts[2:6] - 0.1).abs().max() < 0.02 and abs(counts[6] - 0.6) < 0.03
     model, clip = nested_model(), torch.rand(2, 3, 4, 16, 24)
@@ -205,8 +205,8 @@ def test_an_image_is_a_clip_of_one_temporal_patch():
 def test_the_temperature_of_the_draws_can_be_given():
     model, clip = LarpTokenizer(tiny(temperature=5.0)), torch.rand(8, 3, 4, 16, 24)
     nearest = model.encode(clip)
-    drawn, cold = (model(clip, BatchNoise(0, 0, 8), temperature=t).quantized.codes for t in (None, 1e-4))
-    assert (drawn == nearest).float().mean() < 0.5 < (cold == nearest).float().mean()
+    sampled, cold = (model(clip, BatchNoise(0, 0, 8), temperature=t).quantized.codes for t in (None, 1e-4))
+    assert (sampled == nearest).float().mean() < 0.5 < (cold == nearest).float().mean()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 packable = pytest.mark.skipif(not Packed.serves(torch.zeros(1, 1)), reason="no oneDNN on this machine")
 
 
-def drawn(task="class", **fields) -> LarpGenerator:
+def sampled(task="class", **fields) -> LarpGenerator:
     """A model of a width that kernels treat as they treat a large one's, with a head that is not zero."""
     torch.manual_seed(1)
     shape = dict(num_tokens=9, codebook_size=40, depth=2, heads=2, width=64, num_classes=3, ffn_multiple=32)
@@ -34,7 +34,7 @@ def condition_of(model, rows):
 @pytest.mark.parametrize("weights", ["plain", pytest.param("packed", marks=packable)])
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_every_step_gives_the_logits_of_the_plain_forward(task, weights, stride):
-    model = drawn(task)
+    model = sampled(task)
     condition, codes = condition_of(model, 3), torch.randint(40, (3, 9))
     plain = model(codes, condition)
     decoder = Decoder(model, 3, weights=weights, stride=stride)
@@ -52,7 +52,7 @@ def test_every_step_gives_the_logits_of_the_plain_forward(task, weights, stride)
 
 @torch.no_grad()
 def test_attention_reads_the_filled_part_only():
-    model = drawn()
+    model = sampled()
     decoder = Decoder(model, 1, stride=1)
     decoder.prefill(torch.tensor([0]))
     decoder.cache.keys[:, :, :, 2:].fill_(torch.nan)
@@ -62,7 +62,7 @@ def test_attention_reads_the_filled_part_only():
 
 @torch.no_grad()
 def test_the_cache_is_allocated_once():
-    model = drawn()
+    model = sampled()
     decoder = Decoder(model, 2)
     where = decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()
     codes = torch.zeros(2, 9, dtype=torch.int64)
@@ -72,7 +72,7 @@ def test_the_cache_is_allocated_once():
 
 
 def test_weights_that_change_are_seen_by_the_next_generation():
-    model = drawn()
+    model = sampled()
     label = torch.tensor([1])
     before = generate(model, label, seed=3)
     changes = [
@@ -96,7 +96,7 @@ def test_weights_that_change_are_seen_by_the_next_generation():
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_packed_weights_give_a_row_the_same_bits_in_any_batch_and_with_any_threads(task):
     n = 40
-    model = drawn(task, depth=3, width=128, codebook_size=300, num_tokens=n)
+    model = sampled(task, depth=3, width=128, codebook_size=300, num_tokens=n)
     codes = torch.randint(300, (9, n), generator=torch.Generator().manual_seed(0))
     condition = condition_of(model, 9)
 
@@ -115,7 +115,7 @@ def test_packed_weights_give_a_row_the_same_bits_in_any_batch_and_with_any_threa
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_bfloat16_decodes_close_to_float32(task):
-    model = drawn(task)
+    model = sampled(task)
     codes = torch.randint(40, (2, 9))
     condition = condition_of(model, 2)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_step_runs_once_before_it_is_captured_and_is_replayed_from_then_on(mon
 
 def test_a_step_needs_nothing_from_the_host_but_the_span(monkeypatch):
     """What a CUDA graph replays: the same call again, with nothing else told, writes the next code."""
-    model = drawn()
+    model = sampled()
     with torch.no_grad():
         codes = torch.zeros(2, 9, dtype=torch.int64)
         decoder = Decoder(model, 2, stride=16)
@@ -176,8 +176,8 @@ def test_weights_are_packed_where_they_can_be():
     weight = torch.randn(8, 4)
     assert choose_product(weight.double()) is Plain and choose_product(weight, "plain") is Plain
     assert choose_product(weight) is (Packed if Packed.serves(weight) else Plain)
-    assert type(Decoder(drawn(), 2, weights="plain").head) is Plain
-    assert type(Decoder(drawn(), 2).blocks[0].qkv) is choose_product(weight)
+    assert type(Decoder(sampled(), 2, weights="plain").head) is Plain
+    assert type(Decoder(sampled(), 2).blocks[0].qkv) is choose_product(weight)
 
 
 def test_threads_are_measured_and_put_back(monkeypatch):

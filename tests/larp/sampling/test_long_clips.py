@@ -9,7 +9,7 @@ from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.long_clips import continue_clip, last_frames, sample_classes, sample_continuations
 from larp.sampling.sample import generate, row_uniforms
 from tests.larp.codec.test_whole_video import noise, painting
-from tests.larp.models.test_generator import drawn
+from tests.larp.models.test_generator import sampled
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def tokenizer() -> LarpTokenizer:
 
 @pytest.fixture(scope="module")
 def predictor() -> LarpGenerator:
-    return drawn(task="frame-prediction")
+    return sampled(task="frame-prediction")
 
 
 @pytest.fixture(scope="module")
 def painter() -> LarpGenerator:
-    return drawn()
+    return sampled()
 
 
 def frames_of(rows: int, count: int) -> torch.Tensor:
@@ -84,17 +84,17 @@ def test_going_on_twice_is_going_on_once(tokenizer, predictor):
 
 
 def test_the_seed_decides_and_each_window_has_its_own_random_numbers(tokenizer, predictor, painter, monkeypatch):
-    def drawn_with(seed):
+    def sampled_with(seed):
         (long,) = sample_classes(painter, tokenizer, LABELS, 11, continuation=predictor, given=2, seed=seed)
         return long.frames
 
-    one = drawn_with(1)
-    assert torch.equal(drawn_with(1), one) and not torch.equal(drawn_with(2), one)
+    one = sampled_with(1)
+    assert torch.equal(sampled_with(1), one) and not torch.equal(sampled_with(2), one)
     seeds = []
     monkeypatch.setattr(
         larp.sampling.long_clips, "generate", lambda *a, **o: seeds.append(o["seed"]) or generate(*a, **o)
     )
-    drawn_with(1)
+    sampled_with(1)
     numbers = [row_uniforms(seed, 0, 5, 6) for seed in seeds]
     assert len(numbers) == 5 and len({row.numpy().tobytes() for rows in numbers for row in rows}) == 25
 
@@ -114,10 +114,10 @@ def test_a_continuation_is_guided_where_it_can_be(tokenizer, painter, monkeypatc
         larp.sampling.long_clips, "generate", lambda *a, **o: scales.append(o["guidance"]) or generate(*a, **o)
     )
     for null in (False, True):
-        predictor = drawn(task="frame-prediction", null_condition=null)
+        predictor = sampled(task="frame-prediction", null_condition=null)
         list(sample_classes(painter, tokenizer, LABELS, 5, continuation=predictor, given=3, guidance=3.0))
     assert scales == [3.0, 1.0, 3.0, 3.0]
-    unconditional = drawn(task="frame-prediction")
+    unconditional = sampled(task="frame-prediction")
     with pytest.raises(ValueError, match=r"use guidance 1\.0"):
         list(sample_continuations(unconditional, tokenizer, frames_of(1, 2)[0], 1, given=2, guidance=3.0))
 
@@ -128,9 +128,9 @@ def test_by_default_a_video_goes_on_for_one_window(tokenizer, predictor):
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(tokenizer, predictor, painter, monkeypatch):
-    monkeypatch.setattr(larp.sampling.long_clips, "generate", lambda *_, **__: pytest.fail("something was drawn"))
-    frames, other = frames_of(1, 3), drawn(task="frame-prediction", codebook_size=33)
-    stranger = drawn(task="frame-prediction", tokenizer_hash="f" * 64)
+    monkeypatch.setattr(larp.sampling.long_clips, "generate", lambda *_, **__: pytest.fail("something was sampled"))
+    frames, other = frames_of(1, 3), sampled(task="frame-prediction", codebook_size=33)
+    stranger = sampled(task="frame-prediction", tokenizer_hash="f" * 64)
     for words, call in {
         "needs one of --task frame-prediction": lambda: continue_clip(painter, tokenizer, frames, 9, given=3),
         "6 codes of 32 values, but the generator was": lambda: continue_clip(other, tokenizer, frames, 9, given=3),

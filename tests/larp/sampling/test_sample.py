@@ -1,13 +1,13 @@
-"""Sampling: guidance against a naive loop, reproducible draws, honest distributions; the decoding is in test_decoding."""
+"""Sampling: guidance against a naive loop, reproducible samples, honest distributions; the decoding is in test_decoding."""
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
-from larp.sampling.sample import Guidance, generate, guide, row_uniforms, sample_logits
+from larp.sampling.sample import Guidance, apply_guidance, generate, row_uniforms, sample_logits
 
 import pytest
 import torch
 
 
-def drawn(task="class", **fields) -> LarpGenerator:
+def sampled(task="class", **fields) -> LarpGenerator:
     torch.manual_seed(1)
     shape = dict(num_tokens=7, codebook_size=20, depth=2, heads=2, width=16, num_classes=3, ffn_multiple=16)
     model = LarpGenerator(GeneratorConfig(task, **shape | fields))
@@ -25,7 +25,7 @@ def condition_of(model, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_guided_sampling_agrees_with_a_naive_loop(task):
-    model = drawn(task, null_condition=task != "class")
+    model = sampled(task, null_condition=task != "class")
     given = condition_of(model, 2)
     nothing = torch.tensor([3, 3]) if task == "class" else torch.tensor([[21] * 7 + [20]] * 2)
     scales = [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 1.0]
@@ -55,11 +55,11 @@ def test_guidance_of_no_code_is_refused():
     with pytest.raises(ValueError, match=r"from 0.501 to 0.502, which holds none of a clip's 10 codes: move its start"):
         Guidance(2.0, start=0.501, stop=0.502).scales(10)
     with pytest.raises(ValueError, match="none of a clip's 7 codes"):
-        generate(drawn(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
+        generate(sampled(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
 
 
 def test_a_row_depends_on_seed_and_index_only():
-    model = drawn()
+    model = sampled()
     labels = condition_of(model, 5)
     whole = generate(model, labels, guidance=1.5, seed=4)
     parts = [generate(model, labels[i : i + 2], guidance=1.5, seed=4, first_row=i) for i in (0, 2, 4)]
@@ -69,14 +69,14 @@ def test_a_row_depends_on_seed_and_index_only():
 
 
 def test_clips_of_a_batch_may_differ_in_class():
-    model = drawn()
+    model = sampled()
     mixed = generate(model, torch.tensor([0, 2, 0]), guidance=2.0, seed=1)
     alone = generate(model, torch.tensor([2]), guidance=2.0, seed=1, first_row=1)
     assert torch.equal(mixed[1:2], alone) and not torch.equal(mixed[0], mixed[2])
 
 
 def test_generation_leaves_the_model_as_it_was():
-    model = drawn().train()
+    model = sampled().train()
     first, second = (generate(model, torch.tensor([1]), seed=2) for _ in range(2))
     assert model.training and torch.equal(first, second), "dropout is off while sampling"
     assert torch.equal(first, generate(model.eval(), torch.tensor([1]), seed=2))
@@ -145,10 +145,10 @@ def test_excluded_ids_are_never_drawn_even_at_the_edges():
 
 
 def test_guide_mixes_the_two_halves():
-    mixed = guide(torch.tensor([[1.0, 3.0], [0.0, 1.0]]), 3.0)
+    mixed = apply_guidance(torch.tensor([[1.0, 3.0], [0.0, 1.0]]), 3.0)
     assert mixed.tolist() == [[3.0, 7.0]]
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(guide(logits, 1.0), logits[:1]), "a scale of 1 is no guidance, to the last bit"
+    assert torch.equal(apply_guidance(logits, 1.0), logits[:1]), "a scale of 1 is no guidance, to the last bit"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_guide_mixes_the_two_halves():
 )
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
-        generate(drawn(), torch.tensor([0]), **options)
+        generate(sampled(), torch.tensor([0]), **options)
 
 
 @pytest.mark.parametrize(
@@ -201,15 +201,15 @@ def test_bad_guidance(fields, words):
 
 def test_bad_conditions():
     with pytest.raises(ValueError, match=r"labels run from 1 to 4; this generator knows 0 to 3"):
-        generate(drawn(), torch.tensor([1, 4]))
+        generate(sampled(), torch.tensor([1, 4]))
     with pytest.raises(
         ValueError, match=r"condition is torch.float32; classes and codes are whole numbers: give int64"
     ):
-        generate(drawn(), torch.zeros(1))
+        generate(sampled(), torch.zeros(1))
     with pytest.raises(ValueError, match=r"no rows"):
-        generate(drawn(), torch.empty(0, dtype=torch.int64))
+        generate(sampled(), torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"use guidance 1\.0"):
-        model = drawn("frame-prediction")
+        model = sampled("frame-prediction")
         generate(model, condition_of(model, 1), guidance=2.0)
     with pytest.raises(ValueError, match="needs `uniform`"):
         sample_logits(torch.zeros(1, 4))

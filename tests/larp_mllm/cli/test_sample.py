@@ -14,7 +14,7 @@ from larp.sampling.sample import Guidance, generate
 from larp.sampling.training_info import Training, find_training
 from larp_mllm.cli import main
 from tests.larp.codec.test_whole_video import noise, painting
-from tests.larp.models.test_generator import drawn
+from tests.larp.models.test_generator import sampled
 from tests.larp_mllm.cli.test_cli import refused
 from tests.larp_mllm.tiny import tiny_cache
 from training.train_generator import main as train
@@ -32,8 +32,8 @@ def made(tmp_path_factory) -> Path:
     tokenizer = painting()
     tokenizer.save_pretrained(made / "t")
     belongs = {"tokenizer_hash": tokenizer.weight_hash()}
-    drawn(class_names=NAMES, **belongs).save_pretrained(made / "c/model")
-    drawn(task="frame-prediction", **belongs).save_pretrained(made / "p")
+    sampled(class_names=NAMES, **belongs).save_pretrained(made / "c/model")
+    sampled(task="frame-prediction", **belongs).save_pretrained(made / "p")
     write_video(made / "clip.mp4", noise(10), 12.5)
     painting(code_dim=4).save_pretrained(made / "other")
     painting(codebook_size=33).save_pretrained(made / "larger")
@@ -51,7 +51,7 @@ def folder(made, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def drawn_with(monkeypatch) -> list[dict]:
+def sampled_with(monkeypatch) -> list[dict]:
     """The options of every call of the sampler."""
     calls: list[dict] = []
     monkeypatch.setattr(larp.sampling.long_clips, "generate", lambda *a, **o: calls.append(o) or generate(*a, **o))
@@ -95,18 +95,18 @@ def test_seed_and_index_decide_whatever_the_batch_size(folder):
     assert not set(bytes_of("--seed", "1")) & set(first)
 
 
-def test_every_sampling_option_reaches_the_sampler(folder, drawn_with):
+def test_every_sampling_option_reaches_the_sampler(folder, sampled_with):
     sample("--generator", "c", "--scale", "1")
     options = {"guidance-scale": 2, "guidance-final": 3, "guidance-start": 0.2, "guidance-stop": 0.9}
     options |= {"temperature": 0.9, "top-k": 7, "top-p": 0.8, "min-p": 0.1, "seed": 5}
     sample("--generator", "c", "--scale", "1", *(f"--{name}={value}" for name, value in options.items()))
-    plain, chosen = drawn_with
+    plain, chosen = sampled_with
     assert plain["guidance"] == Guidance(1.25) and plain["temperature"] == 1 and plain["seed"] == 0
     assert chosen["guidance"] == Guidance(2, 3, 0.2, 0.9) and chosen["temperature"] == 0.9
     assert (chosen["top_k"], chosen["top_p"], chosen["min_p"], chosen["seed"]) == (7, 0.8, 0.1, 5)
 
 
-def test_a_video_goes_on(folder, capsys, drawn_with):
+def test_a_video_goes_on(folder, capsys, sampled_with):
     sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "-n", "2", "--seconds", "0.56", "--scale", "1")
     *lines, sheet, seams = capsys.readouterr().out.splitlines()
     assert written() == ["000-clip.mp4", "001-clip.mp4", "sheet.png"] and sheet == "out/sheet.png"
@@ -114,7 +114,7 @@ def test_a_video_goes_on(folder, capsys, drawn_with):
         assert re.fullmatch(rf"out/00{number}-clip.mp4: 7 frames at 12.5 fps, seams( [\d.]+){{4}} dB", line)
     assert re.match(r"seams: [\d.]+ dB on average of 8: PSNR", seams)
     assert probe("out/001-clip.mp4").frames == 7 and probe("out/001-clip.mp4").fps == 12.5
-    assert all(call["guidance"] == Guidance(1.0) for call in drawn_with)
+    assert all(call["guidance"] == Guidance(1.0) for call in sampled_with)
     sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "--stride", "4", "--scale", "1")
     assert probe("out/000-clip.mp4").fps == 3.125 and probe("out/000-clip.mp4").frames == 4
 
@@ -137,7 +137,7 @@ def run_of(folder: Path, **cache: int) -> Path:
     tokens.write_shard(where / index["shards"][0], columns | {"fps": fps}, notes["videos"], notes["skipped"])
     shape = dict(num_tokens=4, codebook_size=16, tokenizer_hash=index["key"]["tokenizer"])
     task = "frame-prediction" if cache else "class"
-    drawn(task=task, class_names=() if cache else NAMES, **shape).save_pretrained(folder / "run" / "model")
+    sampled(task=task, class_names=() if cache else NAMES, **shape).save_pretrained(folder / "run" / "model")
     (folder / "run" / "config.json").write_text(json.dumps({"tokens": str(where), "tokenizer": None, "stride": 1}))
     return folder / "run"
 
@@ -187,7 +187,7 @@ def test_a_trained_run_needs_no_other_option(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
-    drawn().save_pretrained(tmp_path / "model")
+    sampled().save_pretrained(tmp_path / "model")
     told = {"tokens": None, "tokenizer": "somewhere/t", "stride": 3, "condition_frames": 2}
     (tmp_path / "config.json").write_text(json.dumps(told))
     assert find_training(str(tmp_path / "model")) == Training("somewhere/t", None, None, 3, 2)

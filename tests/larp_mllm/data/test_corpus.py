@@ -96,7 +96,7 @@ def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, 
     data = corpus(videos=given).videos
     found = {}
     for name, tasks in (("all", Tasks(chat=0)), ("without", Tasks(chat=0, continuation=0))):
-        found[name] = ids = data.longest(data.drawn(tasks))[0]
+        found[name] = ids = data.longest(data.sampled(tasks))[0]
         corpus(videos=given, tasks=tasks, sequence_length=ids)
         corpus(videos=given, tasks=tasks, positions=ids)
         with pytest.raises(ValueError, match=rf"of --tokens has {ids} ids, .*raise it to {ids} or more"):
@@ -109,7 +109,7 @@ def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, 
     corpus(videos=judged, positions=longest)
     with pytest.raises(ValueError, match=f"{longest} ids, but"):
         corpus(videos=judged, positions=longest - 1)
-    # Records of no weight are not drawn, and those that are held out not packed.
+    # Records of no weight are not sampled, and those that are held out not packed.
     records = [{"text": f"record {number}"} for number in range(40)] + [{"text": "long " * 30}]
     corpus(videos=given, tasks=Tasks(chat=0, interleaved=0), records=records, sequence_length=found["all"])
     records[19], records[40] = records[40], records[19]

@@ -13,8 +13,8 @@ from larp_mllm.data.dataset import (
     TrainingMix,
     caption_phrases,
     dialogue,
-    drawn_dialogue,
     evaluation_rows,
+    sample_dialogue,
 )
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
@@ -119,9 +119,9 @@ def test_a_mix_of_nothing_is_an_error(data, records, given):
 
 def test_every_row_of_a_source_comes_once_in_an_epoch(with_given, records):
     mix = TrainingMix(only(interleaved=1), None, records)
-    drawn = [s.ids[1].item() for step in range(3) for s in mix.batch(step, 5, 0)]
-    assert [sorted(drawn[k : k + 5]) for k in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
-    assert drawn[:5] != drawn[5:10], "in another order"
+    sampled = [s.ids[1].item() for step in range(3) for s in mix.batch(step, 5, 0)]
+    assert [sorted(sampled[k : k + 5]) for k in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
+    assert sampled[:5] != sampled[5:10], "in another order"
     # the tasks of videos share one order: a row that is taken by one is not taken by another before the epoch is over
     rows = len(with_given)
     codes = dataclasses.replace(with_given.cache, codes=torch.arange(rows)[:, None] // torch.tensor([1, 16, 1, 1]) % 16)
@@ -172,8 +172,8 @@ def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_pa
     assert "a person surfing" in caption_phrases(cache)[0]
     assert caption_phrases(open_cache(tmp_path / "b"))[0] == (CAPTIONS[0],)
     data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
-    drawn = TrainingMix(only(video_to_text=1), data).batch(0, 80, 0)
-    written = (sequence.labels[sequence.labels != IGNORE] for sequence in drawn)
+    sampled = TrainingMix(only(video_to_text=1), data).batch(0, 80, 0)
+    written = (sequence.labels[sequence.labels != IGNORE] for sequence in sampled)
     texts = {qwen.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in written}
     assert texts == {phrasing.format(name) for phrasing in PHRASINGS for name in ("surfing", "horse riding")}
 
@@ -211,7 +211,7 @@ def test_chats_teach_the_answer_alone(qwen, tmp_path):
         else:
             assert learned[-1] == end
             assert processor.decode_text(learned[:-1]) == caption
-    assert [drawn_dialogue(u) for u in (0.0, 0.49, 0.5, 0.999)] == [0, len(WISHES) - 1, len(WISHES), DIALOGUES - 1]
+    assert [sample_dialogue(u) for u in (0.0, 0.49, 0.5, 0.999)] == [0, len(WISHES) - 1, len(WISHES), DIALOGUES - 1]
     mix = TrainingMix(only(chat=1), data)
     for sequence in mix.batch(0, 64, 0):
         assert sequence.ids.tolist().count(v.video_start) == 1
@@ -250,20 +250,20 @@ def uneven(request, qwen, tmp_path_factory):
 )
 def test_nothing_that_is_drawn_is_longer_than_the_longest_and_one_is_as_long(uneven, tasks):
     data = uneven()
-    ids, row, task = data.longest(data.drawn(tasks))
+    ids, row, task = data.longest(data.sampled(tasks))
     count = 300 if tasks.chat else 100
     assert max(len(sequence.ids) for sequence in TrainingMix(tasks, data).batch(0, count, 0)) == ids
     assert getattr(tasks, task) > 0 and 0 <= row < len(data)
     # What cannot be longer is not encoded, and nothing else is passed over.
-    assert data.longest(data.drawn(tasks), ids) is None
-    assert data.longest(data.drawn(tasks), ids - 1) == (ids, row, task)
+    assert data.longest(data.sampled(tasks), ids) is None
+    assert data.longest(data.sampled(tasks), ids - 1) == (ids, row, task)
     enough, short = uneven(ids), uneven(ids - 1)
-    enough.check_lengths(enough.drawn(tasks))
+    enough.check_lengths(enough.sampled(tasks))
     option = rf"leave the task out with --tasks\.{task.replace('_', '-')} 0"
     with pytest.raises(
         ValueError, match=rf"video\d+ \(.*\): {ids} ids, .* {ids - 1} positions: shorten the .*{option}"
     ):
-        short.check_lengths(short.drawn(tasks))
+        short.check_lengths(short.sampled(tasks))
 
 
 def test_what_judges_has_a_longest_of_its_own(uneven):
@@ -277,7 +277,7 @@ def test_of_texts_that_cannot_be_longest_none_is_encoded(qwen, tmp_path, monkeyp
     words = "zebra " * 30
     cache = open_cache(tmp_path, captions=[*CAPTIONS, words])
     data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
-    data.longest(data.drawn(Tasks()), 170)
+    data.longest(data.sampled(Tasks()), 170)
     assert set(data._encoded) == {"a", words}
 
 

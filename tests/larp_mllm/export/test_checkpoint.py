@@ -60,7 +60,7 @@ def mixed_ids(mllm, rows=2, length=12):
     return torch.where((ids >= known) & (ids < mllm.model.vocabulary.text_size), 0, ids)
 
 
-def draw(model, layout, prompt, **options):
+def sample(model, layout, prompt, **options):
     """Codes by the constraint that the README describes."""
     codes, count = (
         range(layout["first_code"], layout["first_code"] + layout["codebook_size"]),
@@ -88,7 +88,7 @@ def test_plain_transformers_computes_the_same(family, tmp_path):
 
     layout = json.loads((folder / "larp.json").read_text())
     prompt = mllm.processor.layout.prompt(mllm.processor.encode_text(PROMPT))
-    ids = draw(stock, layout, prompt)
+    ids = sample(stock, layout, prompt)
     (video,) = mllm.generate([PROMPT], sampling=GREEDY)
     assert tuple(i - layout["first_code"] for i in ids) == video.codes
     again = read_video_ids(folder, [layout["video_start"], *ids, layout["video_end"]])
@@ -180,7 +180,7 @@ def test_guidance_by_transformers_is_ours(tmp_path):
     options = {"guidance_scale": 3.0, "negative_prompt_ids": torch.tensor([process.layout.prompt([])])}
     codes = []
     for text in ("a person surfing", "the man plays the violin", "two people"):
-        ids = draw(stock, layout, process.layout.prompt(process.encode_text(text)), **options)
+        ids = sample(stock, layout, process.layout.prompt(process.encode_text(text)), **options)
         codes.append(tuple(i - layout["first_code"] for i in ids))
     texts = ["a person surfing", "the man plays the violin", "two people"]
     ours = mllm.generate(texts, sampling=VideoSampling(guidance_scale=3.0, temperature=0.0))

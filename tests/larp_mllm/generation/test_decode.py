@@ -6,9 +6,9 @@ import sys
 
 import larp_mllm.api
 from larp.data.video import probe
-from larp_mllm.generation.decode import draw_codes
+from larp_mllm.generation.decode import decode_codes
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
-from larp_mllm.locate import find_model, remember_newest
+from larp_mllm.locate import find_model, set_default_model
 from larp_mllm.video import SUFFIXES
 
 import numpy as np
@@ -31,14 +31,14 @@ def test_left_padding_does_not_reach_the_logits(mllm):
     prompts = [layout.prompt(mllm.processor.encode_text(text)) for text in PROMPTS]
     seen = []
 
-    def draw(logits, index):
+    def sample(logits, index):
         seen.append(logits)
         return torch.full((len(logits),), index)
 
-    draw_codes(model, prompts, draw)
+    decode_codes(model, prompts, sample)
     batch, seen[:] = list(seen), []
     for row, prompt in enumerate(prompts):
-        draw_codes(model, [prompt], draw)
+        decode_codes(model, [prompt], sample)
         for step in range(4):
             torch.testing.assert_close(seen[step][0], batch[step][row], rtol=1e-4, atol=1e-5)
         seen.clear()
@@ -50,11 +50,11 @@ def test_logits_are_those_of_the_plain_forward_and_guidance_mixes_them(mllm):
     prompt, unconditional = layout.prompt([5, 6, 7]), layout.prompt([])
     codes, seen = [3, 0, 15, 2], []
 
-    def draw(logits, index):
+    def sample(logits, index):
         seen.append(logits[0])
         return torch.tensor([codes[index]])
 
-    assert draw_codes(model, [prompt], draw, unconditional, guidance_scale=2.5).tolist() == [codes]
+    assert decode_codes(model, [prompt], sample, unconditional, guidance_scale=2.5).tolist() == [codes]
     written = [v.code_to_id(code) for code in codes[:3]]
     conditional, free = (
         model(torch.tensor([start + written])).logits[0, -4:, v.first_code :] for start in (prompt, unconditional)
@@ -181,7 +181,7 @@ def test_a_prompt_too_long_for_the_base(qwen):
 def test_public_functions_find_the_newest_model(qwen, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     qwen.save(folder)
-    remember_newest(folder)
+    set_default_model(folder)
     video = larp_mllm.generate("a person surfing", seed=5, device="cpu")
     assert video.frames.shape == (4, 16, 16, 3) and video.frames.dtype == np.uint8
     assert video.codes == qwen.generate(["a person surfing"], sampling=VideoSampling(seed=5))[0].codes

@@ -4,7 +4,7 @@ import re
 
 import larp_mllm
 from larp_mllm.generation import logits_processors as spans
-from larp_mllm.generation.decode import draw_answer, draw_text
+from larp_mllm.generation.decode import decode_answer, decode_text
 from larp_mllm.generation.logits_processors import SpanGuidance, SpanRules, logits_processors
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from tests.larp_mllm.tiny import eager_for_videos
@@ -56,7 +56,7 @@ def test_captions_are_those_of_transformers_generate(mllm, temperature):
     rows = [layout.question([code] * 4) for code in (3, 7)]
     processors = logits_processors(model.vocabulary, VideoSampling(1.0), text, prompt_length=6, max_videos=0)
     written = theirs(mllm, rows, 9, processors, eos_token_id=layout.eos)
-    for ours, row in zip(draw_text(model, rows, text, [layout.eos]), written, strict=True):
+    for ours, row in zip(decode_text(model, rows, text, [layout.eos]), written, strict=True):
         assert row[: len(ours)] == ours and set(row[len(ours) :]) <= {layout.eos}
 
 
@@ -66,7 +66,7 @@ def test_answers_of_text_and_videos_are_those_of_transformers_generate(mllm, mon
     v, prompt = model.vocabulary, layout.prompt(mllm.processor.encode_text("surfing"))[:-1]
     video, text = VideoSampling(scale, seed=1), TextSampling(1.0, max_new_tokens=12, seed=4)
     eager_for_videos(mllm, monkeypatch)
-    ours = list(draw_answer(model, prompt, layout.prompt([]), video, text, [], max_videos=2))
+    ours = list(decode_answer(model, prompt, layout.prompt([]), video, text, [], max_videos=2))
     kinds = [kind for kind, _ in v.split(ours)]
     assert kinds.count("video") == 2 and kinds.count("text") >= 2
     if scale == 1.0:  # theirs guides a second span against all that was written before it

@@ -78,9 +78,9 @@ def attacks(tokenizer):
             word.upper(),
             f" {word}\n",
         )
-    draw = random.Random(0)
+    sample = random.Random(0)
     for _ in range(100):
-        yield "".join(draw.choice(words if draw.random() < 0.5 else PLAIN) for _ in range(draw.randint(1, 8)))
+        yield "".join(sample.choice(words if sample.random() < 0.5 else PLAIN) for _ in range(sample.randint(1, 8)))
 
 
 def as_written(text):

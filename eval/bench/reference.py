@@ -10,7 +10,7 @@ from larp.models.discriminator import Discriminator
 from larp.models.layers import Attention, Block
 from larp.models.noise import BatchNoise
 from larp.models.prior import ARPrior, PriorResult, cross_entropy
-from larp.models.quantizer import Quantized, draw
+from larp.models.quantizer import Quantized, sample_codes
 from larp.models.tokenizer import LarpTokenizer, TokenizerOutput
 
 import torch
@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-class Straightforward:
+class ReferenceTokenizer:
     """A `LarpTokenizer`'s weights, used in the straightforward way; called as it is called in training."""
 
     def __init__(self, model: LarpTokenizer):
@@ -71,11 +71,11 @@ class Straightforward:
         return (F.normalize(latents.float(), dim=-1) @ quantizer.codebook().T / quantizer.temperature).softmax(-1)
 
     def quantize(self, latents: Tensor, uniform: Tensor | None) -> Quantized:
-        """Quantize latents (B, N, d): the argmax of the probabilities, or a draw from them."""
+        """Quantize latents (B, N, d): the argmax of the probabilities, or a sample from them."""
         normal = F.normalize(latents, dim=-1)
         with torch.no_grad():
             probabilities = self.probabilities(latents)
-            codes = probabilities.argmax(-1) if uniform is None else draw(probabilities, uniform)
+            codes = probabilities.argmax(-1) if uniform is None else sample_codes(probabilities, uniform)
         chosen = self.model.quantizer.lookup(codes)
         losses = F.mse_loss(chosen, normal.detach()), F.mse_loss(normal, chosen.detach())
         return Quantized(normal + (chosen - normal).detach(), codes, *losses)
@@ -104,9 +104,9 @@ def _prior(
     top5 = first.detach().topk(min(5, first.shape[-1]), dim=-1).indices == targets[..., None]
     if prior.config.rounds == 2 and mix > 0:
         length = inputs.shape[1] - 1
-        drawn = draw(first[:, :-1].detach().softmax(-1), noise.uniform(length))
+        sampled = sample_codes(first[:, :-1].detach().softmax(-1), noise.uniform(length))
         replace = (noise.uniform(length) < mix)[..., None]
-        mixed = torch.where(replace, codebook[drawn].to(inputs), inputs[:, 1:])
+        mixed = torch.where(replace, codebook[sampled].to(inputs), inputs[:, 1:])
         loss = (loss + cross_entropy(logits(torch.cat([inputs[:, :1], mixed], dim=1)), targets)) / 2
     return PriorResult(loss, top5[..., 0].float().mean(), top5.any(-1).float().mean())
 
