@@ -1,7 +1,7 @@
-"""Recipes (TOML) and command lines become frozen dataclasses; an unknown key is an error that names the nearest.
+"""Frozen config dataclasses from TOML recipes and command lines, and checks of their values.
 
-Precedence: default < recipe < command line. Every script calls `parse` with its own config class, so that the class
-is the one place where an option is declared: its docstring under the field is the text of `--help`.
+Precedence: default < recipe < command line. Every script calls `parse` with its own config class. The class declares
+each option once; the docstring under a field is its text in `--help`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -21,27 +22,28 @@ _INHERIT = "inherit"
 
 
 class ConfigError(ValueError):
-    """A recipe, saved config or command line that makes no config; the text names the place and the remedy."""
+    """An invalid recipe, saved config or command line; the message names the place and the remedy."""
 
 
 # ---------------------------------------------------------------------------------------------------- dict -> dataclass
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str) -> Config:
-    """Build the (nested, frozen) dataclass `cls` from plain values; what `values` leaves out keeps its default.
+    """Build the (nested, frozen) dataclass `cls` from plain values; fields missing from `values` keep their defaults.
 
-    `where` (a file or option name) starts every message. Raises ConfigError for an unknown key (with the nearest
-    known one), a value of the wrong type, a missing required key, and for what a `__post_init__` refuses. Hyphens in
-    keys count as underscores; lists become tuples and text becomes Path where the field says so; "None" stands for
-    None in optional fields.
+    Hyphens in keys count as underscores. Lists become tuples and text becomes Path where the field's type says so.
+    "None" means None in optional fields.
+
+    `where` (a file or option name) starts every message. Raises ConfigError for an unknown key (naming the nearest
+    known one), a value of the wrong type, a missing required key, and a ValueError of a `__post_init__`.
     """
     return _build(cls, _convert_group(cls, values, where, prefix=""), dataclasses.MISSING, where, prefix="")
 
 
 def check_types(config: Any) -> None:
-    """Raise ConfigError unless each field of a config made in Python has its declared type, as `from_dict` asks of a file's.
+    """Raise ConfigError unless every field has its declared type, by the rules of `from_dict`.
 
-    For the first line of a `__post_init__`. Nested configs check themselves.
+    Call this first in a `__post_init__`. Nested configs check themselves.
     """
     where = type(config).__name__
     for key, annotation in _field_types(type(config)).items():
@@ -53,14 +55,14 @@ def check_types(config: Any) -> None:
 
 
 def check_positive(config: Any, *names: str, where: str = "") -> None:
-    """Raise ValueError, which begins with `where`, unless the named numbers of a config are at least 1."""
+    """Raise ValueError, starting with `where`, unless the named fields are at least 1."""
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{where}{name} must be at least 1, got {getattr(config, name)}")
 
 
 def to_dict(config: Any) -> Any:
-    """Turn a config into plain dicts, lists, text, numbers, booleans and None; `from_dict` gives it back."""
+    """Convert a config to plain dicts, lists, text, numbers, booleans and None; the inverse of `from_dict`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
     if isinstance(config, dict):
@@ -70,8 +72,24 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+def is_whole(value: object) -> bool:
+    """Return whether `value` is an integer of Python or numpy. bool does not count: as a number it is a mistake."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a real number of Python or numpy, NaN and infinity included; bool does not count."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError, naming the option, unless `value` is an integer of at least `least`."""
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
 def _convert_group(cls: type, values: Any, where: str, prefix: str) -> dict[str, Any]:
-    """Check and convert the given keys of one (nested) dataclass, without filling in defaults."""
+    """Check and convert the given keys of one (nested) dataclass. Missing keys stay missing."""
     if not isinstance(values, dict):
         raise ConfigError(
             f"{where}: '{prefix.rstrip('.')}' is a group of options ({', '.join(_field_types(cls))}), not the "
@@ -88,7 +106,7 @@ def _convert_group(cls: type, values: Any, where: str, prefix: str) -> dict[str,
 
 
 def _convert(value: Any, annotation: Any, where: str, key: str) -> Any:
-    """Convert one value to its annotation. A nested group stays a dict, so that it can be merged before it is built."""
+    """Convert one value to its annotation. A nested group stays a dict, which can still be merged."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return value
@@ -132,7 +150,7 @@ def _convert_scalar(value: Any, annotation: Any, where: str, key: str) -> Any:
 
 
 def _convert_union(value: Any, choices: Sequence[Any], where: str, key: str) -> Any:
-    # TOML has no null, so the word that the command line uses for it stands for it here as well.
+    # TOML has no null: the command line's word for it serves here, too.
     if type(None) in choices and (value is None or value == "None"):
         return None
     rest = [choice for choice in choices if choice is not type(None)]
@@ -205,7 +223,7 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 
 def _group_class(annotation: Any) -> type | None:
-    """The dataclass in an annotation such as `Group` or `Group | None`."""
+    """Return the dataclass in an annotation `Group` or `Group | None`; None if there is none."""
     return next((kind for kind in (annotation, *typing.get_args(annotation)) if dataclasses.is_dataclass(kind)), None)
 
 
@@ -218,7 +236,7 @@ def _all_keys(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest_key(cls: type, key: str, prefix: str) -> str:
-    """'; did you mean ...?' with the closest key of the group, wherever in the group's tree it lies."""
+    """Return '; did you mean ...?' with the closest key of the group or its subgroups, else the list of known keys."""
     known = list(_all_keys(cls))
     by_leaf = {}
     for full in known:
@@ -233,10 +251,10 @@ def _nearest_key(cls: type, key: str, prefix: str) -> str:
 
 
 def load_recipe(name_or_path: str | Path, folder: Path) -> dict[str, Any]:
-    """Read a TOML recipe by name in `folder` or by path; `inherit = "other"` is read first and merged under it.
+    """Read a TOML recipe by its name in `folder` or by its path, on top of the recipe that its key `inherit` names.
 
-    Groups are merged key by key, lists and values are replaced. Raises ConfigError for an unknown name (with the
-    nearest and the list of recipes at hand), for broken TOML, and for recipes that inherit in a circle.
+    Groups are merged key by key; lists and values are replaced. Raises ConfigError for an unknown name (with the
+    nearest one and the available recipes), for invalid TOML, and for recipes that inherit in a circle.
     """
     merged: dict[str, Any] = {}
     for _, values in _recipe_chain(name_or_path, folder):
@@ -245,7 +263,7 @@ def load_recipe(name_or_path: str | Path, folder: Path) -> dict[str, Any]:
 
 
 def _recipe_chain(name_or_path: str | Path, folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The recipe and all it inherits from, the oldest ancestor first, each with the file it came from."""
+    """Return (file, values) of the recipe and of all that it inherits from, the oldest ancestor first."""
     chain: list[tuple[Path, dict[str, Any]]] = []
     pending: str | Path | None = name_or_path
     asked_by = ""
@@ -269,11 +287,11 @@ def _recipe_path(name_or_path: str | Path, folder: Path, asked_by: str) -> Path:
     for candidate in (by_name, Path(text)):
         if candidate.is_file():
             return candidate.resolve()
-    at_hand = sorted(path.stem for path in folder.glob("*.toml"))
-    close = difflib.get_close_matches(text.removesuffix(".toml"), at_hand, n=1, cutoff=0.5)
+    available = sorted(path.stem for path in folder.glob("*.toml"))
+    close = difflib.get_close_matches(text.removesuffix(".toml"), available, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     raise ConfigError(
-        f"no recipe '{text}'{asked_by}: {hint}Recipes in {folder}: {', '.join(at_hand) or 'none'}; or give the "
+        f"no recipe '{text}'{asked_by}: {hint}Recipes in {folder}: {', '.join(available) or 'none'}; or give the "
         "path of a .toml file"
     )
 
@@ -299,12 +317,14 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def parse(
     cls: type[Config], argv: Sequence[str], recipes: Path, prog: str, default_recipe: str | None = None
 ) -> tuple[Config, str | None]:
-    """Read a command line into `cls`: default < recipe < command line. Returns (config, the recipe's name or None).
+    """Parse a command line into (a `cls`, the recipe's name or None): default < recipe < command line.
 
-    `--recipe NAME` picks a recipe in the folder `recipes` (or a path; without it `default_recipe`); `--local_rank`,
-    which the deepspeed launcher adds, is dropped. Options of groups look like `--model.num-tokens 16`; hyphens and
-    underscores are the same. What tyro or a `__post_init__` refuses on the command line ends the program with a
-    message (exit 2), `--help` with exit 0. Raises ConfigError for what is wrong in a recipe.
+    `--recipe NAME` names a recipe in the folder `recipes` or the path of one; the default is `default_recipe`.
+    `--local_rank`, which the deepspeed launcher adds, is ignored. Options of groups are written
+    `--model.num-tokens 16`; hyphens and underscores are equivalent.
+
+    An invalid value on the command line ends the program with a message (exit code 2), `--help` with exit code 0.
+    Raises ConfigError for an invalid recipe.
     """
     import tyro
 
@@ -312,17 +332,19 @@ def parse(
     rest, _ = _take_option(rest, ("--local_rank", "--local-rank"))
     recipe = recipe or default_recipe
     start = _start_config(cls, recipe, recipes)
-    at_hand = ", ".join(sorted(path.stem for path in recipes.glob("*.toml"))) or "none"
+    available = ", ".join(sorted(path.stem for path in recipes.glob("*.toml"))) or "none"
     used = f" The values below are those of the recipe '{recipe}'." if recipe else ""
-    summary = f"{(cls.__doc__ or '').strip()}\n\n--recipe NAME starts from a recipe ({at_hand}) or a .toml file.{used}"
-    # An optional group is there or not as the recipe says; tyro would make subcommands of the choice.
+    summary = (
+        f"{(cls.__doc__ or '').strip()}\n\n--recipe NAME starts from a recipe ({available}) or a .toml file.{used}"
+    )
+    # The recipe decides whether an optional group exists; tyro would make subcommands of the choice.
     return tyro.cli(
         cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)
     ), recipe
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:
-    """Defaults plus recipe; each file of the chain is checked alone, so that a message names the right one."""
+    """Apply a recipe to the defaults. Each inherited file is checked alone, so that a message names the right one."""
     converted: dict[str, Any] = {}
     where = "defaults"
     for path, values in _recipe_chain(recipe, recipes) if recipe else []:
@@ -332,7 +354,7 @@ def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Confi
 
 
 def _take_option(argv: list[str], names: Sequence[str]) -> tuple[list[str], str | None]:
-    """Take `--name VALUE` / `--name=VALUE` out of argv; the last one wins, as everywhere on a command line."""
+    """Remove `--name VALUE` and `--name=VALUE` from argv; return the rest and the last value."""
     rest, value = [], None
     items = iter(argv)
     for item in items:

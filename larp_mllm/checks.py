@@ -2,22 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+
+from larp.config import check_count as check_count
+from larp.config import is_number
+from larp.config import is_whole as is_whole
 
 _LONGEST = 3600
 _LATEST = 1e8
 """Seconds, about three years: beyond it a start is a mistake, and the number of its frame may be none."""
-
-
-def is_whole(value: object) -> bool:
-    """Whether `value` is a whole number, of Python or numpy. True and False are none: as a number they are a mistake."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """ValueError that names the option unless `value` is a whole number of at least `least`."""
-    if not is_whole(value) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def check_seed(seed: int) -> None:
@@ -49,7 +41,7 @@ def check_prompt(prompt: str) -> None:
 
 def check_seconds(seconds: float) -> None:
     """ValueError unless `seconds` is a number above 0, and at most an hour: more would be sampled for days."""
-    if not (isinstance(seconds, Real) and not isinstance(seconds, bool) and 0 < seconds < math.inf):
+    if not (is_number(seconds) and 0 < seconds < math.inf):
         raise ValueError(f"seconds is {seconds!r}; it must be a finite number above 0")
     if seconds > _LONGEST:
         raise ValueError(f"seconds is {seconds:g}; at most {_LONGEST} are sampled at a time: go on from the result")
@@ -59,7 +51,7 @@ def check_start(start: object, where: str) -> float | None:
     """The "start" of a video as seconds; ValueError unless it is absent (None) or a number from 0 to 1e8."""
     if start is None:
         return None
-    if isinstance(start, bool) or not isinstance(start, Real) or not 0 <= start <= _LATEST:
+    if not is_number(start) or not 0 <= start <= _LATEST:
         raise ValueError(f'{where}: "start" must be a number of seconds from 0 to {_LATEST:g}, got {str(start)[:40]}')
     return float(start)
 
