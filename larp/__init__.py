@@ -4,14 +4,14 @@
     tokenizer = LarpTokenizer.from_pretrained("runs/tokenizer/model")
     codes = tokenizer.encode(clip)
 
-Names are loaded when they are first used, so that `import larp` stays light.
+Names are imported on first use, so that `import larp` does not import torch.
 """
 
 import os
 from importlib import import_module
 
-# OpenMP threads that spin while they wait make small models up to 20 times slower where another process wants the cores, and
-# gain nothing measurable where none does (LOG.md). It is read when torch is loaded, so larp is imported before torch.
+# OpenMP threads that spin while waiting make small models up to 20 times slower when other processes use the cores, with no
+# measurable gain otherwise (LOG.md). torch reads the variable when it is imported, so larp is imported before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _MODULES = {

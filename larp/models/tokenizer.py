@@ -35,7 +35,7 @@ class LarpTokenizer(LarpModel):
 
     model_type = "larp-tokenizer"
     config_class = TokenizerConfig
-    exact = ("quantizer.embedding.weight",)
+    keep_in_fp32 = ("quantizer.embedding.weight",)
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()

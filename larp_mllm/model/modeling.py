@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from larp.hub import check_fit
 from larp_mllm.model.adapter import TokenAdapter
 from larp_mllm.model.chunked_loss import Head, is_cut, score
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
-from larp_mllm.model.weights import check_finite, check_fit, check_folder, quiet
+from larp_mllm.model.weights import check_finite, check_folder, quiet
 
 import torch
 import torch.nn.functional as F

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from larp.hub import check_fit, is_finite
 from larp_mllm.locate import MODEL_TYPE, first_line, read_config
 
 import torch
@@ -102,15 +103,6 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
     check_fit([f"{name} has shape {found} in place of {want}" for name, found, want in both if found != want], where)
 
 
-def check_fit(wrong: list[str], where: str) -> None:
-    """ValueError that names the first of what is wrong with the tensors, if anything is."""
-    if wrong:
-        raise ValueError(
-            f"{where}: the weights do not fit config.json: {'; '.join(sorted(wrong)[:3])}"
-            f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}. Restore the two files that belong together"
-        )
-
-
 def check_finite(model: nn.Module, where: str) -> None:
     """ValueError that names a tensor of a model that holds NaN or infinity."""
     tensors = model.state_dict()
@@ -124,14 +116,9 @@ def check_finite(model: nn.Module, where: str) -> None:
         )
 
 
-@torch.no_grad()
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     """The name of the first of named tensors that holds a number that is not finite."""
-    for name, tensor in tensors:
-        # One pass, and no copy of the size of the tensor; a NaN is both least and greatest. On "meta" there are no numbers.
-        if tensor.numel() and not tensor.is_meta and not all(end.isfinite() for end in torch.aminmax(tensor)):
-            return name
-    return None
+    return next((name for name, tensor in tensors if not is_finite(tensor)), None)
 
 
 @contextmanager

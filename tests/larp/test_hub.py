@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 
-from larp.hub import CheckpointError, changed
+from larp.hub import CheckpointError, non_default_fields
 from larp.models.discriminator import Discriminator, DiscriminatorConfig
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
@@ -74,7 +74,7 @@ def test_the_variant_chooses_the_averaged_weights(tmp_path):
     assert loaded.weight_hash() == averaged.weight_hash() != last.weight_hash() and not loaded.training
 
 
-def test_an_average_of_other_weights_does_not_stay_behind(tmp_path):
+def test_averaged_weights_of_another_model_are_deleted(tmp_path):
     small(0).save_pretrained(tmp_path / "m", ema=small(1))
     folder = small(2).save_pretrained(tmp_path / "m")
     with pytest.raises(CheckpointError, match=r"model\.ema\.safetensors is missing; load it without a variant.*--ema"):
@@ -103,18 +103,18 @@ def test_a_damaged_variant_is_named(tmp_path):
 
 def test_the_hub_carries_both(hub):
     last, averaged = small(0), small(1)
-    assert last.push_to_hub("me/judge", ema=averaged) == "https://hub/me/judge"
-    assert Discriminator.from_pretrained("me/judge").weight_hash() == last.weight_hash()
-    assert Discriminator.from_pretrained("me/judge", variant="ema").weight_hash() == averaged.weight_hash()
-    small(2).push_to_hub("me/judge")
+    assert last.push_to_hub("me/discriminator", ema=averaged) == "https://hub/me/discriminator"
+    assert Discriminator.from_pretrained("me/discriminator").weight_hash() == last.weight_hash()
+    assert Discriminator.from_pretrained("me/discriminator", variant="ema").weight_hash() == averaged.weight_hash()
+    small(2).push_to_hub("me/discriminator")
     with pytest.raises(CheckpointError, match=r"holds no variant 'ema': model\.ema\.safetensors"):
-        Discriminator.from_pretrained("me/judge", variant="ema")
+        Discriminator.from_pretrained("me/discriminator", variant="ema")
 
 
 def test_the_hash_names_what_differs_from_the_defaults():
-    assert changed(TokenizerConfig()) == {}
+    assert non_default_fields(TokenizerConfig()) == {}
     deeper = TokenizerConfig(prior=PriorConfig(depth=2), code_dim=8)
-    assert changed(deeper) == {"code_dim": 8, "prior": {"depth": 2}}
+    assert non_default_fields(deeper) == {"code_dim": 8, "prior": {"depth": 2}}
     first, same, other = small(0), small(0), small(0)
     other.config = replace(other.config, heads=1)
     assert first.weight_hash() == same.weight_hash() != other.weight_hash()
@@ -132,7 +132,7 @@ def test_the_folder_of_a_run_stands_for_the_model_in_it(tmp_path):
 
 
 def change_weights(folder, **tensors) -> None:
-    """Put other tensors in place of those of the same names ("__" for a dot)."""
+    """Replace tensors by functions of the stored ones ("__" in a name for a dot)."""
     held = load_file(folder / "model.safetensors")
     save_file(
         held | {name.replace("__", "."): change(held) for name, change in tensors.items()},
@@ -144,12 +144,12 @@ def change_weights(folder, **tensors) -> None:
 def test_a_tensor_of_another_dtype_is_refused(tmp_path, dtype):
     folder = small().save_pretrained(tmp_path / "m")
     change_weights(folder, fc__weight=lambda held: held["fc.weight"].to(dtype))
-    with pytest.raises(CheckpointError, match=rf"\.float\(\).*fc\.weight is {dtype}, not torch\.float32"):
+    with pytest.raises(CheckpointError, match=rf"fc\.weight is {dtype}, not torch\.float32.*\.float\(\)"):
         Discriminator.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_damaged(tmp_path, value):
+def test_nan_and_infinity_in_the_weights_are_an_error(tmp_path, value):
     folder = small().save_pretrained(tmp_path / "m")
     change_weights(folder, fc__bias=lambda held: torch.full_like(held["fc.bias"], value))
     with pytest.raises(CheckpointError, match=r"damaged.*fc\.bias has NaN or infinity"):
@@ -176,7 +176,9 @@ def test_a_damaged_config_is_named(tmp_path, text, words):
         Discriminator.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("hidden, words", [(4 * 10**6, "does not fit its config"), (4 * 10**18, "cannot be built")])
+@pytest.mark.parametrize(
+    "hidden, words", [(4 * 10**6, "the weights do not fit config"), (4 * 10**18, "cannot be built")]
+)
 def test_a_config_that_asks_for_too_much_allocates_nothing(tmp_path, hidden, words):
     folder = small().save_pretrained(tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
@@ -185,7 +187,7 @@ def test_a_config_that_asks_for_too_much_allocates_nothing(tmp_path, hidden, wor
         Discriminator.from_pretrained(folder)
 
 
-def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
+def test_a_file_where_the_folder_should_be_is_an_error(tmp_path):
     (tmp_path / "m").write_text("")
     for folder in (tmp_path / "m", tmp_path / "m" / "deeper"):
         with pytest.raises(ValueError, match=r"m.*is a file: give another"):
@@ -204,8 +206,10 @@ def test_an_upload_without_a_network_says_so(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
-    with pytest.raises(CheckpointError, match=r"me/judge could not be uploaded.*ConnectionError: no route\).*token"):
-        small().push_to_hub("me/judge")
+    with pytest.raises(
+        CheckpointError, match=r"me/discriminator could not be uploaded.*ConnectionError: no route\).*token"
+    ):
+        small().push_to_hub("me/discriminator")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
