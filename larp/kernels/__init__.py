@@ -1,1 +1,1 @@
-"""Matrix products by the faster library where there is one."""
+"""Matrix multiplication and attention on CPUs by the faster library, and the number of CPU threads."""

@@ -1,8 +1,8 @@
-"""Float32 matrix products and attention on processors for which torch's first choice of library is the slower one.
+"""Float32 matrix multiplication and attention by oneDNN on CPUs where it is faster than torch's default, MKL.
 
-torch hands float32 products to MKL, which keeps to 256-bit instructions on any processor but Intel's, however wide its own are.
-oneDNN, which torch carries as well, does not: on an AMD EPYC with AVX-512 it does 220 GFLOP/s a core where MKL does 100 (LOG.md).
-The choice depends on the machine alone, never on a measurement: a run gives the same numbers again.
+On processors not made by Intel, MKL uses 256-bit instructions at most. On an AMD EPYC with AVX-512 oneDNN reaches 220 GFLOP/s per
+core where MKL reaches 100 (LOG.md). The choice depends on the machine only, never on a measurement, so that results are
+reproducible.
 
 Shapes: B batch, H heads, Q queries, S keys, D width of a head.
 """
@@ -16,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Multiply-adds below which the longer way to oneDNN costs more than it brings.
-_SMALL_PRODUCT = 1 << 20
-# Keys below which torch's fused attention is the faster one, and queries whose weights stay in the cache.
-_FEW_KEYS, _ROWS = 512, 256
+# Multiply-adds below which the overhead of the oneDNN call outweighs its gain.
+_MIN_MULTIPLY_ADDS = 1 << 20
+# Keys below which torch's fused attention is faster.
+_MIN_KEYS = 512
+# Queries at a time, so that their attention weights stay in the CPU cache.
+_QUERY_CHUNK = 256
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether this is a machine where MKL would multiply, and oneDNN does it faster: x86, and not by Intel."""
+    """Return whether torch uses MKL here and oneDNN is faster: on x86 processors not made by Intel."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    # The operator that torch.compile uses; torch promises nothing about it.
+    # A private operator of torch, which torch.compile uses.
     if platform.machine() != "x86_64" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     processor = Path("/proc/cpuinfo")
@@ -35,7 +37,7 @@ def onednn_is_faster() -> bool:
 
 
 def _operator_works() -> bool:
-    """Whether the operator still takes these arguments and gives this product."""
+    """Return whether the private operator has the expected signature and result in this version of torch."""
     x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(4, 3)
     try:
         return torch.equal(_multiply(x, weight), x @ weight.T)
@@ -44,8 +46,8 @@ def _operator_works() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return `x @ weight.T + bias` as `F.linear` does: x (..., n), weight (m, n), bias (m,), any dtype and device."""
-    if not _takes(x, weight) or x.numel() * len(weight) < _SMALL_PRODUCT:
+    """Compute `x @ weight.T + bias` like `F.linear`: x (..., n), weight (m, n), bias (m,), any dtype and device."""
+    if not _use_onednn(x, weight) or x.numel() * len(weight) < _MIN_MULTIPLY_ADDS:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Linear.apply(x, weight, bias)
@@ -53,15 +55,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
-    """Return `F.scaled_dot_product_attention` of q (B, H, Q, D) and k, v (B, H, S, D): (B, H, Q, D); causal only where Q = S."""
-    # Where flash attention is switched off, a second derivative is wanted, which there is none of here either.
-    if not _takes(q, k) or k.shape[2] < _FEW_KEYS or not torch.backends.cuda.flash_sdp_enabled():
+    """Compute `F.scaled_dot_product_attention` of q (B, H, Q, D) and k, v (B, H, S, D): (B, H, Q, D). Causal needs Q = S."""
+    # `_Attention` has no second derivative. Callers that need one disable flash attention.
+    if not _use_onednn(q, k) or k.shape[2] < _MIN_KEYS or not torch.backends.cuda.flash_sdp_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
     return _Attention.apply(q, k, v, is_causal, dropout)
 
 
-def _takes(x: Tensor, other: Tensor) -> bool:
-    """Whether oneDNN should multiply two tensors."""
+def _use_onednn(x: Tensor, other: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == other.dtype == torch.float32
@@ -72,14 +73,14 @@ def _takes(x: Tensor, other: Tensor) -> bool:
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # A part of the columns of a matrix would go to a reference kernel, which is hundreds of times slower.
+    # For a slice of a matrix's columns oneDNN takes a reference kernel, which is hundreds of times slower.
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` with its gradient, which may be differentiated again."""
+    """`linear` with a gradient that can itself be differentiated."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -89,19 +90,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        needs_grad = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         return (
-            linear(grad, weight.t()) if wanted[0] else None,
-            linear(rows.t(), x.flatten(0, -2).t()) if wanted[1] else None,
-            rows.sum(0) if wanted[2] else None,
+            linear(grad, weight.t()) if needs_grad[0] else None,
+            linear(rows.t(), x.flatten(0, -2).t()) if needs_grad[1] else None,
+            rows.sum(0) if needs_grad[2] else None,
         )
 
 
 class _Attention(torch.autograd.Function):
-    """Attention head by head, some queries at a time, so that their weights never leave the cache.
+    """Attention, one head and one chunk of queries at a time, so that the attention weights stay in the CPU cache.
 
-    The gradient computes the weights, and samples the dropout, again: nothing of size Q x S is kept.
+    The backward pass recomputes the weights and the dropout masks: no Q x S tensor is stored.
     """
 
     @staticmethod
@@ -112,11 +113,11 @@ class _Attention(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
         for head in _heads(q):
             keys, values = k[head] * q.shape[-1] ** -0.5, v[head].t().contiguous()
-            for rows, seen in _chunks(q, k, causal):
-                weights = _weights(q[head][rows], keys[seen], causal)
+            for rows, visible in _chunks(q, k, causal):
+                weights = _weights(q[head][rows], keys[visible], causal)
                 if dropout:
-                    weights *= _kept(weights, dropout, generator)
-                out[head][rows] = _multiply(weights, values[:, seen])
+                    weights *= _dropout_mask(weights, dropout, generator)
+                out[head][rows] = _multiply(weights, values[:, visible])
         ctx.save_for_backward(q, k, v, out)
         return out
 
@@ -129,20 +130,20 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         for head in _heads(q):
             keys, values = k[head] * scale, v[head].contiguous()
-            dk_turned, dv_turned = q.new_zeros(2, *keys.t().shape)
-            for rows, seen in _chunks(q, k, ctx.causal):
-                asked, got = q[head][rows], grad[head][rows].contiguous()
-                weights, scores = _weights(asked, keys[seen], ctx.causal), _multiply(got, values[seen])
-                used = weights
+            dk_t, dv_t = q.new_zeros(2, *keys.t().shape)
+            for rows, visible in _chunks(q, k, ctx.causal):
+                query, dout = q[head][rows], grad[head][rows].contiguous()
+                weights, scores = _weights(query, keys[visible], ctx.causal), _multiply(dout, values[visible])
+                dropped = weights
                 if ctx.dropout:
-                    kept = _kept(weights, ctx.dropout, generator)
-                    used, scores = weights * kept, scores.mul_(kept)
-                dv_turned[:, seen] += _multiply(got.t(), used.t())
-                # Of the softmax: each weight's gradient less their mean under the weights, which the output holds.
-                scores.sub_((got * out[head][rows]).sum(-1, keepdim=True)).mul_(weights)
-                dq[head][rows] = _multiply(scores, keys[seen].t())
-                dk_turned[:, seen] += _multiply(asked.t(), scores.t())
-            dk[head], dv[head] = dk_turned.t() * scale, dv_turned.t()
+                    mask = _dropout_mask(weights, ctx.dropout, generator)
+                    dropped, scores = weights * mask, scores.mul_(mask)
+                dv_t[:, visible] += _multiply(dout.t(), dropped.t())
+                # Gradient of the softmax. The mean of `scores` under the weights equals (dout * out).sum().
+                scores.sub_((dout * out[head][rows]).sum(-1, keepdim=True)).mul_(weights)
+                dq[head][rows] = _multiply(scores, keys[visible].t())
+                dk_t[:, visible] += _multiply(query.t(), scores.t())
+            dk[head], dv[head] = dk_t.t() * scale, dv_t.t()
         return dq, dk, dv, None, None
 
 
@@ -151,21 +152,21 @@ def _heads(q: Tensor) -> list[tuple[int, int]]:
 
 
 def _chunks(q: Tensor, k: Tensor, causal: bool) -> list[tuple[slice, slice]]:
-    """Some queries at a time, and the keys that one of them may see."""
-    stops = [min(start + _ROWS, q.shape[2]) for start in range(0, q.shape[2], _ROWS)]
+    """Return slices of the queries, each with the slice of the keys that it attends to."""
+    stops = [min(start + _QUERY_CHUNK, q.shape[2]) for start in range(0, q.shape[2], _QUERY_CHUNK)]
     starts = [0, *stops[:-1]]
     return [(slice(a, b), slice(0, b if causal else k.shape[2])) for a, b in zip(starts, stops, strict=True)]
 
 
-def _weights(asked: Tensor, keys: Tensor, causal: bool) -> Tensor:
-    """Attention weights (q, S) of queries (q, D) for scaled keys (S, D); causal: the last query is that of the last key."""
-    scores = _multiply(asked, keys)
+def _weights(query: Tensor, keys: Tensor, causal: bool) -> Tensor:
+    """Return attention weights (q, S) of queries (q, D) to scaled keys (S, D). Causal: the last query is at the last key."""
+    scores = _multiply(query, keys)
     if causal:
         later = torch.ones(scores.shape, dtype=torch.bool).triu_(1 + scores.shape[1] - scores.shape[0])
         scores.masked_fill_(later, float("-inf"))
     return torch.softmax(scores, -1, out=scores)
 
 
-def _kept(weights: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
-    """Draw what dropout multiplies weights with."""
+def _dropout_mask(weights: Tensor, dropout: float, generator: torch.Generator) -> Tensor:
+    """Sample the factors 0 and 1 / (1 - dropout) of dropout."""
     return torch.empty_like(weights).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)

@@ -1,4 +1,4 @@
-"""How many threads torch's CPU kernels run on."""
+"""The number of threads of torch's CPU kernels."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 
 
 def best_threads(run: Callable[[], object]) -> int:
-    """Return the present number of threads if it does `run` clearly faster than 1 at this moment, else 1.
+    """Return torch's current number of threads if `run` is at least 10 % faster with it than with one thread, else 1.
 
-    On a busy machine threads that wait for each other take several times as long as one.
+    On a busy machine, threads that wait for each other take several times as long as one.
     """
-    most = torch.get_num_threads()
-    if most == 1:
+    current = torch.get_num_threads()
+    if current == 1:
         return 1
 
     one, many = [], []
-    for _ in range(6):  # in turn, so that a busy moment hits both
+    for _ in range(6):  # alternating, so that a busy moment affects both
         one.append(_seconds(run, 1))
-        many.append(_seconds(run, most))
+        many.append(_seconds(run, current))
     # The first of each warms up.
-    return most if median(many[1:]) * 1.1 < median(one[1:]) else 1
+    return current if median(many[1:]) * 1.1 < median(one[1:]) else 1
 
 
 def _seconds(run: Callable[[], object], count: int) -> float:
@@ -37,7 +37,7 @@ def _seconds(run: Callable[[], object], count: int) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch's CPU kernels run on `count` threads inside the block."""
+    """Set the number of threads of torch's CPU kernels inside the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -47,5 +47,5 @@ def threads(count: int) -> Iterator[None]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S n
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
-from larp.kernels.packed_linear import Packed, Plain, Weights, choose_product
+from larp.kernels.packed_linear import PackedLinear, PlainLinear, Weights, choose_linear
 from larp.kernels.threads import best_threads, threads
 
 import torch
@@ -51,7 +51,7 @@ class KeyValueCache:
 class BlockWeights:
     """The weights of one block, ready for products: query, key and value in one, and the two inner ones of SwiGLU in one."""
 
-    def __init__(self, block: "GeneratorBlock", dtype: torch.dtype, product: type[Plain] | type[Packed]):
+    def __init__(self, block: "GeneratorBlock", dtype: torch.dtype, product: type[PlainLinear] | type[PackedLinear]):
         self.qkv, self.wo, self.w13, self.w2 = (product(weight) for weight in self.fused(block, dtype))
         self.attention_norm = block.attention_norm.weight.detach().to(dtype)
         self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
@@ -112,7 +112,7 @@ class Decoder:
             # The kernels know what is filled: one attended length, and so one graph, serves all positions.
             self.stride = config.positions
         with torch.no_grad():
-            product = choose_product(like.detach().to(self.dtype), weights)
+            product = choose_linear(like.detach().to(self.dtype), weights)
             self.blocks = [BlockWeights(block, self.dtype, product) for block in model.layers]
             self.head, self.norm = product(like.detach().to(self.dtype)), model.norm.weight.detach().to(self.dtype)
             self.positions = model.abs_pe.detach().to(self.dtype)

@@ -1,6 +1,6 @@
 """Decoding: the logits of the plain forward at every step, in every way of multiplying; no stale weights; rows apart."""
 
-from larp.kernels.packed_linear import Packed, Plain, choose_product
+from larp.kernels.packed_linear import PackedLinear, PlainLinear, choose_linear
 from larp.kernels.threads import best_threads, threads
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling.decoder import CapturedSteps, Decoder
@@ -9,7 +9,7 @@ from larp.sampling.sample import generate
 import pytest
 import torch
 
-packable = pytest.mark.skipif(not Packed.serves(torch.zeros(1, 1)), reason="no oneDNN on this machine")
+packable = pytest.mark.skipif(not PackedLinear.supports(torch.zeros(1, 1)), reason="no oneDNN on this machine")
 
 
 def sampled(task="class", **fields) -> LarpGenerator:
@@ -174,10 +174,10 @@ def test_a_step_needs_nothing_from_the_host_but_the_span(monkeypatch):
 
 def test_weights_are_packed_where_they_can_be():
     weight = torch.randn(8, 4)
-    assert choose_product(weight.double()) is Plain and choose_product(weight, "plain") is Plain
-    assert choose_product(weight) is (Packed if Packed.serves(weight) else Plain)
-    assert type(Decoder(sampled(), 2, weights="plain").head) is Plain
-    assert type(Decoder(sampled(), 2).blocks[0].qkv) is choose_product(weight)
+    assert choose_linear(weight.double()) is PlainLinear and choose_linear(weight, "plain") is PlainLinear
+    assert choose_linear(weight) is (PackedLinear if PackedLinear.supports(weight) else PlainLinear)
+    assert type(Decoder(sampled(), 2, weights="plain").head) is PlainLinear
+    assert type(Decoder(sampled(), 2).blocks[0].qkv) is choose_linear(weight)
 
 
 def test_threads_are_measured_and_put_back(monkeypatch):
