@@ -96,7 +96,7 @@ def measure(
             rows.setdefault(name, []).append(likeness(clip, decoded))
         for target in config.targets:
             needed = model.shortest_prefix(clip, codes, target)
-            decoded = model.render(model.mask(model.quantizer.lookup(codes), needed)).float().clamp(0, 1)
+            decoded = model.decode_latents(model.mask(model.quantizer.lookup(codes), needed)).float().clamp(0, 1)
             used = needed[:, None].double().cpu()
             rows.setdefault(f"target {target}", []).append(torch.cat([likeness(clip, decoded), used], dim=1))
         if number in shown:

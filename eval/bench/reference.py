@@ -33,7 +33,7 @@ class ReferenceTokenizer:
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """Map codes (B, N) to clips (B, 3, T, H, W) in [0, 1]."""
-        return self.render(self.model.quantizer.lookup(codes)).float().clamp(0, 1)
+        return self.decode_latents(self.model.quantizer.lookup(codes)).float().clamp(0, 1)
 
     def __call__(self, clip: Tensor, noise: BatchNoise | None = None, mix: float = 0.0) -> TokenizerOutput:
         """Run a training pass, as `LarpTokenizer.forward` does."""
@@ -43,7 +43,7 @@ class ReferenceTokenizer:
             quantized = self.quantize(latents.float(), uniform)
         if self.model.prior is not None:
             prior = _prior(self.model.prior, quantized.latents, quantized.codes, self.model.codebook, mix, noise)
-        return TokenizerOutput(self.render(quantized.latents), latents, quantized, prior)
+        return TokenizerOutput(self.decode_latents(quantized.latents), latents, quantized, prior)
 
     def project(self, clip: Tensor) -> Tensor:
         """Map clips (B, 3, T, H, W) to latents (B, N, d)."""
@@ -52,11 +52,11 @@ class ReferenceTokenizer:
         x = _blocks(model.encoder.blocks, torch.cat([x, model.queries.expand(len(x), -1, -1)], dim=1))
         return F.linear(x[:, -model.num_tokens :], model.in_linear.weight, model.in_linear.bias)
 
-    def render(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor) -> Tensor:
         """Map quantised latents (B, N, d) to unclamped clips (B, 3, T, H, W)."""
         model = self.model
-        t, h, w = model.config.grid(model.unpatch)
-        pt, ph, pw = model.unpatch
+        t, h, w = model.config.grid(model.decoder_patch_size)
+        pt, ph, pw = model.decoder_patch_size
         x = model.out_linear(latents) + model.latent_positions
         asked = (model.decoder_positions + model.patch_type).expand(len(x), -1, -1)
         x = _blocks(model.decoder.blocks, torch.cat([x, asked], dim=1))

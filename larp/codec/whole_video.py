@@ -270,7 +270,7 @@ def shortest_prefixes(
     real = torch.arange(clips.shape[2], device=codes.device) < counts[:, None]
 
     def reached(lengths: Tensor) -> Tensor:
-        again = tokenizer.render(tokenizer.mask(latents, lengths)).float().clamp(0, 1)
+        again = tokenizer.decode_latents(tokenizer.mask(latents, lengths)).float().clamp(0, 1)
         errors = (clips[..., *region].float() - again[..., *region]).square().mean((1, 3, 4))
         error = torch.where(real, errors, 0).sum(1) / counts
         return -10 * error.clamp(min=1e-10).log10() >= target_psnr + _ROUNDING

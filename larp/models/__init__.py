@@ -1,1 +1,1 @@
-"""The networks: tokenizer, prior, generator, discriminator, and the losses that they are trained with."""
+"""The networks (tokenizer, prior, generator, discriminator), their losses, and the published checkpoint layout."""

@@ -1,8 +1,8 @@
-"""Cross-entropy, ranks and samples over a codebook, some rows at a time: what GPUs train with.
+"""Cross-entropy, ranks and samples over a codebook, in chunks of rows, for training on GPUs.
 
-Scores of all positions against all codes are large (256 clips of 256 codes of 8192: 2.1 GB in float32) while what makes them is
-small (16 numbers a position). Held whole, they and their gradients travel about twenty times between a GPU and its memory; here
-each part is made, used and dropped, and the gradient, which needs the same probabilities, is made on the way.
+The scores of all positions and codes are large (2.1 GB in float32 for 256 clips of 256 codes out of 8192), their inputs small (16
+values per position). A whole tensor of scores and its gradient would pass through GPU memory about twenty times. Here each chunk
+is computed, used and dropped; the forward pass also computes the gradient, which needs the same probabilities.
 
 Shapes: R rows, K codebook size, d code dimension.
 """
@@ -13,60 +13,62 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores that exist at a time: 1 GB. Smaller parts are more launches, and those are what a small model on a GPU waits for.
-_ELEMENTS = 1 << 28
-# Codes whose probabilities are added up first when one is sampled: the running sum then goes over the sums.
+# Scores per chunk, 1 GB. Smaller chunks mean more kernel launches, which limit a small model on a GPU.
+_CHUNK_ELEMENTS = 1 << 28
+# Codes per block when sampling: the cumulative sum runs over the sums of blocks, then inside one block.
 _BLOCK = 128
 
 
 class CodeScores(NamedTuple):
-    """loss: mean cross-entropy in nats, a scalar; ranks: int64 (R,), how many codes are likelier than the right one; sampled: int64 (R,).
-
-    The last two are empty where they were not asked for.
-    """
+    """The result of `score_codes`. Ranks and samples are empty unless requested."""
 
     loss: Tensor
+    """Mean cross-entropy in nats, a scalar."""
     ranks: Tensor
+    """int64 (R,): how many codes have a higher score than the target."""
     sampled: Tensor
-
-
-def rows_at_a_time(codes: int) -> int:
-    """How many rows of scores for so many codes a GPU computes at a time."""
-    return max(1, _ELEMENTS // codes)
+    """Sampled codes, int64 (R,)."""
 
 
 def score_codes(
-    predictions: Tensor, codebook: Tensor, targets: Tensor, uniform: Tensor | None = None, ranked: bool = False
+    predictions: Tensor, codebook: Tensor, targets: Tensor, uniform: Tensor | None = None, with_ranks: bool = False
 ) -> CodeScores:
-    """Score predictions (R, d) float32 by their products with the codebook (K, d), which gets no gradient.
+    """Compute cross-entropy, ranks and samples of the scores `predictions @ codebook.T`; the codebook gets no gradient.
 
     Args:
-        targets: the right codes, int64 (R,).
-        uniform: (R,) values of U[0, 1) by which a code is sampled for each row.
-        ranked: whether to count the ranks.
+        predictions: (R, d) float32.
+        codebook: (K, d).
+        targets: int64 (R,).
+        uniform: (R,) values of U[0, 1); a code is sampled for each row by inverse CDF.
+        with_ranks: whether to compute the ranks.
     """
-    return CodeScores(*_Scores.apply(predictions, codebook.detach(), targets, uniform, ranked))
+    return CodeScores(*_Scores.apply(predictions, codebook.detach(), targets, uniform, with_ranks))
+
+
+def rows_per_chunk(codes: int) -> int:
+    """Return how many rows of scores over `codes` codes are computed at a time on a GPU."""
+    return max(1, _CHUNK_ELEMENTS // codes)
 
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, predictions: Tensor, codebook: Tensor, targets: Tensor, uniform: Tensor | None, ranked: bool):
-        rows = rows_at_a_time(len(codebook))
+    def forward(ctx, predictions: Tensor, codebook: Tensor, targets: Tensor, uniform: Tensor | None, with_ranks: bool):
+        rows = rows_per_chunk(len(codebook))
         losses, ranks, sampled, gradients = [], [], [], []
         with torch.autocast(predictions.device.type, enabled=False):
             for start in range(0, len(predictions), rows):
-                part = slice(start, start + rows)
-                scores = predictions[part] @ codebook.T
-                wanted = targets[part, None]
-                if ranked:
-                    ranks.append((scores > scores.gather(1, wanted)).sum(-1))
+                chunk = slice(start, start + rows)
+                scores = predictions[chunk] @ codebook.T
+                target = targets[chunk, None]
+                if with_ranks:
+                    ranks.append((scores > scores.gather(1, target)).sum(-1))
                 probabilities = scores.softmax(-1)
-                # Where even float32 has no number for a probability, the loss stops at 87 nats; the gradient does not.
-                chosen = probabilities.gather(1, wanted).clamp_min(torch.finfo(torch.float32).tiny)
-                losses.append(-chosen.log().sum())
-                gradients.append(probabilities @ codebook - codebook[targets[part]])
+                # A probability that underflows float32 limits the loss to 87 nats; the gradient is not limited.
+                target_probability = probabilities.gather(1, target).clamp_min(torch.finfo(torch.float32).tiny)
+                losses.append(-target_probability.log().sum())
+                gradients.append(probabilities @ codebook - codebook[targets[chunk]])
                 if uniform is not None:
-                    sampled.append(sample_in_blocks(probabilities, uniform[part]))
+                    sampled.append(sample_in_blocks(probabilities, uniform[chunk]))
         ctx.save_for_backward(torch.cat(gradients) / len(predictions))
         loss, empty = torch.stack(losses).sum() / len(predictions), targets.new_empty(0)
         ranks, sampled = torch.cat([empty, *ranks]), torch.cat([empty, *sampled])
@@ -81,24 +83,24 @@ class _Scores(torch.autograd.Function):
 
 
 def sample_in_blocks(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one index per row of (R, K) probabilities by U[0, 1) values (R,), as `larp.models.quantizer.sample_codes` but for rounding: int64 (R,).
+    """Sample one index per row of (R, K) probabilities by inverse CDF with U[0, 1) values (R,): int64 (R,).
 
-    The probabilities are read once, and nothing of their size is written.
+    Equals `larp.models.quantizer.sample_codes` up to rounding, but reads the probabilities once and writes nothing of their size.
     """
     rows, codes = probabilities.shape
     size = _BLOCK if codes % _BLOCK == 0 else codes
     blocks = probabilities.view(rows, -1, size)
     sums = blocks.sum(-1)
     block, rest = _invert(sums, uniform[:, None].to(sums) * sums.sum(-1, keepdim=True))
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]
-    place, _ = _invert(inside, rest)
-    return (block * size + place)[:, 0]
+    within = blocks.gather(1, block[..., None].expand(-1, -1, size))[:, 0]
+    index, _ = _invert(within, rest)
+    return (block * size + index)[:, 0]
 
 
 def _invert(weights: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-    """The first place (R, 1) where the running sum of weights (R, n) exceeds a level (R, 1), and what of the level is left there."""
-    running = weights.cumsum(-1)
-    # Strictly below the total: rounding never chooses a place of weight 0 behind the last possible one.
-    level = torch.minimum(level, torch.nextafter(running[:, -1:], torch.zeros_like(level)))
-    place = torch.searchsorted(running, level, right=True).clamp_max(weights.shape[1] - 1)
-    return place, (level - running.gather(1, place) + weights.gather(1, place)).clamp_min(0)
+    """Return the first index (R, 1) where the cumulative sum of weights (R, n) exceeds a level (R, 1), and level - sum before it."""
+    cumulative = weights.cumsum(-1)
+    # Strictly below the total, so that rounding never selects an index of weight 0 behind the last possible one.
+    level = torch.minimum(level, torch.nextafter(cumulative[:, -1:], torch.zeros_like(level)))
+    index = torch.searchsorted(cumulative, level, right=True).clamp_max(weights.shape[1] - 1)
+    return index, (level - cumulative.gather(1, index) + weights.gather(1, index)).clamp_min(0)

@@ -1,4 +1,4 @@
-"""The clip discriminator: a ViT with a learned cls token (arXiv 2410.21264, appendix).
+"""The clip discriminator, a ViT with a learned cls token (arXiv 2410.21264, appendix), and its published layout.
 
 Shapes: B batch, T frames, H, W pixels, P patches, D width.
 """
@@ -9,13 +9,13 @@ from larp.config import check_positive, check_types
 from larp.hub import CheckpointError, LarpModel
 from larp.models.layers import Stack, embed_patches, init_xavier, sincos_3d
 from larp.models.published_fields import (
+    add_temporal_axis,
     check_fixed,
-    inexpressible,
+    not_representable,
+    read_int,
+    remove_temporal_axis,
+    rename_prefix,
     warn_of_unknown,
-    whole,
-    with_prefix,
-    with_temporal_kernel,
-    without_temporal_kernel,
 )
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The discriminator; clip shape and patches are those of the tokenizer."""
+    """Sizes of the discriminator; clip shape and patch size equal the tokenizer's."""
 
     num_frames: int = 16
     height: int = 128
@@ -42,15 +42,15 @@ class DiscriminatorConfig:
             raise ValueError(
                 f"discriminator: hidden = {self.hidden} must be a multiple of 4 and of heads = {self.heads}"
             )
-        for axis, part in zip(("num_frames", "height", "width"), self.patch_size, strict=True):
-            if part < 1 or getattr(self, axis) % part:
+        for axis, patch in zip(("num_frames", "height", "width"), self.patch_size, strict=True):
+            if patch < 1 or getattr(self, axis) % patch:
                 raise ValueError(
-                    f"discriminator: {axis} = {getattr(self, axis)} is not a multiple of its patch, {part}"
+                    f"discriminator: {axis} = {getattr(self, axis)} is not a multiple of its patch size, {patch}"
                 )
 
 
 class Discriminator(LarpModel):
-    """Scores clips (B, 3, T, H, W), expected in [0, 1] but not clamped, with one logit each, (B, 1): high means real."""
+    """Maps clips (B, 3, T, H, W), in [0, 1] but not clamped, to one logit each, (B, 1): high means real."""
 
     model_type = "larp-discriminator"
     config_class = DiscriminatorConfig
@@ -71,18 +71,17 @@ class Discriminator(LarpModel):
         """Map clips (B, 3, T, H, W) to logits (B, 1)."""
         x = embed_patches(self.x_embedder, clip)
         x = x + self.positions[:, : x.shape[1]].to(x)
-        # Full attention does not mind the order: the cls token goes last, where the stack keeps only what is asked for.
+        # Full attention ignores the order. The cls token goes last, because the stack returns the last positions.
         x = self.encoder(torch.cat([x, self.cls_token.to(x).expand(len(x), -1, -1)], dim=1), last=1)
         return self.fc(self.norm_final(x[:, 0]))
 
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[DiscriminatorConfig, dict[str, Tensor]]:
-        """Translate the published layout; see `larp.hub`."""
-
+        """Convert from the published layout; see `larp.hub`."""
         return discriminator_from_published(config, tensors)
 
 
-RENAMED_IN_DISCRIMINATOR = {
+_RENAMED = {
     "transformer_encoder": "encoder",
     "x_embedder.proj": "x_embedder",
     "encoder_pos_embed": "positions",
@@ -92,41 +91,41 @@ RENAMED_IN_DISCRIMINATOR = {
 def discriminator_from_published(
     config: dict, tensors: dict[str, Tensor]
 ) -> tuple[DiscriminatorConfig, dict[str, Tensor]]:
-    """Translate a discriminator of the reference; raises CheckpointError that names the field which is absent or wrong."""
+    """Convert a published discriminator to our layout; CheckpointError names a missing or invalid field."""
     warn_of_unknown(config, discriminator_settings(DiscriminatorConfig()))
     check_fixed(config, {"in_channels": 3})
-    renamed = {with_prefix(name, RENAMED_IN_DISCRIMINATOR): tensor for name, tensor in tensors.items()}
+    renamed = {rename_prefix(name, _RENAMED): tensor for name, tensor in tensors.items()}
     try:
-        patch, size = whole(config, "patch_size"), whole(config, "input_size")
+        patch, size = read_int(config, "patch_size"), read_int(config, "input_size")
         settings = DiscriminatorConfig(
-            num_frames=whole(config, "frame_num"),
+            num_frames=read_int(config, "frame_num"),
             height=size,
             width=size,
-            patch_size=(whole(config, "temporal_patch_size"), patch, patch),
-            hidden=whole(config, "hidden_size"),
-            depth=whole(config, "n_layers"),
-            heads=whole(config, "n_heads"),
+            patch_size=(read_int(config, "temporal_patch_size"), patch, patch),
+            hidden=read_int(config, "hidden_size"),
+            depth=read_int(config, "n_layers"),
+            heads=read_int(config, "n_heads"),
         )
     except KeyError as error:
-        raise CheckpointError(f"this is no LARP discriminator checkpoint: {error.args[0]!r} is missing") from error
-    return settings, with_temporal_kernel(renamed)
+        raise CheckpointError(f"not a LARP discriminator checkpoint: {error.args[0]!r} is missing") from error
+    return settings, add_temporal_axis(renamed)
 
 
 def discriminator_to_published(
     config: DiscriminatorConfig, tensors: dict[str, Tensor]
 ) -> tuple[dict, dict[str, Tensor]]:
-    """Translate a discriminator of ours; CheckpointError names a field which the published layout cannot express."""
-    back = {new: old for old, new in RENAMED_IN_DISCRIMINATOR.items()}
-    renamed = {with_prefix(name, back): tensor for name, tensor in tensors.items()}
-    return discriminator_settings(config), without_temporal_kernel(renamed)
+    """Convert a discriminator to the published layout; CheckpointError names a field that it cannot represent."""
+    back = {new: old for old, new in _RENAMED.items()}
+    renamed = {rename_prefix(name, back): tensor for name, tensor in tensors.items()}
+    return discriminator_settings(config), remove_temporal_axis(renamed)
 
 
 def discriminator_settings(config: DiscriminatorConfig) -> dict:
-    """Write the published config of a discriminator; CheckpointError as in `discriminator_to_published`."""
+    """Return the published config of a discriminator; CheckpointError as in `discriminator_to_published`."""
     c = config
     for name, (rows, columns) in {"height": (c.height, c.width), "patch_size": c.patch_size[1:]}.items():
         if rows != columns:
-            raise inexpressible(name, f"{rows} rows and {columns} columns", "only squares")
+            raise not_representable(name, f"{rows} rows and {columns} columns", "only squares")
     published = {"hidden_size": c.hidden, "n_heads": c.heads, "n_layers": c.depth, "input_size": c.height}
     published |= {"temporal_patch_size": c.patch_size[0], "patch_size": c.patch_size[1], "in_channels": 3}
     return published | {"frame_num": c.num_frames}

@@ -1,7 +1,6 @@
-"""The autoregressive generator: a LLaMA-like transformer with learned positions that writes the codes of a clip.
+"""The autoregressive generator: a LLaMA-like transformer with learned positions over the codes of a clip.
 
-Source: LARP (arXiv 2410.21264), section 3.4 and appendix. Tensor names are those of the published checkpoints, so one
-file layout serves published models and ours.
+Source: LARP (arXiv 2410.21264), section 3.4 and appendix. The tensor names are those of the published checkpoints.
 
 Shapes: B batch, N codes of a clip, K codebook size, C condition positions, S sequence, D width.
 """
@@ -11,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from larp.config import check_positive
 from larp.hub import CheckpointError, LarpModel
-from larp.models.layers import Repeated, RMSNorm, SwiGLU
-from larp.models.published_fields import flag, number, warn_of_unknown, whole
+from larp.models.layers import BaseBlock, RMSNorm, SwiGLU
+from larp.models.published_fields import read_bool, read_float, read_int, warn_of_unknown
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 Task = Literal["class", "frame-prediction"]
 
-# (layers, heads, width). S to XXXL are the published sizes; tiny and mini serve small clips on a CPU.
+# (layers, heads, width). S to XXXL are the published sizes; tiny and mini are for small clips on a CPU.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (4, 4, 128),
     "mini": (6, 8, 256),
@@ -37,41 +37,39 @@ SIZES: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Shape and task of a `LarpGenerator`; a ValueError names the field that does not fit."""
+    """Shape and task of a `LarpGenerator`. Raises ValueError, naming the field, for an invalid value."""
 
     task: Task = "class"
-    """class: a class embedding comes first. frame-prediction: the codes of the given frames and a separator."""
+    """The condition: `class`, a class embedding; `frame-prediction`, the codes of the given frames and a separator."""
     num_tokens: int = 1024
-    """N, codes of a clip; the tokenizer's."""
+    """Codes of a clip, N, as in the tokenizer."""
     codebook_size: int = 8192
-    """K; the tokenizer's."""
+    """K, as in the tokenizer."""
     depth: int = 12
     heads: int = 12
     width: int = 768
     """D, a multiple of `heads`."""
     num_classes: int = 101
-    """Classes without the unconditional one; not used for frame prediction."""
+    """Number of classes without the unconditional one; not used for frame prediction."""
     class_names: tuple[str, ...] = ()
-    """Names of the classes in the order of their numbers, or empty."""
+    """Names of the classes by number, or empty."""
     tokenizer_hash: str = ""
-    """`weight_hash()` of the tokenizer that made the codes; empty when unknown (published checkpoints do not say)."""
+    """`weight_hash()` of the tokenizer that made the codes; empty if unknown, as in published checkpoints."""
     ffn_multiplier: float = 1.0
-    """Factor on the SwiGLU width of 8/3 D."""
+    """Multiplies the SwiGLU width of 8/3 D."""
     ffn_multiple: int = 256
     """The SwiGLU width is rounded up to a multiple of this."""
     null_condition: bool = False
-    """Frame prediction: a learned "no given frames", shown in training now and then, which guidance needs; published
-    checkpoints have none. Class conditions always have their own."""
+    """Frame prediction: a learned unconditional token, which guidance needs. Published checkpoints have none. Class
+    conditions always have an unconditional class."""
     dropout: float = 0.1
-    """On the input embeddings, the attention output and the feed-forward output, while training."""
+    """Of the input embeddings, the attention output and the feed-forward output."""
     norm_eps: float = 1e-5
 
     def __post_init__(self):
         if self.task not in ("class", "frame-prediction"):
             raise ValueError(f"task is {self.task!r}; it must be 'class' or 'frame-prediction'")
-        for name in ("num_tokens", "codebook_size", "depth", "heads", "width", "num_classes", "ffn_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_positive(self, "num_tokens", "codebook_size", "depth", "heads", "width", "num_classes", "ffn_multiple")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.null_condition and self.task == "class":
@@ -93,17 +91,17 @@ class GeneratorConfig:
 
     @property
     def condition_length(self) -> int:
-        """C: 1 class position, or N condition codes and the separator."""
+        """C: 1 for a class, N + 1 for given codes and the separator."""
         return 1 if self.task == "class" else self.num_tokens + 1
 
     @property
     def positions(self) -> int:
-        """Length of the longest input: the condition and all codes but the last, which is never an input."""
+        """Maximum input length, C + N - 1: the last code is never an input."""
         return self.condition_length + self.num_tokens - 1
 
     @property
     def ffn_hidden(self) -> int:
-        """Width inside SwiGLU: 2/3 of 4 D times the multiplier, rounded up."""
+        """Inner width of SwiGLU: 8/3 D times the multiplier, rounded up."""
         hidden = int(int(2 * 4 * self.width / 3) * self.ffn_multiplier)
         return -(-hidden // self.ffn_multiple) * self.ffn_multiple
 
@@ -125,8 +123,8 @@ class CausalAttention(nn.Module):
         return self.wo(mixed.transpose(1, 2).reshape(rows, length, width))
 
 
-class GeneratorBlock(Repeated):
-    """Pre-norm block: RMSNorm and attention, RMSNorm and SwiGLU, each added to the stream."""
+class GeneratorBlock(BaseBlock):
+    """Pre-norm block: RMSNorm and attention, then RMSNorm and SwiGLU, each with a residual connection."""
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -143,7 +141,7 @@ class GeneratorBlock(Repeated):
 
 
 class ClassEmbedding(nn.Module):
-    """One vector for each class and a last one for "no class", which guidance and class dropout use."""
+    """Class embeddings, the last of which is the unconditional class of guidance and condition dropout."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()
@@ -157,8 +155,8 @@ class ClassEmbedding(nn.Module):
 class LarpGenerator(LarpModel):
     """Autoregressive transformer over the codes of a clip, conditioned on a class or on the codes of given frames.
 
-    A condition is int64: class labels (B,) where `num_classes` stands for "no class"; or, for frame prediction, the
-    codes of the given frames and the separator (B, N + 1), see `frame_condition`.
+    A condition is int64. For task "class": labels (B,), where `num_classes` is the unconditional class. For
+    "frame-prediction": the codes of the given frames and the separator (B, N + 1), see `frame_condition`.
     """
 
     model_type = "larp-generator"
@@ -166,17 +164,17 @@ class LarpGenerator(LarpModel):
 
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[GeneratorConfig, dict[str, Tensor]]:
-        """Map the config of a published checkpoint; its tensors have our names."""
+        """Convert the config of a published checkpoint; the tensor names are the same."""
         return config_from_published(config), tensors
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
-        # Ids behind the codebook: the separator, and what stands in the place of given codes where there are none.
-        more_ids = 0 if config.task == "class" else 1 + config.null_condition
+        # Ids after the codebook: the separator and the unconditional token.
+        extra_ids = 0 if config.task == "class" else 1 + config.null_condition
         if config.task == "class":
             self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
-        self.tok_embeddings = nn.Embedding(config.codebook_size + more_ids, config.width)
+        self.tok_embeddings = nn.Embedding(config.codebook_size + extra_ids, config.width)
         self.abs_pe = nn.Parameter(torch.empty(1, config.positions, config.width))
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(GeneratorBlock(config) for _ in range(config.depth))
@@ -185,7 +183,7 @@ class LarpGenerator(LarpModel):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw weights from a normal of std 0.02; norms are 1 and the output head is 0, so training starts at log K."""
+        """Initialise: weights normal with std 0.02, norms 1, output head 0, so that the loss starts at log K."""
         for name, parameter in self.named_parameters():
             if name == "output.weight":
                 nn.init.zeros_(parameter)
@@ -195,9 +193,9 @@ class LarpGenerator(LarpModel):
                 nn.init.ones_(parameter)
 
     def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
-        """Return teacher-forced logits (B, N, K) for codes int64 (B, N): position i has seen the codes before i."""
+        """Return teacher-forced logits (B, N, K) for codes int64 (B, N): position i depends on the codes before i."""
         if codes.shape[1] != self.config.num_tokens:
-            raise ValueError(f"clips have {codes.shape[1]} codes, but this generator writes {self.config.num_tokens}")
+            raise ValueError(f"clips have {codes.shape[1]} codes, but this generator has {self.config.num_tokens}")
         x = torch.cat([self.embed_condition(condition), self.tok_embeddings(codes[:, :-1])], dim=1)
         x = self.dropout(x) + self.abs_pe
         for layer in self.layers:
@@ -218,22 +216,22 @@ class LarpGenerator(LarpModel):
         return torch.cat([codes, separator], dim=1)
 
     def unconditional(self, condition: Tensor) -> Tensor:
-        """Return the condition "no class" or "no given frames" in the shape of `condition`.
+        """Return the unconditional condition (no class, or no given frames) in the shape of `condition`.
 
-        Raises ValueError for a frame prediction without `null_condition`.
+        Raises ValueError for frame prediction without `null_condition`.
         """
         config = self.config
         if config.task == "class":
             return torch.full_like(condition, config.num_classes)
         if not config.null_condition:
             raise ValueError(
-                "this generator has never seen a frame prediction without given frames, so it has no unconditional rows: "
-                "use guidance 1.0, or train one with null_condition and condition dropout"
+                "this generator was trained without null_condition, which guidance of frame prediction needs: use guidance 1.0, "
+                "or train one with null_condition and condition dropout"
             )
         return self.frame_condition(torch.full_like(condition[:, :-1], config.codebook_size + 1))
 
     def class_labels(self, classes: Sequence[str | int]) -> Tensor:
-        """Return labels int64 (B,) for class names or numbers; ValueError names the nearest to an unknown one."""
+        """Return labels int64 (B,) for class names or numbers; ValueError, with the nearest names, for an unknown one."""
         return torch.tensor([self._class_label(name) for name in classes], dtype=torch.int64)
 
     def _class_label(self, name: str | int) -> int:
@@ -253,7 +251,7 @@ class LarpGenerator(LarpModel):
         raise ValueError(f"unknown class {name!r}; {hint}")
 
     def check_tokenizer(self, num_tokens: int, codebook_size: int, weight_hash: str) -> None:
-        """Raise a ValueError if codes of this tokenizer are not the ones that the generator was trained on."""
+        """Raise ValueError unless the generator was trained on codes of the tokenizer with these properties."""
         config = self.config
         if (num_tokens, codebook_size) != (config.num_tokens, config.codebook_size):
             raise ValueError(
@@ -263,8 +261,8 @@ class LarpGenerator(LarpModel):
         if config.tokenizer_hash and weight_hash != config.tokenizer_hash:
             raise ValueError(
                 f"the generator was trained on codes of the tokenizer {config.tokenizer_hash[:12]}, not"
-                f" {weight_hash[:12]} (hashes of the weights): codes mean something else there; use that tokenizer,"
-                " or train again"
+                f" {weight_hash[:12]} (hashes of the weights), whose codes mean something else: use the former, or train"
+                " again"
             )
 
 
@@ -273,7 +271,7 @@ def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
 
 
-# Every field of a published config.json. Null in the second group is the same as absent.
+# All fields of a published config.json. In the second list null counts as absent.
 _PUBLISHED = [
     "vocab_size",
     "max_seq_len",
@@ -297,42 +295,42 @@ _NULLABLE = ["n_kv_head", "drop_path_rate", "attn_dropout_p", "use_fixed_pe", "f
 
 
 def config_from_published(values: dict[str, Any]) -> GeneratorConfig:
-    """Map the config.json of a published LARP generator.
+    """Convert the config.json of a published LARP generator.
 
-    CheckpointError for a field that is missing, of the wrong type or of a variant that is not supported; a warning for one
-    that is not known.
+    Raises CheckpointError, naming the field, for a missing one, a wrong type or an unsupported variant. Warns of unknown
+    fields.
     """
     warn_of_unknown(values, dict.fromkeys((*_PUBLISHED, *_NULLABLE)))
-    absent = {"num_classes": 101, "multiple_of": 256, "norm_eps": 1e-5, "drop_path_rate": 0, "attn_dropout_p": 0}
-    absent |= {"ffn_dim_multiplier": 1, "use_fixed_pe": False, "frame_prediction": False}
+    defaults = {"num_classes": 101, "multiple_of": 256, "norm_eps": 1e-5, "drop_path_rate": 0, "attn_dropout_p": 0}
+    defaults |= {"ffn_dim_multiplier": 1, "use_fixed_pe": False, "frame_prediction": False}
     dropouts = ("token_dropout_p", "resid_dropout_p", "ffn_dropout_p")
     given = {name: value for name, value in values.items() if name not in _NULLABLE or value is not None}
-    given = absent | dict.fromkeys(dropouts, 0.1) | given
+    given = defaults | dict.fromkeys(dropouts, 0.1) | given
     try:
         unsupported = {
-            "n_kv_head": "n_kv_head" in given and whole(given, "n_kv_head") != whole(given, "n_head"),
-            "drop_path_rate": number(given, "drop_path_rate") != 0,
-            "attn_dropout_p": number(given, "attn_dropout_p") != 0,
-            "use_fixed_pe": flag(given, "use_fixed_pe"),
+            "n_kv_head": "n_kv_head" in given and read_int(given, "n_kv_head") != read_int(given, "n_head"),
+            "drop_path_rate": read_float(given, "drop_path_rate") != 0,
+            "attn_dropout_p": read_float(given, "attn_dropout_p") != 0,
+            "use_fixed_pe": read_bool(given, "use_fixed_pe"),
         }
-        dropout = number(given, "token_dropout_p")
-        unsupported |= {name: number(given, name) != dropout for name in dropouts}
-        for name in (name for name, refused in unsupported.items() if refused):
+        dropout = read_float(given, "token_dropout_p")
+        unsupported |= {name: read_float(given, name) != dropout for name in dropouts}
+        for name in (name for name, differs in unsupported.items() if differs):
             raise CheckpointError(
-                f"config.json: {name} = {given[name]!r} is a variant that no published generator uses"
+                f"config.json: {name} = {given[name]!r} is not supported, because no published generator uses it"
             )
         return GeneratorConfig(
-            task="frame-prediction" if flag(given, "frame_prediction") else "class",
-            num_tokens=whole(given, "max_seq_len"),
-            codebook_size=whole(given, "vocab_size"),
-            depth=whole(given, "n_layer"),
-            heads=whole(given, "n_head"),
-            width=whole(given, "dim"),
-            num_classes=whole(given, "num_classes"),
-            ffn_multiplier=number(given, "ffn_dim_multiplier"),
-            ffn_multiple=whole(given, "multiple_of"),
+            task="frame-prediction" if read_bool(given, "frame_prediction") else "class",
+            num_tokens=read_int(given, "max_seq_len"),
+            codebook_size=read_int(given, "vocab_size"),
+            depth=read_int(given, "n_layer"),
+            heads=read_int(given, "n_head"),
+            width=read_int(given, "dim"),
+            num_classes=read_int(given, "num_classes"),
+            ffn_multiplier=read_float(given, "ffn_dim_multiplier"),
+            ffn_multiple=read_int(given, "multiple_of"),
             dropout=dropout,
-            norm_eps=number(given, "norm_eps"),
+            norm_eps=read_float(given, "norm_eps"),
         )
     except KeyError as error:
-        raise CheckpointError(f"config.json is no generator's: {error} is missing") from error
+        raise CheckpointError(f"config.json is not that of a generator: {error} is missing") from error

@@ -1,4 +1,4 @@
-"""Attention, MLPs, norms and blocks: one copy serves encoder, decoder, prior, discriminator and generator.
+"""Layers and position tables that all networks share, and activation checkpointing and compilation of their blocks.
 
 Shapes: B batch, S sequence, D width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 def sincos_1d(length: int, dim: int, positions: Tensor | None = None) -> Tensor:
     """Return a (length, dim) float32 table: `[sin, cos]` over dim/2 frequencies 10000^(-i / (dim/2)).
 
-    Raises ValueError if dim is odd. Tables are computed in float64 and rounded once.
+    Tables are computed in float64 and rounded once. Raises ValueError if dim is odd.
     """
     if dim % 2:
         raise ValueError(f"a sin-cos table needs an even width, got {dim}")
@@ -33,10 +33,11 @@ def sincos_1d(length: int, dim: int, positions: Tensor | None = None) -> Tensor:
 def sincos_3d(grid: tuple[int, int, int], dim: int) -> Tensor:
     """Return a (t*h*w, dim) float32 table: 2-D sin-cos over (h, w) plus 1-D sin-cos over t, patches t-major.
 
-    The first half of the 2-D channels encodes the column, the second half the row. Raises ValueError unless 4 divides dim.
+    The first half of the 2-D channels encodes the column, the second half the row. Raises ValueError if dim is not a
+    multiple of 4.
     """
     if dim % 4:
-        raise ValueError(f"a 3-D sin-cos table needs a width that 4 divides, got {dim}")
+        raise ValueError(f"a 3-D sin-cos table needs a width that is a multiple of 4, got {dim}")
     t, h, w = grid
     columns = sincos_1d(w, dim // 2)[None].expand(h, w, -1)
     rows = sincos_1d(h, dim // 2)[:, None].expand(h, w, -1)
@@ -45,7 +46,7 @@ def sincos_3d(grid: tuple[int, int, int], dim: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale, computed in float32 and returned in the dtype of the input."""
+    """Root-mean-square norm with a learned scale; computed in float32, returned in the input's dtype."""
 
     def __init__(self, dim: int, eps: float = 1e-5):
         super().__init__()
@@ -55,7 +56,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., D) over the last axis."""
         if x.is_cuda:
-            # One kernel, which computes in float32, in place of six passes over float32 copies.
+            # One kernel, which computes in float32, instead of six over float32 copies.
             with torch.autocast("cuda", enabled=False):
                 return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
         wide = x.float()
@@ -64,19 +65,19 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """`nn.LayerNorm` that takes 16-bit values on a GPU as they are: its statistics are float32 in any case."""
+    """`nn.LayerNorm` without autocast's float32 copies of 16-bit inputs on a GPU; its statistics are float32 anyway."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise (..., D) over the last axis."""
         if not x.is_cuda or x.dtype == self.weight.dtype:
             return super().forward(x)
-        # autocast would write a float32 copy before and another after, which the next product turns back.
+        # autocast would write a float32 copy of the input and of the output; the next layer casts it back.
         with torch.autocast("cuda", enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` by the library that is fastest on this machine (see `larp.kernels.matmul`)."""
+    """`nn.Linear` by the fastest library on this machine (see `larp.kernels.matmul`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -101,10 +102,10 @@ class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection.
 
     Args:
-        dim, heads: width and heads; heads must divide dim.
-        qkv_bias: the ViT stacks have none, the prior has one.
-        causal: position i sees 0..i.
-        dropout: on the attention weights and on the output.
+        dim, heads: width and number of heads; dim must be a multiple of heads.
+        qkv_bias: False in the ViT stacks, True in the prior.
+        causal: position i attends to 0..i.
+        dropout: of the attention weights and of the output.
     """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = False, causal: bool = False, dropout: float = 0.0):
@@ -116,12 +117,12 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """Map (B, S, D) to (B, S, D), or to (B, last, D): only the last positions ask, all positions answer."""
+        """Map (B, S, D) to (B, S, D), or to (B, last, D) with queries of the last positions only."""
         if last is None or last == x.shape[1]:
             q, k, v = rearrange(self.qkv(x), "b s (three h d) -> three b h s d", three=3, h=self.heads)
         else:
             if self.causal:
-                raise ValueError("`last` serves full attention only")
+                raise ValueError("`last` needs full attention: leave it out for a causal block")
             dim = x.shape[-1]
             w, b = self.qkv.weight, self.qkv.bias
             q = linear(x[:, -last:], w[:dim], None if b is None else b[:dim])
@@ -147,11 +148,11 @@ class Mlp(nn.Module):
         return F.dropout(self.fc2(F.gelu(self.fc1(x))), self.dropout, self.training)
 
 
-class Repeated(nn.Module):
-    """Base of the blocks that stacks are made of: what an engine checkpoints or compiles, from outside the models."""
+class BaseBlock(nn.Module):
+    """Base class of the transformer blocks, the unit of activation checkpointing and compilation."""
 
     checkpointing = False
-    """Keep only the block's input for the gradient, and compute the rest again: less memory, the same numbers."""
+    """Store only the block's input for the backward pass and recompute the rest: less memory, the same results."""
 
     def __call__(self, *args, **kwargs):
         """Run `forward`."""
@@ -160,8 +161,8 @@ class Repeated(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-class Block(Repeated):
-    """A pre-norm transformer block: `x + attention(norm1 x)`, then `x + mlp(norm2 x)`, MLP ratio 4; `eps` is the LayerNorms'."""
+class Block(BaseBlock):
+    """Pre-norm transformer block: `x + attention(norm1 x)`, then `x + mlp(norm2 x)`. MLP ratio 4; `eps` of the LayerNorms."""
 
     def __init__(
         self, dim: int, heads: int, eps: float, qkv_bias: bool = False, causal: bool = False, dropout: float = 0.0
@@ -174,24 +175,24 @@ class Block(Repeated):
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
         """Map (B, S, D) to (B, S, D), or only to its last positions (B, last, D)."""
-        kept = x if last is None else x[:, -last:]
-        x = kept + self.attn(self.norm1(x), last)
+        residual = x if last is None else x[:, -last:]
+        x = residual + self.attn(self.norm1(x), last)
         return x + self.mlp(self.norm2(x))
 
 
 class Stack(nn.Module):
-    """`depth` blocks with full attention, of whose outputs only the last positions are wanted.
+    """`depth` blocks with full attention that return the last positions only.
 
-    The last block computes queries, output projection and MLP for the wanted positions alone: the others would be thrown away.
+    The last block computes queries, output projection and MLP for these positions only.
     """
 
     def __init__(self, dim: int, heads: int, depth: int):
         super().__init__()
-        # 1e-6 is what the reference's outputs show: with 1e-5 its golden values are missed by 1.5e-5.
+        # The reference uses 1e-6: with 1e-5 the results differ from its golden values by 1.5e-5.
         self.blocks = nn.ModuleList(Block(dim, heads, eps=1e-6) for _ in range(depth))
 
     def forward(self, x: Tensor, last: int | None = None) -> Tensor:
-        """Map (B, S, D) to (B, last, D); `last` None keeps all positions."""
+        """Map (B, S, D) to (B, last, D); None returns all positions."""
         final = len(self.blocks) - 1
         for i, block in enumerate(self.blocks):
             x = block(x, last if i == final else None)
@@ -199,15 +200,15 @@ class Stack(nn.Module):
 
 
 def embed_patches(conv: nn.Conv3d, clip: Tensor) -> Tensor:
-    """Embed the patches of a clip (B, 3, T, H, W) by a convolution whose kernel is its stride: (B, P, D), t-major."""
+    """Embed the patches of a clip (B, 3, T, H, W) by a convolution whose kernel size equals its stride: (B, P, D), t-major."""
     pt, ph, pw = conv.kernel_size
     patches = rearrange(clip, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
-    # Kernel and stride are equal: the convolution is one matrix product.
+    # Patches do not overlap, so the convolution is one matrix multiplication.
     return linear(patches, conv.weight.flatten(1), conv.bias)
 
 
 def init_xavier(module: nn.Module) -> None:
-    """Initialise every Linear and Conv3d below `module` as the reference does: xavier-uniform (a Conv3d as a matrix), biases 0."""
+    """Initialise every Linear and Conv3d in `module` like the reference: xavier-uniform (a Conv3d as a matrix), biases 0."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv3d):
             nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
@@ -215,19 +216,19 @@ def init_xavier(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
 
 
-# Each length, mode and precision of a block is compiled once; torch's own limit of 8 is for all blocks together.
-_VERSIONS = 64
+# A block is compiled once per sequence length, mode and precision. torch's default limit of 8 counts all blocks together.
+_RECOMPILE_LIMIT = 64
 
 
 def checkpoint_activations(module: nn.Module, name: str = "model") -> None:
-    """Keep only the inputs of a model's blocks for the gradient and compute the rest again: less memory, the same numbers.
+    """Enable activation checkpointing of a model's blocks: less memory, the same results.
 
-    Serves larp's models, and those of transformers by their own switch. Raises ValueError for a model with neither.
+    Supports larp's models, and models of transformers through their own method. Raises ValueError for any other model.
     """
     # The newer name first: transformers warns about the older one.
     switches = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
     switch = next((getattr(module, name) for name in switches if hasattr(module, name)), None)
-    blocks = [part for part in module.modules() if isinstance(part, Repeated)]
+    blocks = [part for part in module.modules() if isinstance(part, BaseBlock)]
     if switch is not None:
         switch({"use_reentrant": False})
     elif not blocks:
@@ -237,20 +238,20 @@ def checkpoint_activations(module: nn.Module, name: str = "model") -> None:
 
 
 def compile_blocks(module: nn.Module, device: torch.device) -> None:
-    """Compile a model's blocks with torch.compile, in place; of a model that has none of larp's, the whole forward.
+    """Compile a model's blocks in place with torch.compile, or the whole model if it has none of larp's blocks.
 
-    Block by block, since what lies between them samples random numbers and takes numbers that change at every step. Raises
-    ValueError where there is no compiler.
+    The code between the blocks is not compiled: it samples random numbers and depends on values that change every step.
+    Raises ValueError if there is no compiler.
     """
     compilers = (os.environ.get("CXX", "g++"),) if device.type == "cpu" else (os.environ.get("CC", "gcc"), "clang")
     if not any(shutil.which(compiler) for compiler in compilers):
         raise ValueError(
-            f"engine.compile needs a compiler, and {' or '.join(compilers)} is not there: install it, or train without"
+            f"engine.compile needs a compiler, and {' or '.join(compilers)} was not found: install it, or train without"
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _VERSIONS)
-    blocks = [part for part in module.modules() if isinstance(part, Repeated)]
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    blocks = [part for part in module.modules() if isinstance(part, BaseBlock)]
     for block in blocks:
-        # One version for each shape: of two that fit, a checkpointed block could take another one the second time.
+        # Static shapes: with dynamic ones, recomputation of a checkpointed block could run another compiled version.
         block.compile(dynamic=False)
     if not blocks:
         module.compile()

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained for: LARP's weighted losses but for the adversarial one (arXiv 2410.21264, 4.1).
+"""The training objective of the tokenizer: LARP's weighted losses without the adversarial one (arXiv 2410.21264, 4.1).
 
 Shapes: B batch, T frames, H, W pixels.
 """
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from larp.config import check_positive
 from larp.models.noise import BatchNoise
 from larp.models.tokenizer import TokenizerOutput
 
@@ -22,9 +23,9 @@ class LossConfig:
     l1: float = 1.0
     l2: float = 0.0
     lpips: float = 1.0
-    """Needs its published weights (docs/evaluation.md, 'Weights of the metrics'); 0 does without."""
+    """Needs its published weights (docs/evaluation.md, 'Weights of the metrics'), unless it is 0."""
     lpips_frames: int = 0
-    """LPIPS of so many random frames of each clip, others at each step; 0: of all."""
+    """Number of random frames per clip and step that LPIPS is computed on; 0 takes all."""
     lpips_start: int = 0
     """First step with LPIPS."""
     quantizer: float = 0.1
@@ -36,19 +37,17 @@ class LossConfig:
     gan_start: int = 0
     """First step with the discriminator."""
     gan_every: int = 5
-    """The discriminator is updated every so many steps."""
+    """Steps from one update of the discriminator to the next."""
     gan_kind: Literal["smooth", "plain", "hinge"] = "smooth"
     """`smooth`: non-saturating with smoothed labels; `plain`: with labels 0 and 1; `hinge`."""
     lecam: float = 1e-6
     r1: float = 0.0
-    """Of the R1 regularisation of the discriminator; 0 is off (published). It takes several times an update's memory."""
+    """Weight of the discriminator's R1 penalty; 0 (published) is off. It needs several times an update's memory."""
     r1_every: int = 16
-    """R1 is computed once in so many updates of the discriminator, with so many times its weight."""
+    """Updates of the discriminator from one R1 penalty to the next; its weight is multiplied by the same number."""
 
     def __post_init__(self) -> None:
-        for name in ("gan_every", "r1_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loss.{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "gan_every", "r1_every", where="loss.")
         for name in ("l1", "l2", "lpips", "quantizer", "commitment", "prior", "gan", "lecam", "r1"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"loss.{name} = {getattr(self, name)} is a weight: 0 or more, and finite")
@@ -68,21 +67,24 @@ def tokenizer_loss(
     perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     noise: BatchNoise | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the tokenizer's loss but for its adversarial part, a scalar, and its unweighted parts by name.
+    """Return the tokenizer's loss without its adversarial part, a scalar, and its unweighted terms by name.
 
-    The reconstruction is taken as it is, unclamped: a clamp would stop gradients where it errs most. `perceptual` gives the LPIPS (B,)
-    of two clips. `noise` chooses the frames
-    where `weights.lpips_frames` asks for some.
+    The reconstruction is not clamped: a clamp would stop the gradients where the error is largest.
+
+    Args:
+        clip: the target (B, 3, T, H, W), float32 in [0, 1].
+        perceptual: maps two clips to their LPIPS (B,); None leaves the term out.
+        noise: chooses the frames of `weights.lpips_frames`.
     """
     error = out.reconstruction.float() - clip
     parts = {"l1": error.abs().mean(), "l2": error.square().mean()}
     total = weights.l1 * parts["l1"] + weights.l2 * parts["l2"]
     if perceptual is not None:
-        seen = out.reconstruction.float(), clip
+        pair = out.reconstruction.float(), clip
         if 0 < weights.lpips_frames < clip.shape[2]:
             frames = (noise.uniform(weights.lpips_frames) * clip.shape[2]).long()
-            seen = (pick_frames(video, frames) for video in seen)
-        parts["lpips"] = perceptual(*seen).mean()
+            pair = (pick_frames(video, frames) for video in pair)
+        parts["lpips"] = perceptual(*pair).mean()
         total = total + weights.lpips * parts["lpips"]
     if out.quantized is not None:
         parts["quantizer"] = out.quantized.codebook_loss + weights.commitment * out.quantized.commitment_loss
@@ -94,5 +96,5 @@ def tokenizer_loss(
 
 
 def pick_frames(clip: Tensor, frames: Tensor) -> Tensor:
-    """Take the frames (B, n) int64 of each clip (B, 3, T, H, W): (B, 3, n, H, W)."""
+    """Select frames (B, n) int64 of each clip (B, 3, T, H, W): (B, 3, n, H, W)."""
     return clip[torch.arange(len(clip), device=clip.device)[:, None], :, frames].transpose(1, 2)

@@ -1,7 +1,9 @@
-"""The autoregressive prior that shapes the latent space while the tokenizer trains (arXiv 2410.21264, section 3.3).
+"""The autoregressive prior that regularises the latent space during training of the tokenizer (arXiv 2410.21264, section 3.3).
 
-A GPT over continuous latents, not over code ids: its gradients flow through the straight-through latents into the encoder.
-It is not used at inference. Shapes: B batch, N tokens, K codebook size, d code dimension.
+A GPT over continuous latents instead of code ids: its gradient reaches the encoder through the straight-through latents. It is
+not used at inference.
+
+Shapes: B batch, N tokens, K codebook size, d code dimension.
 """
 
 import math
@@ -19,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# depth, heads, width of the published sizes ("gptc-S" is the one used)
+# (depth, heads, width) of the published sizes; the published tokenizer uses "gptc-S".
 PRIOR_SIZES = {
     "XXS": (6, 4, 256),
     "XS": (6, 6, 384),
@@ -35,12 +37,12 @@ class PriorConfig:
     """The AR prior."""
 
     enabled: bool = True
-    """Train with the prior; off leaves the tokenizer without it."""
+    """Train with the prior; off builds the tokenizer without it."""
     depth: int = 12
     heads: int = 6
     width: int = 384
     dropout: float = 0.1
-    """On embedding, attention and residuals."""
+    """Of embeddings, attention and residuals."""
     positions: int = 1024
     """Rows of the learned position table, at least the number of tokens."""
     rounds: int = 2
@@ -63,7 +65,7 @@ class PriorConfig:
 
 
 class PriorResult(NamedTuple):
-    """Loss (mean over the rounds), and the accuracies of the teacher-forced round; scalars."""
+    """Loss in nats (mean over the rounds), and the accuracies of the teacher-forced round; scalars."""
 
     loss: Tensor
     top1: Tensor
@@ -71,7 +73,7 @@ class PriorResult(NamedTuple):
 
 
 class ARPrior(nn.Module):
-    """Predicts latent i+1 from latents 1..i and scores it against the codebook by cosine similarity."""
+    """Predicts latent i+1 from latents 1..i; the logit of a code is the cosine similarity divided by the temperature."""
 
     def __init__(self, config: PriorConfig, dim: int):
         super().__init__()
@@ -94,8 +96,8 @@ class ARPrior(nn.Module):
         return F.normalize(self.head(self.ln_f(x)).float(), dim=-1)
 
     def logits(self, latents: Tensor, codebook: Tensor) -> Tensor:
-        """Score every code for positions 2..N: (B, N-1, K), from latents 1..N-1 and the detached normalised codebook (K, d)."""
-        # The temperature divides the predictions: (B, N, K) numbers are held once.
+        """Return logits of all codes at positions 2..N, (B, N-1, K), from latents 1..N-1 and the normalised codebook (K, d)."""
+        # Dividing the predictions by the temperature avoids a second (B, N, K) tensor.
         return linear(self.predict(latents) / self.config.temperature, codebook)
 
     def forward(
@@ -104,18 +106,18 @@ class ARPrior(nn.Module):
         """Return the PriorResult for quantised latents (B, N, d) of codes (B, N).
 
         Args:
-            codebook: (K, d) normalised and detached.
-            mix: share of the inputs of round 2 that are replaced by codes sampled from round 1's predictions. One mask entry
-                covers all d channels of a position. 0 leaves out the second round: it would repeat the first.
-            noise: needed when mix > 0.
+            codebook: (K, d), normalised and detached.
+            mix: share of the positions whose input in round 2 is replaced by a code sampled from round 1's predictions. 0
+                skips the second round, which would repeat the first.
+            noise: required if mix > 0.
         """
         inputs, targets = latents[:, :-1], codes[:, 1:]
         twice = self.config.rounds == 2 and mix > 0
-        # Input j is a latent whose prediction came from input j-1; the first latent has none and is always given.
+        # Input j was predicted from input j-1. The first latent has no prediction and is never replaced.
         length = inputs.shape[1] - 1
         uniform = noise.uniform(length) if twice else None
-        score = self._score if latents.device.type == "cpu" else self._score_in_parts
-        loss, accuracies, sampled = score(inputs, targets, codebook, uniform, judged=True)
+        score = self._score if latents.device.type == "cpu" else self._score_in_chunks
+        loss, accuracies, sampled = score(inputs, targets, codebook, uniform, with_accuracy=True)
         if twice:
             replace = (noise.uniform(length) < mix)[..., None]
             mixed = torch.where(replace, codebook[sampled].to(inputs), inputs[:, 1:])
@@ -124,32 +126,42 @@ class ARPrior(nn.Module):
         return PriorResult(loss, *accuracies)
 
     def _score(
-        self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        codebook: Tensor,
+        uniform: Tensor | None = None,
+        with_accuracy: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """One round: its loss, if `judged` how often the right code was the likeliest or among five, and codes (B, N-2) sampled by `uniform`."""
+        """Run one round: return its loss, (top-1, top-5) accuracies `with_accuracy`, and codes (B, N-2) sampled by `uniform`."""
         logits = self.logits(inputs, codebook)
         loss = cross_entropy(logits, targets)
         accuracies = sampled = None
         with torch.no_grad():
-            if judged:
+            if with_accuracy:
                 top5 = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets[..., None]
                 accuracies = top5[..., 0].float().mean(), top5.any(-1).float().mean()
             if uniform is not None:
                 sampled = sample_codes(logits[:, :-1].softmax(-1), uniform)
         return loss, accuracies, sampled
 
-    def _score_in_parts(
-        self, inputs: Tensor, targets: Tensor, codebook: Tensor, uniform: Tensor | None = None, judged: bool = False
+    def _score_in_chunks(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        codebook: Tensor,
+        uniform: Tensor | None = None,
+        with_accuracy: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """The same for a GPU, where (B, N, K) logits would be most of the memory and of its traffic."""
+        """`_score` without a (B, N, K) tensor, which on a GPU would take most of the memory and of its bandwidth."""
         predictions = (self.predict(inputs) / self.config.temperature).flatten(0, 1)
         # The last prediction has no input of round 2 to replace.
-        given = None if uniform is None else F.pad(uniform, (0, 1)).flatten()
-        loss, ranks, sampled = score_codes(predictions, codebook, targets.flatten(), given, judged)
-        accuracies = ((ranks < 1).float().mean(), (ranks < 5).float().mean()) if judged else None
+        padded = None if uniform is None else F.pad(uniform, (0, 1)).flatten()
+        loss, ranks, sampled = score_codes(predictions, codebook, targets.flatten(), padded, with_accuracy)
+        accuracies = ((ranks < 1).float().mean(), (ranks < 5).float().mean()) if with_accuracy else None
         return loss, accuracies, None if uniform is None else sampled.view(targets.shape)[:, :-1]
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (B, S, K) against codes (B, S), in float32."""
+    """Return the mean cross-entropy in nats of logits (B, S, K) against codes (B, S), in float32."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

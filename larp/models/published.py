@@ -1,9 +1,9 @@
-"""The published LARP checkpoint layout (hub repositories hywang66/LARP-L-long-*), written.
+"""Saving models in the published LARP checkpoint layout (hub repositories hywang66/LARP-L-long-*).
 
-    python -m larp.models.published runs/mine/model published/     # a tokenizer that the published code loads as it is
-    python -m larp.models.published runs/mine/model published/ --variant ema       # its averaged weights
+    python -m larp.models.published runs/mine/model published/                  # a tokenizer that the published code loads
+    python -m larp.models.published runs/mine/model published/ --variant ema    # its averaged weights
 
-`published_tokenizer` and `discriminator` translate. The published file holds the same tensors as ours under other names.
+The layout has the same tensors under other names; `published_tokenizer` and `discriminator` convert them.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 
 
 def save_published(model: LarpTokenizer | Discriminator, folder: str | Path) -> Path:
-    """Write a model in the published layout, config.json beside model.safetensors, and return the folder.
+    """Write config.json and model.safetensors in the published layout and return the folder.
 
-    Raises CheckpointError, before anything is written, that names a field which that layout cannot express, and ValueError if
-    `folder` is a file.
+    Before writing, raises CheckpointError for a config field that the layout cannot represent, and ValueError if `folder` is a
+    file.
     """
     to_published = discriminator_to_published if isinstance(model, Discriminator) else tokenizer_to_published
     config, tensors = to_published(model.config, model.state_dict())
     folder = make_folder(folder)
-    # Copies, because safetensors refuses tensors that share memory, as the parts of a fused weight do.
+    # Copies: safetensors rejects tensors that share memory, such as the slices of a fused weight.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})
     (folder / (WEIGHTS + ".part")).replace(folder / WEIGHTS)
@@ -44,17 +44,17 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Write the tokenizer of a folder or hub repository in the published layout: `python -m larp.models.published FROM TO`."""
+    """Convert a tokenizer: `python -m larp.models.published FROM TO`. Raises ValueError for invalid arguments."""
     parser = _Parser(
         prog="python -m larp.models.published", description="Write a tokenizer in the published LARP layout."
     )
     parser.add_argument("source", metavar="FROM", help="folder or hub name of a tokenizer")
     parser.add_argument("target", metavar="TO", help="folder to write to")
-    parser.add_argument("--variant", help="weights to take: 'ema' for the averaged ones; by default the last ones")
+    parser.add_argument("--variant", help="'ema' takes the averaged weights; by default the last ones")
     arguments = parser.parse_args(argv)
     source, target = arguments.source, arguments.target
     if Path(target).exists() and Path(source).exists() and Path(target).samefile(source):
-        raise ValueError(f"{target} is the folder that is read: give another one to write to")
+        raise ValueError(f"{target} is the folder that is read: give another output folder")
     print(f"wrote {save_published(LarpTokenizer.from_pretrained(source, variant=arguments.variant), target)}")
     return {}
 

@@ -1,4 +1,4 @@
-"""Reads the fields of a published config.json: what is of the wrong type, or of a value that is not supported, is named."""
+"""Reading and checking the fields of a published config.json, and renaming its tensors."""
 
 import math
 import warnings
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_fixed(settings: dict, fixed: dict, where: str = "") -> None:
-    """Raise CheckpointError naming the first field of `settings` that has another value than the only supported one."""
+    """Raise CheckpointError for the first field of `settings` that differs from its only supported value in `fixed`."""
     for name, expected in fixed.items():
         found = settings.get(name, expected)
         if str(found).lower() != str(expected).lower():
@@ -19,51 +19,51 @@ def check_fixed(settings: dict, fixed: dict, where: str = "") -> None:
             )
 
 
-def unreadable(settings: dict, name: str, where: str, expected: str) -> CheckpointError:
-    """The error for a published field of the wrong type."""
+def wrong_type(settings: dict, name: str, where: str, expected: str) -> CheckpointError:
+    """Return the error for a published field of the wrong type."""
     return CheckpointError(f"published config field {where}{name} = {settings[name]!r}, expected {expected}")
 
 
-def group(settings: dict, name: str, where: str = "") -> dict:
-    """Read a group of fields; CheckpointError names it if it is something else."""
+def read_group(settings: dict, name: str, where: str = "") -> dict:
+    """Return a group of fields. Raises CheckpointError if it is none."""
     if not isinstance(settings[name], dict):
-        raise unreadable(settings, name, where, "a group of fields")
+        raise wrong_type(settings, name, where, "a group of fields")
     return settings[name]
 
 
-def number(settings: dict, name: str, where: str = "") -> float:
-    """Read a finite number that may be written as text; CheckpointError names the field if it is none."""
+def read_float(settings: dict, name: str, where: str = "") -> float:
+    """Return a finite number, which may be written as text. Raises CheckpointError if it is none."""
     value = settings[name]
     try:
         found = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         found = math.nan
     if not math.isfinite(found):
-        raise unreadable(settings, name, where, "a number")
+        raise wrong_type(settings, name, where, "a number")
     return found
 
 
-def whole(settings: dict, name: str, where: str = "") -> int:
-    """Read a whole number as `number` does."""
-    found = number(settings, name, where)
+def read_int(settings: dict, name: str, where: str = "") -> int:
+    """Return an integer, which may be written as text. Raises CheckpointError if it is none."""
+    found = read_float(settings, name, where)
     if not found.is_integer():
-        raise unreadable(settings, name, where, "a whole number")
+        raise wrong_type(settings, name, where, "a whole number")
     return int(found)
 
 
-def flag(settings: dict, name: str, where: str = "") -> bool:
-    """Read a boolean that may be written as a word; CheckpointError names the field if it is none."""
+def read_bool(settings: dict, name: str, where: str = "") -> bool:
+    """Return a boolean, which may be written as text. Raises CheckpointError if it is none."""
     word = str(settings[name]).lower()
     if word not in ("true", "false"):
-        raise unreadable(settings, name, where, "true or false")
+        raise wrong_type(settings, name, where, "true or false")
     return word == "true"
 
 
 def warn_of_unknown(settings: dict, known: dict) -> None:
-    """Warn of fields that this code never saw, and ignore them.
+    """Warn of the fields of `settings` that are not in `known`; they are ignored.
 
-    Not an error: the published code drops fields that its constructor does not take, and a hub repository may hold some. Where
-    they stand for other layers, the tensors, which are compared one by one, do not fit.
+    Not an error, because the published code ignores unknown fields and hub repositories may have some. Fields that change the
+    architecture show in the tensors, which are checked strictly.
     """
     if names := sorted(unknown_fields(settings, known)):
         warnings.warn(
@@ -72,7 +72,7 @@ def warn_of_unknown(settings: dict, known: dict) -> None:
 
 
 def unknown_fields(settings: dict, known: dict, where: str = "") -> Iterator[str]:
-    """Yield the dotted names of `settings` that `known` does not have."""
+    """Yield the dotted names of the fields of `settings` that are not in `known`."""
     for name, value in settings.items():
         if name not in known:
             yield where + name
@@ -80,26 +80,26 @@ def unknown_fields(settings: dict, known: dict, where: str = "") -> Iterator[str
             yield from unknown_fields(value, known[name], f"{where}{name}.")
 
 
-def with_prefix(name: str, renamed: dict[str, str]) -> str:
-    """Replace the beginning of a tensor name, up to a dot or its end, as the table says."""
+def rename_prefix(name: str, renamed: dict[str, str]) -> str:
+    """Replace the dotted prefix of a tensor name that is a key of `renamed`."""
     for old, new in renamed.items():
         if name == old or name.startswith(old + "."):
             return new + name[len(old) :]
     return name
 
 
-def with_temporal_kernel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the patch embedding its temporal axis: for patches of one frame the published one is a Conv2d."""
+def add_temporal_axis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the patch embedding from Conv2d, which the published layout has for patches of one frame, to Conv3d."""
     weight = tensors.get("x_embedder.weight")
     return tensors | {"x_embedder.weight": weight.unsqueeze(2)} if weight is not None and weight.ndim == 4 else tensors
 
 
-def without_temporal_kernel(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `with_temporal_kernel`."""
+def remove_temporal_axis(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Invert `add_temporal_axis`."""
     weight = tensors["x_embedder.proj.weight"]
     return tensors | {"x_embedder.proj.weight": weight.squeeze(2)} if weight.shape[2] == 1 else tensors
 
 
-def inexpressible(name: str, value: object, why: str) -> CheckpointError:
-    """The error for a field of ours that the published layout has no place for."""
+def not_representable(name: str, value: object, why: str) -> CheckpointError:
+    """Return the error for a config value that the published layout cannot represent."""
     return CheckpointError(f"{name} = {value} cannot be written in the published layout: {why}")

@@ -1,4 +1,4 @@
-"""The stochastic vector quantizer (SVQ), always in float32 (arXiv 2410.21264, section 3.2).
+"""The stochastic vector quantizer, always in float32 (arXiv 2410.21264, section 3.2), and the reset of unused codes.
 
 Shapes: B batch, N tokens, K codebook size, d code dimension.
 """
@@ -6,18 +6,18 @@ Shapes: B batch, N tokens, K codebook size, d code dimension.
 from typing import NamedTuple
 
 from larp.kernels.matmul import linear
-from larp.models.codebook_scores import rows_at_a_time, sample_in_blocks
+from larp.models.codebook_scores import rows_per_chunk, sample_in_blocks
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Latents that a CPU compares with the codebook at a time: 16 MB of cosines for 8192 codes.
-_ROWS = 512
+# Latents that a CPU compares with the codebook at a time: 16 MB of cosine similarities for 8192 codes.
+_ROWS_PER_CHUNK = 512
 
 
 class Quantized(NamedTuple):
-    """What the quantizer gives back: latents (B, N, d) with straight-through gradients, codes (B, N), two scalar losses."""
+    """Latents (B, N, d) with straight-through gradients, codes (B, N) int64, and two scalar losses."""
 
     latents: Tensor
     codes: Tensor
@@ -26,7 +26,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code by cosine similarity; in training a code is sampled from softmax(cosine / temperature).
+    """Maps a latent to the code of highest cosine similarity, or samples one from softmax(cosine / temperature).
 
     Args:
         codebook_size, dim: K and d.
@@ -50,49 +50,49 @@ class VectorQuantizer(nn.Module):
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def similarities(self, latents: Tensor) -> Tensor:
-        """Return the cosine of every latent (B, N, d) with every code: (B, N, K) float32."""
+        """Return the cosine similarity of every latent (B, N, d) and every code: (B, N, K) float32."""
         return linear(F.normalize(latents.float(), dim=-1), self.codebook())
 
     def probabilities(self, latents: Tensor, temperature: float | None = None) -> Tensor:
-        """Return softmax(cosine / temperature), (B, N, K) float32; `temperature` in place of the quantizer's own."""
+        """Return softmax(cosine / temperature), (B, N, K) float32; `temperature` overrides the quantizer's."""
         return (self.similarities(latents) / (temperature or self.temperature)).softmax(-1)
 
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
-        """Return the codes of highest cosine, (B, N) int64; no softmax is needed for that, nor a (B, N, K) tensor."""
-        rows = latents.flatten(0, -2).split(self._rows(latents))
-        return torch.cat([self.similarities(some).argmax(-1) for some in rows]).view(latents.shape[:-1])
+        """Return the codes of highest cosine similarity, (B, N) int64, without a (B, N, K) tensor."""
+        chunks = latents.flatten(0, -2).split(self._rows_per_chunk(latents))
+        return torch.cat([self.similarities(chunk).argmax(-1) for chunk in chunks]).view(latents.shape[:-1])
 
     @torch.no_grad()
     def sampled(self, latents: Tensor, uniform: Tensor, temperature: float | None = None) -> Tensor:
-        """Draw codes (B, N) int64 from the probabilities by U[0, 1) values (B, N), without a (B, N, K) tensor either."""
-        rows = self._rows(latents)
-        parts = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
+        """Sample codes (B, N) int64 by inverse CDF with U[0, 1) values (B, N), without a (B, N, K) tensor."""
+        rows = self._rows_per_chunk(latents)
+        chunks = zip(latents.flatten(0, -2).split(rows), uniform.flatten().split(rows), strict=True)
         if latents.device.type == "cpu":
-            codes = [sample_codes(self.probabilities(some, temperature), given) for some, given in parts]
+            codes = [sample_codes(self.probabilities(chunk, temperature), u) for chunk, u in chunks]
         else:
-            # The temperature divides the codebook, which is small.
+            # Dividing the codebook by the temperature is cheaper than dividing the scores.
             codebook = self.codebook() / (temperature or self.temperature)
             codes = [
-                sample_in_blocks(linear(F.normalize(some.float(), dim=-1), codebook).softmax(-1), given)
-                for some, given in parts
+                sample_in_blocks(linear(F.normalize(chunk.float(), dim=-1), codebook).softmax(-1), u)
+                for chunk, u in chunks
             ]
         return torch.cat(codes).view(latents.shape[:-1])
 
-    def _rows(self, latents: Tensor) -> int:
-        return _ROWS if latents.device.type == "cpu" else rows_at_a_time(len(self.embedding.weight))
+    def _rows_per_chunk(self, latents: Tensor) -> int:
+        return _ROWS_PER_CHUNK if latents.device.type == "cpu" else rows_per_chunk(len(self.embedding.weight))
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
     def forward(self, latents: Tensor, uniform: Tensor | None = None, temperature: float | None = None) -> Quantized:
         """Quantize projected latents (B, N, d).
 
-        Args:
-            uniform: (B, N) values of U[0, 1) that sample the codes by inverse CDF; None takes the nearest code.
-            temperature: of these samples, in place of the quantizer's own.
+        The losses are mean squared errors between normalised vectors. The gradient of the codebook loss reaches the codebook
+        only, that of the commitment loss the latents only.
 
-        The losses are mean squared errors between normalised vectors, the gradient of the codebook loss reaching the
-        codebook only and that of the commitment loss the latents only.
+        Args:
+            uniform: (B, N) values of U[0, 1) that sample the codes by inverse CDF; None takes the nearest codes.
+            temperature: of these samples; overrides the quantizer's.
         """
         normal = F.normalize(latents.float(), dim=-1)
         codes = self.nearest(normal) if uniform is None else self.sampled(normal, uniform, temperature)
@@ -106,26 +106,25 @@ class VectorQuantizer(nn.Module):
 
 
 def sample_codes(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """Draw one index per row of (..., K) probabilities by inverse CDF with the given U[0, 1) values (...): int64 (...).
+    """Sample one index per row of (..., K) probabilities by inverse CDF with U[0, 1) values (...): int64 (...).
 
-    One random number per sample, instead of K, makes the sample independent of how a batch is split over processes.
+    With one given random number per sample, the result does not depend on how a batch is split over processes.
     """
     cdf = probabilities.cumsum(-1)
-    # Scaled by the last entry, which rounding keeps from being exactly 1: the index never runs over.
+    # Scaled by the last entry, which is not exactly 1 because of rounding.
     threshold = uniform[..., None].to(cdf) * cdf[..., -1:]
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
 
 
 class CodebookResetter:
-    """Keeps codes in use: counts them, remembers recent latents, and gives idle codes new places among these.
+    """Counts the use of codes, stores recent latents, and resets unused codes to stored latents.
 
-    An option of the small recipes, off in the published one: with a small budget most codes never move from where they were
-    initialised. Bookkeeping where the latents are; the caller gathers `codes` and `latents` over all processes first, so that
-    every process makes the same choice.
+    An option of the small recipes, off in the published one: in a short training most codes never leave their initial position.
+    The caller gathers codes and latents over all processes first, so that every process makes the same choice.
 
     Args:
         codebook_size: K.
-        memory: how many recent latents are kept; by default eight for each code, 16384 at least.
+        memory: number of recent latents to store; by default 8 K, at least 16384.
     """
 
     def __init__(self, codebook_size: int, memory: int | None = None):
@@ -134,14 +133,14 @@ class CodebookResetter:
         self.latents = torch.empty(0)
 
     def observe(self, latents: Tensor, codes: Tensor | None) -> None:
-        """Take in normalised latents (B, N, d) and, unless None, the codes (B, N) that they got."""
+        """Store normalised latents (B, N, d) and count their codes (B, N), unless None."""
         fresh = latents.detach().float().flatten(0, -2)
         self.latents = torch.cat([self.latents.to(fresh).reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
         if codes is not None:
             self.counts = add_counts(self.counts.to(codes.device), codes)
 
     def cluster(self, iterations: int = 10, seed: int = 0) -> Tensor:
-        """Return a fresh codebook (K, d): spherical k-means over the remembered latents, from random ones of them."""
+        """Return a new codebook (K, d) by spherical k-means over the stored latents, and reset the counts."""
         generator = torch.Generator().manual_seed(seed)
         size = len(self.counts)
         centres = self.latents[torch.randint(len(self.latents), (size,), generator=generator)]
@@ -157,14 +156,14 @@ class CodebookResetter:
         return centres
 
     def idle(self) -> Tensor:
-        """Return the codes not used since the last reset, (M,) int64."""
+        """Return the codes not used since the counts were last reset, (M,) int64."""
         return (self.counts == 0).nonzero().squeeze(-1)
 
     def resample(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
-        """Return a copy of the codebook (K, d) whose rows `codes` (M,) are remembered latents, and start counting anew."""
+        """Return a copy of the codebook (K, d) whose rows `codes` (M,) are stored latents, and reset the counts."""
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
-        # A little noise keeps two codes sampled from one latent apart.
+        # The noise separates codes that got the same latent.
         rows = self.latents[picks]
         rows = rows + 0.01 * torch.randn(rows.shape, generator=generator).to(rows)
         renewed = codebook.detach().clone()
@@ -173,28 +172,28 @@ class CodebookResetter:
         return renewed
 
     def state_dict(self) -> dict:
-        """Return what `load_state_dict` needs to go on exactly."""
+        """Return the counts and the stored latents, on the CPU."""
         return {"counts": self.counts.cpu().clone(), "latents": self.latents.cpu()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take up a state of `state_dict`."""
+        """Restore a state of `state_dict`."""
         self.counts, self.latents = state["counts"].clone(), state["latents"]
 
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
-    """Add to `counts` (K,) int64 how often each of the codes of any shape occurs; in place, and returned."""
-    # torch.bincount reads the largest code first, for which a GPU would have to finish its work.
+    """Add the histogram of codes of any shape to `counts` (K,) int64, in place, and return `counts`."""
+    # torch.bincount would synchronise with the GPU to read the largest code.
     codes = codes.detach().flatten()
     return counts.index_add_(0, codes, torch.ones_like(codes))
 
 
 def usage(codes: Tensor, codebook_size: int) -> dict[str, float]:
-    """Return {"codes_used": share of the codebook seen, "perplexity": exp of the entropy of the code histogram} for any codes."""
+    """Return {"codes_used": share of the codebook that occurs, "perplexity": exp of the entropy of the code histogram}."""
     return usage_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size))
 
 
 def usage_of_counts(counts: Tensor) -> dict[str, float]:
-    """Return what `usage` returns for codes that were seen `counts` (K,) times."""
+    """Return `usage` of codes with the histogram `counts` (K,)."""
     share = counts.double() / counts.sum().clamp_min(1)
     entropy = -(share * share.clamp_min(1e-300).log()).sum()
     return {"codes_used": (share > 0).double().mean().item(), "perplexity": entropy.exp().item()}

@@ -1,4 +1,4 @@
-"""What a tokenizer is made of: its sizes, and the shape of its clips and codes."""
+"""Configuration of the tokenizer: network sizes, and the shape of its clips and codes."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,8 +10,7 @@ from larp.models.prior import PriorConfig
 Patch = tuple[int, int, int]
 
 
-# (blocks, heads, width) of the encoder and of the decoder alike. S, B and L are the paper's; of these only L has published weights
-# (S and B: hywang66/LARP, issue 11).
+# (depth, heads, width) of both encoder and decoder, from the paper. Only L has published weights (S and B: hywang66/LARP, issue 11).
 TOKENIZER_SIZES: dict[str, tuple[int, int, int]] = {
     "S": (6, 8, 512),
     "B": (8, 12, 768),
@@ -21,22 +20,22 @@ TOKENIZER_SIZES: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The tokenizer; the defaults are LARP-L (173 M parameters without the prior)."""
+    """Sizes of the tokenizer; the defaults are LARP-L (173 M parameters without the prior)."""
 
     num_frames: int = 16
     """Frames of a clip, T."""
     height: int = 128
-    """Pixels, H."""
+    """H, in pixels."""
     width: int = 128
-    """Pixels, W."""
+    """W, in pixels."""
     patch_size: Patch = (4, 8, 8)
     """Frames, rows and columns of an encoder patch."""
     decoder_patch_size: Patch | None = None
-    """The same for the decoder; by default the encoder's."""
+    """Patch of the decoder; by default the encoder's."""
     num_tokens: int = 1024
     """Codes of a clip, N."""
     codebook_size: int = 8192
-    """K."""
+    """Number of different codes, K."""
     code_dim: int = 16
     """Dimension of a code, d."""
     encoder_width: int = 768
@@ -46,13 +45,13 @@ class TokenizerConfig:
     decoder_depth: int = 12
     decoder_heads: int = 12
     stochastic: bool = True
-    """Draw codes in training; off takes the nearest one (a deterministic VQ)."""
+    """Sample codes in training; off takes the nearest ones (deterministic VQ)."""
     temperature: float = 0.03
     """Of the softmax that codes are sampled from."""
     init: Literal["published", "balanced"] = "published"
-    """`balanced` starts small trainings: queries of the patches' scale, latents of the decoder positions' scale."""
+    """`balanced`, for short trainings, scales the queries like the patches and the latents like the decoder positions."""
     nested: bool = False
-    """Any prefix of the codes decodes: a learned mask latent stands for those left out."""
+    """Any prefix of the codes can be decoded; a learned mask latent replaces the rest."""
     prior: PriorConfig = field(default_factory=PriorConfig)
     """The AR prior, used in training only."""
 
@@ -61,13 +60,11 @@ class TokenizerConfig:
         sides = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("width", "depth", "heads")]
         check_positive(self, "num_frames", "height", "width", "num_tokens", "codebook_size", "code_dim", *sides)
         for name, patch in (("patch_size", self.patch_size), ("decoder_patch_size", self.decoder_patch_size)):
-            for axis, length, part in zip(
+            for axis, length, size in zip(
                 ("num_frames", "height", "width"), self.clip_shape, patch or (1, 1, 1), strict=True
             ):
-                if part < 1 or length % part:
-                    raise ValueError(
-                        f"{axis} = {length} is not a multiple of {part}, its part of {name} = {tuple(patch)}"
-                    )
+                if size < 1 or length % size:
+                    raise ValueError(f"{axis} = {length} is not a multiple of its {size} in {name} = {tuple(patch)}")
         for side in ("encoder", "decoder"):
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
             if width % heads or width % 4:
@@ -95,5 +92,5 @@ class TokenizerConfig:
         return self.num_frames, self.height, self.width
 
     def grid(self, patch: Patch) -> Patch:
-        """Return how many patches a full clip has along time, rows and columns."""
-        return tuple(length // part for length, part in zip(self.clip_shape, patch, strict=True))
+        """Return the number of patches of a clip of T frames along time, rows and columns."""
+        return tuple(length // size for length, size in zip(self.clip_shape, patch, strict=True))

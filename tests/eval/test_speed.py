@@ -162,7 +162,9 @@ def test_fresh_processes_have_memory_and_threads_of_their_own():
 
 
 def test_a_different_result_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(ReferenceTokenizer, "render", lambda self, latents: self.model.render(latents) + 0.01)
+    monkeypatch.setattr(
+        ReferenceTokenizer, "decode_latents", lambda self, latents: self.model.decode_latents(latents) + 0.01
+    )
     with pytest.raises(ValueError, match="the two implementations differ"):
         run(tmp_path, "--what", "inference")
     assert not (tmp_path / "speed.json").exists()

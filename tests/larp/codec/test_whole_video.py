@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 
-def painting(**changes) -> LarpTokenizer:
+def random_tokenizer(**changes) -> LarpTokenizer:
     """A random tokenizer whose pictures are not all grey: clips of 4 frames of 16x24, 6 codes of 32."""
     torch.manual_seed(0)
     model = LarpTokenizer(tiny(**changes)).eval()
@@ -39,7 +39,7 @@ def painting(**changes) -> LarpTokenizer:
 
 @pytest.fixture(scope="module")
 def model() -> LarpTokenizer:
-    return painting()
+    return random_tokenizer()
 
 
 def noise(frames: int, height: int = 20, width: int = 50) -> np.ndarray:
@@ -130,14 +130,14 @@ def test_the_batch_size_changes_nothing(model, clip, tmp_path):
 
 
 def test_a_prefix_of_the_codes_is_stored_and_decoded(clip, tmp_path):
-    model = painting(nested=True)
+    model = random_tokenizer(nested=True)
     video = tokenize_video(clip, model, Encoding(num_tokens=2))
     assert video.lengths.tolist() == [2, 2, 2]
     whole = tokenize_video(clip, model)
     assert all(torch.equal(a, b[:2]) for a, b in zip(video.windows, whole.windows, strict=True))
     assert reconstruct_video(clip, tmp_path / "a.mp4", model, Encoding(num_tokens=2)).codes == 6
     with pytest.raises(ValueError, match=r"this tokenizer always takes 6.*nested"):
-        tokenize_video(clip, painting(), Encoding(num_tokens=2))
+        tokenize_video(clip, random_tokenizer(), Encoding(num_tokens=2))
     with pytest.raises(ValueError, match=r"9 codes: this tokenizer has 1 to 6"):
         tokenize_video(clip, model, Encoding(num_tokens=9))
 
@@ -159,7 +159,7 @@ def test_a_target_gives_each_window_its_own_length(tmp_path):
     with pytest.raises(ValueError, match=r"not both"):
         Encoding(num_tokens=2, target_psnr=30.0)
     with pytest.raises(ValueError, match=r"nested"):
-        tokenize_video(tmp_path / "a.mp4", painting(), Encoding(target_psnr=30.0))
+        tokenize_video(tmp_path / "a.mp4", random_tokenizer(), Encoding(target_psnr=30.0))
     for nonsense in (-1.0, math.nan):
         with pytest.raises(ValueError, match=r"target_psnr is in dB and positive"):
             tokenize_video(tmp_path / "a.mp4", black, Encoding(target_psnr=nonsense))
@@ -289,7 +289,7 @@ def test_the_video_itself_is_never_the_output(model, clip, tmp_path):
 def test_another_tokenizer_is_refused_before_anything_is_written(model, clip, tmp_path):
     video = tokenize_video(clip, model, name="first")
     with pytest.raises(TokenFileError, match=r"v.larp was made with .*first.*second"):
-        detokenize_video(video, painting(codebook_size=33), tmp_path / "a.mp4", name="second", where="v.larp")
+        detokenize_video(video, random_tokenizer(codebook_size=33), tmp_path / "a.mp4", name="second", where="v.larp")
     assert not (tmp_path / "a.mp4").exists()
 
 

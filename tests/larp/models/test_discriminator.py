@@ -37,7 +37,7 @@ def test_golden_logits_and_losses(golden):
     torch.testing.assert_close(lecam(real, fake), want["lecam"][0], rtol=1e-5, atol=1e-7)
 
 
-def test_smooth_targets_stay_on_their_side():
+def test_range_of_the_smooth_targets():
     real, fake = smooth_targets(BatchNoise(0, 0, 1000))
     assert 0.7 <= real.min() < 0.75 and 0.99 < real.max() <= 1
     assert 0 <= fake.min() < 0.01 and 0.25 < fake.max() <= 0.3

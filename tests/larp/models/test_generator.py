@@ -1,4 +1,4 @@
-"""LarpGenerator against the reference's golden values, and what a user may rely on."""
+"""LarpGenerator: golden values of the reference, conditions, configs and checkpoints."""
 
 import json
 
@@ -16,8 +16,8 @@ def tiny(**changes) -> GeneratorConfig:
     return GeneratorConfig(**fields | changes)
 
 
-def sampled(**changes) -> LarpGenerator:
-    """A tiny model in evaluation mode whose output head is not zero."""
+def random_generator(**changes) -> LarpGenerator:
+    """Return a tiny model in evaluation mode with random weights, output head included."""
     torch.manual_seed(0)
     model = LarpGenerator(tiny(**changes)).eval()
     for parameter in model.parameters():
@@ -65,8 +65,11 @@ def test_training_starts_at_log_k_and_reaches_every_weight():
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_no_given_frames_is_a_condition_of_its_own(tmp_path):
-    published, model = sampled(task="frame-prediction"), sampled(task="frame-prediction", null_condition=True)
+def test_the_unconditional_frame_condition(tmp_path):
+    published, model = (
+        random_generator(task="frame-prediction"),
+        random_generator(task="frame-prediction", null_condition=True),
+    )
     assert published.tok_embeddings.weight.shape[0] == 33, "the published layout: the codes and the separator"
     codes = torch.randint(32, (1, 6))
     nothing = model.unconditional(model.frame_condition(codes))
@@ -83,8 +86,8 @@ def test_no_given_frames_is_a_condition_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
-def test_position_i_sees_the_codes_before_it_only(task):
-    model = sampled(task=task)
+def test_position_i_depends_on_the_codes_before_it_only(task):
+    model = random_generator(task=task)
     codes = torch.randint(32, (2, 6))
     condition = torch.tensor([0, 2]) if task == "class" else model.frame_condition(codes.flip(0))
     with torch.no_grad():
@@ -95,8 +98,8 @@ def test_position_i_sees_the_codes_before_it_only(task):
     assert not torch.allclose(before[:, 4], after[:, 4])
 
 
-def test_dropout_acts_in_training_only():
-    model = sampled(dropout=0.5)
+def test_dropout_is_active_in_training_only():
+    model = random_generator(dropout=0.5)
     codes, label = torch.randint(32, (1, 6)), torch.tensor([1])
     assert torch.equal(model(codes, label), model(codes, label))
     model.train()
@@ -104,7 +107,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_save_load_round_trip(tmp_path):
-    model = sampled(class_names=("walk", "run", "jump"), tokenizer_hash="ab")
+    model = random_generator(class_names=("walk", "run", "jump"), tokenizer_hash="ab")
     again = LarpGenerator.from_pretrained(model.save_pretrained(tmp_path / "m"))
     assert again.config == model.config and again.weight_hash() == model.weight_hash()
     labels = again.class_labels(["jump", 0, "1"])
@@ -124,7 +127,7 @@ def test_unknown_classes():
         LarpGenerator(tiny(task="frame-prediction")).class_labels([0])
 
 
-def test_a_foreign_tokenizer_is_refused():
+def test_another_tokenizer_is_an_error():
     model = LarpGenerator(tiny(tokenizer_hash="aa11"))
     model.check_tokenizer(6, 32, "aa11")
     with pytest.raises(ValueError, match="6 codes of 32 values"):
@@ -139,7 +142,7 @@ def test_a_foreign_tokenizer_is_refused():
     [
         ({"task": "frames"}, "task is 'frames'"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
-        ({"num_tokens": 0}, "num_tokens is 0"),
+        ({"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"class_names": ("a",)}, "class_names has 1 names, but num_classes is 3"),
     ],
@@ -156,11 +159,11 @@ def test_bad_sizes_and_inputs():
     codes = torch.zeros(2, 6, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"codes and separator \(B, 7\)"):
         model(codes, codes)
-    with pytest.raises(ValueError, match="5 codes, but this generator writes 6"):
+    with pytest.raises(ValueError, match="5 codes, but this generator has 6"):
         model(codes[:, :5], codes)
 
 
-def test_published_variants_that_do_not_exist_are_refused(golden_root):
+def test_unsupported_published_variants_are_an_error(golden_root):
     values = json.loads((golden_root / "official_generator_class" / "config.json").read_text())
     assert config_from_published({name: str(v) if name == "n_layer" else v for name, v in values.items()}).depth == 2
     for change in ({"n_kv_head": 2}, {"use_fixed_pe": True}, {"ffn_dropout_p": 0.3}):

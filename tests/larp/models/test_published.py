@@ -1,4 +1,4 @@
-"""The published layout, written: the golden files come back as they were, and what it cannot express is refused."""
+"""Saving in the published layout reproduces the golden files; configs that it cannot represent are an error."""
 
 import json
 from dataclasses import replace
@@ -28,16 +28,16 @@ def small(**changes) -> TokenizerConfig:
 @pytest.mark.parametrize(
     "kind, model_class", [("official_tokenizer", LarpTokenizer), ("official_discriminator", Discriminator)]
 )
-def test_the_reference_files_come_back_as_they_were(golden_root, tmp_path, kind, model_class):
+def test_loading_and_saving_reproduces_the_reference_files(golden_root, tmp_path, kind, model_class):
     source = golden_root / kind
     folder = save_published(model_class.from_pretrained(source), tmp_path / "out")
-    # Compared as text: a number written as a word, or true as 1, would not be what the published code asks for.
+    # Compared as text: the published code distinguishes 1 from true and from "1".
     assert json.dumps(json.loads((folder / "config.json").read_text()), sort_keys=True) == json.dumps(
         json.loads((source / "config.json").read_text()), sort_keys=True
     )
-    written, wanted = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
-    assert written.keys() == wanted.keys()
-    for name, tensor in wanted.items():
+    written, expected = load_file(folder / "model.safetensors"), load_file(source / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
         assert written[name].dtype == tensor.dtype and torch.equal(written[name], tensor), name
 
 
@@ -55,17 +55,17 @@ def test_ours_to_published_and_back_gives_equal_codes(tmp_path, changes):
     model = LarpTokenizer(small(**changes)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.05)
     again = LarpTokenizer.from_pretrained(save_published(model, tmp_path))
-    wanted = replace(model.config, init="published")
-    if not wanted.prior.enabled:
-        wanted = replace(wanted, prior=again.config.prior)
-    assert again.config == wanted
+    expected = replace(model.config, init="published")
+    if not expected.prior.enabled:
+        expected = replace(expected, prior=again.config.prior)
+    assert again.config == expected
     clip = torch.rand(2, 3, 4, 16, 16)
     codes = model.encode(clip)
     assert torch.equal(again.encode(clip), codes) and torch.equal(again.decode(codes), model.decode(codes))
     assert (again.prior is None) == (model.prior is None)
 
 
-def test_a_patch_of_one_frame_is_a_flat_convolution_there():
+def test_a_patch_of_one_frame_is_a_conv2d_there():
     model = LarpTokenizer(small(patch_size=(1, 8, 8)))
     _, tensors = tokenizer_to_published(model.config, model.state_dict())
     assert tensors["x_embedder.proj.weight"].shape == (32, 3, 8, 8)
@@ -81,7 +81,7 @@ def test_a_patch_of_one_frame_is_a_flat_convolution_there():
         ({"prior": replace(SMALL_PRIOR, depth=3)}, r"prior\.depth.*XXS"),
     ],
 )
-def test_what_the_layout_cannot_express_is_named_before_anything_is_written(tmp_path, changes, words):
+def test_a_config_that_the_layout_cannot_represent_is_an_error_before_writing(tmp_path, changes, words):
     with torch.device("meta"):
         model = LarpTokenizer(small(**changes))
     with pytest.raises(CheckpointError, match=words):
@@ -89,7 +89,7 @@ def test_what_the_layout_cannot_express_is_named_before_anything_is_written(tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_numbers_and_flags_written_as_words_are_read(golden_root):
+def test_numbers_and_booleans_may_be_text(golden_root):
     config = json.loads((golden_root / "official_tokenizer/config.json").read_text())
 
     def words(value):
@@ -111,13 +111,13 @@ def test_numbers_and_flags_written_as_words_are_read(golden_root):
         ("bottleneck.args.regularizer.name", "fsq", r"regularizer\.name = 'fsq'"),
     ],
 )
-def test_other_mathematics_than_ours_is_refused(golden_root, path, value, words):
+def test_unsupported_values_are_an_error(golden_root, path, value, words):
     with pytest.raises(CheckpointError, match=words):
         tokenizer_config(golden_config(golden_root, path, value))
 
 
 def golden_config(golden_root, path, value) -> dict:
-    """The reference's config with another value at a dotted name."""
+    """Return the reference's config with another value at a dotted name."""
     config = json.loads((golden_root / "official_tokenizer/config.json").read_text())
     *groups, name = path.split(".")
     group = config
@@ -145,7 +145,7 @@ def golden_config(golden_root, path, value) -> dict:
         ("frame_num", 0, "num_frames must be at least 1"),
     ],
 )
-def test_a_field_of_the_wrong_type_is_named_with_its_file(golden_root, tmp_path, path, value, words):
+def test_the_error_for_a_wrong_type_names_field_and_file(golden_root, tmp_path, path, value, words):
     (tmp_path / "model.safetensors").symlink_to(golden_root / "official_tokenizer/model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(golden_config(golden_root, path, value)))
     with pytest.raises(CheckpointError, match=rf"config\.json: .*{words}"):
@@ -159,7 +159,7 @@ def test_unknown_fields_are_ignored_with_a_warning(golden_root, recwarn):
         assert tokenizer_config(golden_config(golden_root, "bottleneck.args.shape", 3)) == tokenizer_config(known)
 
 
-def test_a_huge_codebook_is_refused_by_its_shape(golden_root, tmp_path):
+def test_a_huge_codebook_is_an_error_without_allocating_it(golden_root, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(golden_root / "official_tokenizer/model.safetensors")
     path = "bottleneck.args.regularizer.args.codebook_size"
     (tmp_path / "config.json").write_text(json.dumps(golden_config(golden_root, path, 10**12)))
@@ -167,7 +167,7 @@ def test_a_huge_codebook_is_refused_by_its_shape(golden_root, tmp_path):
         LarpTokenizer.from_pretrained(tmp_path)
 
 
-def test_parts_of_the_prior_of_two_dtypes_are_not_joined(golden_root):
+def test_query_key_and_value_of_two_dtypes_are_an_error(golden_root):
     folder = golden_root / "official_tokenizer"
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith(".attn.query.weight"))
@@ -176,13 +176,13 @@ def test_parts_of_the_prior_of_two_dtypes_are_not_joined(golden_root):
 
 
 @pytest.mark.parametrize("field, value", [("hidden_size", None), ("n_heads", "x"), ("in_channels", 4)])
-def test_a_field_of_a_discriminator_is_named(golden_root, field, value):
+def test_the_error_names_the_field_of_a_discriminator(golden_root, field, value):
     config = json.loads((golden_root / "official_discriminator/config.json").read_text())
     with pytest.raises(CheckpointError, match=f"{field} = {value!r}"):
         Discriminator.from_published(config | {field: value}, {})
 
 
-def test_the_command_writes_a_folder_and_spares_the_one_it_reads(tmp_path, capsys):
+def test_the_command_never_overwrites_its_input(tmp_path, capsys):
     model = LarpTokenizer(small())
     source, target = model.save_pretrained(tmp_path / "ours"), tmp_path / "theirs"
     main([str(source), str(target)])
@@ -198,16 +198,16 @@ def test_the_command_writes_a_folder_and_spares_the_one_it_reads(tmp_path, capsy
 def test_the_command_writes_the_averaged_weights(tmp_path):
     last, averaged = LarpTokenizer(small()), LarpTokenizer(small())
     source = last.save_pretrained(tmp_path / "ours", ema=averaged)
-    for options, wanted in (([], last), (["--variant", "ema"], averaged)):
+    for options, expected in (([], last), (["--variant", "ema"], averaged)):
         main([str(source), str(tmp_path / "theirs"), *options])
         assert torch.equal(
-            load_file(tmp_path / "theirs/model.safetensors")["encoder_latent_query_embed"], wanted.queries
+            load_file(tmp_path / "theirs/model.safetensors")["encoder_latent_query_embed"], expected.queries
         )
     with pytest.raises(CheckpointError, match="no variant 'best'"):
         main([str(source), str(tmp_path / "theirs"), "--variant", "best"])
 
 
-def test_a_file_in_the_place_of_the_published_folder_is_named(tmp_path):
+def test_a_file_where_the_published_folder_should_be_is_an_error(tmp_path):
     (tmp_path / "out").write_text("")
     with pytest.raises(ValueError, match="is a file: give another"):
         save_published(LarpTokenizer(small()), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The sampling of codes, the bookkeeping of a codebook, and the noise of a batch."""
+"""Sampling and resetting of codes, and the random numbers of a batch."""
 
 from larp.models.noise import BatchNoise
 from larp.models.quantizer import CodebookResetter, VectorQuantizer, sample_codes, usage
@@ -7,14 +7,14 @@ import pytest
 import torch
 
 
-def test_draw_stays_inside_whatever_the_uniform():
+def test_sampled_codes_are_in_range_for_every_uniform():
     probabilities = torch.tensor([[0.25, 0.0, 0.75], [1.0, 0.0, 0.0]])
     for value in (0.0, 0.2499, 0.5, 1 - 2**-24):
         sampled = sample_codes(probabilities, torch.full((2,), value))
         assert sampled.tolist() == [0 if value < 0.25 else 2, 0], "codes of probability 0 are never sampled"
 
 
-def test_a_low_temperature_is_the_nearest_code():
+def test_a_low_temperature_gives_the_nearest_code():
     quantizer = VectorQuantizer(32, 4, temperature=1e-4)
     latents = torch.randn(2, 6, 4)
     out = quantizer(latents, torch.rand(2, 6))
@@ -30,7 +30,7 @@ def test_half_precision_latents_are_quantized_in_float32():
     assert out.latents.dtype == torch.float32 and torch.equal(out.codes, quantizer.nearest(latents))
 
 
-def test_keeper_moves_idle_codes_onto_latents_and_resumes():
+def test_the_resetter_moves_idle_codes_to_latents_and_resumes():
     resetter = CodebookResetter(8, memory=10)
     latents = torch.nn.functional.normalize(torch.randn(3, 4, 4), dim=-1)
     resetter.observe(latents, torch.tensor([[0, 1, 1, 2]] * 3))
@@ -42,8 +42,8 @@ def test_keeper_moves_idle_codes_onto_latents_and_resumes():
     assert torch.equal(renewed, other.resample(codebook, other.idle(), seed=1))
     assert torch.equal(renewed[:3], codebook[:3]) and not torch.isclose(renewed[3:], codebook[3:]).all(-1).any()
     nearest = (renewed[3:] @ latents.flatten(0, 1).T).amax(-1)
-    assert (nearest > 0.98).all(), "the new places are places of latents"
-    assert len(resetter.idle()) == 8, "counting starts anew"
+    assert (nearest > 0.98).all(), "the codes are reset to latents"
+    assert len(resetter.idle()) == 8, "the counts are reset"
 
 
 def test_clustering_fits_the_latents():

@@ -1,4 +1,4 @@
-"""LarpTokenizer against the reference's golden values, and what a user may rely on."""
+"""LarpTokenizer: golden values of the reference, sampling, nested prefixes, invalid inputs, checkpoints."""
 
 from larp.hub import CheckpointError
 from larp.models.losses import psnr
@@ -43,8 +43,10 @@ def test_golden_latents_codes_and_reconstruction(golden):
     out = model(want["clip"])
     close(out.quantized.latents, want["quantized"])
     close(out.reconstruction, want["reconstruction"])
-    close(model.render(model.quantizer.lookup(want["codes"])), want["reconstruction_from_codes"])
-    assert torch.equal(model.decode(want["codes"]), model.render(model.quantizer.lookup(want["codes"])).clamp(0, 1))
+    close(model.decode_latents(model.quantizer.lookup(want["codes"])), want["reconstruction_from_codes"])
+    assert torch.equal(
+        model.decode(want["codes"]), model.decode_latents(model.quantizer.lookup(want["codes"])).clamp(0, 1)
+    )
 
 
 @torch.no_grad()
@@ -68,8 +70,8 @@ def test_golden_shorter_clip(golden):
 
 
 @pytest.mark.parametrize(("size", "millions"), [("S", 39.3), ("B", 115.5), ("L", 172.2)])
-def test_named_sizes_hold_the_parameters_that_the_readme_says(size, millions):
-    """Learned numbers without the prior; the paper prints 173 M for L, whose fixed position tables are 0.8 M each."""
+def test_parameters_of_the_named_sizes(size, millions):
+    """Trainable parameters without the prior. The paper has 173 M for L; its fixed position tables are 0.8 M each."""
     with torch.device("meta"):
         model = LarpTokenizer(TokenizerConfig.of_size(size))
     prior = sum(p.numel() for p in model.prior.parameters())
@@ -78,7 +80,7 @@ def test_named_sizes_hold_the_parameters_that_the_readme_says(size, millions):
     assert TokenizerConfig.of_size("L") == TokenizerConfig()
 
 
-def test_a_size_takes_other_fields_and_an_unknown_one_is_named():
+def test_a_named_size_with_other_fields_and_an_unknown_size():
     config = TokenizerConfig.of_size("S", num_tokens=256, decoder_depth=3)
     assert (config.num_tokens, config.encoder_depth, config.decoder_depth, config.encoder_width) == (256, 6, 3, 512)
     with pytest.raises(ValueError, match="unknown tokenizer size 'XL'; the sizes are S, B, L"):
@@ -99,7 +101,7 @@ def test_save_load_round_trip(tmp_path):
     assert again.weight_hash() != model.weight_hash()
 
 
-def test_draws_follow_the_probabilities_and_not_the_split():
+def test_samples_follow_the_probabilities_and_not_the_split():
     model = LarpTokenizer(tiny(temperature=0.3))
     clip = torch.rand(8, 3, 4, 16, 24)
     whole = model(clip, BatchNoise(1, 5, 8), mix=0.5)
@@ -107,19 +109,19 @@ def test_draws_follow_the_probabilities_and_not_the_split():
     assert torch.equal(whole.quantized.codes, torch.cat([h.quantized.codes for h in halves]))
     torch.testing.assert_close(whole.prior.loss, torch.stack([h.prior.loss for h in halves]).mean())
     latents = model.project(clip[:1])
-    wanted = model.quantizer.probabilities(latents)[0, 0]
+    expected = model.quantizer.probabilities(latents)[0, 0]
     sampled = model.quantizer(latents.expand(4000, -1, -1), BatchNoise(0, 0, 4000).uniform(6)).codes[:, 0]
     share = torch.bincount(sampled, minlength=32) / 4000
-    assert (share - wanted).abs().max() < 0.04 and (share > 0).sum() > 3
+    assert (share - expected).abs().max() < 0.04 and (share > 0).sum() > 3
 
 
-def test_gradients_reach_what_they_should():
+def test_which_parameters_get_gradients():
     model = LarpTokenizer(tiny())
     torch.nn.init.normal_(model.head.weight, std=0.05)
     out = model(torch.rand(2, 3, 4, 16, 24), BatchNoise(0, 0, 2), mix=0.5)
     out.prior.loss.backward(retain_graph=True)
-    assert model.queries.grad.abs().sum() > 0, "the prior shapes the encoder"
-    assert model.quantizer.embedding.weight.grad is None, "the prior sees the codebook detached"
+    assert model.queries.grad.abs().sum() > 0, "the prior trains the encoder"
+    assert model.quantizer.embedding.weight.grad is None, "the prior gets the codebook detached"
     model.zero_grad()
     out.quantized.commitment_loss.backward(retain_graph=True)
     assert model.quantizer.embedding.weight.grad is None
@@ -148,8 +150,8 @@ def test_any_prefix_of_a_nested_model_encodes_and_decodes():
         assert torch.equal(model.encode(clip, num_tokens=length), codes[:, :length])
         shorter = model.decode(codes[:, :length])
         with torch.no_grad():
-            seen = model.mask(model.quantizer.lookup(codes), torch.tensor([length, length]))
-            torch.testing.assert_close(shorter, model.render(seen).clamp(0, 1))
+            masked = model.mask(model.quantizer.lookup(codes), torch.tensor([length, length]))
+            torch.testing.assert_close(shorter, model.decode_latents(masked).clamp(0, 1))
     assert not torch.equal(model.decode(codes[:, :5]), model.decode(codes))
     with pytest.raises(ValueError, match="not both"):
         model.encode(clip, num_tokens=3, target_psnr=20.0)
@@ -164,12 +166,12 @@ def test_any_prefix_of_a_nested_model_encodes_and_decodes():
         model.encode(clip, target_psnr=-3.0)
 
 
-def test_the_target_psnr_is_reached_by_the_fewest_codes():
+def test_the_target_psnr_takes_the_fewest_codes():
     model, clip = nested_model(), torch.rand(4, 3, 4, 16, 24)
     codes = model.encode(clip)
     with torch.no_grad():
         reached = torch.stack([psnr(clip, model.decode(codes[:, :n])) for n in range(1, 7)])
-    # Without training a longer prefix may be worse: what bisection promises is a crossing.
+    # Without training a longer prefix may be worse; bisection finds a crossing of the target.
     target = reached[3, 0].item()
     needed = model.shortest_prefix(clip, codes, target)
     for row, n in enumerate(needed.tolist()):
@@ -180,12 +182,12 @@ def test_the_target_psnr_is_reached_by_the_fewest_codes():
     assert model.encode(clip, target_psnr=0.01).shape == (4, 1)
 
 
-def test_nested_dropout_keeps_prefixes_and_trains_the_mask():
-    keep = sample_prefix_lengths(BatchNoise(0, 0, 4000), 0.5, 2, 6)
-    counts = torch.bincount(keep, minlength=7) / 4000
+def test_nested_dropout_selects_prefixes_and_trains_the_mask():
+    lengths = sample_prefix_lengths(BatchNoise(0, 0, 4000), 0.5, 2, 6)
+    counts = torch.bincount(lengths, minlength=7) / 4000
     assert counts[:2].sum() == 0 and (counts[2:6] - 0.1).abs().max() < 0.02 and abs(counts[6] - 0.6) < 0.03
     model, clip = nested_model(), torch.rand(2, 3, 4, 16, 24)
-    out = model(clip, keep=torch.tensor([2, 6]))
+    out = model(clip, prefix_lengths=torch.tensor([2, 6]))
     codes = model.encode(clip)
     torch.testing.assert_close(out.reconstruction[:1].clamp(0, 1), model.decode(codes[:1, :2]))
     torch.testing.assert_close(out.reconstruction[1:].clamp(0, 1), model.decode(codes[1:]))
@@ -202,7 +204,7 @@ def test_an_image_is_a_clip_of_one_temporal_patch():
     assert model.decode(codes, num_frames=2).shape == (2, 3, 2, 16, 24)
 
 
-def test_the_temperature_of_the_draws_can_be_given():
+def test_the_temperature_of_the_samples_can_be_set():
     model, clip = LarpTokenizer(tiny(temperature=5.0)), torch.rand(8, 3, 4, 16, 24)
     nearest = model.encode(clip)
     sampled, cold = (model(clip, BatchNoise(0, 0, 8), temperature=t).quantized.codes for t in (None, 1e-4))
@@ -276,7 +278,7 @@ def test_a_clip_may_have_the_dtype_of_the_weights():
 
 
 @pytest.mark.parametrize("number", [3.5, "3", True])
-def test_a_number_of_codes_or_frames_is_whole(number):
+def test_a_number_of_codes_or_frames_must_be_whole(number):
     model, clip = nested_model(), torch.rand(1, 3, 4, 16, 24)
     with pytest.raises(ValueError, match="whole number"):
         model.encode(clip, num_tokens=number)
@@ -285,7 +287,7 @@ def test_a_number_of_codes_or_frames_is_whole(number):
 
 
 @pytest.mark.parametrize("target", ["20", True, float("nan")])
-def test_a_target_psnr_is_a_number(target):
+def test_a_target_psnr_must_be_a_number(target):
     with pytest.raises(ValueError, match="positive number of dB"):
         nested_model().encode(torch.rand(1, 3, 4, 16, 24), target_psnr=target)
 

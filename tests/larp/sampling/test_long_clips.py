@@ -8,8 +8,8 @@ from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.long_clips import continue_clip, last_frames, sample_classes, sample_continuations
 from larp.sampling.sample import generate, row_uniforms
-from tests.larp.codec.test_whole_video import noise, painting
-from tests.larp.models.test_generator import sampled
+from tests.larp.codec.test_whole_video import noise, random_tokenizer
+from tests.larp.models.test_generator import random_generator
 
 import pytest
 import torch
@@ -20,17 +20,17 @@ LABELS = torch.tensor([0, 1, 2, 0, 1])
 @pytest.fixture(scope="module")
 def tokenizer() -> LarpTokenizer:
     """Clips of 4 frames of 16x24."""
-    return painting()
+    return random_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def predictor() -> LarpGenerator:
-    return sampled(task="frame-prediction")
+    return random_generator(task="frame-prediction")
 
 
 @pytest.fixture(scope="module")
 def painter() -> LarpGenerator:
-    return sampled()
+    return random_generator()
 
 
 def frames_of(rows: int, count: int) -> torch.Tensor:
@@ -114,10 +114,10 @@ def test_a_continuation_is_guided_where_it_can_be(tokenizer, painter, monkeypatc
         larp.sampling.long_clips, "generate", lambda *a, **o: scales.append(o["guidance"]) or generate(*a, **o)
     )
     for null in (False, True):
-        predictor = sampled(task="frame-prediction", null_condition=null)
+        predictor = random_generator(task="frame-prediction", null_condition=null)
         list(sample_classes(painter, tokenizer, LABELS, 5, continuation=predictor, given=3, guidance=3.0))
     assert scales == [3.0, 1.0, 3.0, 3.0]
-    unconditional = sampled(task="frame-prediction")
+    unconditional = random_generator(task="frame-prediction")
     with pytest.raises(ValueError, match=r"use guidance 1\.0"):
         list(sample_continuations(unconditional, tokenizer, frames_of(1, 2)[0], 1, given=2, guidance=3.0))
 
@@ -129,8 +129,8 @@ def test_by_default_a_video_goes_on_for_one_window(tokenizer, predictor):
 
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(tokenizer, predictor, painter, monkeypatch):
     monkeypatch.setattr(larp.sampling.long_clips, "generate", lambda *_, **__: pytest.fail("something was sampled"))
-    frames, other = frames_of(1, 3), sampled(task="frame-prediction", codebook_size=33)
-    stranger = sampled(task="frame-prediction", tokenizer_hash="f" * 64)
+    frames, other = frames_of(1, 3), random_generator(task="frame-prediction", codebook_size=33)
+    stranger = random_generator(task="frame-prediction", tokenizer_hash="f" * 64)
     for words, call in {
         "needs one of --task frame-prediction": lambda: continue_clip(painter, tokenizer, frames, 9, given=3),
         "6 codes of 32 values, but the generator was": lambda: continue_clip(other, tokenizer, frames, 9, given=3),

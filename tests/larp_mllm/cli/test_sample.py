@@ -13,8 +13,8 @@ from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.sample import Guidance, generate
 from larp.sampling.training_info import Training, find_training
 from larp_mllm.cli import main
-from tests.larp.codec.test_whole_video import noise, painting
-from tests.larp.models.test_generator import sampled
+from tests.larp.codec.test_whole_video import noise, random_tokenizer
+from tests.larp.models.test_generator import random_generator
 from tests.larp_mllm.cli.test_cli import refused
 from tests.larp_mllm.tiny import tiny_cache
 from training.train_generator import main as train
@@ -29,14 +29,14 @@ NAMES = ("Archery", "Horse Race", "Surfing")
 def made(tmp_path_factory) -> Path:
     """A tokenizer t (clips of 4 frames), generators c and p, clip.mp4 of ten frames; tokenizers and a video that do not fit."""
     made = tmp_path_factory.mktemp("made")
-    tokenizer = painting()
+    tokenizer = random_tokenizer()
     tokenizer.save_pretrained(made / "t")
     belongs = {"tokenizer_hash": tokenizer.weight_hash()}
-    sampled(class_names=NAMES, **belongs).save_pretrained(made / "c/model")
-    sampled(task="frame-prediction", **belongs).save_pretrained(made / "p")
+    random_generator(class_names=NAMES, **belongs).save_pretrained(made / "c/model")
+    random_generator(task="frame-prediction", **belongs).save_pretrained(made / "p")
     write_video(made / "clip.mp4", noise(10), 12.5)
-    painting(code_dim=4).save_pretrained(made / "other")
-    painting(codebook_size=33).save_pretrained(made / "larger")
+    random_tokenizer(code_dim=4).save_pretrained(made / "other")
+    random_tokenizer(codebook_size=33).save_pretrained(made / "larger")
     write_video(made / "short.mp4", noise(2), 12.5)
     (made / "text").write_text("hello")
     return made
@@ -137,7 +137,7 @@ def run_of(folder: Path, **cache: int) -> Path:
     tokens.write_shard(where / index["shards"][0], columns | {"fps": fps}, notes["videos"], notes["skipped"])
     shape = dict(num_tokens=4, codebook_size=16, tokenizer_hash=index["key"]["tokenizer"])
     task = "frame-prediction" if cache else "class"
-    sampled(task=task, class_names=() if cache else NAMES, **shape).save_pretrained(folder / "run" / "model")
+    random_generator(task=task, class_names=() if cache else NAMES, **shape).save_pretrained(folder / "run" / "model")
     (folder / "run" / "config.json").write_text(json.dumps({"tokens": str(where), "tokenizer": None, "stride": 1}))
     return folder / "run"
 
@@ -187,7 +187,7 @@ def test_a_trained_run_needs_no_other_option(tmp_path, monkeypatch):
 
 
 def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
-    sampled().save_pretrained(tmp_path / "model")
+    random_generator().save_pretrained(tmp_path / "model")
     told = {"tokens": None, "tokenizer": "somewhere/t", "stride": 3, "condition_frames": 2}
     (tmp_path / "config.json").write_text(json.dumps(told))
     assert find_training(str(tmp_path / "model")) == Training("somewhere/t", None, None, 3, 2)

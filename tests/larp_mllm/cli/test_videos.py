@@ -15,7 +15,7 @@ from larp.codec.whole_video import Encoding
 from larp.data.video import probe, read_video, write_video
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.cli import main
-from tests.larp.codec.test_whole_video import noise, painting
+from tests.larp.codec.test_whole_video import noise, random_tokenizer
 from tests.larp.data.odd_videos import write_unevenly, write_with_sound
 from tests.larp.models.test_tokenizer import tiny
 from tests.larp_mllm.cli.test_cli import refused
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A tokenizer, t, a video of ten frames, clip.mp4, and clip.larp, its codes."""
-    made, tokenizer = tmp_path_factory.mktemp("made"), painting(nested=True)
+    made, tokenizer = tmp_path_factory.mktemp("made"), random_tokenizer(nested=True)
     tokenizer.save_pretrained(made / "t")
     write_video(made / "clip.mp4", noise(10), 12.5)
     larp.codec.whole_video.tokenize_video(made / "clip.mp4", tokenizer, Encoding(), name="t").save(made / "clip.larp")
@@ -236,7 +236,7 @@ def test_a_signal_ends_every_command_and_leaves_nothing(
     tokenized, monkeypatch, capsys, ctrl_c, command, number, status
 ):
     before, handler = sorted(tokenized.rglob("*")), signal.getsignal(signal.SIGTERM)
-    real = LarpTokenizer.render, LarpTokenizer.project
+    real = LarpTokenizer.decode_latents, LarpTokenizer.project
 
     def terminated(work):
         def run(*given):
@@ -245,7 +245,7 @@ def test_a_signal_ends_every_command_and_leaves_nothing(
 
         return run
 
-    monkeypatch.setattr(LarpTokenizer, "render", terminated(real[0]))
+    monkeypatch.setattr(LarpTokenizer, "decode_latents", terminated(real[0]))
     monkeypatch.setattr(LarpTokenizer, "project", terminated(real[1]))
     with pytest.raises(SystemExit) as stopped:
         main([*command.split(), "--tokenizer", "t"])
