@@ -54,8 +54,8 @@ def sampler(
     for place in places:
         decoder.prefill(condition)
         decoder.filled = place
-        decoder.place.fill_(place)
-        run, span = decoder.steps(codes, choose, captured), decoder._span()
+        decoder.position.fill_(place)
+        run, span = decoder.make_step(codes, choose, captured), decoder._span()
         # The most codes that can follow without the attended length growing.
         most = max(3, min(32, span - place - 4))
         each.append(seconds_of(lambda run=run, span=span: run(span), device, budget / 4, warm=2, most=most))
@@ -86,7 +86,7 @@ def sampler(
             marks.append(mark(device))
         finish(device)
         figures["seconds_of_generate"] = [between(first, second) for first, second in pairwise(marks)]
-        reused_decoder.forget()
+        reused_decoder.clear()
     return figures
 
 

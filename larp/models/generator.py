@@ -260,9 +260,8 @@ class LarpGenerator(LarpModel):
             )
         if config.tokenizer_hash and weight_hash != config.tokenizer_hash:
             raise ValueError(
-                f"the generator was trained on codes of the tokenizer {config.tokenizer_hash[:12]}, not"
-                f" {weight_hash[:12]} (hashes of the weights), whose codes mean something else: use the former, or train"
-                " again"
+                f"the generator was trained on codes of the tokenizer {config.tokenizer_hash[:12]}, but this one is"
+                f" {weight_hash[:12]} (hashes of the weights): use that tokenizer, or train again"
             )
 
 

@@ -1,1 +1,1 @@
-"""A generator writes codes: temperature, cuts and guidance, the key-value cache, videos longer than a clip."""
+"""Sampling codes from a generator: temperature, top-k, top-p, guidance, the key-value cache, videos longer than a clip."""

@@ -1,8 +1,9 @@
-"""Writing clips code by code: prefill the condition, decode one code, decode the other codes.
+"""Autoregressive decoding of a clip: prefill the condition, decode one code, decode the remaining codes.
 
-A `Decoder` holds what a generator's blocks need, fused and laid out for few rows, beside a preallocated cache. On a GPU the step of one code is captured in a CUDA graph.
+A `Decoder` holds a generator's weights, fused and packed for few rows, and a preallocated key-value cache. On a GPU the step of
+one code is captured in a CUDA graph.
 
-Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S new positions, P positions, D width.
+Shapes: B clips, R rows (B, or 2 B with guidance), N codes, K codebook size, S new positions, D width.
 """
 
 from collections.abc import Callable, Hashable
@@ -19,46 +20,46 @@ from tqdm import tqdm
 if TYPE_CHECKING:
     from larp.models.generator import GeneratorBlock, GeneratorConfig, LarpGenerator
 
-# On a GPU the attended length grows by this many positions at a time: each length is a graph of its own.
+# On a GPU the attended length grows in steps of this many positions, because each length needs its own graph.
 GPU_STRIDE = 256
 
 
 class KeyValueCache:
-    """Keys and values of the positions read so far, preallocated for the length that one generation needs.
+    """Keys and values of all layers, preallocated for the maximum length.
 
     Args:
-        layers, rows, heads, length, head_dim: the shape of the keys, and of the values.
-        dtype, device: those of the keys that will be written.
-        masked: positions that are not yet filled will be attended to, under a mask.
+        layers, rows, heads, length, head_dim: the shape of the keys and of the values.
+        dtype, device: of the keys and values.
+        masked: whether attention reads positions that are not yet filled, under a mask.
     """
 
     def __init__(
         self, layers: int, rows: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device, masked: bool
     ):
-        # Zeros: a position under a mask still takes part in a product, and zero times a NaN is NaN.
+        # Zeros, because attention multiplies masked positions by 0, and 0 times NaN is NaN.
         allocate = torch.zeros if masked else torch.empty
         shape = (layers, rows, heads, length, head_dim)
         self.keys, self.values = (allocate(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def write(self, layer: int, places: Tensor, key: Tensor, value: Tensor, span: int) -> tuple[Tensor, Tensor]:
-        """Write keys and values (R, H, S, head_dim) of a layer at `places` (S,); return views of its first `span` positions."""
+    def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor, span: int) -> tuple[Tensor, Tensor]:
+        """Store keys and values (R, H, S, head_dim) of a layer at `positions` (S,); return views of the first `span` positions."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.index_copy_(2, places, key)
-        values.index_copy_(2, places, value)
+        keys.index_copy_(2, positions, key)
+        values.index_copy_(2, positions, value)
         return keys[:, :, :span], values[:, :, :span]
 
 
 class BlockWeights:
-    """The weights of one block, ready for products: query, key and value in one, and the two inner ones of SwiGLU in one."""
+    """The layers of one block, with query, key and value fused, and SwiGLU's w1 and w3 fused."""
 
-    def __init__(self, block: "GeneratorBlock", dtype: torch.dtype, product: type[PlainLinear] | type[PackedLinear]):
-        self.qkv, self.wo, self.w13, self.w2 = (product(weight) for weight in self.fused(block, dtype))
+    def __init__(self, block: "GeneratorBlock", dtype: torch.dtype, linear: type[PlainLinear] | type[PackedLinear]):
+        self.qkv, self.wo, self.w13, self.w2 = (linear(weight) for weight in self.fused(block, dtype))
         self.attention_norm = block.attention_norm.weight.detach().to(dtype)
         self.ffn_norm = block.ffn_norm.weight.detach().to(dtype)
 
     @staticmethod
     def fused(block: "GeneratorBlock", dtype: torch.dtype) -> list[Tensor]:
-        """Return the weights (O, I) of the four products of a block."""
+        """Return the four fused weights of a block, each (output width, input width)."""
         inner = block.feed_forward
         weights = [block.attention.wqkv.weight, block.attention.wo.weight]
         weights += [torch.cat([inner.w1.weight, inner.w3.weight]), inner.w2.weight]
@@ -66,21 +67,25 @@ class BlockWeights:
 
 
 class Decoder:
-    """A generator made ready to write clips. Make it anew after a change of the weights.
+    """Decodes codes with a generator's weights. Build a new one after the weights change.
 
-    Fused and packed weights are copies of what they were; embeddings, and plain weights that need no fusing nor another dtype,
-    are the model's own. After a change in place the two would no longer belong together.
+    Fused and packed weights are copies; embeddings and some plain weights are shared with the model. After an in-place change
+    they would not match.
 
     Args:
-        model: the generator; it is not changed, and dropout does not act whatever its mode.
-        rows: R, how many sequences are written side by side.
-        weights: "packed" copies them into the layout that a CPU reads fastest for few rows, and gives a row the same bits
-            in any batch; "plain" uses `F.linear`. "fused" is for one or two rows on a GPU: kernels that do most of a block at once
-            (see larp.sampling.decoder_kernels), whose last bits are others; for a large model it tries at first, for some seconds, how to
-            launch them. "auto" packs where that is possible (see larp.kernels.packed_linear), and fuses bfloat16 where that is, without trying.
-        dtype: of the weights; by default the model's. bfloat16 is faster, and changes what is sampled.
-        stride: the attended length is a multiple of this, and masked; 1 attends to what is filled, without a mask. By
-            default 1 on a CPU, and `GPU_STRIDE` elsewhere.
+        model: the generator; it is not modified. Dropout is never applied.
+        rows: R, the number of sequences decoded in parallel.
+        weights: the implementation of the linear layers.
+            "plain": `F.linear`.
+            "packed": copies in a layout for few rows on a CPU; the bits of a row do not depend on the batch
+            (see larp.kernels.packed_linear).
+            "fused": for one or two rows on a GPU, kernels that each compute most of a block (see
+            larp.sampling.decoder_kernels); the last bits differ from "plain". For a large model, launch parameters are first
+            tuned for some seconds.
+            "auto": "packed" where supported; "fused", without tuning, for bfloat16 where supported; else "plain".
+        dtype: of the weights; by default the model's. bfloat16 is faster and changes the samples.
+        stride: the attended length is rounded up to a multiple of this and masked; 1 needs no mask. By default 1 on a CPU,
+            else `GPU_STRIDE`.
 
     Raises ValueError for weights that cannot be packed or fused.
     """
@@ -97,179 +102,182 @@ class Decoder:
         like, config = model.output.weight, model.config
         self.model, self.config, self.dtype = model, config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
-        searched = weights == "fused"
+        tuned = weights == "fused"
         if (
             weights == "auto"
             and stride is None
             and like.is_cuda
             and self.dtype == torch.bfloat16
-            and _fusable(config, rows, like.device)
+            and _can_fuse(config, rows, like.device)
         ):
             weights = "fused"
         if weights == "fused":
             if not like.is_cuda:
                 raise ValueError(f"weights='fused' needs a GPU, and these are on {like.device}: use 'auto'")
-            # The kernels know what is filled: one attended length, and so one graph, serves all positions.
+            # The kernels read the position on the device: one attended length, and so one graph, is enough.
             self.stride = config.positions
         with torch.no_grad():
-            product = choose_linear(like.detach().to(self.dtype), weights)
-            self.blocks = [BlockWeights(block, self.dtype, product) for block in model.layers]
-            self.head, self.norm = product(like.detach().to(self.dtype)), model.norm.weight.detach().to(self.dtype)
-            self.positions = model.abs_pe.detach().to(self.dtype)
+            linear = choose_linear(like.detach().to(self.dtype), weights)
+            self.blocks = [BlockWeights(block, self.dtype, linear) for block in model.layers]
+            self.head, self.norm = linear(like.detach().to(self.dtype)), model.norm.weight.detach().to(self.dtype)
+            self.position_embeddings = model.abs_pe.detach().to(self.dtype)
         length = -(-config.positions // self.stride) * self.stride
         head_dim = config.width // config.heads
-        # A CPU attends to bfloat16 at half the speed at which it attends to float32.
-        kept = torch.float32 if like.device.type == "cpu" and self.dtype == torch.bfloat16 else self.dtype
+        # On a CPU attention in bfloat16 is half as fast as in float32.
+        cache_dtype = torch.float32 if like.device.type == "cpu" and self.dtype == torch.bfloat16 else self.dtype
         masked = self.stride > 1
-        self.cache = KeyValueCache(config.depth, rows, config.heads, length, head_dim, kept, like.device, masked)
+        self.cache = KeyValueCache(config.depth, rows, config.heads, length, head_dim, cache_dtype, like.device, masked)
         self.fused = None
         if weights == "fused":
             from larp.sampling.decoder_kernels import FusedBlocks
             from larp.sampling.decoder_tuning import tune
 
             self.fused = FusedBlocks(config, self.blocks, self.norm, self.head.weight, self.cache)
-            tune(self.fused, searched)
-        # What `steps` returned, and what belongs to it, for whoever wants to run it again.
-        self.runs: dict[Hashable, tuple] = {}
+            tune(self.fused, tuned)
+        # Results of `make_step` with their tensors, stored by callers that reuse them.
+        self.saved_steps: dict[Hashable, tuple] = {}
+        # The number of positions in the cache, and the same on the device, where a captured step reads it.
         self.filled = 0
-        # Where the next position goes, also as a tensor: a captured step reads it there.
-        self.place = torch.zeros(1, dtype=torch.int64, device=like.device)
-        # The index that `steps` filled last.
-        self.newest = torch.zeros_like(self.place)
-        self.counted = torch.arange(length, device=like.device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        # The index of the newest code, on the device.
+        self.code_index = torch.zeros_like(self.position)
+        self.position_ids = torch.arange(length, device=like.device)
 
     @torch.no_grad()
     def prefill(self, condition: Tensor) -> Tensor:
-        """Read the condition of each row, see `LarpGenerator`; return the float32 logits (R, K) of the first code.
-
-        Whatever was read before is forgotten.
-        """
+        """Start new sequences with a condition per row (see `LarpGenerator`); return float32 logits (R, K) of the first code."""
         x = self.model.embed_condition(condition).to(self.dtype)
         length = x.shape[1]
-        logits = self._read(x + self.positions[:, :length], self.counted[:length], length)
-        self.place.fill_(length)
-        self.newest.zero_()
+        logits = self._forward(x + self.position_embeddings[:, :length], self.position_ids[:length], length)
+        self.position.fill_(length)
+        self.code_index.zero_()
         self.filled = length
         return logits
 
     @torch.no_grad()
     def decode_one(self, codes: Tensor) -> Tensor:
-        """Read one more code of each row, int64 (R,); return the float32 logits (R, K) of the next."""
+        """Append one code per row, int64 (R,); return float32 logits (R, K) of the next."""
         logits = self._step(codes, self._span())
         self.filled += 1
         return logits
 
     @torch.no_grad()
     def decode_n(self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], progress: bool = False) -> None:
-        """Fill codes (B, N) from index 1 on, in place; R is B, or 2 B when `choose` mixes conditional and unconditional.
+        """Decode codes (B, N) from index 1 on, in place, after `prefill`. R is B, or 2 B for guidance.
 
-        `choose(logits (R, K), index (1,))` picks the codes (B,) of an index, which it is given on the device.
+        Args:
+            choose: maps logits (R, K) and the index (1,), both on the device, to codes (B,).
+            progress: show a progress bar.
         """
-        self.run(self.steps(codes, choose, codes.is_cuda), codes.shape[1], progress)
+        self.run_steps(self.make_step(codes, choose, codes.is_cuda), codes.shape[1], progress)
 
     @torch.no_grad()
-    def run(self, run: Callable[[int], None], count: int, progress: bool = False) -> None:
-        """Take what `steps` returned through a clip of `count` codes, after a prefill."""
+    def run_steps(self, step: Callable[[int], None], count: int, progress: bool = False) -> None:
+        """Call a step of `make_step` for the codes 1 to `count` - 1, after `prefill`."""
         for _ in tqdm(range(1, count), desc="codes", disable=not progress, leave=False):
-            run(self._span())
+            step(self._span())
             self.filled += 1
 
-    def steps(self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool) -> Callable[[int], None]:
-        """Return what, at each call, fills the next index of codes (B, N), from 1 on, and attends to so many positions.
+    def make_step(
+        self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], captured: bool
+    ) -> Callable[[int], None]:
+        """Return a function of the attended length that decodes the next index of codes (B, N) in place, from 1 on.
 
-        `choose` is as in `decode_n`; `captured` (on a GPU) replays a graph. `filled` is the caller's to count. After another
-        prefill it begins again, with what lies in `codes` and in what `choose` reads by then.
+        `choose` is as in `decode_n`. `captured` replays a CUDA graph. The caller increments `filled`. After another `prefill`
+        the function starts at index 1 again and reads the current contents of `codes` and of the tensors that `choose` uses.
         """
-        newest, copies = self.newest.zero_(), self.cache.keys.shape[1] // codes.shape[0]
+        index, copies = self.code_index.zero_(), self.cache.keys.shape[1] // codes.shape[0]
 
         def step(span: int) -> None:
-            logits = self._step(codes.index_select(1, newest)[:, 0].repeat(copies), span)
-            newest.add_(1)
-            codes.index_copy_(1, newest, choose(logits, newest)[:, None])
+            logits = self._step(codes.index_select(1, index)[:, 0].repeat(copies), span)
+            index.add_(1)
+            codes.index_copy_(1, index, choose(logits, index)[:, None])
 
         return CapturedSteps(step) if captured else step
 
     def best_threads(self) -> int:
-        """Return the number of threads, 1 or the present one, that does a block's products faster at this moment."""
-        if self.place.device.type != "cpu":
+        """Return the faster number of threads, 1 or torch's current one, for the linear layers of a block."""
+        if self.position.device.type != "cpu":
             return torch.get_num_threads()
         block, rows = self.blocks[0], self.cache.keys.shape[1]
-        wide = torch.ones(rows, self.config.width, dtype=self.dtype)
+        x = torch.ones(rows, self.config.width, dtype=self.dtype)
         inner = torch.ones(rows, self.config.ffn_hidden, dtype=self.dtype)
-        return best_threads(lambda: (block.qkv(wide), block.wo(wide), block.w13(wide), block.w2(inner)))
+        return best_threads(lambda: (block.qkv(x), block.wo(x), block.w13(x), block.w2(inner)))
 
     def _span(self) -> int:
-        """How many positions the next step attends to, and what does not fit: ValueError."""
+        """Return the attended length of the next step; ValueError if all positions are filled."""
         if self.filled >= self.config.positions:
-            raise ValueError(f"all {self.config.positions} positions of this generator are read: the clip is complete")
+            raise ValueError(
+                f"all {self.config.positions} positions of this generator are filled: the clip is complete"
+            )
         return -(-(self.filled + 1) // self.stride) * self.stride
 
     def _step(self, codes: Tensor, span: int) -> Tensor:
-        """Read one code of each row with what lies on the device alone: what a graph can capture."""
+        """Run one code per row without reading values back from the device, so that a CUDA graph can capture it."""
         x = F.embedding(codes, self.model.tok_embeddings.weight)[:, None].to(self.dtype)
-        x = x + self.positions.index_select(1, self.place)
+        x = x + self.position_embeddings.index_select(1, self.position)
         if self.fused is not None:
-            logits = self.fused(x[:, 0], self.place)
+            logits = self.fused(x[:, 0], self.position)
         else:
-            mask = None if self.stride == 1 else (self.counted[:span] <= self.place)[None]
-            logits = self._read(x, self.place, span, mask)
-        self.place.add_(1)
+            mask = None if self.stride == 1 else (self.position_ids[:span] <= self.position)[None]
+            logits = self._forward(x, self.position, span, mask)
+        self.position.add_(1)
         return logits
 
-    def _read(self, x: Tensor, places: Tensor, span: int, mask: Tensor | None = None) -> Tensor:
-        """Run the new positions x (R, S, D) at `places` (S,) through all blocks; return the last one's logits (R, K)."""
+    def _forward(self, x: Tensor, positions: Tensor, span: int, mask: Tensor | None = None) -> Tensor:
+        """Run new inputs x (R, S, D) at `positions` (S,) through all blocks; return the logits (R, K) of the last position."""
         rows, length, width = x.shape
         for layer, block in enumerate(self.blocks):
-            fused = block.qkv(self._normed(x, block.attention_norm)).to(self.cache.keys.dtype)
-            query, key, value = fused.view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
-            keys, values = self.cache.write(layer, places, key, value, span)
+            qkv = block.qkv(self._rms_norm(x, block.attention_norm)).to(self.cache.keys.dtype)
+            query, key, value = qkv.view(rows, length, 3, self.config.heads, -1).permute(2, 0, 3, 1, 4)
+            keys, values = self.cache.update(layer, positions, key, value, span)
             mixed = attend(query, keys, values, mask)
             x = x.add_(block.wo(mixed.transpose(1, 2).reshape(rows, length, width).to(self.dtype)))
-            x = x.add_(block.w2(gated(block.w13(self._normed(x, block.ffn_norm)))))
-        return self.head(self._normed(x[:, -1], self.norm)).float()
+            x = x.add_(block.w2(swiglu(block.w13(self._rms_norm(x, block.ffn_norm)))))
+        return self.head(self._rms_norm(x[:, -1], self.norm)).float()
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
 
 
-def _fusable(config: "GeneratorConfig", rows: int, device: torch.device) -> bool:
+def _can_fuse(config: "GeneratorConfig", rows: int, device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < (8, 0):  # no bfloat16
         return False
     try:
-        from larp.sampling.decoder_kernels import refusal
-    except ImportError:  # a build of torch without Triton, or with one that is too old
+        from larp.sampling.decoder_kernels import why_unsupported
+    except ImportError:  # torch without Triton, or with too old a version
         return False
-    return not refusal(config, rows)
+    return not why_unsupported(config, rows)
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of new positions (R, H, S, head_dim) to keys and values (R, H, span, head_dim): causal if S > 1.
+    """Compute attention of new positions (R, H, S, head_dim) to keys and values (R, H, span, head_dim), causal if S > 1.
 
-    `mask` bool (1, span) says which keys a single position sees; None: all.
+    `mask`, bool (1, span), is True for the keys that a single position attends to; None means all.
     """
     length = query.shape[2]
     if length > 1 or mask is not None or query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=length > 1)
-    # For a single query torch's CPU kernel splits the keys among the threads, and a row's bits would depend on their number
-    # and on the rows beside it. With two products they do not, and it is a little faster.
+    # For a single query torch's CPU kernel splits the keys among threads, so that a row's bits depend on their number and on
+    # the other rows. Two matrix multiplications avoid that and are slightly faster.
     scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     return scores.softmax(dim=-1) @ values
 
 
-def gated(x: Tensor) -> Tensor:
-    """Return the inner values of SwiGLU (..., O) from both their products (..., 2 O)."""
+def swiglu(x: Tensor) -> Tensor:
+    """Compute `silu(gate) * up` (..., F) from both concatenated (..., 2 F)."""
     gate, up = x.chunk(2, dim=-1)
     if x.device.type != "cpu":
         return F.silu(gate).mul_(up)
-    # On one thread: another's share may begin inside a vector, of which the rest is then done by another exp.
+    # One thread: the chunk of another may start inside a SIMD vector, whose rest a different implementation of exp computes.
     with threads(1):
         return F.silu(gate).mul_(up)
 
 
 class CapturedSteps:
-    """A step captured in one CUDA graph for each span, so that a code costs one launch.
+    """A step captured in one CUDA graph per attended length, so that a code costs one launch.
 
-    The first step of a span runs as it is, which also warms up its kernels; the second is captured, and from there on replayed.
+    The first step of a length runs eagerly, which also warms up its kernels. The second is captured; from then on it is replayed.
     """
 
     def __init__(self, step: Callable[[int], None]):
@@ -278,14 +286,14 @@ class CapturedSteps:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, span: int) -> None:
-        """Do the step for an attended length."""
+        """Run the step with an attended length."""
         if span not in self.graphs:
             self.graphs[span] = None
             self.step(span)
             return
         if self.graphs[span] is None:
             graph = torch.cuda.CUDAGraph()
-            # Other threads, of a loader for instance, may use the device meanwhile.
+            # Thread-local, because threads of a data loader may use the device at the same time.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(span)
             self.graphs[span] = graph

@@ -1,20 +1,20 @@
-"""The step of one code for one or two rows on a GPU, in five Triton kernels a block: there, reading the weights is all the work.
+"""Triton kernels for decoding one code of one or two rows on a GPU: five per block, bound by the time to read the weights.
 
-What torch does in about 16 kernels a block, each too short to reach the memory's rate, is done where the numbers are: norms on the
-way into a product, SwiGLU, the residual and the cache's new entries on the way out. Attention reads the place of the newest position
-on the device: one captured graph serves all positions.
+torch runs about 16 kernels per block, each too short to reach the full memory bandwidth. Here norms are fused into the following
+matrix multiplication, and SwiGLU, the residual connection and the update of the key-value cache into the preceding one. Attention
+reads the position of the newest code on the device, so that one captured CUDA graph serves all positions.
 
-Where the GPU can launch a kernel while the one before still runs (PDL: compute capability 9.0 on), each reads its weights, which nobody
-writes, before it waits for the other's results: the memory has no pause between kernels. Sums are in float32, in an order that no
-measurement chooses: what `larp.sampling.decoder_tuning` measures changes no bit.
+With programmatic dependent launch (PDL, compute capability 9.0 or newer) a kernel starts while the previous one runs, and reads its
+constant weights before it waits for the other's results: memory is read without pauses between kernels. Sums are in float32, and
+their order does not depend on the launch parameters: `larp.sampling.decoder_tuning` changes no bit.
 
-Shapes: R rows (1 or 2), D width, F inner width of SwiGLU, H heads, L positions of the cache, K codebook size. A program has as many warps
-as `WARPS`; each warp makes `EACH` outputs, and has read all their weights before it waits.
+Shapes: R rows (1 or 2), D width, F inner width of SwiGLU, H heads, L positions of the cache, K codebook size. A program has `WARPS`
+warps. Each warp computes `EACH` outputs and reads all their weights before it waits.
 """
 
-# ruff: noqa: RUF005 (Triton knows no unpacking)
+# ruff: noqa: RUF005 (Triton does not support unpacking)
 
-from functools import cache as once
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from larp.models.generator import GeneratorConfig
     from larp.sampling.decoder import BlockWeights, KeyValueCache
 
-MOST_ROWS = 2
-# Numbers of the keys that one program of attention reads.
-_KEYS = 2**13
+MAX_ROWS = 2
+# Values of the keys that one program of attention reads.
+_CHUNK_ELEMENTS = 2**13
 
 
 @triton.jit
 def _begin(PDL: tl.constexpr):
-    """Let the next kernel start as soon as all programs of this one have."""
+    """Allow the next kernel to start once all programs of this one have started."""
     if PDL:
         gdc_launch_dependents()
 
 
 @triton.jit
 def _wait(PDL: tl.constexpr):
-    """From here on the results of all kernels before are there; what lies before reads only what they do not write."""
+    """Wait for the results of all previous kernels. Code before this call must not read them."""
     if PDL:
         gdc_wait()
 
 
 @triton.jit
 def _tiles(weight, first, INNER: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr):
-    """WARPS * EACH rows of a weight (O, INNER) from `first` on, as a tuple of tiles (WARPS, STEP): a row to a warp."""
+    """Load WARPS * EACH rows of a weight (O, INNER) from `first` on, as a tuple of tiles (WARPS, STEP): one row per warp."""
     lanes = tl.arange(0, STEP)[None, :]
     rows = first + tl.arange(0, WARPS)[:, None]
     tiles = ()
@@ -93,12 +93,12 @@ def _products(
     x, gain, tiles,
     INNER: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Products of `_tiles` with the normed first and, if TWO, second row of x (R, INNER): for each a tuple of EACH (WARPS,)."""
+    """Multiply `_tiles` by the normed first and, if TWO, second row of x (R, INNER): for each a tuple of EACH (WARPS,)."""
     sums0 = _zeros(EACH, WARPS, STEP)
     sums1 = _zeros(EACH, WARPS, STEP)
     squares0 = tl.zeros((WARPS, STEP), tl.float32)
     squares1 = tl.zeros((WARPS, STEP), tl.float32)
-    # Each warp reads x for itself, from the nearest cache: to share it among warps would make them wait.
+    # Each warp reads x itself, from the L1 cache: sharing it would synchronise the warps.
     lanes = tl.arange(0, STEP)[None, :] + tl.zeros((WARPS, 1), tl.int32)
     for part in tl.static_range(INNER // STEP):
         inner = part * STEP + lanes
@@ -147,7 +147,7 @@ def _qkv(
     LENGTH: tl.constexpr, WIDTH: tl.constexpr, HEAD: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr,
     WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, query, key and value; keys and values go to their place in the cache."""
+    """Compute norm, query, key and value; store key and value in the cache."""
     _begin(PDL)
     first = tl.program_id(0) * WARPS * EACH
     tiles = _tiles(weight, first, WIDTH, WARPS, EACH, STEP)
@@ -163,7 +163,7 @@ def _qkv(
 
 @triton.jit
 def _ahead(weight, program, PROGRAMS: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for this program's share of a weight's first SIZE numbers, line by line, to be brought into the GPU's L2 cache."""
+    """Prefetch this program's share of a weight's first SIZE values into the L2 cache, one cache line at a time."""
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
     lines: tl.constexpr = SIZE // LINE
     share: tl.constexpr = (lines + PROGRAMS - 1) // PROGRAMS
@@ -181,13 +181,13 @@ def _attention(
     SCALE: tl.constexpr, LENGTH: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr, MOST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row and head (program 0), and a chunk of the positions (program 1): attention to all positions up to the place.
+    """Compute attention of one row and head (program axis 0) to one chunk of the positions up to `place` (program axis 1).
 
-    Whichever chunk is done last adds up all of them, in their order, and sets the count back.
+    The program that finishes last adds up all chunks, in their order, and resets the counter.
     """
     _begin(PDL)
     index, split = tl.program_id(0), tl.program_id(1)
-    # Neither the place nor what lies before it in the cache is written by this step's kernels.
+    # This step's kernels write neither `places` nor the cache before that position.
     place = tl.load(places).to(tl.int32)
     used = tl.maximum((place + CHUNK - 1) // CHUNK, 1)
     if split < used:
@@ -217,7 +217,7 @@ def _attention(
         if done == used - 1:
             splits = tl.arange(0, MOST)
             there = splits < used
-            # Past the nearest cache, which may hold what another layer has left there.
+            # Bypasses the L1 cache, which may have stale values of another layer.
             every = tl.load(peaks + index * SPLITS + splits, mask=there, other=-1e30, cache_modifier=".cg")
             mass = tl.load(masses + index * SPLITS + splits, mask=there, other=0.0, cache_modifier=".cg")
             at = (index * SPLITS + splits[:, None]) * HEAD + channels[None, :]
@@ -234,7 +234,7 @@ def _linear_add(
     INNER: tl.constexpr, OUTER: tl.constexpr, AHEAD: tl.constexpr, TWO: tl.constexpr,
     WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """x (R, OUTER) += weight @ y (R, INNER), in place; the next kernel's weight `later` is asked for meanwhile."""
+    """Compute x (R, OUTER) += weight @ y (R, INNER) in place, and prefetch `later`, the next kernel's weight."""
     _begin(PDL)
     first = tl.program_id(0) * WARPS * EACH
     tiles = _tiles(weight, first, INNER, WARPS, EACH, STEP)
@@ -260,7 +260,7 @@ def _gate(
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr,
     WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm, both inner products of SwiGLU, and silu of the one times the other: inner (R, F)."""
+    """Compute norm, both inner layers of SwiGLU, and silu(gate) * up: inner (R, F)."""
     _begin(PDL)
     first = tl.program_id(0) * WARPS * EACH
     gates = _tiles(weight, first, WIDTH, WARPS, EACH, STEP)
@@ -286,7 +286,7 @@ def _norm_linear(
     WIDTH: tl.constexpr, OUTER: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr,
     WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Norm and head: logits (R, K) float32."""
+    """Compute norm and head: logits (R, K) float32."""
     _begin(PDL)
     first = tl.program_id(0) * WARPS * EACH
     tiles = _tiles(weight, first, WIDTH, WARPS, EACH, STEP)
@@ -300,23 +300,26 @@ def _norm_linear(
 
 
 class Shape(NamedTuple):
-    """How a kernel with weights is cut up: warps of a program, outputs of a warp, and registers of a thread, or as many as it takes."""
+    """Launch parameters of a kernel with weights."""
 
     warps: int
+    """Warps per program."""
     each: int
+    """Outputs per warp."""
     registers: int | None = None
+    """Maximum number of registers per thread; None means no limit."""
 
     def grid(self, outputs: int) -> tuple[int]:
-        """Programs for so many outputs."""
+        """Return the number of programs for `outputs` outputs."""
         return (outputs // (self.warps * self.each),)
 
     def options(self) -> dict[str, int | None]:
-        """What the kernel is told."""
+        """Return the keyword arguments of the kernel."""
         return dict(WARPS=self.warps, EACH=self.each, num_warps=self.warps, maxnreg=self.registers)
 
 
 class Launch(NamedTuple):
-    """How the kernels are launched; no bit of a result depends on it."""
+    """Launch parameters of all kernels; no bit of a result depends on them."""
 
     qkv: Shape = Shape(4, 2)
     wo: Shape = Shape(4, 1)
@@ -324,22 +327,22 @@ class Launch(NamedTuple):
     w2: Shape = Shape(4, 1)
     head: Shape = Shape(4, 2)
     gate_ahead: float = 0.0
-    """The share of SwiGLU's inner weights that the kernel before asks the L2 cache for."""
+    """Share of SwiGLU's inner weights that the previous kernel prefetches into the L2 cache."""
     qkv_ahead: float = 0.0
-    """The same of the next block's weights for query, key and value."""
+    """The same for the next block's query, key and value weights."""
     pdl: bool = False
-    """A kernel starts while the one before still runs."""
+    """Whether a kernel starts while the previous one runs."""
 
 
 class FusedBlocks:
-    """All blocks and the head for a single new position of each row, by the kernels above.
+    """All blocks and the head for one new position per row, by the kernels above.
+
+    The attribute `launch` may be replaced at any time.
 
     Args:
-        config: the generator's; ValueError unless `refusal` finds nothing.
+        config: of the generator; ValueError if `why_unsupported`.
         blocks, norm, head: fused weights, the last norm's (D,) and the head's (K, D), all of one 16- or 32-bit dtype.
-        cache: keys and values of that dtype, R of at most `MOST_ROWS`.
-
-    `launch` may be set to another one at any time.
+        cache: keys and values of that dtype, of at most `MAX_ROWS` rows.
     """
 
     def __init__(
@@ -351,12 +354,12 @@ class FusedBlocks:
         cache: "KeyValueCache",
     ):
         rows = cache.keys.shape[1]
-        if why := refusal(config, rows):
-            raise ValueError(f"the fused kernels do not serve {why}: take weights='plain'")
+        if reason := why_unsupported(config, rows):
+            raise ValueError(f"the fused kernels do not support {reason}: use weights='plain'")
         self.config, self.blocks, self.norm, self.head, self.cache = config, blocks, norm, head, cache
         self.queries, self.mixed = (norm.new_empty(rows, config.width) for _ in range(2))
         self.inner = norm.new_empty(rows, config.ffn_hidden)
-        self.chunk = _KEYS // (config.width // config.heads)
+        self.chunk = _CHUNK_ELEMENTS // (config.width // config.heads)
         self.splits = -(-cache.keys.shape[3] // self.chunk)
         shape = (rows * config.heads, self.splits)
         self.parts = torch.empty(*shape, config.width // config.heads, device=norm.device)
@@ -365,7 +368,7 @@ class FusedBlocks:
         self.launch = Launch(pdl=norm.is_cuda and can_overlap(norm.device))
 
     def __call__(self, x: Tensor, place: Tensor) -> Tensor:
-        """Read x (R, D), which is used up, at place (1,) int64; return the float32 logits (R, K)."""
+        """Run x (R, D), which is overwritten, at position `place` (1,) int64; return float32 logits (R, K)."""
         c, cache, launch, (rows, width) = self.config, self.cache, self.launch, x.shape
         length, head, two = cache.keys.shape[3], width // c.heads, rows == 2
         pdl = dict(PDL=launch.pdl, launch_pdl=launch.pdl)
@@ -411,9 +414,9 @@ def _count_up(x, PDL: tl.constexpr):
     tl.store(x, tl.load(x) + 1)
 
 
-@once
+@functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Whether this GPU, driver and Triton let a kernel start before the one ahead of it has ended, in a captured graph too."""
+    """Return whether GPU, driver and Triton support programmatic dependent launch, also in a captured graph."""
     if torch.cuda.get_device_capability(device) < (9, 0):
         return False
     count = torch.zeros(1, dtype=torch.int32, device=device)
@@ -426,23 +429,23 @@ def can_overlap(device: torch.device) -> bool:
                     _count_up[(1,)](count, PDL=True, launch_pdl=True, num_warps=1)
             graph.replay()
         return count.item() == 9
-    except Exception:  # whatever keeps it from working, the kernels work without
+    except Exception:  # any failure: the kernels work without it
         return False
 
 
-def refusal(config: "GeneratorConfig", rows: int) -> str:
-    """What keeps the kernels from serving a generator and a number of rows, or an empty text."""
+def why_unsupported(config: "GeneratorConfig", rows: int) -> str:
+    """Return why the kernels do not support a generator and number of rows, or an empty string if they do."""
     head = config.width // config.heads
-    if rows > MOST_ROWS:
-        return f"{rows} rows (at most {MOST_ROWS})"
+    if rows > MAX_ROWS:
+        return f"{rows} rows (at most {MAX_ROWS})"
     if head & (head - 1) or head < 16:
-        return f"heads of width {head} (a power of 2 from 16 on)"
+        return f"heads of width {head} (must be a power of 2, at least 16)"
     for name in ("width", "ffn_hidden", "codebook_size"):
         if getattr(config, name) % 64:
-            return f"{name} {getattr(config, name)} (a multiple of 64)"
+            return f"{name} {getattr(config, name)} (must be a multiple of 64)"
     return ""
 
 
 def _step(inner: int) -> int:
-    """How many numbers of a row a program reads at a time: a power of 2 that divides it."""
+    """Return how many values of a row a program reads at a time: a power of 2 that divides `inner`."""
     return next(step for step in (256, 128, 64) if inner % step == 0)

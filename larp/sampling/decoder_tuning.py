@@ -1,7 +1,7 @@
-"""Which way of launching the fused kernels is fastest on this GPU: measured once for a shape in a process, in a few seconds.
+"""Tuning of the fused kernels' launch parameters on this GPU: once per shape and process, in a few seconds.
 
-The kernels overlap, so none is timed alone: each candidate takes its place in the whole step, as a captured graph. Results do not depend
-on the choice, see larp.sampling.decoder_kernels.
+Kernels overlap, so each candidate is timed in a whole step, captured in a CUDA graph. The choice changes no result (see
+larp.sampling.decoder_kernels).
 """
 
 import time
@@ -11,10 +11,10 @@ from larp.sampling.decoder_kernels import FusedBlocks, Launch, Shape
 
 import torch
 
-# Smaller models lie in the L2 cache, where there is little to win: bytes of weights.
-LEAST_BYTES = 100 * 2**20
-# Seconds that all candidates may take; what is left then is not tried.
-MOST_SECONDS = 8.0
+# Bytes of weights below which tuning gains little, because they fit in the L2 cache.
+MIN_BYTES = 100 * 2**20
+# Seconds after which the remaining candidates are skipped.
+TIME_LIMIT = 8.0
 CANDIDATES: dict[str, tuple] = {
     "gate_ahead": (0.5, 1.0),
     "gate": (Shape(4, 1), Shape(4, 2, 128), Shape(8, 1), Shape(4, 1, 96)),
@@ -24,20 +24,20 @@ CANDIDATES: dict[str, tuple] = {
     "pdl": (False,),
     "qkv_ahead": (1.0,),
 }
-# A candidate must be faster by this share: less is chance.
-_BETTER = 0.01
+# Share by which a candidate must be faster; less may be noise.
+_MIN_GAIN = 0.01
 
 _chosen: dict[tuple, tuple[Launch, list]] = {}
 
 
 def tune(fused: FusedBlocks, search: bool = True) -> list[dict]:
-    """Set `launch` of kernels that are ready to run to the fastest; returns what was tried: field, value, milliseconds a step.
+    """Set `fused.launch` to the fastest parameters; return the candidates as {field, value, milliseconds per step}.
 
-    Without `search` only what was found before is set. Nothing is tried for weights below `LEAST_BYTES`. The cache's middle position
-    is written.
+    Without `search` only an earlier result is applied. Weights below `MIN_BYTES` are not tuned. The middle position of the
+    key-value cache is overwritten.
     """
-    weights = sum(one.weight.nbytes for block in fused.blocks for one in (block.qkv, block.wo, block.w13, block.w2))
-    if weights < LEAST_BYTES:
+    weights = sum(layer.weight.nbytes for block in fused.blocks for layer in (block.qkv, block.wo, block.w13, block.w2))
+    if weights < MIN_BYTES:
         return []
     c, norm = fused.config, fused.norm
     key = (norm.device, norm.dtype, fused.cache.keys.shape, c.ffn_hidden, c.codebook_size, c.norm_eps)
@@ -51,46 +51,43 @@ def tune(fused: FusedBlocks, search: bool = True) -> list[dict]:
 
 def _fastest(fused: FusedBlocks) -> tuple[Launch, list[dict]]:
     began, best = time.monotonic(), fused.launch
-    least = milliseconds(fused, best)
+    least = step_milliseconds(fused, best)
     tried = [{"field": "start", "value": str(best), "milliseconds": least}]
     for field, values in CANDIDATES.items():
         chosen = best
         for value in values:
-            one = best._replace(**{field: value})
-            if one == best or time.monotonic() - began > MOST_SECONDS:
+            candidate = best._replace(**{field: value})
+            if candidate == best or time.monotonic() - began > TIME_LIMIT:
                 continue
             try:
-                took = milliseconds(fused, one)
-            except Exception as error:  # more registers or memory than this GPU has: then it is not this one
+                took = step_milliseconds(fused, candidate)
+            except Exception as error:  # it needs more registers or memory than this GPU has
                 tried.append({"field": field, "value": value, "error": f"{type(error).__name__}: {error}"[:200]})
                 continue
             tried.append({"field": field, "value": value, "milliseconds": took})
-            if took < least * (1 - _BETTER):
-                chosen, least = one, took
+            if took < least * (1 - _MIN_GAIN):
+                chosen, least = candidate, took
         best = chosen
     return best, tried
 
 
 @torch.no_grad()
-def milliseconds(fused: FusedBlocks, launch: Launch, times: int = 12) -> float:
-    """Milliseconds of a step at the cache's middle position, launched this way; the median of a graph's replays."""
+def step_milliseconds(fused: FusedBlocks, launch: Launch, times: int = 12) -> float:
+    """Return the median milliseconds of a step at the cache's middle position, over `times` replays of a CUDA graph."""
     fused.launch = launch
     rows, width = fused.queries.shape
-    x, place = (
-        fused.queries.new_zeros(rows, width),
-        torch.full((1,), fused.config.positions // 2, device=fused.norm.device),
-    )
-    fused(x, place)
+    x = fused.queries.new_zeros(rows, width)
+    position = torch.full((1,), fused.config.positions // 2, device=fused.norm.device)
+    fused(x, position)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        fused(x, place)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        fused(x, position)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     graph.replay()
-    marks[0].record()
-    for one in marks[1:]:
+    events[0].record()
+    for event in events[1:]:
         graph.replay()
-        one.record()
+        event.record()
     torch.cuda.synchronize()
-    each = sorted(first.elapsed_time(second) for first, second in pairwise(marks))
-    return each[times // 2]
+    return sorted(first.elapsed_time(second) for first, second in pairwise(events))[times // 2]

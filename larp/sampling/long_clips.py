@@ -1,11 +1,10 @@
-"""Videos from the generators: clips of a class, given frames that go on, and either of them longer than one clip.
+"""Videos from the generators: clips of classes, continuations of given frames, and videos longer than one clip.
 
-A longer video is written window by window: its last frames are the given frames of the next window, encoded as in the
-training of frame prediction. Of a window only the new frames are kept, so there is no jump in what was there before;
-what the model made of the given frames themselves is measured against them, and dropped.
+A longer video is sampled window by window. The last frames so far are the given frames of the next window, encoded as in the
+training of frame prediction. Only the new frames of a window are used, so existing frames never change. The model's version of the
+given frames is compared with them (`LongClip.seam_psnr`) and discarded.
 
-Shapes: B videos, F frames of a video, T frames of the tokenizer's clips, G given frames, W windows that were given
-frames, H, W pixels.
+Shapes: B videos, F frames of a video, T frames of the tokenizer's clips, G given frames, H, W pixels.
 """
 
 from collections import deque
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from larp.config import check_count
 from larp.data.clips import frames_to_clip
 from larp.data.extraction import repeat_last
 from larp.data.video import ShortVideoError, iter_frames
@@ -34,13 +34,13 @@ GIVEN = 5
 
 @dataclass(frozen=True, eq=False)
 class LongClip:
-    """Videos that were written window by window."""
+    """Videos sampled window by window."""
 
     frames: Tensor
     """float32 (B, 3, F, H, W) in [0, 1], on the CPU."""
     seam_psnr: Tensor
-    """float32 (B, W): for each window that was given frames, the PSNR in dB between them and what the model made of
-    them; W is 0 for clips that come from one window without given frames."""
+    """float32 (B, windows): PSNR in dB between the given frames of each window and the model's version of them. Windows
+    without given frames do not count."""
 
 
 @torch.no_grad()
@@ -55,17 +55,17 @@ def continue_clip(
     first_row: int = 0,
     **sampling: Any,
 ) -> LongClip:
-    """Let videos go on until they have `total_frames` frames; the ones at hand stay as they are, bit for bit.
+    """Continue videos to `total_frames` frames; the existing frames are returned bit for bit.
 
     Args:
-        generator: one for frame prediction; its tokenizer's weights may lie on another device.
-        frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, at least `given` of them.
-        given: G, how many last frames each window goes on from, 1 to T - 1; best the number in training.
-        seed, first_row: video i takes the random numbers of (seed, first_row + i), others in each window. A video that
-            goes on twice, by whole windows, becomes the one that went on once.
+        generator: for frame prediction; may be on another device than the tokenizer.
+        frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, F >= `given`.
+        given: G, number of last frames that each window continues, 1 to T - 1; best as in training.
+        seed, first_row: video i uses the random numbers of (seed, first_row + i), other ones in each window. Continuing
+            twice by whole windows gives the same video as continuing once.
         sampling: guidance, temperature, top_k, top_p, min_p, ... as in `larp.sampling.sample.generate`.
 
-    Raises ValueError for a generator of another task or tokenizer, and for numbers that do not fit.
+    Raises ValueError for a generator of another task or tokenizer, and for frames or numbers out of range.
     """
     _check_models(generator, tokenizer, "frame-prediction")
     return _continue(generator, tokenizer, frames, total_frames, given, seed, first_row, sampling)
@@ -83,32 +83,35 @@ def sample_classes(
     batch_size: int = 8,
     **sampling: Any,
 ) -> Iterator[LongClip]:
-    """Yield the videos of class labels int64 (n,), in batches of at most `batch_size`.
+    """Sample one video for each class label int64 (n,), in batches of at most `batch_size`, which does not change them.
 
     Args:
-        generator: one for classes.
+        generator: for classes.
         labels: see `LarpGenerator.class_labels`.
-        total_frames: F, by default T; fewer are cut, for more a `continuation` is needed.
-        continuation: a generator for frame prediction, of the same tokenizer, which writes all windows but the first.
-            It is guided as the first one is where it can be (`null_condition`), else not at all.
-        given, seed, sampling: as in `continue_clip`. The batch size does not change what is sampled.
+        total_frames: F, by default T. A shorter clip is cut; a longer one needs a `continuation`.
+        continuation: a frame-prediction generator of the same tokenizer, which samples all windows but the first. The same
+            guidance applies if it has `null_condition`, else none.
+        given, seed, sampling: as in `continue_clip`.
 
-    Raises ValueError, at once, for models and numbers that do not fit.
+    Raises ValueError, when called, for unsuitable models and numbers out of range.
     """
     length = tokenizer.config.num_frames
     total = length if total_frames is None else total_frames
     _check_models(generator, tokenizer, "class")
-    _check_counts(batch_size=batch_size, total_frames=total, videos=len(labels))
+    check_count("batch_size", batch_size)
+    check_count("total_frames", total)
+    if not len(labels):
+        raise ValueError("there are no class labels: give at least one")
     if total > length and continuation is None:
         raise ValueError(
-            f"{total} frames are more than the {length} of one clip, and a generator for classes writes no more: give a"
-            " generator for frame prediction that goes on from there (continuation; --continue-with RUN)"
+            f"{total} frames are more than the {length} of one clip, and a generator for classes samples no more: give a"
+            " generator for frame prediction that continues it (continuation; --continue-with RUN)"
         )
     if continuation is not None:
         _check_models(continuation, tokenizer, "frame-prediction")
         _check_given(given, tokenizer)
 
-    def write(first: int, rows: int) -> LongClip:
+    def sample(first: int, rows: int) -> LongClip:
         condition = labels[first : first + rows]
         codes = generate(generator, condition, seed=seed, first_row=first, **sampling)
         clip = _decode(tokenizer, codes)[:, :, :total]
@@ -117,7 +120,7 @@ def sample_classes(
         unguided = {} if continuation.config.null_condition else {"guidance": 1.0}
         return _continue(continuation, tokenizer, clip, total, given, seed, first, sampling | unguided)
 
-    return _in_batches(write, len(labels), batch_size)
+    return _in_batches(sample, len(labels), batch_size)
 
 
 def sample_continuations(
@@ -132,37 +135,40 @@ def sample_continuations(
     batch_size: int = 8,
     **sampling: Any,
 ) -> Iterator[LongClip]:
-    """Yield so many ways in which one video, float (3, F, H, W), may go on, in batches of at most `batch_size`.
+    """Sample `videos` continuations of one video, float (3, F, H, W), in batches of at most `batch_size`.
 
-    total_frames: with those at hand, by default those of one window: what is there and T - `given` more. The other
-    arguments and the errors, which come at once, are those of `continue_clip`.
+    `total_frames` counts the existing frames, too; by default one window is added, F + T - `given`. The other arguments and the
+    errors, raised when called, are those of `continue_clip`.
     """
     total = frames.shape[1] + tokenizer.config.num_frames - given if total_frames is None else total_frames
-    _check_counts(batch_size=batch_size, videos=videos)
-    # Nothing is sampled here: what does not fit is an error now.
+    check_count("batch_size", batch_size)
+    check_count("videos", videos)
+    # Checks the arguments; with the existing number of frames nothing is sampled.
     continue_clip(generator, tokenizer, frames[None], frames.shape[1], given=given)
     if total <= frames.shape[1]:
         raise ValueError(f"total_frames is {total}, but {frames.shape[1]} frames are given: ask for more than these")
 
-    def write(first: int, rows: int) -> LongClip:
+    def sample(first: int, rows: int) -> LongClip:
         same = frames[None].expand(rows, -1, -1, -1, -1)
         return _continue(generator, tokenizer, same, total, given, seed, first, sampling)
 
-    return _in_batches(write, videos, batch_size)
+    return _in_batches(sample, videos, batch_size)
 
 
 def last_frames(path: str | Path, count: int, stride: int, height: int, width: int) -> Tensor:
-    """Return the last frames of a video file as float32 (3, count, height, width) in [0, 1], cropped as in training.
+    """Return the last frames of a video file, `stride` apart, as float32 (3, count, height, width) in [0, 1].
 
-    stride: every n-th frame counts. Raises VideoError, and ShortVideoError if there are too few of them.
+    Frames are resized and cropped as in training. Raises VideoError, and ShortVideoError for too few frames.
     """
     span = (count - 1) * stride + 1
-    kept: deque[np.ndarray] = deque(maxlen=span)
-    kept.extend(iter_frames(path))
-    if len(kept) < span:
-        each = f" at stride {stride} (which reach over {span})" if stride > 1 else ""
-        raise ShortVideoError(f"{path}: has {len(kept)} frames, fewer than the {count} given frames{each}", len(kept))
-    return frames_to_clip(np.stack(list(islice(kept, 0, None, stride))), height, width)
+    last: deque[np.ndarray] = deque(maxlen=span)
+    last.extend(iter_frames(path))
+    if len(last) < span:
+        strided = f" at stride {stride} (which span {span})" if stride > 1 else ""
+        raise ShortVideoError(
+            f"{path}: has {len(last)} frames, fewer than the {count} given frames{strided}", len(last)
+        )
+    return frames_to_clip(np.stack(list(islice(last, 0, None, stride))), height, width)
 
 
 def _continue(
@@ -175,10 +181,10 @@ def _continue(
     first_row: int,
     sampling: dict[str, Any],
 ) -> LongClip:
-    def write(window: Tensor, own_seed: int) -> Tensor:
-        return generate(generator, generator.frame_condition(window), seed=own_seed, first_row=first_row, **sampling)
+    def sample(codes: Tensor, window_seed: int) -> Tensor:
+        return generate(generator, generator.frame_condition(codes), seed=window_seed, first_row=first_row, **sampling)
 
-    return continue_windows(tokenizer, frames, total, given, seed, write)
+    return continue_windows(tokenizer, frames, total, given, seed, sample)
 
 
 @torch.no_grad()
@@ -188,49 +194,53 @@ def continue_windows(
     total_frames: int,
     given: int,
     seed: int,
-    write: Callable[[Tensor, int], Tensor],
+    sample: Callable[[Tensor, int], Tensor],
 ) -> LongClip:
-    """Let videos go on window by window, whatever writes the codes; the frames at hand stay as they are, bit for bit.
+    """Continue videos window by window with any model; the existing frames are returned bit for bit.
 
     Args:
-        frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, at least `given` of them.
-        total_frames: how many frames the videos will have.
-        given: how many last frames each window goes on from, 1 to T - 1.
-        seed: of the whole videos; each window has one of its own.
-        write: codes int64 (B, N) of the given frames, filled up to a clip, and the window's seed -> codes (B, N).
+        frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, F >= `given`.
+        total_frames: number of frames of the result.
+        given: number of last frames that each window continues, 1 to T - 1.
+        seed: of the videos; each window derives its own.
+        sample: maps codes int64 (B, N) of the given frames, padded to a clip, and the window's seed to codes (B, N).
 
-    Raises ValueError for numbers, shapes and ranges that do not fit.
+    Raises ValueError for numbers, shapes and values out of range.
     """
     _check_given(given, tokenizer)
     if frames.ndim != 5 or frames.shape[2] < given:
-        raise ValueError(f"frames are {tuple(frames.shape)}: (B, 3, F, H, W) with at least the {given} given frames")
+        raise ValueError(
+            f"frames are {tuple(frames.shape)}; give (B, 3, F, H, W) with at least the {given} given frames"
+        )
     if total_frames < frames.shape[2]:
-        raise ValueError(f"total_frames is {total_frames}, but {frames.shape[2]} frames are there already")
-    tokenizer.check_clip(_padded(tokenizer, frames[:, :, -given:]))
+        raise ValueError(
+            f"total_frames is {total_frames}, but there are {frames.shape[2]} frames already: ask for more"
+        )
+    tokenizer.check_clip(_pad_to_clip(tokenizer, frames[:, :, -given:]))
     frames = frames.detach().float().cpu()
-    known, pieces, seams = frames[:, :, -given:], [frames], []
+    last, pieces, seams = frames[:, :, -given:], [frames], []
     count = frames.shape[2]
     while count < total_frames:
-        window = _encode(tokenizer, _padded(tokenizer, known))
-        # Mixed, so that a window does not sample what the next seed samples.
-        codes = write(window, seed + count * 0xBF58476D1CE4E5B9)
+        condition = _encode(tokenizer, _pad_to_clip(tokenizer, last))
+        # Mixed, so that no window uses the random numbers of another seed.
+        codes = sample(condition, seed + count * 0xBF58476D1CE4E5B9)
         clip = _decode(tokenizer, codes)
-        seams.append(psnr(known, clip[:, :, :given]))
+        seams.append(psnr(last, clip[:, :, :given]))
         pieces.append(clip[:, :, given:])
         count += pieces[-1].shape[2]
-        known = torch.cat([known, pieces[-1]], dim=2)[:, :, -given:]
-    written = torch.cat(pieces, dim=2)[:, :, :total_frames]
-    return LongClip(written, torch.stack(seams, dim=1) if seams else torch.empty(len(frames), 0))
+        last = torch.cat([last, pieces[-1]], dim=2)[:, :, -given:]
+    video = torch.cat(pieces, dim=2)[:, :, :total_frames]
+    return LongClip(video, torch.stack(seams, dim=1) if seams else torch.empty(len(frames), 0))
 
 
-def _padded(tokenizer: LarpTokenizer, known: Tensor) -> Tensor:
-    """Given frames (B, 3, G, H, W) as clips (B, 3, T, H, W), filled up as in training."""
-    given = known.shape[2]
-    return repeat_last(F.pad(known, (0, 0, 0, 0, 0, tokenizer.config.num_frames - given)), given)
+def _pad_to_clip(tokenizer: LarpTokenizer, frames: Tensor) -> Tensor:
+    """Pad given frames (B, 3, G, H, W) to clips (B, 3, T, H, W) by repeating the last one, as in training."""
+    given = frames.shape[2]
+    return repeat_last(F.pad(frames, (0, 0, 0, 0, 0, tokenizer.config.num_frames - given)), given)
 
 
-# The tokenizer works on one clip at a time: in a batch it rounds otherwise, and a code may then be another one. Beside
-# the sampling its time does not count.
+# The tokenizer runs on one clip at a time: batches round differently, which can change a code. Its time is negligible beside
+# the sampling.
 
 
 def _encode(tokenizer: LarpTokenizer, clips: Tensor) -> Tensor:
@@ -241,16 +251,15 @@ def _decode(tokenizer: LarpTokenizer, codes: Tensor) -> Tensor:
     return torch.cat([tokenizer.decode(row).cpu() for row in codes.split(1)])
 
 
-def _in_batches(write: Callable[[int, int], LongClip], videos: int, batch_size: int) -> Iterator[LongClip]:
+def _in_batches(sample: Callable[[int, int], LongClip], videos: int, batch_size: int) -> Iterator[LongClip]:
     for first in range(0, videos, batch_size):
-        yield write(first, min(batch_size, videos - first))
+        yield sample(first, min(batch_size, videos - first))
 
 
 def _check_models(generator: LarpGenerator, tokenizer: LarpTokenizer, task: Task) -> None:
     if generator.config.task != task:
         raise ValueError(
-            f"this generator was trained with --task {generator.config.task}; what is asked of it needs one of --task"
-            f" {task}"
+            f"this generator was trained with --task {generator.config.task}: give one that was trained with --task {task}"
         )
     generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
 
@@ -259,9 +268,3 @@ def _check_given(given: int, tokenizer: LarpTokenizer) -> None:
     length = tokenizer.config.num_frames
     if not 1 <= given < length:
         raise ValueError(f"given is {given}; it must be 1 to {length - 1}, because clips have {length} frames")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is {count}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""The decoder of the last clips, kept on a GPU with its captured graphs: the next clips of the same weights need no new one."""
+"""Reuse of the last decoder and its captured CUDA graphs for the next clips with the same weights."""
 
 import weakref
 from collections.abc import Iterator
@@ -14,64 +14,64 @@ from torch import Tensor
 if TYPE_CHECKING:
     from larp.models.generator import LarpGenerator
 
-# At most one: what it was made for, its model, the state of the weights, the decoder.
+# At most one entry: options, model, fingerprint of the weights, decoder.
 _last: list[tuple[tuple, weakref.ref, Any, Decoder]] = []
 
 
 @contextmanager
 def reused_decoder(model: "LarpGenerator", rows: int, weights: Weights, dtype: torch.dtype | None) -> Iterator[Decoder]:
-    """Give a decoder of a model as it is now: that of the last time, if model, rows, options and all weights are the same.
+    """Yield a decoder of a model: the last one if model, rows, options and all weights are unchanged, else a new one.
 
-    On a GPU it is kept until the model is gone or another one is needed, if its cache is no larger than the weights. Elsewhere
-    it is made anew, which costs little there.
+    On a GPU, a decoder whose key-value cache is no larger than the weights is stored until the model is deleted or another
+    decoder replaces it. On a CPU, where a new one is cheap, none is stored.
     """
-    made_for, state = (rows, weights, dtype), _state(model)
-    # Taken out, so that a second thread makes its own.
+    options, state = (rows, weights, dtype), _weights_state(model)
+    # Removed while in use, so that a second thread builds its own.
     last = _last.pop() if _last else None
-    if state is not None and last and last[0] == made_for and last[1]() is model and last[2] == state:
+    if state is not None and last and last[0] == options and last[1]() is model and last[2] == state:
         decoder = last[3]
         decoder.model = model
     else:
         if last:
-            last[3].runs.clear()
+            last[3].saved_steps.clear()
         last = None
         decoder = Decoder(model, rows, weights=weights, dtype=dtype)
-    keep = state is not None and 2 * decoder.cache.keys.nbytes <= sum(p.nbytes for p in model.parameters())
+    reusable = state is not None and 2 * decoder.cache.keys.nbytes <= sum(p.nbytes for p in model.parameters())
     try:
         yield decoder
-        if keep:
-            # Not the model: it would never be gone.
+        if reusable:
+            # Without a reference to the model, which could otherwise never be deleted.
             decoder.model = None
-            forget()
-            _last.append((made_for, weakref.ref(model, lambda _: forget()), state, decoder))
+            clear()
+            _last.append((options, weakref.ref(model, lambda _: clear()), state, decoder))
     except BaseException:
-        keep = False
+        reusable = False
         raise
     finally:
-        if not keep:
-            # They hold the decoder: without this its memory would wait for the garbage collector.
-            decoder.runs.clear()
+        if not reusable:
+            # The steps refer to the decoder: without this its memory would wait for the garbage collector.
+            decoder.saved_steps.clear()
 
 
-def forget() -> None:
-    """Let go of the decoder that is kept."""
+def clear() -> None:
+    """Delete the stored decoder."""
     while _last:
-        _last.pop()[3].runs.clear()
+        _last.pop()[3].saved_steps.clear()
 
 
 @torch.no_grad()
-def _state(model: "LarpGenerator") -> Any:
-    """What tells weights from those of before, or None where no decoder is kept.
+def _weights_state(model: "LarpGenerator") -> Any:
+    """Return a fingerprint that changes with the weights, or None if decoders are not stored on this device.
 
-    Where they are, how often they were changed, and, since changes of `data` are not counted, their norms.
+    It has their addresses and version counters, and their norms, because changes through `.data` are not counted.
     """
     parameters = [parameter.detach() for parameter in model.parameters()]
-    if not all(_lasting(parameter) for parameter in parameters):
+    if not all(_is_cacheable(parameter) for parameter in parameters):
         return None
     norms = torch.stack([norm.double() for norm in torch._foreach_norm(parameters)]).tolist()
-    places = [(one.data_ptr(), one._version, one.dtype, one.device, one.shape) for one in parameters]
-    return norms, places
+    versions = [(p.data_ptr(), p._version, p.dtype, p.device, p.shape) for p in parameters]
+    return norms, versions
 
 
-def _lasting(parameter: Tensor) -> bool:
+def _is_cacheable(parameter: Tensor) -> bool:
     return parameter.is_cuda and not parameter.is_inference()

@@ -1,16 +1,16 @@
-"""Sampling codes from an autoregressive model: what a sample may choose from, guidance, and the clips for a condition.
+"""Sampling codes from an autoregressive model: temperature, top-k, top-p, min-p, guidance, and the codes of clips.
 
-Every random number belongs to a row of the batch: the same seed and row index give the same clip whatever the batch size,
-to the last bit on a CPU that can pack its weights. The decoding itself is in larp.sampling.decoder.
+Every random number belongs to a row of the batch. The same seed and row index give the same clip for any batch size, bit for
+bit on a CPU that supports packed weights. Decoding is in larp.sampling.decoder.
 
 Shapes: B rows, N codes, K codebook size.
 """
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from larp.config import is_number, is_whole
 from larp.kernels.packed_linear import Weights
 from larp.kernels.threads import threads
 from larp.sampling.reused_decoder import reused_decoder
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from larp.models.generator import LarpGenerator
 
 
-# What float32 carries without rounding a probability to 0 or a logit to infinity.
-COLDEST, HOTTEST, LEAST_TOP_P, MOST_GUIDANCE = 1e-4, 1e6, 1e-6, 1000.0
+# Limits within which float32 rounds no probability to 0 and no logit to infinity.
+MIN_TEMPERATURE, MAX_TEMPERATURE, MIN_TOP_P, MAX_GUIDANCE = 1e-4, 1e6, 1e-6, 1000.0
 
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance over the codes of a clip; a ValueError names what is out of range."""
+    """Classifier-free guidance over the codes of a clip. Raises ValueError for a value out of range."""
 
     scale: float = 1.0
-    """s of `unconditional + s * (conditional - unconditional)`; 1 is off."""
+    """s in `unconditional + s * (conditional - unconditional)`; 1 is off."""
     final: float | None = None
-    """Scale of the last guided code, also of a single one, to which it changes in a straight line; None keeps `scale`."""
+    """Scale of the last guided code; the scale changes linearly from `scale`. None keeps it constant."""
     start: float = 0.0
-    """Codes before this share of the clip are not guided."""
+    """Share of the clip's codes at which guidance starts."""
     stop: float = 1.0
-    """Codes from this share of the clip on are not guided."""
+    """Share of the clip's codes at which guidance stops."""
 
     def __post_init__(self):
         for name, value in (
             ("guidance", self.scale),
             ("final guidance", self.scale if self.final is None else self.final),
         ):
-            if not (_is_finite(value) and 0 <= value <= MOST_GUIDANCE):
+            if not (_is_finite(value) and 0 <= value <= MAX_GUIDANCE):
                 raise ValueError(
-                    f"{name} is {value}; it must be a finite number from 0 to {MOST_GUIDANCE:g}, where 1 is off"
+                    f"{name} is {value}; it must be a finite number from 0 to {MAX_GUIDANCE:g}, where 1 is off"
                 )
         if not (_is_finite(self.start) and _is_finite(self.stop) and 0 <= self.start < self.stop <= 1):
             raise ValueError(
@@ -54,13 +54,13 @@ class Guidance:
             )
 
     def scales(self, count: int) -> Tensor:
-        """Return the scale of each of `count` codes, float32; 1 where it is off. ValueError if no code is guided."""
-        # A little less, because 0.7 of 10 is 7.000000000000001 in floating point.
+        """Return the scale of each of `count` codes, float32; 1 is off. Raises ValueError if no code is guided."""
+        # 1e-6 less, because 0.7 * 10 is 7.000000000000001 in floating point.
         first, last = (math.ceil(share * count - 1e-6) for share in (self.start, self.stop))
         if first >= last:
             raise ValueError(
-                f"guidance runs from {self.start} to {self.stop}, which holds none of a clip's {count} codes: move its "
-                "start and stop apart"
+                f"guidance runs from {self.start} to {self.stop}, which holds none of a clip's {count} codes: move start "
+                "and stop apart"
             )
         scales = torch.ones(count)
         final = self.scale if self.final is None else self.final
@@ -77,18 +77,20 @@ def sample_logits(
     uniform: Tensor | None = None,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Draw one id for each row of logits (B, K) by inverting the distribution function at a given uniform number.
+    """Sample one id for each row of logits (B, K) by inverse CDF.
+
+    The filters apply in the order top_k, top_p, min_p. Nothing is copied between devices.
 
     Args:
         logits: (B, K), any float dtype; -inf excludes an id.
-        temperature: divides the logits, 1e-4 to 1e6; 0 takes the largest.
-        top_k: keep the k likeliest ids, of equal ones the first; 0 keeps all, 1 takes the largest.
-        top_p: then keep the likeliest ids that together reach this probability, at least one, 1e-6 to 1; 1.0 keeps all.
-        uniform: (B,) in [0, 1), one number for each row; not needed when the largest is taken.
-        min_p: then keep the ids that have at least this share of the likeliest one's probability; 0 keeps all.
+        temperature: divides the logits, 1e-4 to 1e6; 0 takes the largest logit.
+        top_k: keep the k most likely ids, the first ones if equal; 0 keeps all, 1 takes the largest logit.
+        top_p: keep the most likely ids whose probabilities sum to at least this, 1e-6 to 1; 1.0 keeps all.
+        uniform: (B,) in [0, 1); not needed to take the largest logit.
+        min_p: keep the ids with at least this share of the largest probability; 0 keeps all.
 
     Returns:
-        int64 (B,), below K whatever the logits. Everything stays on the device of the logits.
+        ids int64 (B,), below K even for NaN logits.
 
     Raises ValueError for an option out of range.
     """
@@ -96,7 +98,7 @@ def sample_logits(
     if temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1)
     if uniform is None:
-        raise ValueError("sampling with temperature > 0 needs `uniform`: one number in [0, 1) for each row")
+        raise ValueError("sampling with temperature > 0 needs `uniform`: give one number in [0, 1) for each row")
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
@@ -114,25 +116,26 @@ def sample_logits(
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    # Strictly below the total, so that rounding never chooses an id of probability zero behind the last possible one.
+    # Strictly below the total, so that rounding never selects an id of probability 0 behind the last possible one.
     level = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Logits that are NaN have no distribution, and would choose an id behind the last.
+    # NaN logits would select id K.
     return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def check_sampling(
     temperature: float, top_k: int, top_p: float, guidance: float | Guidance = 1.0, min_p: float = 0.0
 ) -> None:
-    """Raise a ValueError that names the sampling option that is out of range, not finite, or no number."""
-    if not (_is_finite(temperature) and (temperature == 0 or COLDEST <= temperature <= HOTTEST)):
+    """Raise ValueError, naming the sampling option, if one is out of range, not finite, or not a number."""
+    if not (_is_finite(temperature) and (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE)):
         raise ValueError(
-            f"temperature is {temperature!r}; it must be a finite number: 0 (always the likeliest) or {COLDEST:g} to {HOTTEST:g}"
+            f"temperature is {temperature!r}; it must be a finite number: 0 (always the likeliest) or {MIN_TEMPERATURE:g} to "
+            f"{MAX_TEMPERATURE:g}"
         )
-    if not isinstance(top_k, Integral) or isinstance(top_k, bool) or top_k < 0:
+    if not is_whole(top_k) or top_k < 0:
         raise ValueError(f"top_k is {top_k!r}; it must be a whole number: 0 (off) or more")
-    if not (_is_finite(top_p) and LEAST_TOP_P <= top_p <= 1):
+    if not (_is_finite(top_p) and MIN_TOP_P <= top_p <= 1):
         raise ValueError(
-            f"top_p is {top_p!r}; it must lie in [{LEAST_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
+            f"top_p is {top_p!r}; it must lie in [{MIN_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
         )
     if not (_is_finite(min_p) and 0 <= min_p <= 1):
         raise ValueError(f"min_p is {min_p}; it must lie in [0, 1], where 0 is off")
@@ -144,17 +147,16 @@ def _as_guidance(guidance: float | Guidance) -> Guidance:
 
 
 def _is_finite(value: Any) -> bool:
-    # True and False are numbers to Python, and a mistake where a number is meant.
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < math.inf
+    return is_number(value) and abs(value) < math.inf
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:
-    """Return float64 (rows, count) in [0, 1): row i depends on (seed, first_row + i), not on the rows beside it."""
-    # torch's generator takes 32 bits of its seed: the higher ones must act on those. Smaller seeds stay what they are.
+    """Sample float64 (rows, count) in [0, 1). Row i depends on (seed, first_row + i) only."""
+    # torch's generator uses 32 bits of its seed, so the higher bits are mixed in. Smaller seeds are unchanged.
     seed += (seed >> 32) * 0x94D049BB133111EB
     streams = []
     for row in range(first_row, first_row + rows):
-        # Mixed, because neighbouring seeds of a Mersenne twister start alike.
+        # Mixed, because similar seeds of a Mersenne twister give similar first numbers.
         mixed = (seed * 0x9E3779B97F4A7C15 + (row + 1) * 0xD1342543DE82EF95) % (1 << 63)
         generator = torch.Generator().manual_seed(mixed)
         streams.append(torch.rand(count, generator=generator, dtype=torch.float64))
@@ -177,24 +179,24 @@ def generate(
     dtype: torch.dtype | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Write the codes of one clip for each row of the condition, with the weights that the model has now.
+    """Sample the codes of one clip for each row of the condition.
+
+    On a GPU the decoder of a small batch is reused for the next one, see `larp.sampling.reused_decoder`.
 
     Args:
-        model: the generator; it is left as it is, and dropout does not act whatever its mode.
+        model: the generator; it is not modified. Dropout is never applied.
         condition: class labels int64 (B,), or given codes and separator (B, N + 1).
-        guidance: a scale for all codes, or a `Guidance`; 1.0 runs the conditional rows alone.
+        guidance: a scale for all codes, or a `Guidance`; 1.0 computes the conditional logits only.
         temperature, top_k, top_p, min_p: as in `sample_logits`.
-        seed, first_row: row i takes the random numbers of (seed, first_row + i): a long list can be made in batches.
+        seed, first_row: row i uses the random numbers of (seed, first_row + i), so that batches can be split.
         weights, dtype: as in `larp.sampling.decoder.Decoder`.
-        progress: show a bar over the codes.
+        progress: show a progress bar over the codes.
 
     Returns:
         codes int64 (B, N) on the device of the model.
 
-    On a GPU what a small batch has prepared is kept for the next one, see `larp.sampling.reused_decoder`.
-
-    Raises ValueError for an option out of range, a condition that the model does not know, and guidance of a frame
-    prediction that was trained without.
+    Raises ValueError for an option out of range, a class or code that the model does not have, and for guidance of a
+    frame-prediction model without `null_condition`.
     """
     check_sampling(temperature, top_k, top_p, guidance, min_p)
     check_condition(model, condition)
@@ -207,9 +209,10 @@ def generate(
 
     options = (rows, guided, temperature, top_k, top_p, min_p)
     with reused_decoder(model, condition.shape[0], weights, dtype) as decoder, threads(decoder.best_threads()):
-        if options in decoder.runs:
-            run, choose, (codes, *read) = decoder.runs[options]
-            for old, new in zip(read, (uniforms, scales), strict=True):
+        if options in decoder.saved_steps:
+            # A captured step reads the tensors that it was captured with.
+            step, choose, (codes, *inputs) = decoder.saved_steps[options]
+            for old, new in zip(inputs, (uniforms, scales), strict=True):
                 old.copy_(new)
         else:
 
@@ -218,24 +221,24 @@ def generate(
                 return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
 
             codes = torch.empty(rows, count, dtype=torch.int64, device=device)
-            run = decoder.steps(codes, choose, codes.is_cuda)
-            decoder.runs[options] = run, choose, (codes, uniforms, scales)
+            step = decoder.make_step(codes, choose, codes.is_cuda)
+            decoder.saved_steps[options] = step, choose, (codes, uniforms, scales)
         codes[:, 0] = choose(decoder.prefill(condition), torch.zeros(1, dtype=torch.int64, device=device))
-        decoder.run(run, count, progress)
+        decoder.run_steps(step, count, progress)
         return codes.clone()
 
 
 def apply_guidance(logits: Tensor, scale: float | Tensor) -> Tensor:
-    """Mix logits (2 B, K), conditional first, to `unconditional + scale * (conditional - unconditional)` (B, K).
+    """Return `unconditional + scale * (conditional - unconditional)`, (B, K), of logits (2 B, K), conditional first.
 
-    A scale of 1 gives the conditional logits bit for bit.
+    A scale of 1 returns the conditional logits bit for bit.
     """
     conditional, unconditional = logits.chunk(2)
     return torch.lerp(unconditional, conditional, scale)
 
 
 def check_condition(model: "LarpGenerator", condition: Tensor) -> None:
-    """Raise a ValueError if a condition is empty or holds a class or code that the generator does not know."""
+    """Raise ValueError unless a condition has at least one row and only classes or codes of the generator."""
     config = model.config
     if condition.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"the condition is {condition.dtype}; classes and codes are whole numbers: give int64")
@@ -245,4 +248,4 @@ def check_condition(model: "LarpGenerator", condition: Tensor) -> None:
     limit = config.num_classes if config.task == "class" else config.codebook_size + config.null_condition
     if low < 0 or high > limit:
         kind = "class labels" if config.task == "class" else "condition codes"
-        raise ValueError(f"{kind} run from {low} to {high}; this generator knows 0 to {limit}")
+        raise ValueError(f"{kind} run from {low} to {high}; this generator has 0 to {limit}")

@@ -1,34 +1,35 @@
-"""Trained generators: what their runs say of the clips that they were trained on."""
+"""What the run folder of a generator records of its training: tokenizer, frame rate, stride, given frames."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from larp.files import read_json
+
 
 @dataclass(frozen=True)
 class Training:
-    """What a generator was trained on; None where its run does not say so."""
+    """What a generator was trained on; None for unknown values."""
 
     tokenizer: str | None = None
-    """Path or hub name, as it was typed then."""
+    """Path or hub name, as given in training."""
     variant: str | None = None
-    """Which of its weights."""
+    """Variant of the tokenizer's weights."""
     fps: float | None = None
     """Frames per second of the clips."""
     stride: int | None = None
-    """Every n-th frame of a video was a frame of the clip."""
+    """Distance of a clip's frames in the video, in frames."""
     given: int | None = None
     """Given frames of frame prediction."""
     missing: str | None = None
-    """The token cache that the run names, which would say more, where it is not found."""
+    """The token cache that the run names, if it is not found; it would have the other values."""
 
 
 def find_training(generator: str) -> Training:
-    """What a run of train_generator.py, given by its folder or by that of its model, says of its training.
+    """Return what a run of train_generator.py records, by the path of the run or of its model.
 
-    Paths in it are relative to where it was trained; what is not below the working folder is looked for below the folders
-    around the run, the nearest first. Raises ValueError if a file of the run is damaged.
+    Relative paths in the run are searched in the working folder, then in the parent folders of the run, nearest first. Raises
+    ValueError if a file of the run is damaged.
     """
     from larp.hub import RUN_MODEL, resolve
 
@@ -38,12 +39,7 @@ def find_training(generator: str) -> Training:
     path = folder.parent / "config.json"
     if folder.name != RUN_MODEL or not path.is_file():
         return Training()
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): copy the run again, or move {folder.name} out of it"
-        ) from error
+    config = read_json(path, remedy=f"copy the run again, or move {folder.name} out of it")
     if not isinstance(config, dict) or "tokens" not in config:
         return Training()
     kinds = {"tokens": (str, "a path"), "tokenizer": (str, "a path or hub name")}
@@ -51,38 +47,37 @@ def find_training(generator: str) -> Training:
     for name, (kind, words) in kinds.items():
         if not isinstance(config.get(name), kind | None):
             raise ValueError(
-                f"{path}: {name} is {config[name]!r}, expected {words} or null: copy the run again, or mend it"
+                f"{path}: {name} is {config[name]!r}, expected {words} or null: copy the run again, or correct it"
             )
-    return _of_cache(config, folder.parent)
+    return _from_cache(config, folder.parent)
 
 
-def _found(name: str, inside: str, *around: Path) -> str:
-    """`name`, or the path of it below the nearest folder around; `inside`, which may be "", is what it must hold."""
-    if (Path(name) / inside).exists():
-        return name
-    parents = (parent for folder in around for parent in folder.resolve().parents)
-    return next((str(parent / name) for parent in parents if (parent / name / inside).exists()), name)
-
-
-def _of_cache(config: dict[str, Any], run: Path) -> Training:
-    """What a run says that trained on a cache; one that is gone, or never was, leaves what the run's options say."""
+def _from_cache(config: dict[str, Any], run: Path) -> Training:
+    """Read the token cache of a run; without one, the options of the run."""
     from larp.data.token_cache import INDEX, read_index, read_shard
 
     named = config["tokens"]
-    cache = Path(_found(named, INDEX, run)) if named else run / "tokens-train"
-    tokenizer = config.get("tokenizer") and _found(config["tokenizer"], "", run)
+    cache = Path(_search(named, INDEX, run)) if named else run / "tokens-train"
+    tokenizer = config.get("tokenizer") and _search(config["tokenizer"], "", run)
     if not (cache / INDEX).is_file():
-        # Of a run that was given a cache, these options did not act.
-        acting = {} if named else config
-        given = acting.get("condition_frames")
-        return Training(tokenizer, None, None, acting.get("stride"), given, missing=named or None)
+        # A run that names a cache ignored these options.
+        used = {} if named else config
+        return Training(tokenizer, None, None, used.get("stride"), used.get("condition_frames"), missing=named or None)
     index = read_index(cache)
     fps = read_shard(cache / index["shards"][0])[0].get("fps")
     known = None if fps is None else fps[~fps.isnan()]
     return Training(
-        tokenizer or _found(index["tokenizer"], "", run, cache),
+        tokenizer or _search(index["tokenizer"], "", run, cache),
         index.get("variant"),
         None if known is None or not len(known) else known.mode().values.item(),
         index["key"].get("stride"),
         index["key"].get("condition_frames") or None,
     )
+
+
+def _search(name: str, content: str, *folders: Path) -> str:
+    """Return `name`, or its path in the nearest parent of `folders`, where `name/content` exists; else `name`."""
+    if (Path(name) / content).exists():
+        return name
+    parents = (parent for folder in folders for parent in folder.resolve().parents)
+    return next((str(parent / name) for parent in parents if (parent / name / content).exists()), name)

@@ -49,15 +49,15 @@ def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
     options = dict(guidance=1.5, seed=3, weights="fused", dtype=torch.bfloat16)
     captured = generate(model, torch.tensor([1]), **options)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
-    reused_decoder.forget()
+    reused_decoder.clear()
     monkeypatch.setattr("larp.sampling.decoder.CapturedSteps", lambda step: step)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     assert captured.unique().numel() > 50
 
 
-def test_what_the_kernels_do_not_serve_is_refused(device):
+def test_unsupported_rows_are_an_error(device):
     model = sampled(device)
-    with pytest.raises(ValueError, match=r"do not serve 3 rows \(at most 2\)"):
+    with pytest.raises(ValueError, match=r"do not support 3 rows \(at most 2\)"):
         Decoder(model, 3, weights="fused")
 
 

@@ -26,7 +26,7 @@ def model(device) -> LarpGenerator:
 
 def eager(monkeypatch) -> None:
     """Run every step as it is."""
-    reused_decoder.forget()
+    reused_decoder.clear()
     monkeypatch.setattr(decoding, "CapturedSteps", lambda step: step)
 
 

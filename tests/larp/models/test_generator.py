@@ -79,7 +79,7 @@ def test_the_unconditional_frame_condition(tmp_path):
     assert torch.equal(again(codes, nothing), model(codes, nothing))
     with pytest.raises(ValueError, match=r"use guidance 1\.0, or train one with null_condition"):
         published.unconditional(published.frame_condition(codes))
-    with pytest.raises(ValueError, match="33; this generator knows 0 to 32"):
+    with pytest.raises(ValueError, match="33; this generator has 0 to 32"):
         generate(published, nothing)
     with pytest.raises(ValueError, match="null_condition is for frame prediction"):
         tiny(null_condition=True)

@@ -1,4 +1,4 @@
-"""Decoding: the logits of the plain forward at every step, in every way of multiplying; no stale weights; rows apart."""
+"""Decoding gives the logits of `LarpGenerator.forward` with every implementation of the linear layers; rows are independent."""
 
 from larp.kernels.packed_linear import PackedLinear, PlainLinear, choose_linear
 from larp.kernels.threads import best_threads, threads
@@ -12,8 +12,8 @@ import torch
 packable = pytest.mark.skipif(not PackedLinear.supports(torch.zeros(1, 1)), reason="no oneDNN on this machine")
 
 
-def sampled(task="class", **fields) -> LarpGenerator:
-    """A model of a width that kernels treat as they treat a large one's, with a head that is not zero."""
+def random_generator(task="class", **fields) -> LarpGenerator:
+    """Return a model with random weights, wide enough for the kernels of large models."""
     torch.manual_seed(1)
     shape = dict(num_tokens=9, codebook_size=40, depth=2, heads=2, width=64, num_classes=3, ffn_multiple=32)
     model = LarpGenerator(GeneratorConfig(task, **shape | fields))
@@ -34,25 +34,25 @@ def condition_of(model, rows):
 @pytest.mark.parametrize("weights", ["plain", pytest.param("packed", marks=packable)])
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_every_step_gives_the_logits_of_the_plain_forward(task, weights, stride):
-    model = sampled(task)
+    model = random_generator(task)
     condition, codes = condition_of(model, 3), torch.randint(40, (3, 9))
     plain = model(codes, condition)
     decoder = Decoder(model, 3, weights=weights, stride=stride)
-    for _ in range(2):  # the second time over an old cache
+    for _ in range(2):  # the second time with a used cache
         steps = [decoder.prefill(condition)]
         assert decoder.filled == model.config.condition_length
         steps += [decoder.decode_one(codes[:, index]) for index in range(8)]
         assert decoder.filled == model.config.positions
         for index, logits in enumerate(steps):
             torch.testing.assert_close(logits, plain[:, index], rtol=1e-5, atol=1e-5)
-    assert decoder.cache.keys.shape[3] - model.config.positions < stride, "the length that is needed, and no more"
+    assert decoder.cache.keys.shape[3] - model.config.positions < stride, "the cache has the required length"
     with pytest.raises(ValueError, match="the clip is complete"):
         decoder.decode_one(codes[:, 8])
 
 
 @torch.no_grad()
-def test_attention_reads_the_filled_part_only():
-    model = sampled()
+def test_attention_reads_filled_positions_only():
+    model = random_generator()
     decoder = Decoder(model, 1, stride=1)
     decoder.prefill(torch.tensor([0]))
     decoder.cache.keys[:, :, :, 2:].fill_(torch.nan)
@@ -62,23 +62,21 @@ def test_attention_reads_the_filled_part_only():
 
 @torch.no_grad()
 def test_the_cache_is_allocated_once():
-    model = sampled()
+    model = random_generator()
     decoder = Decoder(model, 2)
-    where = decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()
+    pointers = decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()
     codes = torch.zeros(2, 9, dtype=torch.int64)
     decoder.prefill(condition_of(model, 2))
     decoder.decode_n(codes, lambda logits, index: logits.argmax(-1))
-    assert (decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()) == where and (codes[:, 1:] > 0).any()
+    assert (decoder.cache.keys.data_ptr(), decoder.cache.values.data_ptr()) == pointers and (codes[:, 1:] > 0).any()
 
 
-def test_weights_that_change_are_seen_by_the_next_generation():
-    model = sampled()
+def test_changed_weights_are_used_by_the_next_generation():
+    model = random_generator()
     label = torch.tensor([1])
     before = generate(model, label, seed=3)
     changes = [
-        lambda: model.layers[1].feed_forward.w3.weight.data.mul_(
-            -1
-        ),  # as an optimizer's master weights are copied back
+        lambda: model.layers[1].feed_forward.w3.weight.data.mul_(-1),  # as an optimizer copies its master weights
         lambda: model.load_state_dict({name: -value for name, value in model.state_dict().items()}),
         lambda: torch.nn.init.normal_(model.output.weight),
     ]
@@ -96,7 +94,7 @@ def test_weights_that_change_are_seen_by_the_next_generation():
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_packed_weights_give_a_row_the_same_bits_in_any_batch_and_with_any_threads(task):
     n = 40
-    model = sampled(task, depth=3, width=128, codebook_size=300, num_tokens=n)
+    model = random_generator(task, depth=3, width=128, codebook_size=300, num_tokens=n)
     codes = torch.randint(300, (9, n), generator=torch.Generator().manual_seed(0))
     condition = condition_of(model, 9)
 
@@ -115,13 +113,13 @@ def test_packed_weights_give_a_row_the_same_bits_in_any_batch_and_with_any_threa
 
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_bfloat16_decodes_close_to_float32(task):
-    model = sampled(task)
+    model = random_generator(task)
     codes = torch.randint(40, (2, 9))
     condition = condition_of(model, 2)
     with torch.no_grad():
-        wide, narrow = (Decoder(model, 2, dtype=dtype) for dtype in (None, torch.bfloat16))
-        pairs = [(decoder.prefill(condition), decoder.decode_one(codes[:, 0])) for decoder in (wide, narrow)]
-    assert (wide.norm.dtype, narrow.norm.dtype) == (torch.float32, torch.bfloat16)
+        float32, bfloat16 = (Decoder(model, 2, dtype=dtype) for dtype in (None, torch.bfloat16))
+        pairs = [(decoder.prefill(condition), decoder.decode_one(codes[:, 0])) for decoder in (float32, bfloat16)]
+    assert (float32.norm.dtype, bfloat16.norm.dtype) == (torch.float32, torch.bfloat16)
     for exact, rounded in zip(*pairs, strict=True):
         assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
         torch.testing.assert_close(rounded, exact, rtol=0.1, atol=0.05 * exact.abs().max().item())
@@ -129,7 +127,7 @@ def test_bfloat16_decodes_close_to_float32(task):
 
 
 def test_a_step_runs_once_before_it_is_captured_and_is_replayed_from_then_on(monkeypatch):
-    """Without a GPU: a graph that records what it is told to run, and runs it when replayed."""
+    """Without a GPU: a fake graph that records a call and repeats it when replayed."""
     ran, captured = [], []
 
     class Graph:
@@ -157,9 +155,9 @@ def test_a_step_runs_once_before_it_is_captured_and_is_replayed_from_then_on(mon
     assert ran == [4, ("replayed", 4), ("replayed", 4), 8, ("replayed", 8)] and len(captured) == 2
 
 
-def test_a_step_needs_nothing_from_the_host_but_the_span(monkeypatch):
-    """What a CUDA graph replays: the same call again, with nothing else told, writes the next code."""
-    model = sampled()
+def test_a_step_needs_only_the_attended_length_from_the_host(monkeypatch):
+    """A CUDA graph repeats the same call, which must decode the next code."""
+    model = random_generator()
     with torch.no_grad():
         codes = torch.zeros(2, 9, dtype=torch.int64)
         decoder = Decoder(model, 2, stride=16)
@@ -172,15 +170,15 @@ def test_a_step_needs_nothing_from_the_host_but_the_span(monkeypatch):
     assert torch.equal(codes, generate(model, condition_of(model, 2), temperature=0))
 
 
-def test_weights_are_packed_where_they_can_be():
+def test_weights_are_packed_where_supported():
     weight = torch.randn(8, 4)
     assert choose_linear(weight.double()) is PlainLinear and choose_linear(weight, "plain") is PlainLinear
     assert choose_linear(weight) is (PackedLinear if PackedLinear.supports(weight) else PlainLinear)
-    assert type(Decoder(sampled(), 2, weights="plain").head) is PlainLinear
-    assert type(Decoder(sampled(), 2).blocks[0].qkv) is choose_linear(weight)
+    assert type(Decoder(random_generator(), 2, weights="plain").head) is PlainLinear
+    assert type(Decoder(random_generator(), 2).blocks[0].qkv) is choose_linear(weight)
 
 
-def test_threads_are_measured_and_put_back(monkeypatch):
+def test_threads_are_measured_and_restored(monkeypatch):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""The decoder that is kept on a GPU; here the CPU stands for one."""
+"""Reuse of the last decoder, which normally happens on a GPU only."""
 
 import gc
 
@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture
 def made(monkeypatch):
-    """How many decoders were made; all are kept."""
+    """Enable reuse on the CPU; return a list with one entry per decoder built."""
     count = []
 
     class Counted(reused_decoder.Decoder):
@@ -21,51 +21,51 @@ def made(monkeypatch):
             super().__init__(*args, **options)
 
     monkeypatch.setattr(reused_decoder, "Decoder", Counted)
-    monkeypatch.setattr(reused_decoder, "_lasting", lambda parameter: True)
+    monkeypatch.setattr(reused_decoder, "_is_cacheable", lambda parameter: True)
     yield count
-    reused_decoder.forget()
+    reused_decoder.clear()
 
 
-def sampled() -> LarpGenerator:
+def random_generator() -> LarpGenerator:
     torch.manual_seed(0)
     model = LarpGenerator(GeneratorConfig(num_tokens=8, codebook_size=64, depth=2, heads=2, width=32, num_classes=4))
     torch.nn.init.normal_(model.output.weight, std=0.3)
     return model
 
 
-def test_the_next_clips_take_the_same_decoder_and_are_those_of_a_new_one(made):
-    model, first, second = sampled(), torch.tensor([0]), torch.tensor([1])
-    kept = [generate(model, first, seed=1), generate(model, second, seed=2), generate(model, first, guidance=2.0)]
-    kept.append(generate(model, first, seed=1, temperature=0.5))
-    kept.append(generate(model, first, seed=1))
-    assert len(made) == 3  # guidance wants two rows
+def test_a_reused_decoder_gives_the_codes_of_a_new_one(made):
+    model, first, second = random_generator(), torch.tensor([0]), torch.tensor([1])
+    reused = [generate(model, first, seed=1), generate(model, second, seed=2), generate(model, first, guidance=2.0)]
+    reused.append(generate(model, first, seed=1, temperature=0.5))
+    reused.append(generate(model, first, seed=1))
+    assert len(made) == 3  # guidance needs two rows
     fresh = []
     for condition, options in ((first, dict(seed=1)), (second, dict(seed=2)), (first, dict(guidance=2.0))):
-        reused_decoder.forget()
+        reused_decoder.clear()
         fresh.append(generate(model, condition, **options))
-    assert all(torch.equal(a, b) for a, b in zip(kept, fresh, strict=False)) and torch.equal(kept[4], kept[0])
+    assert all(torch.equal(a, b) for a, b in zip(reused, fresh, strict=False)) and torch.equal(reused[4], reused[0])
 
 
 @pytest.mark.parametrize("change", [lambda weight: weight.mul_(2), lambda weight: weight.data.mul_(2)])
 @torch.no_grad()
-def test_changed_weights_take_a_new_one(made, change):
-    model, condition = sampled(), torch.tensor([0])
+def test_changed_weights_need_a_new_decoder(made, change):
+    model, condition = random_generator(), torch.tensor([0])
     generate(model, condition)
     change(model.layers[0].attention.wqkv.weight)
     after = generate(model, condition)
     assert len(made) == 2
-    reused_decoder.forget()
+    reused_decoder.clear()
     assert torch.equal(after, generate(model, condition))
 
 
-def test_it_goes_with_the_model_and_with_an_error(made, monkeypatch):
-    model, condition = sampled(), torch.tensor([0])
+def test_it_is_deleted_with_the_model_and_after_an_error(made, monkeypatch):
+    model, condition = random_generator(), torch.tensor([0])
     generate(model, condition)
     assert len(reused_decoder._last) == 1
     made.clear()
     del model
     gc.collect()
     assert not reused_decoder._last
-    with pytest.raises(RuntimeError, match="stop"), reused_decoder.reused_decoder(sampled(), 1, "auto", None):
+    with pytest.raises(RuntimeError, match="stop"), reused_decoder.reused_decoder(random_generator(), 1, "auto", None):
         raise RuntimeError("stop")
     assert not reused_decoder._last

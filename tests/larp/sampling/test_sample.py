@@ -1,4 +1,4 @@
-"""Sampling: guidance against a naive loop, reproducible samples, honest distributions; the decoding is in test_decoding."""
+"""Sampling: guidance against a naive loop, reproducibility, distributions, invalid options."""
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling.sample import Guidance, apply_guidance, generate, row_uniforms, sample_logits
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 
-def sampled(task="class", **fields) -> LarpGenerator:
+def random_generator(task="class", **fields) -> LarpGenerator:
     torch.manual_seed(1)
     shape = dict(num_tokens=7, codebook_size=20, depth=2, heads=2, width=16, num_classes=3, ffn_multiple=16)
     model = LarpGenerator(GeneratorConfig(task, **shape | fields))
@@ -25,7 +25,7 @@ def condition_of(model, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["class", "frame-prediction"])
 def test_guided_sampling_agrees_with_a_naive_loop(task):
-    model = sampled(task, null_condition=task != "class")
+    model = random_generator(task, null_condition=task != "class")
     given = condition_of(model, 2)
     nothing = torch.tensor([3, 3]) if task == "class" else torch.tensor([[21] * 7 + [20]] * 2)
     scales = [1.0, 1.0, 1.5, 2.0, 2.5, 3.0, 1.0]
@@ -51,15 +51,15 @@ def test_guidance_ramps_and_is_off_outside_its_interval():
     assert Guidance(3.0, final=2.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 2.0, 1.0]
 
 
-def test_guidance_of_no_code_is_refused():
-    with pytest.raises(ValueError, match=r"from 0.501 to 0.502, which holds none of a clip's 10 codes: move its start"):
+def test_guidance_of_no_code_is_an_error():
+    with pytest.raises(ValueError, match=r"from 0.501 to 0.502, which holds none of a clip's 10 codes: move start"):
         Guidance(2.0, start=0.501, stop=0.502).scales(10)
     with pytest.raises(ValueError, match="none of a clip's 7 codes"):
-        generate(sampled(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
+        generate(random_generator(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
 
 
 def test_a_row_depends_on_seed_and_index_only():
-    model = sampled()
+    model = random_generator()
     labels = condition_of(model, 5)
     whole = generate(model, labels, guidance=1.5, seed=4)
     parts = [generate(model, labels[i : i + 2], guidance=1.5, seed=4, first_row=i) for i in (0, 2, 4)]
@@ -68,15 +68,15 @@ def test_a_row_depends_on_seed_and_index_only():
     assert len({tuple(row) for row in generate(model, torch.zeros(5, dtype=torch.int64)).tolist()}) > 1
 
 
-def test_clips_of_a_batch_may_differ_in_class():
-    model = sampled()
+def test_a_batch_may_have_several_classes():
+    model = random_generator()
     mixed = generate(model, torch.tensor([0, 2, 0]), guidance=2.0, seed=1)
     alone = generate(model, torch.tensor([2]), guidance=2.0, seed=1, first_row=1)
     assert torch.equal(mixed[1:2], alone) and not torch.equal(mixed[0], mixed[2])
 
 
-def test_generation_leaves_the_model_as_it_was():
-    model = sampled().train()
+def test_generation_does_not_modify_the_model():
+    model = random_generator().train()
     first, second = (generate(model, torch.tensor([1]), seed=2) for _ in range(2))
     assert model.training and torch.equal(first, second), "dropout is off while sampling"
     assert torch.equal(first, generate(model.eval(), torch.tensor([1]), seed=2))
@@ -109,7 +109,7 @@ def test_top_k_top_p_and_min_p():
     assert kept(temperature=0) == {1}
 
 
-def test_of_equal_logits_top_k_keeps_exactly_k():
+def test_top_k_keeps_exactly_k_of_equal_logits():
     uniform = torch.linspace(0, 1, 1001)[:1000]
     for logits, kept in (
         ([0.0, 0.0, 0.0, 0.0], {0, 1}),
@@ -120,7 +120,7 @@ def test_of_equal_logits_top_k_keeps_exactly_k():
         assert set(sample_logits(rows, top_k=2, uniform=uniform).tolist()) == kept
 
 
-def test_the_outermost_options_draw_known_ids():
+def test_extreme_options_sample_ids_in_range():
     logits = 100 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     uniform = torch.tensor([0.0, 0.4, 0.9, 1 - 2**-53], dtype=torch.float64)
     for options in ({"temperature": 1e-4}, {"top_p": 1e-6}):
@@ -129,22 +129,22 @@ def test_the_outermost_options_draw_known_ids():
     assert sample_logits(logits.fill_(torch.nan), uniform=uniform).max() < 50
 
 
-def test_seeds_of_more_than_32_bits_are_seeds_of_their_own():
+def test_seeds_of_more_than_32_bits_are_distinct():
     seeds = [1, 1 << 32, (1 << 32) + 1, (5 << 32) + 1, -1, (1 << 32) - 1, (1 << 63) + 1]
     assert len({row_uniforms(seed, 0, 1, 3).numpy().tobytes() for seed in seeds}) == len(seeds)
-    kept = row_uniforms(7, 2, 1, 3)[0]
+    uniforms = row_uniforms(7, 2, 1, 3)[0]
     mixed = (7 * 0x9E3779B97F4A7C15 + 3 * 0xD1342543DE82EF95) % (1 << 63)
-    assert torch.equal(kept, torch.rand(3, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64))
+    assert torch.equal(uniforms, torch.rand(3, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64))
 
 
-def test_excluded_ids_are_never_drawn_even_at_the_edges():
+def test_excluded_ids_are_never_sampled():
     logits = torch.full((2, 6), -torch.inf)
     logits[:, 2:4] = torch.tensor([0.3, 1.7])
     edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     assert sample_logits(logits, uniform=edges).tolist() == [2, 3]
 
 
-def test_guide_mixes_the_two_halves():
+def test_apply_guidance():
     mixed = apply_guidance(torch.tensor([[1.0, 3.0], [0.0, 1.0]]), 3.0)
     assert mixed.tolist() == [[3.0, 7.0]]
     logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
@@ -182,7 +182,7 @@ def test_guide_mixes_the_two_halves():
 )
 def test_bad_options(options, words):
     with pytest.raises(ValueError, match=words):
-        generate(sampled(), torch.tensor([0]), **options)
+        generate(random_generator(), torch.tensor([0]), **options)
 
 
 @pytest.mark.parametrize(
@@ -200,16 +200,16 @@ def test_bad_guidance(fields, words):
 
 
 def test_bad_conditions():
-    with pytest.raises(ValueError, match=r"labels run from 1 to 4; this generator knows 0 to 3"):
-        generate(sampled(), torch.tensor([1, 4]))
+    with pytest.raises(ValueError, match=r"labels run from 1 to 4; this generator has 0 to 3"):
+        generate(random_generator(), torch.tensor([1, 4]))
     with pytest.raises(
         ValueError, match=r"condition is torch.float32; classes and codes are whole numbers: give int64"
     ):
-        generate(sampled(), torch.zeros(1))
+        generate(random_generator(), torch.zeros(1))
     with pytest.raises(ValueError, match=r"no rows"):
-        generate(sampled(), torch.empty(0, dtype=torch.int64))
+        generate(random_generator(), torch.empty(0, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"use guidance 1\.0"):
-        model = sampled("frame-prediction")
+        model = random_generator("frame-prediction")
         generate(model, condition_of(model, 1), guidance=2.0)
     with pytest.raises(ValueError, match="needs `uniform`"):
         sample_logits(torch.zeros(1, 4))
