@@ -1,1 +1,1 @@
-"""Whole videos through a tokenizer: window by window, in files of codes, back at their own size."""
+"""Encoding, decoding and storing whole videos of any length and size."""

@@ -1,4 +1,4 @@
-"""How pictures of any size go into a tokenizer's frame, and back: crop, stretch or pad.
+"""Resizing frames of any size to a tokenizer's frame size and back: crop, stretch or pad.
 
 Frames are uint8 (T, H, W, 3).
 """
@@ -18,16 +18,15 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Fitting:
-    """The way from pictures of one size into frames of another, and back.
+    """A mapping between frames of a source size and of the tokenizer's frame size.
 
-    crop: resized so that the frame is just covered, then the centre is cut out, as in training; the aspect ratio is
-    kept, the edges of the longer side are lost. stretch: everything is kept but the aspect ratio. pad: everything is
-    kept, with black bars around it. ValueError for sizes that cannot be fitted.
+    crop: resize to cover the frame, then crop the centre, as in training. stretch: resize without preserving the aspect ratio.
+    pad: resize to fit into the frame, with black bars around. Raises ValueError for an unknown fit or an invalid size.
     """
 
     fit: Fit
     source: Size
-    """Height and width of the pictures."""
+    """Height and width of the source frames."""
     frame: Size
     """Height and width of the tokenizer's frame."""
 
@@ -40,7 +39,7 @@ class Fitting:
 
     @property
     def picture(self) -> tuple[int, int, int, int]:
-        """Top, left, height and width of the picture in the frame: all of it but for the bars of `pad`."""
+        """Top, left, height and width of the frame without the bars of `pad`."""
         (height, width), (old_height, old_width) = self.frame, self.source
         if self.fit != "pad":
             return 0, 0, height, width
@@ -50,13 +49,13 @@ class Fitting:
 
     @property
     def region(self) -> tuple[slice, slice]:
-        """Rows and columns of the frame that hold the picture."""
+        """Slices of the rows and columns of the frame without the bars of `pad`."""
         top, left, height, width = self.picture
         return slice(top, top + height), slice(left, left + width)
 
     @property
-    def kept(self) -> Size:
-        """Height and width of the part of the source that the frame shows, in pixels of the source."""
+    def visible_size(self) -> Size:
+        """Height and width, in source pixels, of the part of the source that the frame shows."""
         if self.fit != "crop":
             return self.source
         scale = max(new / old for new, old in zip(self.frame, self.source, strict=True))
@@ -64,7 +63,7 @@ class Fitting:
         return height, width
 
     def apply(self, frames: np.ndarray) -> np.ndarray:
-        """Bring frames of the source's size into the tokenizer's."""
+        """Resize frames of the source size to the tokenizer's frame size."""
         if self.fit == "crop":
             return resize_frames(frames, *self.frame)
         top, left, height, width = self.picture
@@ -72,9 +71,5 @@ class Fitting:
         return np.pad(scale_frames(frames, height, width), ((0, 0), *bars, (0, 0)))
 
     def undo(self, frames: np.ndarray) -> np.ndarray:
-        """Bring frames of the tokenizer's size back to `kept`: bars cut off, then scaled; a crop's edges stay lost."""
-        return scale_frames(self.cut(frames), *self.kept)
-
-    def cut(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (..., H, W, C) without bars."""
-        return frames[..., *self.region, :]
+        """Resize frames of the tokenizer's frame size to `visible_size`, without bars. Cropped edges are not restored."""
+        return scale_frames(frames[..., *self.region, :], *self.visible_size)

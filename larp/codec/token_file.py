@@ -1,12 +1,12 @@
-"""The token file: a whole video as the codes of a tokenizer, in one small file (.larp).
+"""The token file (.larp): a whole video as codes of a tokenizer.
 
-A safetensors file, so no pickle, with the tensors
+It is a safetensors file with the tensors
 
-    codes     uint8, the codes of all windows one after the other, each in ceil(log2 K) bits
-    lengths   uint8, how many codes each window has, less one, each in ceil(log2 N) bits
+    codes     uint8, the concatenated codes of all windows, ceil(log2 K) bits each
+    lengths   uint8, the number of codes of each window minus 1, ceil(log2 N) bits each
 
-and one metadata entry: JSON of the format's version, the header, and a digest of all the rest. The same video and the
-same tokenizer give the same bytes.
+and one metadata entry, a JSON object of the format version, the header, and a digest of header and tensors. The same video and
+tokenizer give the same bytes.
 
 Shapes: W windows, T frames of a window, N codes of a window at most, K codebook size, M codes in all.
 """
@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from larp.codec.fitting import Fit, Fitting
-from larp.config import from_dict
+from larp.config import check_positive, from_dict
 from larp.models.tokenizer import LarpTokenizer
 
 import numpy as np
@@ -30,21 +30,21 @@ from torch import Tensor
 FORMAT = 1
 SUFFIX = ".larp"
 _ENTRY = "larp_video"
-_BLOCK = 1 << 16  # codes packed at a time: a multiple of 8, so that a block ends with a byte
+_BLOCK = 1 << 16  # codes packed at a time; a multiple of 8, so that every block ends at a byte boundary
 
 
 class TokenFileError(ValueError):
-    """A token file that cannot be read or written, or belongs to another tokenizer; the message says which and why."""
+    """A token file that cannot be read or written, or was made with another tokenizer."""
 
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What the codes of a video were made from."""
+    """The tokenizer and the video that the codes were made from."""
 
     tokenizer: str
-    """Name or path of the tokenizer, as it was given."""
+    """Name or path of the tokenizer, as given."""
     weight_hash: str
-    """Its `weight_hash`: the one tokenizer that can read the codes."""
+    """`weight_hash()` of the tokenizer, the only one that can decode the codes."""
     codebook_size: int
     """K."""
     num_tokens: int
@@ -52,49 +52,48 @@ class TokenHeader:
     num_frames: int
     """T."""
     height: int
-    """Of the tokenizer's frame."""
+    """Frame height of the tokenizer, in pixels."""
     width: int
+    """Frame width of the tokenizer, in pixels."""
     frames: int
-    """Of the video, without what completed the last window."""
+    """Frames of the video, without the padding of the last window."""
     fps: float
     """Frames per second."""
     fit: Fit
-    """How the pictures were brought into the tokenizer's frame, see `larp.codec.fitting`."""
+    """How frames were resized, see `larp.codec.fitting`."""
     source_height: int
-    """Of the video's own pictures."""
+    """Height of the video, in pixels."""
     source_width: int
+    """Width of the video, in pixels."""
     variant: str | None = None
-    """Of the tokenizer's weights; see `LarpTokenizer.from_pretrained`."""
+    """Variant of the tokenizer's weights, see `LarpTokenizer.from_pretrained`."""
 
     def __post_init__(self):
-        for name in ("codebook_size", "num_tokens", "num_frames", "frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_positive(self, "codebook_size", "num_tokens", "num_frames", "frames")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps must be in (0, 1000], got {self.fps}")
-        _ = self.fitting
+        _ = self.fitting  # checks fit and sizes
 
     @property
     def fitting(self) -> Fitting:
-        """The way from the video's pictures into the tokenizer's frame, and back."""
+        """The mapping between the video's and the tokenizer's frame size."""
         return Fitting(self.fit, (self.source_height, self.source_width), (self.height, self.width))
 
     @property
     def windows(self) -> int:
-        """W; the last window may have been completed."""
+        """W, including a padded last window."""
         return -(-self.frames // self.num_frames)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedVideo:
-    """The codes of a whole video: `codes` int64 (M,) in [0, K), `lengths` int64 (W,), codes of each window, 1 to N.
-
-    ValueError if they do not fit the header.
-    """
+    """The codes of a whole video. Raises ValueError if they do not match the header."""
 
     header: TokenHeader
     codes: Tensor
+    """int64 (M,) in [0, K), all windows concatenated."""
     lengths: Tensor
+    """int64 (W,), number of codes of each window, 1 to N."""
 
     def __post_init__(self):
         h = self.header
@@ -111,7 +110,7 @@ class TokenizedVideo:
         return self.codes.split(self.lengths.tolist())
 
     def save(self, path: str | Path) -> Path:
-        """Write the token file, whole or not at all; the suffix must be .larp. Returns the path."""
+        """Write the token file atomically and return its path, which must end in .larp."""
         path, h = Path(path), self.header
         check_suffix(path)
         tensors = {
@@ -119,7 +118,7 @@ class TokenizedVideo:
             "lengths": pack(self.lengths.numpy() - 1, code_bits(h.num_tokens)),
         }
         values = asdict(h)
-        # One entry: safetensors writes several in an order that changes from run to run.
+        # One entry, because safetensors writes several in an order that changes from run to run.
         entry = {"format": FORMAT, "header": values, "digest": _digest(values, tensors)}
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -132,7 +131,7 @@ class TokenizedVideo:
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenizedVideo":
-        """Read a token file; TokenFileError if it is none, damaged, or of a newer format. No pickle is ever read."""
+        """Read a token file. Raises TokenFileError if it is not one, damaged, or of a newer format."""
         path = Path(path)
         entry, tensors = _read(path)
         if entry.get("format") not in range(1, FORMAT + 1):
@@ -141,7 +140,7 @@ class TokenizedVideo:
             )
         try:
             if _digest(entry["header"], tensors) != entry["digest"]:
-                raise ValueError("its digest is another")
+                raise ValueError("its digest does not match")
             header = from_dict(TokenHeader, entry["header"], "its header")
             lengths = unpack(tensors["lengths"], code_bits(header.num_tokens), header.windows) + 1
             codes = unpack(tensors["codes"], code_bits(header.codebook_size), int(lengths.sum()))
@@ -150,13 +149,13 @@ class TokenizedVideo:
             raise _damaged(path, error) from error
 
     def check_tokenizer(self, tokenizer: LarpTokenizer, name: str, where: str | Path) -> None:
-        """TokenFileError unless the codes were made with `tokenizer`; `name` and `where` (the file) are for the message."""
+        """Raise TokenFileError unless the codes were made with `tokenizer`; `name` and `where` (the file) are for the message."""
         h, found = self.header, tokenizer.weight_hash()
         if found != h.weight_hash:
-            made = _named(h.tokenizer, h.variant)
+            made = _describe(h.tokenizer, h.variant)
             raise TokenFileError(
-                f"{where} was made with the tokenizer {made} (hash {h.weight_hash[:12]}), and {name} is another (hash "
-                f"{found[:12]}), for which the codes mean nothing: give the one that the file was made with"
+                f"{where} was made with the tokenizer {made} (hash {h.weight_hash[:12]}), but {name} is another (hash "
+                f"{found[:12]}): give the one that the file was made with"
             )
         for key in ("codebook_size", "num_tokens", "num_frames", "height", "width"):
             if getattr(h, key) != getattr(tokenizer.config, key):
@@ -165,25 +164,27 @@ class TokenizedVideo:
 
 
 def check_suffix(path: Path) -> None:
-    """TokenFileError unless `path` is named like a token file."""
+    """Raise TokenFileError unless `path` ends in .larp."""
     if path.suffix.lower() != SUFFIX:
-        raise TokenFileError(f"{path}: a token file is named *{SUFFIX}, such as {path.stem or 'video'}{SUFFIX}")
+        raise TokenFileError(
+            f"{path}: the name of a token file ends in {SUFFIX}, such as {path.stem or 'video'}{SUFFIX}"
+        )
 
 
 def code_bits(size: int) -> int:
-    """Bits of one of `size` different codes: ceil(log2(size)), at least 1."""
+    """Return the bits per code for `size` different codes: ceil(log2(size)), at least 1."""
     return max(1, (size - 1).bit_length())
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes (M,), integers in [0, 2**bits) -> uint8 (ceil(M * bits / 8),), the highest bit first."""
+    """Pack codes (M,), integers in [0, 2**bits), into uint8 (ceil(M * bits / 8),), highest bit first."""
     places = np.arange(bits - 1, -1, -1, dtype=np.int64)
     blocks = (codes[start : start + _BLOCK, None] >> places & 1 for start in range(0, len(codes), _BLOCK))
     return np.concatenate([np.packbits(block.astype(np.uint8)) for block in blocks])
 
 
 def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The `count` codes of `pack`, int64 (count,). ValueError unless `packed` is just as long as they need."""
+    """Unpack `count` codes of `pack`, int64 (count,). Raises ValueError unless `packed` has the expected length."""
     if packed.dtype != np.uint8 or packed.shape != (-(-count * bits // 8),):
         raise ValueError(f"{count} codes of {bits} bits need {-(-count * bits // 8)} bytes, not {packed.shape}")
     weights = 1 << np.arange(bits - 1, -1, -1, dtype=np.int64)
@@ -203,13 +204,13 @@ def _digest(header: dict, tensors: dict[str, np.ndarray]) -> str:
 
 
 def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """The metadata entry and the tensors of a safetensors file."""
+    """Return the metadata entry and the tensors of a token file."""
     if not path.is_file():
-        raise TokenFileError(f"{path}: no such file" if not path.exists() else f"{path} is no file")
+        raise TokenFileError(f"{path}: no such file" if not path.exists() else f"{path} is not a file")
     with open(path, "rb") as file:
         head = file.read(9)
     if not head.startswith(b"{", 8):
-        raise TokenFileError(f"{path} is no token file of larp-mllm tokenize")
+        raise TokenFileError(f"{path} is not a token file of larp-mllm tokenize")
     try:
         with safe_open(path, framework="numpy") as file:
             entry = (file.metadata() or {}).get(_ENTRY)
@@ -218,12 +219,12 @@ def _read(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
             return dict(json.loads(entry)), tensors
     except (SafetensorError, ValueError, TypeError) as error:
         raise _damaged(path, error) from error
-    raise TokenFileError(f"{path} is no token file of larp-mllm tokenize: its tensors are something else")
+    raise TokenFileError(f"{path} is not a token file of larp-mllm tokenize: it has other tensors")
 
 
 def _damaged(path: Path, error: Exception) -> TokenFileError:
     return TokenFileError(f"{path} is damaged or cut short ({error}): copy it again, or tokenize the video again")
 
 
-def _named(tokenizer: str, variant: str | None) -> str:
+def _describe(tokenizer: str, variant: str | None) -> str:
     return (tokenizer or "without a name") + (f", variant {variant}" if variant else "")

@@ -1,4 +1,4 @@
-"""The token file: small, the same bytes every time, and nothing but itself is read."""
+"""The token file: size, reproducible bytes, damaged and foreign files."""
 
 import json
 from dataclasses import asdict, replace
@@ -23,14 +23,14 @@ def video(lengths=(128, 1, 77, 128, 3, 128), **changes) -> TokenizedVideo:
 
 @pytest.mark.parametrize("bits", [1, 3, 10, 13, 16, 20])
 @pytest.mark.parametrize("count", [1, 7, 8, 100, 70_000])
-def test_packing_loses_nothing_and_wastes_nothing(bits, count):
+def test_packing_is_lossless_and_minimal(bits, count):
     codes = np.random.default_rng(0).integers(0, 1 << bits, count)
     packed = pack(codes, bits)
     assert packed.dtype == np.uint8 and len(packed) == -(-count * bits // 8)
     assert np.array_equal(unpack(packed, bits, count), codes)
 
 
-def test_a_saved_video_is_read_back_whole(tmp_path):
+def test_save_load_round_trip(tmp_path):
     first = video(variant="ema")
     path = first.save(tmp_path / "new" / "a.larp")
     again = TokenizedVideo.load(path)
@@ -39,21 +39,21 @@ def test_a_saved_video_is_read_back_whole(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["a.larp"]
 
 
-def test_the_bytes_are_the_same_each_time_and_about_as_many_as_the_codes_need(tmp_path):
+def test_the_bytes_are_reproducible_and_few(tmp_path):
     contents = {video().save(tmp_path / f"{k}.larp").read_bytes() for k in range(20)}
     assert len(contents) == 1
     assert len(contents.pop()) < 465 * 10 / 8 + 1000
 
 
-@pytest.mark.parametrize("keep", [0, 5, 8, 9, 200, -1])
-def test_a_file_cut_short_is_refused(tmp_path, keep):
+@pytest.mark.parametrize("length", [0, 5, 8, 9, 200, -1])
+def test_a_truncated_file_is_an_error(tmp_path, length):
     path = video().save(tmp_path / "a.larp")
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(TokenFileError, match=r"a.larp is (damaged or cut short|no token file)"):
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(TokenFileError, match=r"a.larp is (damaged or cut short|not a token file)"):
         TokenizedVideo.load(path)
 
 
-def test_a_changed_bit_anywhere_is_noticed(tmp_path):
+def test_any_changed_bit_is_an_error(tmp_path):
     path = video().save(tmp_path / "a.larp")
     data = path.read_bytes()
     for place in np.random.default_rng(0).integers(0, len(data), 150):
@@ -64,16 +64,16 @@ def test_a_changed_bit_anywhere_is_noticed(tmp_path):
             TokenizedVideo.load(path)
 
 
-def test_what_is_no_token_file_is_named(tmp_path):
+def test_other_files_are_an_error(tmp_path):
     with pytest.raises(TokenFileError, match=r"none.larp: no such file"):
         TokenizedVideo.load(tmp_path / "none.larp")
-    with pytest.raises(TokenFileError, match=r"is no file"):
+    with pytest.raises(TokenFileError, match=r"is not a file"):
         TokenizedVideo.load(tmp_path)
     (tmp_path / "a.larp").write_bytes(b"\x00\x00\x00\x20ftypisom" * 20)
-    with pytest.raises(TokenFileError, match=r"a.larp is no token file of larp-mllm tokenize"):
+    with pytest.raises(TokenFileError, match=r"a.larp is not a token file of larp-mllm tokenize"):
         TokenizedVideo.load(tmp_path / "a.larp")
     save_file({"weight": np.zeros(3)}, tmp_path / "b.larp")
-    with pytest.raises(TokenFileError, match=r"b.larp is no token file.*something else"):
+    with pytest.raises(TokenFileError, match=r"b.larp is not a token file.*other tensors"):
         TokenizedVideo.load(tmp_path / "b.larp")
 
 
@@ -97,8 +97,8 @@ def test_a_newer_format_asks_for_an_update(tmp_path, monkeypatch):
         ({"fit": "zoom"}, "zoom"),
     ],
 )
-def test_a_header_that_lies_is_refused(tmp_path, changes, words):
-    """A digest is no signature: whoever writes a file can write its digest too."""
+def test_an_inconsistent_header_is_an_error(tmp_path, changes, words):
+    """The digest is not a signature: the author of a file can compute it."""
     good, path = video(), tmp_path / "a.larp"
     header = asdict(good.header) | changes
     tensors = {"codes": pack(good.codes.numpy(), 10), "lengths": pack(good.lengths.numpy() - 1, 7)}
@@ -108,20 +108,20 @@ def test_a_header_that_lies_is_refused(tmp_path, changes, words):
         TokenizedVideo.load(path)
 
 
-def test_codes_that_do_not_fit_the_header_are_refused():
+def test_codes_must_match_the_header():
     with pytest.raises(ValueError, match=r"90 frames need 6 windows of 1 to 128 codes"):
         video(lengths=(128, 128))
     with pytest.raises(ValueError, match=r"between 0 and 9"):
         video(codebook_size=10)
 
 
-def test_the_name_must_be_that_of_a_token_file(tmp_path):
-    with pytest.raises(TokenFileError, match=r"a.mp4: a token file is named \*.larp, such as a.larp"):
+def test_the_name_must_end_in_larp(tmp_path):
+    with pytest.raises(TokenFileError, match=r"a.mp4: the name of a token file ends in \.larp, such as a.larp"):
         video().save(tmp_path / "a.mp4")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_tokenizer_is_refused_with_both_names():
+def test_the_error_for_another_tokenizer_names_both():
     model = LarpTokenizer(tiny())
     found = model.weight_hash()[:12]
     with pytest.raises(

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from larp.codec import whole_video as longvideo
+from larp.codec import whole_video
 from larp.codec.token_file import TokenFileError, TokenizedVideo
 from larp.codec.whole_video import (
     Encoding,
@@ -30,7 +30,7 @@ from PIL import Image
 
 
 def random_tokenizer(**changes) -> LarpTokenizer:
-    """A random tokenizer whose pictures are not all grey: clips of 4 frames of 16x24, 6 codes of 32."""
+    """Return a tokenizer with random weights, head included: clips of 4 frames of 16x24, 6 codes of 32."""
     torch.manual_seed(0)
     model = LarpTokenizer(tiny(**changes)).eval()
     torch.nn.init.normal_(model.head.weight, std=0.05)
@@ -53,11 +53,11 @@ def clip(tmp_path) -> Path:
     return tmp_path / "clip.mp4"
 
 
-@pytest.mark.parametrize("frames, kept", [(1, [1]), (3, [3]), (4, [4]), (5, [4, 1]), (8, [4, 4])])
-def test_the_last_window_is_completed_with_its_last_frame(frames, kept):
+@pytest.mark.parametrize("frames, lengths", [(1, [1]), (3, [3]), (4, [4]), (5, [4, 1]), (8, [4, 4])])
+def test_the_last_window_is_padded_with_its_last_frame(frames, lengths):
     video = noise(frames)
     windows = list(cut_windows(iter(video), 4))
-    assert [count for _, count in windows] == kept and all(len(window) == 4 for window, _ in windows)
+    assert [count for _, count in windows] == lengths and all(len(window) == 4 for window, _ in windows)
     assert np.array_equal(np.concatenate([window[:count] for window, count in windows]), video)
     last, count = windows[-1]
     assert all(np.array_equal(frame, video[-1]) for frame in last[count:])
@@ -70,8 +70,8 @@ def test_windows_are_encoded_like_clips_in_training(model, clip):
     for start, codes in zip((0, 4), video.windows, strict=False):
         want = model.encode(frames_to_clip(frames[start : start + 4], 16, 24)[None])[0]
         assert torch.equal(codes, want)
-    completed = np.concatenate([frames[8:], frames[[9, 9]]])
-    assert torch.equal(video.windows[2], model.encode(frames_to_clip(completed, 16, 24)[None])[0])
+    padded = np.concatenate([frames[8:], frames[[9, 9]]])
+    assert torch.equal(video.windows[2], model.encode(frames_to_clip(padded, 16, 24)[None])[0])
 
 
 def test_reconstruct_is_tokenize_then_detokenize(model, clip, tmp_path):
@@ -95,7 +95,7 @@ def test_psnr_is_that_of_all_real_frames(model, clip, tmp_path):
     assert report.psnr == pytest.approx(psnr(original[None], again[None]).item(), abs=1e-3)
 
 
-def test_bars_count_neither_as_pixels_nor_as_likeness(model, clip, tmp_path):
+def test_bars_count_neither_for_bits_per_pixel_nor_for_psnr(model, clip, tmp_path):
     report = reconstruct_video(clip, tmp_path / "a.mp4", model, Encoding(fit="pad"))
     assert report.bits_per_pixel == pytest.approx(90 / (10 * 10 * 24))  # 20x50 fits in as 10x24
     video = tokenize_video(clip, model, Encoding(fit="pad"))
@@ -106,7 +106,7 @@ def test_bars_count_neither_as_pixels_nor_as_likeness(model, clip, tmp_path):
 
 
 @pytest.mark.parametrize("fit, size", [("crop", (20, 30)), ("stretch", (20, 50)), ("pad", (20, 50))])
-def test_the_original_size_comes_back(model, clip, tmp_path, fit, size):
+def test_original_size(model, clip, tmp_path, fit, size):
     report = reconstruct_video(clip, tmp_path / "a.mp4", model, Encoding(fit=fit), original_size=True)
     detokenize_video(tokenize_video(clip, model, Encoding(fit=fit)), model, tmp_path / "b.mp4", original_size=True)
     assert (report.height, report.width) == size
@@ -114,7 +114,7 @@ def test_the_original_size_comes_back(model, clip, tmp_path, fit, size):
         assert (probe(tmp_path / name).height, probe(tmp_path / name).width) == size
 
 
-def test_each_fit_shows_the_tokenizer_something_else(model, clip):
+def test_the_fit_changes_the_codes(model, clip):
     codes = {fit: tuple(tokenize_video(clip, model, Encoding(fit=fit)).codes.tolist()) for fit in ("crop", "pad")}
     assert codes["crop"] != codes["pad"]
 
@@ -126,7 +126,7 @@ def test_the_batch_size_changes_nothing(model, clip, tmp_path):
     for size in (1, 8):
         detokenize_video(one, model, tmp_path / "a.mp4", batch_size=size)
         frames.append(read_video(tmp_path / "a.mp4")[0].astype(int))
-    assert np.abs(frames[0] - frames[1]).mean() < 1  # a pixel that rounds the other way makes x264 choose otherwise
+    assert np.abs(frames[0] - frames[1]).mean() < 1  # a pixel that rounds differently changes x264's decisions
 
 
 def test_a_prefix_of_the_codes_is_stored_and_decoded(clip, tmp_path):
@@ -142,9 +142,9 @@ def test_a_prefix_of_the_codes_is_stored_and_decoded(clip, tmp_path):
         tokenize_video(clip, model, Encoding(num_tokens=9))
 
 
-def test_a_target_gives_each_window_its_own_length(tmp_path):
+def test_each_window_gets_the_length_for_the_target(tmp_path):
     torch.manual_seed(0)
-    black = LarpTokenizer(tiny(nested=True)).eval()  # untrained: paints everything black
+    black = LarpTokenizer(tiny(nested=True)).eval()  # untrained: decodes to black
     frames = noise(12, 16, 24)
     frames[4:8] = 0
     write_video(tmp_path / "a.mp4", frames, 10)
@@ -161,14 +161,16 @@ def test_a_target_gives_each_window_its_own_length(tmp_path):
     with pytest.raises(ValueError, match=r"nested"):
         tokenize_video(tmp_path / "a.mp4", random_tokenizer(), Encoding(target_psnr=30.0))
     for nonsense in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=r"target_psnr is in dB and positive"):
+        with pytest.raises(ValueError, match=r"target_psnr must be a positive number of dB"):
             tokenize_video(tmp_path / "a.mp4", black, Encoding(target_psnr=nonsense))
 
 
 @pytest.mark.parametrize("fit, frames, gain", [("pad", 4, 2.0), ("crop", 6, 5.2)])
-def test_neither_bars_nor_repeated_frames_help_to_a_target(tmp_path, fit, frames, gain):
+def test_neither_bars_nor_padding_count_for_the_target(tmp_path, fit, frames, gain):
     torch.manual_seed(0)
-    black = LarpTokenizer(tiny(nested=True)).eval()  # untrained: so black that bars and black frames are perfect
+    black = LarpTokenizer(
+        tiny(nested=True)
+    ).eval()  # untrained: decodes to black, so bars and black frames have no error
     video = noise(frames)
     video[5:] = 0  # with 6 frames the last window is a noisy frame and three black ones, two of them repeated
     write_video(tmp_path / "a.mp4", video, 10)
@@ -183,7 +185,7 @@ def test_neither_bars_nor_repeated_frames_help_to_a_target(tmp_path, fit, frames
 
 
 class Curve:
-    """A tokenizer whose windows come back with the errors of a curve in their second row; all else is far off."""
+    """A fake tokenizer: the error of a prefix is given by a curve in the second row of pixels and large elsewhere."""
 
     def __init__(self, errors: torch.Tensor):
         self.errors, self.quantizer = errors, self
@@ -191,16 +193,16 @@ class Curve:
     def lookup(self, codes):
         return codes
 
-    def mask(self, codes, keep):
-        return self.errors.gather(1, keep[:, None] - 1)
+    def mask(self, codes, lengths):
+        return self.errors.gather(1, lengths[:, None] - 1)
 
-    def render(self, errors):
+    def decode_latents(self, errors):
         again = torch.ones(len(errors), 3, 4, 2, 8)
         again[:, :, :3, 1] = errors[:, :, None, None]
         return again
 
 
-def test_a_length_below_all_reaches_the_target_whatever_the_curve():
+def test_a_length_below_n_reaches_the_target_for_any_curve():
     errors = torch.rand(200, 9, generator=torch.Generator().manual_seed(0))
     errors[100:] = errors[100:].sort(dim=1, descending=True).values
     clips, codes = torch.zeros(200, 3, 4, 2, 8), torch.zeros(200, 9, dtype=torch.int64)
@@ -213,7 +215,7 @@ def test_a_length_below_all_reaches_the_target_whatever_the_curve():
 
 def test_a_long_video_is_never_held_in_memory(model, clip, tmp_path, monkeypatch):
     read, written, ahead = 0, 0, 0
-    real = longvideo._write
+    real = whole_video._write
 
     def many(_) -> Iterator[np.ndarray]:
         nonlocal read
@@ -227,14 +229,14 @@ def test_a_long_video_is_never_held_in_memory(model, clip, tmp_path, monkeypatch
         written += len(frames)
         real(writer, frames, fitting)
 
-    monkeypatch.setattr(longvideo, "iter_frames", many)
-    monkeypatch.setattr(longvideo, "_write", write)
+    monkeypatch.setattr(whole_video, "iter_frames", many)
+    monkeypatch.setattr(whole_video, "_write", write)
     reconstruct_video(clip, tmp_path / "a.mp4", model, Encoding(batch_size=3))
     assert read == written == 400 and ahead <= 3 * 4
     assert probe(tmp_path / "a.mp4").frames == 400
 
 
-def test_the_sound_goes_along_and_detokenize_is_silent(model, tmp_path):
+def test_reconstruct_copies_the_sound_and_detokenize_has_none(model, tmp_path):
     source = write_with_sound(tmp_path / "a.mp4", noise(30, 16, 16), 10)
     assert reconstruct_video(source, tmp_path / "b.mp4", model).notes == ()
     assert len(sound_of(tmp_path / "b.mp4")) == len(sound_of(source)) > 40_000
@@ -245,13 +247,13 @@ def test_the_sound_goes_along_and_detokenize_is_silent(model, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg"])
-def test_a_picture_is_a_video_of_one_frame(model, tmp_path, name):
+def test_an_image_is_a_video_of_one_frame(model, tmp_path, name):
     Image.fromarray(noise(1)[0]).save(tmp_path / name)
     assert reconstruct_video(tmp_path / name, tmp_path / "b.mp4", model).frames == 1
     assert probe(tmp_path / "b.mp4").frames == 1
 
 
-def test_a_file_that_breaks_in_the_middle_leaves_nothing(model, tmp_path, clips_root):
+def test_a_damaged_file_leaves_no_output(model, tmp_path, clips_root):
     data = bytearray((clips_root / "odd" / "h264_10bits.mp4").read_bytes())
     middle = len(data) // 2
     data[middle : middle + 4000] = bytes(4000)
@@ -264,14 +266,14 @@ def test_a_file_that_breaks_in_the_middle_leaves_nothing(model, tmp_path, clips_
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
-def test_stopped_halfway_it_leaves_the_old_file(model, clip, tmp_path, monkeypatch):
+def test_an_interrupt_leaves_the_old_file(model, clip, tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_text("old")
 
     def stopped(_):
         yield from noise(9)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(longvideo, "iter_frames", stopped)
+    monkeypatch.setattr(whole_video, "iter_frames", stopped)
     with pytest.raises(KeyboardInterrupt):
         reconstruct_video(clip, tmp_path / "a.mp4", model, Encoding(batch_size=1))
     assert (tmp_path / "a.mp4").read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "clip.mp4"]
@@ -286,7 +288,7 @@ def test_the_video_itself_is_never_the_output(model, clip, tmp_path):
     assert clip.read_bytes() == before
 
 
-def test_another_tokenizer_is_refused_before_anything_is_written(model, clip, tmp_path):
+def test_another_tokenizer_is_an_error_before_writing(model, clip, tmp_path):
     video = tokenize_video(clip, model, name="first")
     with pytest.raises(TokenFileError, match=r"v.larp was made with .*first.*second"):
         detokenize_video(video, random_tokenizer(codebook_size=33), tmp_path / "a.mp4", name="second", where="v.larp")
@@ -294,12 +296,12 @@ def test_another_tokenizer_is_refused_before_anything_is_written(model, clip, tm
 
 
 @pytest.mark.parametrize("make", [Encoding, lambda **o: detokenize_video(None, None, "a.mp4", **o)])
-def test_a_batch_needs_a_window(make):
-    with pytest.raises(ValueError, match=r"batch_size must be at least 1, got 0"):
+def test_the_batch_size_must_be_positive(make):
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number of at least 1, got 0"):
         make(batch_size=0)
 
 
-def test_odd_real_files_go_through_and_keep_their_shape(model, clips_root, tmp_path):
+def test_unusual_real_files_keep_their_shape(model, clips_root, tmp_path):
     for name, frames, size in (
         ("video_90.mov", 3, (568, 320)),
         ("-video-with-dash-.mp4", 5, (2, 2)),  # 1x1: an mp4 has even sides
@@ -314,17 +316,17 @@ def test_odd_real_files_go_through_and_keep_their_shape(model, clips_root, tmp_p
 
 
 def test_a_real_clip_through_the_published_layout(golden_root, clips_root, tmp_path):
-    """The file holds what the tokenizer paints for every window, with the sound."""
+    """The file has the decoded windows, with the sound."""
     model = LarpTokenizer.from_pretrained(golden_root / "official_tokenizer")
     source = sorted((clips_root / "ucf101_original").rglob("*.avi"))[0]
     frames, fps = read_video(source)
     report = reconstruct_video(source, tmp_path / "a.mkv", model)
     length, height, width = model.config.clip_shape
     windows = [window for window, _ in cut_windows(iter(frames), length)]
-    painted = [model.decode(model.encode(frames_to_clip(window, height, width)[None]))[0] for window in windows]
-    want = np.concatenate([clip_to_frames(clip) for clip in painted])[: len(frames)]
+    decoded = [model.decode(model.encode(frames_to_clip(window, height, width)[None]))[0] for window in windows]
+    want = np.concatenate([clip_to_frames(clip) for clip in decoded])[: len(frames)]
     write_video(tmp_path / "want.mkv", want, fps)
     again, _ = read_video(tmp_path / "a.mkv")
-    # Batches round otherwise, and x264 follows; the next frame would differ by 69.
+    # Batches round differently, which changes x264's decisions; a shift by one frame would differ by 69.
     assert np.abs(again.astype(int) - read_video(tmp_path / "want.mkv")[0]).mean() < 2
     assert report.fps == fps and len(sound_of(tmp_path / "a.mkv")) > 1000

@@ -160,7 +160,7 @@ def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys)
         ("reconstruct", "clip.mp4", "t", "suffix ''"),
         ("reconstruct", "none.mp4", "x.mp4", "none.mp4: no such file"),
         ("reconstruct", "text.mp4", "x.mp4", "text.mp4: does not begin like a video file"),
-        ("tokenize", "clip.mp4", "x.mp4", "x.mp4: a token file is named *.larp, such as x.larp"),
+        ("tokenize", "clip.mp4", "x.mp4", "x.mp4: the name of a token file ends in .larp, such as x.larp"),
         ("tokenize", "clip.mp4", "/proc/x.larp", "/proc takes no files"),
         ("tokenize", "none.mp4", "x.larp", "none.mp4: no such file"),
         ("detokenize", "none.larp", "x.mp4", "none.larp: no such file"),
