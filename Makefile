@@ -3,6 +3,7 @@
 # make test         the tests
 # make test-all     and those that take long
 # make gpu PACK=box.clips   everything that a GPU is needed for, in nine minutes (ARGS="--parts tests speed" chooses)
+# make docs         these pages and an API reference as a web site, in build/site
 # make test-oldest  the fast tests with the oldest versions that pyproject.toml allows
 # make gpu-kit PACK=box.clips   what to carry to a GPU machine without a network, in build/gpu-kit (docs/performance.md)
 # make wheelhouse PYTHON=3.12   the wheels that a GPU machine without a network lacks, in build/wheelhouse
@@ -11,7 +12,7 @@ TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
-.PHONY: install quickstart test test-all test-oldest gpu gpu-kit wheelhouse lint clean
+.PHONY: install quickstart test test-all test-oldest docs gpu gpu-kit wheelhouse lint clean
 
 # What a machine with torch, transformers, peft and OpenCV usually lacks of the packages that this project imports.
 LACKING   := deepspeed hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection \
@@ -47,6 +48,13 @@ test-all: test
 
 gpu: install
 	$(BIN)/python eval/gpu.py $(if $(PACK),--pack $(PACK)) $(ARGS)
+
+docs: .venv/installed-docs
+	$(BIN)/python docs/make_site.py
+
+.venv/installed-docs: .venv/installed
+	$(PIP) --editable '.[docs]'
+	touch $@
 
 # Every `name>=version` of pyproject.toml as `name==version`.
 test-oldest: build/oldest/installed

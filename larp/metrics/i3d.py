@@ -105,6 +105,7 @@ class I3D(nn.Module):
         self.logits = nn.Linear(channels, num_classes, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits float (B, classes) of clips (B, 3, T, H, W)."""
         return self.logits(self.layers(x).mean(dim=(2, 3, 4)))
 
 
