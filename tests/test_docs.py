@@ -1,5 +1,6 @@
 """What README.md, CONTRIBUTING.md and docs/ say of the checkout is true: links, sizes, names of files, commands, messages."""
 
+import importlib
 import importlib.util
 import re
 import shlex
@@ -153,3 +154,50 @@ def test_commands_are_understood(page, monkeypatch, capsys):
                     module.main(words[words.index(script) + 1 :])
         except SystemExit:
             pytest.fail(f"{page.name}: {shlex.join(words)}\n{capsys.readouterr().err}")
+
+
+@pytest.fixture(scope="module")
+def make_site():
+    """docs/make_site.py as a module."""
+    spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs/make_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_public_names_have_docstrings(make_site):
+    assert not list(make_site.undocumented(ROOT))
+
+
+def test_missing_docstrings_are_found(make_site, tmp_path):
+    (tmp_path / "larp").mkdir()
+    code = [
+        '"""A module."""',
+        "class Named:",
+        "    def bare(self): ...",
+        "    def _private(self): ...",
+        "def said():",
+        '    """Say."""',
+    ]
+    (tmp_path / "larp/some.py").write_text("\n".join(code))
+    assert list(make_site.undocumented(tmp_path)) == ["larp/some.py:2 Named", "larp/some.py:3 bare"]
+
+
+def test_dead_links_of_a_site_are_found(make_site, tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<h1 id="top"></h1><a href="b.html#here">b</a> <a href="#top">a</a> <a href="https://x.org">x</a>'
+    )
+    (tmp_path / "b.html").write_text(
+        '<p id="here"></p> <a href="none.html"></a> <a href="a.html#no"></a> <img src="//x.org/y.png">'
+    )
+    assert make_site.dead_links(tmp_path) == ["b.html: none.html", "b.html: a.html#no", "b.html loads //x.org/y.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("zensical"), reason="needs the extra docs: make docs")
+def test_the_site_builds(make_site, capfd):
+    make_site.main()
+    assert "pages in build/site" in capfd.readouterr().out
+    page = (ROOT / "build/site/api/larp_mllm.html").read_text(encoding="utf-8")
+    offered = importlib.import_module("larp_mllm").__all__
+    assert all(f"larp_mllm.{name}" in page for name in offered)
