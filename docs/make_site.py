@@ -116,7 +116,10 @@ def with_links_of_the_site(source: Path, names: dict[Path, str]) -> str:
         shutil.copyfile(target, PAGES / copy)
         return f"{match[1]}{above}{copy}"
 
-    pieces = re.split(r"(^```.*?^```|`[^`\n]*`)", source.read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = source.read_text(encoding="utf-8")
+    # A list may follow its paragraph at once on code hosts; Python-Markdown wants an empty line between them.
+    text = re.sub(r"^((?![-|#>\s`]).+)\n(?=(?:-|\d+\.) )", r"\1\n\n", text, flags=re.M)
+    pieces = re.split(r"(^```.*?^```|`[^`\n]*`)", text, flags=re.S | re.M)
     pieces[::2] = [re.sub(r'(\]\(|src=")([^)\s"]+)', moved, piece) for piece in pieces[::2]]
     return "".join(pieces)
 
