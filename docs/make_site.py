@@ -45,6 +45,8 @@ def main() -> None:
     shutil.copyfile(ROOT / "docs/site.css", PAGES / "site.css")
     reference = {package: write_reference(package) for package in PACKAGES}
     config = yaml.safe_load((ROOT / "docs/mkdocs.yml").read_text(encoding="utf-8"))
+    listed = yaml.safe_dump(config["nav"])
+    stop_at([page for page in names.values() if f": {page}\n" not in listed], "pages that nav in docs/mkdocs.yml lacks")
     config |= {"docs_dir": "site-pages", "site_dir": "site"}
     config["nav"].append({"API reference": [{package: pages} for package, pages in reference.items()]})
     (ROOT / "build/mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
