@@ -23,7 +23,7 @@ from larp.config import parse, to_dict
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.hub import check_device
-from larp.kernels.packed_linear import Weights
+from larp.kernels.packed_linear import PackedLinear, Weights
 from larp.kernels.threads import threads
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator
@@ -175,7 +175,7 @@ class Contender:
         """Write so many codes of each clip from a position on; what the cache holds before it costs no time."""
         self.sampler.filled = position
         if isinstance(self.sampler, Decoder):
-            self.sampler.place.fill_(position)
+            self.sampler.position.fill_(position)
             self.sampler.decode_n(torch.zeros_like(self.uniforms[:, : codes + 1], dtype=torch.int64), self.choose)
             return
         self.sampler.probabilities.clear()
@@ -228,7 +228,11 @@ def measure(config: SamplerSpeedConfig) -> dict:
     record = figures(config, laps, "seconds")
     if device.type == "cpu":
         record["by_cpu_time"] = figures(config, laps, "cpu_seconds")
-    return record | {"positions": places, "threads": count, "weights": type(decoder.head).__name__.lower()}
+    return record | {
+        "positions": places,
+        "threads": count,
+        "weights": "packed" if isinstance(decoder.head, PackedLinear) else "plain",
+    }
 
 
 def figures(config: SamplerSpeedConfig, laps: dict[str, list[list[Lap]]], clock: str) -> dict:

@@ -45,7 +45,7 @@ class LarpModel(nn.Module):
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[object, dict[str, Tensor]]:
         """Convert a config and tensors from the published layout to ours. Models with such a layout override this."""
-        raise CheckpointError(f"no published layout of {cls.model_type} is known")
+        raise CheckpointError(f"there is no published layout of {cls.model_type}: give a checkpoint that larp wrote")
 
     @classmethod
     def from_pretrained(
@@ -212,7 +212,7 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
     """
     if (folder := Path(path)).is_dir():
         inside = folder / RUN_MODEL
-        # A run folder has a config.json, too, so it is the weights that tell.
+        # A run folder has a config.json, too, so the weights decide.
         is_run = not (folder / weights_file(variant)).is_file() and (inside / CONFIG).is_file()
         return inside if is_run else folder
     name = str(path)
@@ -225,8 +225,8 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
         return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, weights_file(variant)]))
     except Exception as error:  # huggingface_hub and httpx have no common base class
         raise CheckpointError(
-            f"{name} is no local folder and could not be fetched from the hub ({_describe(error)}): give the path of a local "
-            "checkpoint"
+            f"{name} is not a local folder and could not be downloaded from the hub ({_describe(error)}): give the path of "
+            "a local checkpoint"
         ) from error
 
 
@@ -246,7 +246,7 @@ def _read_checkpoint(folder: Path, variant: str | None = None) -> tuple[dict, di
         )
     for name in (CONFIG, weights):
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} is no checkpoint: {name} is missing")
+            raise CheckpointError(f"{folder} is not a checkpoint: {name} is missing")
     try:
         config = read_json(folder / CONFIG)
     except ValueError as error:
@@ -255,7 +255,7 @@ def _read_checkpoint(folder: Path, variant: str | None = None) -> tuple[dict, di
         raise CheckpointError(f"{folder / CONFIG} holds {str(config)[:40]}, expected an object of named fields")
     try:
         tensors = load_file(folder / weights)
-    except Exception as error:  # safetensors raises SafetensorError, which is no ValueError
+    except Exception as error:  # safetensors raises SafetensorError, which is not a ValueError
         raise CheckpointError(
             f"{folder / weights} cannot be read ({error}); it may be truncated: copy it again"
         ) from error

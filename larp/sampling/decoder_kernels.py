@@ -89,7 +89,7 @@ def _totals(sums, squares, INNER: tl.constexpr, EPS: tl.constexpr, NORM: tl.cons
 
 
 @triton.jit
-def _products(
+def _multiply(
     x, gain, tiles,
     INNER: tl.constexpr, EPS: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, WARPS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _qkv(
     tiles = _tiles(weight, first, WIDTH, WARPS, EACH, STEP)
     _wait(PDL)
     place = tl.load(places).to(tl.int32)
-    y0, y1 = _products(x, gain, tiles, WIDTH, EPS, TWO, True, WARPS, EACH, STEP)
+    y0, y1 = _multiply(x, gain, tiles, WIDTH, EPS, TWO, True, WARPS, EACH, STEP)
     for each in tl.static_range(EACH):
         rows = first + each * WARPS + tl.arange(0, WARPS)
         _store_qkv(y0[each], 0, rows, queries, keys, values, place, LENGTH, WIDTH, HEAD)
@@ -241,7 +241,7 @@ def _linear_add(
     if AHEAD > 0:
         _ahead(later, tl.program_id(0), OUTER // (WARPS * EACH), AHEAD, 32 * WARPS)
     _wait(PDL)
-    y0, y1 = _products(y, y, tiles, INNER, 0.0, TWO, False, WARPS, EACH, STEP)
+    y0, y1 = _multiply(y, y, tiles, INNER, 0.0, TWO, False, WARPS, EACH, STEP)
     for each in tl.static_range(EACH):
         at = x + first + each * WARPS + tl.arange(0, WARPS)
         tl.store(at, (tl.load(at).to(tl.float32) + y0[each]).to(x.dtype.element_ty))
@@ -272,7 +272,7 @@ def _gate(
         for each in tl.static_range(EACH):
             both = both + (ups[part * EACH + each],)
     _wait(PDL)
-    y0, y1 = _products(x, gain, both, WIDTH, EPS, TWO, True, WARPS, 2 * EACH, STEP)
+    y0, y1 = _multiply(x, gain, both, WIDTH, EPS, TWO, True, WARPS, 2 * EACH, STEP)
     for each in tl.static_range(EACH):
         at = inner + first + each * WARPS + tl.arange(0, WARPS)
         tl.store(at, _silu_times(y0[each], y0[EACH + each]).to(inner.dtype.element_ty))
@@ -291,7 +291,7 @@ def _norm_linear(
     first = tl.program_id(0) * WARPS * EACH
     tiles = _tiles(weight, first, WIDTH, WARPS, EACH, STEP)
     _wait(PDL)
-    y0, y1 = _products(x, gain, tiles, WIDTH, EPS, TWO, True, WARPS, EACH, STEP)
+    y0, y1 = _multiply(x, gain, tiles, WIDTH, EPS, TWO, True, WARPS, EACH, STEP)
     for each in tl.static_range(EACH):
         at = logits + first + each * WARPS + tl.arange(0, WARPS)
         tl.store(at, y0[each])
@@ -300,14 +300,11 @@ def _norm_linear(
 
 
 class Shape(NamedTuple):
-    """Launch parameters of a kernel with weights."""
+    """Launch parameters of a kernel with weights: warps per program, outputs per warp, and the limit of registers per thread."""
 
     warps: int
-    """Warps per program."""
     each: int
-    """Outputs per warp."""
     registers: int | None = None
-    """Maximum number of registers per thread; None means no limit."""
 
     def grid(self, outputs: int) -> tuple[int]:
         """Return the number of programs for `outputs` outputs."""

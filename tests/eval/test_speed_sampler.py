@@ -39,7 +39,7 @@ def test_a_sampler_that_writes_other_codes_is_not_timed(guidance):
     config = SamplerSpeedConfig("tiny", 16, 64, guidance, 3, positions=1, steps=1, check=8, device="cpu")
     contenders = make_contenders(config, random_generator(config))
     check_agreement(config, contenders)
-    contenders["one"].sampler.positions = -contenders["one"].sampler.positions
+    contenders["one"].sampler.position_embeddings = -contenders["one"].sampler.position_embeddings
     with pytest.raises(AssertionError, match="write different codes"):
         check_agreement(config, contenders)
 

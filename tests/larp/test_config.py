@@ -1,4 +1,4 @@
-"""Defaults, recipes and command lines: who wins, and what a mistake says."""
+"""Defaults, recipes and command lines: precedence and error messages."""
 
 import json
 import signal
@@ -7,10 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from larp.config import ConfigError, check_types, from_dict, load_recipe, parse, to_dict
+from larp.config import (
+    ConfigError,
+    check_count,
+    check_types,
+    from_dict,
+    is_number,
+    is_whole,
+    load_recipe,
+    parse,
+    to_dict,
+)
 from larp.engine import signals
 from larp.engine.signals import run_script
 
+import numpy as np
 import pytest
 
 
@@ -47,11 +58,11 @@ class Config:
     learning_rate: float = 1e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate."""
+    """Learning-rate schedule."""
     seed: int | None = None
-    """Seed; none samples one."""
+    """Random seed; None samples one."""
     resume: bool = False
-    """Go on with the run in `out`."""
+    """Continue the run in `out`."""
     model: Model = field(default_factory=lambda: Model(num_tokens=32))
     """The tokenizer."""
     gan: Gan | None = None
@@ -75,7 +86,7 @@ def run(argv, recipes, default=None):
     return parse(Config, argv, recipes, "train.py", default)
 
 
-def test_default_recipe_and_command_line_win_in_that_order(recipes):
+def test_default_then_recipe_then_command_line(recipes):
     config, name = run([], recipes)
     assert (config, name) == (Config(), None)
     config, name = run(["--local_rank=0", "--recipe", "tiny"], recipes)
@@ -86,14 +97,14 @@ def test_default_recipe_and_command_line_win_in_that_order(recipes):
     assert run([], recipes, "tiny")[1] == "tiny"
 
 
-def test_a_recipe_changes_only_what_it_names_in_a_group(recipes):
+def test_a_recipe_merges_groups_key_by_key(recipes):
     (recipes / "part.toml").write_text("[model]\nwidths = [1]\n[gan]\n")
     config, _ = run(["--recipe", "part"], recipes)
     assert config.model == Model(num_tokens=32, widths=(1,)) and config.gan == Gan()
     assert run(["--recipe", "part", "--gan.weight", "2"], recipes)[0].gan == Gan(2.0)
 
 
-def test_every_kind_of_option_can_be_typed(recipes):
+def test_options_of_every_type(recipes):
     argv = [
         "--out",
         "a/b",
@@ -136,7 +147,7 @@ def test_every_kind_of_option_can_be_typed(recipes):
         ("inherit = 'tiny'", ["circle", "tiny.toml -> tiny.toml"]),
     ],
 )
-def test_a_mistake_in_a_recipe_is_named_with_its_place_and_remedy(recipes, toml, words):
+def test_an_error_in_a_recipe_names_place_and_remedy(recipes, toml, words):
     (recipes / "tiny.toml").write_text(toml + "\n")
     with pytest.raises(ConfigError) as error:
         run(["--recipe", "tiny"], recipes)
@@ -144,13 +155,13 @@ def test_a_mistake_in_a_recipe_is_named_with_its_place_and_remedy(recipes, toml,
         assert word in str(error.value)
 
 
-def test_a_mistake_in_an_inherited_recipe_names_that_file(recipes):
+def test_an_error_in_an_inherited_recipe_names_that_file(recipes):
     (recipes / "base.toml").write_text("stepps = 3\n")
     with pytest.raises(ConfigError, match=r"base\.toml: unknown key 'stepps'"):
         run(["--recipe", "tiny"], recipes)
 
 
-def test_an_unknown_recipe_lists_those_at_hand(recipes):
+def test_an_unknown_recipe_lists_the_available_ones(recipes):
     with pytest.raises(ConfigError, match=r"did you mean 'tiny'.*base, tiny"):
         load_recipe("tinny", recipes)
     with pytest.raises(ConfigError, match="--recipe needs a value"):
@@ -164,7 +175,7 @@ def test_a_recipe_can_be_a_path(recipes, tmp_path_factory):
     assert load_recipe(other / "mine.toml", recipes) == {"steps": 1, "learning_rate": 2}
 
 
-def test_values_refused_on_the_command_line_name_the_option(recipes, capsys):
+def test_invalid_values_on_the_command_line_name_the_option(recipes, capsys):
     for argv in (["--stepps", "3"], ["--steps", "x"], ["--schedule", "linear"]):
         with pytest.raises(SystemExit) as stop:
             run(argv, recipes)
@@ -211,24 +222,24 @@ def test_the_types_of_a_config_made_in_python_are_checked(fields, words):
 
 def test_a_missing_required_key_is_named():
     @dataclass(frozen=True)
-    class Needy:
+    class Required:
         data: str
 
-    sys.modules[__name__].Needy = Needy
+    sys.modules[__name__].Required = Required
     with pytest.raises(ConfigError, match=r"x\.json: 'data' is missing"):
-        from_dict(Needy, {}, "x.json")
+        from_dict(Required, {}, "x.json")
 
 
-def test_run_script_ends_a_mistake_with_one_message(capsys, tmp_path):
-    def mistaken():
+def test_run_script_prints_an_error_as_one_message(capsys, tmp_path):
+    def invalid():
         raise ValueError("--data is wrong: give another")
 
     def diverged():
-        raise FloatingPointError("the loss is no number: lower --lr")
+        raise FloatingPointError("the loss is NaN: lower --lr")
 
     for main, words in (
-        (mistaken, "x.py: --data is wrong"),
-        (diverged, "x.py: the loss is no number: lower --lr"),
+        (invalid, "x.py: --data is wrong"),
+        (diverged, "x.py: the loss is NaN: lower --lr"),
         (lambda: (tmp_path / "absent" / "file").write_text(""), "absent/file"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -257,3 +268,12 @@ def test_run_script_ends_after_ctrl_c_with_130(capsys):
             run_script("x.py", main)
         assert stopped.value.code == 130
     assert "x.py: interrupted" in capsys.readouterr().err
+
+
+def test_bools_are_neither_counts_nor_numbers():
+    assert is_whole(3) and is_whole(np.int64(3)) and not any(map(is_whole, (True, 3.0, "3", None)))
+    assert is_number(0.5) and is_number(np.float32(0.5)) and not any(map(is_number, (False, "1", None, 1j)))
+    check_count("clips", 2, least=2)
+    for value in (1, 2.0, True):
+        with pytest.raises(ValueError, match=f"clips must be a whole number of at least 2, got {value}"):
+            check_count("clips", value, least=2)

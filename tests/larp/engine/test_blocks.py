@@ -113,7 +113,7 @@ def test_a_model_without_blocks_is_named():
 
 def test_compiling_needs_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ValueError, match=r"engine\.compile needs a compiler, and no-such-compiler is not there"):
+    with pytest.raises(ValueError, match=r"engine\.compile needs a compiler, and no-such-compiler was not found"):
         train(tokenizer(), tokenizer_loss, compile=True)
 
 

@@ -164,8 +164,8 @@ def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys)
         ("tokenize", "clip.mp4", "/proc/x.larp", "/proc takes no files"),
         ("tokenize", "none.mp4", "x.larp", "none.mp4: no such file"),
         ("detokenize", "none.larp", "x.mp4", "none.larp: no such file"),
-        ("detokenize", "text.mp4", "x.mp4", "text.mp4 is no token file of larp-mllm tokenize"),
-        ("detokenize", "clip.mp4", "x.mp4", "clip.mp4 is no token file of larp-mllm tokenize"),
+        ("detokenize", "text.mp4", "x.mp4", "text.mp4 is not a token file of larp-mllm tokenize"),
+        ("detokenize", "clip.mp4", "x.mp4", "clip.mp4 is not a token file of larp-mllm tokenize"),
         ("detokenize", "clip.larp", "x.larp", "suffix '.larp'"),
     ],
 )
