@@ -27,7 +27,7 @@ from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import check_sampling
+from larp.sampling.options import GuidedSampling, SamplingOptions
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AgreementConfig:
+class AgreementConfig(SamplingOptions):
     """Measure how often the clips of a class-conditional LARP generator are taken for their class."""
 
     generator: str = ""
@@ -51,12 +51,6 @@ class AgreementConfig:
     """Clips to generate with each guidance scale, the classes in turn."""
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
     """Classifier-free guidance, each measured; 1 is off."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
     out: Path = Path("agreement.json")
     """Where the figures go; the PNG gets the same name with its own suffix."""
     seed: int = 42
@@ -73,7 +67,7 @@ class AgreementConfig:
         if not self.guidance_scale:
             raise ValueError("guidance_scale is empty; give at least one scale, where 1 is off")
         for scale in self.guidance_scale:
-            check_sampling(self.temperature, self.top_k, self.top_p, scale)
+            GuidedSampling.of(self, guidance_scale=scale)
         if min(self.batch_size, self.num_clips) < 1 or self.show < 0:
             raise ValueError(
                 f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1, show={self.show} at least 0"
@@ -113,17 +107,8 @@ def evaluate(config: AgreementConfig) -> dict:
     report |= classify_real(classifier, tokenizer, videos, config.batch_size) | {"generated": []}
     shown: list[np.ndarray] = []
     for scale in config.guidance_scale:
-        clips = generated_clips(
-            generator,
-            tokenizer,
-            condition,
-            config.batch_size,
-            guidance=scale,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-        )
+        sampling = GuidedSampling.of(config, guidance_scale=scale)
+        clips = generated_clips(generator, tokenizer, condition, sampling, config.seed, config.batch_size)
         figures, shown = on_generated(classifier, clips, labels, config.show)
         report["generated"].append({"guidance_scale": scale} | figures)
     report |= {

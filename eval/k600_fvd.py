@@ -45,7 +45,8 @@ from larp.metrics.psnr_ssim import ssim
 from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import check_sampling, generate
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import generate
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 
 @dataclass(frozen=True)
-class PredictionConfig:
+class PredictionConfig(GuidedSampling):
     """Measure how well a frame-prediction LARP generator goes on from given frames."""
 
     generator: str = ""
@@ -74,14 +75,6 @@ class PredictionConfig:
     """First frames of each clip that the generator is shown."""
     num_clips: int = _PRESET.num_clips
     """Clips to predict, sampled by the seed from all windows that do not overlap."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance, for generators trained with null_condition; 1 is off."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
     out: Path = Path("prediction.json")
     """Where the figures go; the PNG gets the same name with its own suffix."""
     seed: int = _PRESET.seed
@@ -101,7 +94,7 @@ class PredictionConfig:
 
     def __post_init__(self):
         check_device(self.device)
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        super().__post_init__()
         if self.batch_size < 1 or self.num_clips < 4:
             raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 4")
         if self.repeats < 2 or self.show < 0:
@@ -127,9 +120,7 @@ def predict(
 ) -> Tensor:
     """Predict from the codes (B, N) of given frames: what the tokenizer makes of the codes written, clips of all T frames."""
     condition = generator.frame_condition(given)
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    codes = generate(generator, condition, guidance=config.guidance_scale, first_row=first, **sampling)
-    return tokenizer.decode(codes)
+    return tokenizer.decode(generate(generator, condition, config, seed=config.seed, first_row=first))
 
 
 def scored_size(clip: Tensor) -> Tensor:

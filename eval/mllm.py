@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse
+from larp.config import parse, to_dict
 from larp.data.clips import pixels_to_clip
 from larp.data.contact_sheet import contact_sheet
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
@@ -23,7 +23,6 @@ from larp.files import check_writable, write_json
 from larp.metrics.protocols import versions
 from larp.metrics.shape_checker import read_blob, score
 from larp.metrics.weights import checkpoint_hashes
-from larp.sampling.sample import check_sampling
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm
@@ -31,7 +30,7 @@ from larp_mllm.video import Video
 
 
 @dataclass(frozen=True)
-class EvalMllmConfig:
+class EvalMllmConfig(VideoSampling):
     """Score videos that a language model generates for prompts it was not trained on."""
 
     model: Path | None = None
@@ -39,18 +38,13 @@ class EvalMllmConfig:
     protocol: Literal["shapes"] = "shapes"
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
-    guidance_scale: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
     out: Path | None = None
     """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json beside the model folder."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
         if self.out is not None and self.out.suffix.lower() == ".png":
             raise ValueError(f"out is {self.out}, where the contact sheet goes: give the name of the .json")
 
@@ -70,8 +64,7 @@ def evaluate(config: EvalMllmConfig) -> dict:
     told = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
-    sampling = VideoSampling(config.guidance_scale, config.temperature, config.top_k, config.top_p, config.seed)
-    videos = Mllm.load(folder).generate(prompts, sampling=sampling)
+    videos = Mllm.load(folder).generate(prompts, sampling=VideoSampling.of(config))
     seconds = time.monotonic() - began
     clips = [pixels_to_clip(video.frames) for video in videos]
     expected = [parse_caption(prompt) for prompt in prompts]
@@ -100,11 +93,7 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
         "checker": "larp.metrics.shape_checker",
         "one_video_per_prompt": True,
-        "guidance_scale": config.guidance_scale,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "seed": config.seed,
+        **to_dict(VideoSampling.of(config)),
         "model": str(folder),
         "checkpoint": checkpoint_hashes(folder),
         "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},

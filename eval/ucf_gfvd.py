@@ -46,7 +46,8 @@ from larp.metrics.protocols import (
 from larp.models.generator import LarpGenerator
 from larp.models.quantizer import usage
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import Guidance, check_sampling
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import guidance_scales
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ _PRESET = PRESETS["larp-ucf101-gfvd"]
 
 
 @dataclass(frozen=True)
-class GfvdConfig:
+class GfvdConfig(GuidedSampling):
     """Measure how close the clips of a class-conditional LARP generator come to real ones."""
 
     generator: str = ""
@@ -72,23 +73,8 @@ class GfvdConfig:
     num_clips: int = _PRESET.num_clips
     """Clips on each side."""
     guidance_scale: float = 1.25
-    """Classifier-free guidance; 1 is off."""
-    guidance_final: float | None = None
-    """Guidance scale of the last guided code, to which it changes in a straight line."""
-    guidance_start: float = 0.0
-    """No guidance before this share of a clip's codes."""
-    guidance_stop: float = 1.0
-    """No guidance from this share of a clip's codes on."""
     also_guidance: tuple[float, ...] = ()
     """Further scales to generate with, for the table, the same for all guided codes: 1.0 shows what guidance brings."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Sample among codes with this share of the likeliest one's probability; 0 keeps all."""
     out: Path = Path("gfvd.json")
     """Where the figure goes; the PNG gets the same name with its own suffix."""
     seed: int = _PRESET.seed
@@ -108,19 +94,18 @@ class GfvdConfig:
 
     def __post_init__(self):
         check_device(self.device)
-        for guidance in self.guidances:
-            check_sampling(self.temperature, self.top_k, self.top_p, guidance, self.min_p)
+        for scale in (self.guidance_scale, *self.also_guidance):
+            GuidedSampling.of(self, guidance_scale=scale)
         if self.batch_size < 1 or self.num_clips < 2:
             raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 2")
         if self.repeats < 2 or self.show < 0:
             raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
 
     @property
-    def guidances(self) -> list[Guidance]:
-        """What to generate with, one after the other; the last is the one that the figure is of."""
-        constant = [Guidance(scale, None, self.guidance_start, self.guidance_stop) for scale in self.also_guidance]
-        chosen = Guidance(self.guidance_scale, self.guidance_final, self.guidance_start, self.guidance_stop)
-        return [*constant, chosen]
+    def samplings(self) -> list[GuidedSampling]:
+        """How to sample, one after the other; the figure is of the last."""
+        others = [GuidedSampling.of(self, guidance_scale=scale, guidance_final=None) for scale in self.also_guidance]
+        return [*others, GuidedSampling.of(self)]
 
 
 def protocol_of(config: GfvdConfig, features: ClipFeatures, shape: ClipShape, num_videos: int) -> Protocol:
@@ -146,8 +131,7 @@ def evaluate(config: GfvdConfig) -> dict:
         if not getattr(config, name):
             raise ValueError(f"--{name} is needed (see --help)")
     generator, tokenizer = load_pair(config.generator, config.tokenizer, "class", config.device, config.variant)
-    for guidance in config.guidances:
-        guidance.scales(tokenizer.num_tokens)
+    guidance_scales(config, tokenizer.num_tokens)
     features = open_features(config.features, config.i3d, config.device)
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos = open_videos(config.data, config.split)
@@ -167,9 +151,9 @@ def evaluate(config: GfvdConfig) -> dict:
         floor_row(floor),
         frechet_row("reconstructions", real, decoded, config.repeats, config.seed, paired=True),
     ]
-    for guidance in config.guidances:
-        made, codes, shown = generate_features(generator, tokenizer, classes, guidance, features, config)
-        table.append(frechet_row(f"generated, {named(guidance)}", real, made, config.repeats, config.seed))
+    for sampling in config.samplings:
+        made, codes, shown = generate_features(generator, tokenizer, classes, sampling, features, config)
+        table.append(frechet_row(f"generated, {named(sampling)}", real, made, config.repeats, config.seed))
     report = result(
         protocol_of(config, features, shape, len(videos)),
         table[-1]["value"],
@@ -188,26 +172,26 @@ def evaluate(config: GfvdConfig) -> dict:
     return report
 
 
-def named(guidance: Guidance) -> str:
-    """Say what a guidance is, in a few words."""
-    ramp = "" if guidance.final in (None, guidance.scale) else f" to {guidance.final:g}"
-    part = "" if (guidance.start, guidance.stop) == (0, 1) else f" from {guidance.start:.0%} to {guidance.stop:.0%}"
-    return f"guidance {guidance.scale:g}{ramp}{part}"
+def named(sampling: GuidedSampling) -> str:
+    """Describe the guidance in a few words."""
+    scale, final = sampling.guidance_scale, sampling.guidance_final
+    start, stop = sampling.guidance_start, sampling.guidance_stop
+    ramp = "" if final in (None, scale) else f" to {final:g}"
+    part = "" if (start, stop) == (0, 1) else f" from {start:.0%} to {stop:.0%}"
+    return f"guidance {scale:g}{ramp}{part}"
 
 
 def generate_features(
     generator: LarpGenerator,
     tokenizer: LarpTokenizer,
     classes: Tensor,
-    guidance: Guidance,
+    sampling: GuidedSampling,
     features: ClipFeatures,
     config: GfvdConfig,
 ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
     """Generate a clip for each class number: features (n, D), codes (n, N), and the first clips as frames to show."""
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    sampling["guidance"] = guidance
     made, codes, shown = [], [], []
-    for clips, written in generated_clips(generator, tokenizer, classes, config.batch_size, **sampling):
+    for clips, written in generated_clips(generator, tokenizer, classes, sampling, config.seed, config.batch_size):
         made.append(features(clips))
         codes.append(written)
         shown += [clip_to_frames(clip) for clip in clips[: max(0, config.show - len(shown))]]

@@ -29,6 +29,7 @@ from larp.metrics.classifier import VERSION, classifier_of, classify_real, requi
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
+from larp.sampling.options import SamplingOptions
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.metrics.evaluation import (
@@ -50,7 +51,7 @@ Part = Literal["bits", "agreement", "captions", "continuation"]
 
 
 @dataclass(frozen=True)
-class UcfMllmConfig:
+class UcfMllmConfig(SamplingOptions):
     """Measure a language model that was trained on videos of named classes."""
 
     model: Path | None = None
@@ -68,16 +69,10 @@ class UcfMllmConfig:
     """Videos to generate with each guidance scale, equally many of each class, whose phrasings come in turn."""
     guidance_scale: tuple[float, ...] = (1.0, 2.0)
     """Classifier-free guidance of the generated videos, each measured; 1 is off."""
-    temperature: float = 1.0
-    """Of the generated videos; 0 takes the likeliest code."""
     num_clips: int = 200
     """Test clips to continue, sampled by the seed from all windows that do not overlap."""
     continuation_temperature: tuple[float, ...] = (1.0, 0.0)
     """Of the predicted frames, each measured; they are sampled without text or guidance."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
     out: Path = Path("ucf-mllm.json")
     """Where the figures go; the PNGs get the same name with -guidance-2.png and -continuation.png."""
     seed: int = 42
@@ -95,18 +90,18 @@ class UcfMllmConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one value")
         for scale in self.guidance_scale:
-            self.sampling(guidance_scale=scale, temperature=self.temperature)
+            VideoSampling.of(self, guidance_scale=scale)
         for temperature in self.continuation_temperature:
-            self.sampling(temperature=temperature)
+            self.continuation(temperature)
         if min(self.batch_size, self.num_videos) < 1 or self.num_clips < 2 or self.show < 0:
             raise ValueError(
                 f"batch_size={self.batch_size} and num_videos={self.num_videos} must be at least 1, num_clips={self.num_clips} "
                 f"at least 2, show={self.show} at least 0"
             )
 
-    def sampling(self, guidance_scale: float = 1.0, temperature: float = 1.0) -> VideoSampling:
-        """The options of one sample."""
-        return VideoSampling(guidance_scale, temperature, self.top_k, self.top_p, self.seed, self.batch_size)
+    def continuation(self, temperature: float) -> VideoSampling:
+        """How predicted frames are sampled at a temperature."""
+        return VideoSampling.of(self, guidance_scale=1.0, temperature=temperature)
 
 
 class Job:
@@ -149,7 +144,7 @@ class Job:
         report = classify_real(classifier, tokenizer, self.videos, config.batch_size, shape.stride)
         report |= {"classes": list(classifier.classes), "chance": 1 / len(texts), "generated": []}
         for scale in config.guidance_scale:
-            sampling = config.sampling(scale, config.temperature)
+            sampling = VideoSampling.of(config, guidance_scale=scale)
             figures, made = generated_agreement(self.mllm, classifier, texts, config.num_videos, sampling)
             report["generated"].append({"guidance_scale": scale} | figures)
             if config.show:
@@ -169,7 +164,7 @@ class Job:
     def continuation(self) -> dict[str, Any]:
         """How well predicted frames follow, and a sheet of them."""
         config = self.config
-        ways = {f"temperature {t:g}": config.sampling(temperature=t) for t in config.continuation_temperature}
+        ways = {f"temperature {t:g}": config.continuation(t) for t in config.continuation_temperature}
         return continuation_figures(
             self.mllm, self.videos, config.num_clips, config.seed, ways, config.batch_size, self._show_continued
         )

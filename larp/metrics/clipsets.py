@@ -17,6 +17,7 @@ from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
 from larp.metrics.protocols import Window, sample_windows
 from larp.models.generator import LarpGenerator, Task
 from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import torch
@@ -149,17 +150,22 @@ def class_numbers(generator: LarpGenerator, videos: VideoSet, labels: Sequence[i
 
 @torch.inference_mode()
 def generated_clips(
-    generator: LarpGenerator, tokenizer: LarpTokenizer, condition: Tensor, batch_size: int, **sampling: Any
+    generator: LarpGenerator,
+    tokenizer: LarpTokenizer,
+    condition: Tensor,
+    sampling: GuidedSampling,
+    seed: int,
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
 
-    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling: further arguments of
-    `larp.sampling.sample.generate`; a clip does not depend on the batch that it is made in.
+    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling, seed: as in
+    `larp.sampling.sample.generate`. A clip does not depend on the batch that it is made in.
     """
     with tqdm(total=len(condition), desc="generating", unit="clip", delay=2) as bar:
         for first in range(0, len(condition), batch_size):
             rows = condition[first : first + batch_size]
-            codes = generate(generator, rows, first_row=first, **sampling)
+            codes = generate(generator, rows, sampling, seed=seed, first_row=first)
             yield tokenizer.decode(codes), codes.cpu()
             bar.update(len(rows))
 

@@ -171,7 +171,7 @@ def test_the_split_is_the_one_asked_for(run, tmp_path):
     [
         (["--given", "4"], "plain", "--given 4: clips have 4 frames; give 1 to 3"),
         (["--given", "0"], "plain", "--given 0"),
-        (["--guidance-scale", "2"], "plain", "guidance 1.0"),
+        (["--guidance-scale", "2"], "plain", "guidance_scale 1.0"),
         ([], "class", "is conditional on classes; this needs one that predicts frames"),
         (["--num-clips", "40"], "plain", "windows of 4 frames"),
         (["--tokenizer", ""], "plain", "--tokenizer is needed"),

@@ -18,6 +18,7 @@ from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.options import GuidedSampling
 
 import numpy as np
 import pytest
@@ -62,7 +63,12 @@ def test_a_generated_clip_does_not_depend_on_its_batch():
     model, codec = generator(), tokenizer()
     conditions = torch.tensor([0, 1, 2, 0, 1])
     whole, parts = (
-        torch.cat([codes for _, codes in generated_clips(model, codec, conditions, size, guidance=2.0, seed=3)])
+        torch.cat(
+            [
+                codes
+                for _, codes in generated_clips(model, codec, conditions, GuidedSampling(guidance_scale=2.0), 3, size)
+            ]
+        )
         for size in (5, 2)
     )
     assert whole.shape == (5, 4) and torch.equal(whole, parts)
