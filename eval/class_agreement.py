@@ -9,25 +9,24 @@ confusion tables, and a PNG of the last guidance scale's clips.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, classify_real, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
-from larp.metrics.protocols import check_record_path, versions
+from larp.metrics.evaluation import EvaluationConfig, last_lines, run_evaluation, write_sheet
+from larp.metrics.protocols import versions
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.options import GuidedSampling, SamplingOptions
+from larp.sampling.options import GuidedSampling, SamplingOptions, check_guidance_scale
 
 import numpy as np
 import torch
@@ -35,8 +34,10 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AgreementConfig(SamplingOptions):
+class AgreementConfig(SamplingOptions, EvaluationConfig):
     """Measure how often the clips of a class-conditional LARP generator are taken for their class."""
+
+    needed: ClassVar[tuple[str, ...]] = ("generator", "tokenizer", "data")
 
     generator: str = ""
     """Folder or hub name of the generator (needed)."""
@@ -52,26 +53,16 @@ class AgreementConfig(SamplingOptions):
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
     """Classifier-free guidance, each measured; 1 is off."""
     out: Path = Path("agreement.json")
-    """Where the figures go; the PNG gets the same name with its own suffix."""
-    seed: int = 42
-    """Of the sampling."""
-    batch_size: int = 16
-    """Clips at a time."""
     show: int = 12
-    """Generated clips in the PNG; 0 writes none."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
+        EvaluationConfig.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        self.check_at_least(num_clips=1)
         if not self.guidance_scale:
             raise ValueError("guidance_scale is empty; give at least one scale, where 1 is off")
         for scale in self.guidance_scale:
-            GuidedSampling.of(self, guidance_scale=scale)
-        if min(self.batch_size, self.num_clips) < 1 or self.show < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1, show={self.show} at least 0"
-            )
+            check_guidance_scale("guidance_scale", scale)
 
 
 def on_generated(
@@ -87,9 +78,7 @@ def on_generated(
 
 def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSet]:
     """Generator, tokenizer and labelled test videos; ValueError if an option is missing or they do not belong together."""
-    for name in ("generator", "tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
+    config.check_paths()
     generator, tokenizer = load_pair(config.generator, config.tokenizer, "class", config.device, config.variant)
     videos = open_videos(config.data, "test")
     require_labels(videos)
@@ -98,7 +87,6 @@ def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSe
 
 def evaluate(config: AgreementConfig) -> dict:
     """Measure as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
     generator, tokenizer, videos = load(config)
     labels = [number % len(videos.classes) for number in range(config.num_clips)]
     condition = class_numbers(generator, videos, labels)
@@ -116,11 +104,8 @@ def evaluate(config: AgreementConfig) -> dict:
         "classifier": {"trained_on": classifier.key, "version": VERSION},
         "versions": versions(),
         "config": to_dict(config),
-        "files": [],
+        "files": write_sheet(shown, [videos.classes[label] for label in labels], config.out),
     }
-    if shown:
-        contact_sheet(shown, [videos.classes[label] for label in labels[: len(shown)]], config.out.with_suffix(".png"))
-        report["files"] = [str(config.out.with_suffix(".png"))]
     write_json(config.out, report)
     return report
 
@@ -139,19 +124,10 @@ def describe(report: dict) -> str:
     lines.append(f"{rows[-1][0]}: wanted | taken for, in the same order")
     for name, counts in zip(report["classes"], rows[-1][1]["confusion"], strict=True):
         lines.append(f"{name:>{width}} | " + " ".join(f"{count:4d}" for count in counts))
-    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
-    return "\n".join([*lines, *report["files"]])
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(AgreementConfig, sys.argv[1:] if argv is None else argv, recipes, "class_agreement.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, AgreementConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("class_agreement.py", main)

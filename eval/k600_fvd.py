@@ -11,23 +11,22 @@ Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import repeat_last
 from larp.data.listing import NoSplitError
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics import lpips
-from larp.metrics.clipsets import RealClips, countable, describe_row, floor_row, frechet_row, load_pair
+from larp.metrics.clipsets import RealClips, describe_row, floor_row, frechet_row
+from larp.metrics.evaluation import GeneratorEvaluationConfig, last_lines, run_evaluation, write_sheet
 from larp.metrics.frame_prediction import (
     CODED_COPY,
     COPY,
@@ -39,13 +38,12 @@ from larp.metrics.frame_prediction import (
     paired_gain,
 )
 from larp.metrics.frechet import real_floor
-from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, result, summary
+from larp.metrics.i3d import ClipFeatures
+from larp.metrics.protocols import PRESETS, Protocol, result, summary
 from larp.metrics.psnr_ssim import ssim
 from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import numpy as np
@@ -58,47 +56,21 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 
 @dataclass(frozen=True)
-class PredictionConfig(GuidedSampling):
-    """Measure how well a frame-prediction LARP generator goes on from given frames."""
+class PredictionConfig(GeneratorEvaluationConfig):
+    """Measure how well a frame-prediction LARP generator goes on from given frames; guidance is for those trained with null_condition."""
 
-    generator: str = ""
-    """Folder or hub name of a generator trained with --task frame-prediction (needed)."""
-    tokenizer: str = ""
-    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
-    variant: Literal["ema"] | None = None
-    """ema: the averaged weights of the tokenizer's training."""
-    data: str = ""
-    """Videos, as in training: k600:ROOT, ucf101:ROOT, a manifest, ... (needed)."""
     split: Literal["auto", "train", "validation", "test", "all"] = "auto"
-    """Which of them; auto: validation, the published choice, where the data have one, else test."""
+    """Which videos; auto: validation, the published choice, where the data have one, else test."""
     given: int = 5
     """First frames of each clip that the generator is shown."""
     num_clips: int = _PRESET.num_clips
     """Clips to predict, sampled by the seed from all windows that do not overlap."""
     out: Path = Path("prediction.json")
-    """Where the figures go; the PNG gets the same name with its own suffix."""
-    seed: int = _PRESET.seed
-    """Of the sampling of clips and of the sampling."""
-    batch_size: int = 16
-    """Clips at a time."""
-    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
-    i3d: Path | None = None
-    """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
     show: int = 6
-    """Clips in the PNG; 0 writes none."""
-    repeats: int = 20
-    """Bootstrap repeats behind the spread of the Frechet distance."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
         super().__post_init__()
-        if self.batch_size < 1 or self.num_clips < 4:
-            raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 4")
-        if self.repeats < 2 or self.show < 0:
-            raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
+        self.check_at_least(num_clips=4)
 
 
 @dataclass
@@ -190,20 +162,6 @@ def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
     }
 
 
-def protocol_of(config: PredictionConfig, features: ClipFeatures, shape: ClipShape, split: str) -> Protocol:
-    """The frame-prediction protocol of LARP with everything that this run does differently."""
-    return replace(
-        _PRESET,
-        dataset="Kinetics-600" if config.data.startswith("k600:") else config.data,
-        split=split,
-        num_clips=config.num_clips,
-        frames=shape.frames,
-        frame_rule=_PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1),
-        features=features.name,
-        seed=config.seed,
-    )
-
-
 def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
     """The videos to predict, and the name of their split."""
     if config.split != "auto":
@@ -216,39 +174,29 @@ def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
 
 def evaluate(config: PredictionConfig) -> dict:
     """Measure a generator as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
-    for name in ("generator", "tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
-    generator, tokenizer = load_pair(
-        config.generator, config.tokenizer, "frame-prediction", config.device, config.variant
-    )
+    generator, tokenizer = config.open_models("frame-prediction")
     shape = ClipShape(*tokenizer.config.clip_shape)
     if not 1 <= config.given < shape.frames:
         raise ValueError(
             f"--given {config.given}: clips have {shape.frames} frames; give 1 to {shape.frames - 1} of them"
         )
-    features = open_features(config.features, config.i3d, config.device)
-    perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
+    features, perceptual = config.open_features(), config.open_lpips()
     videos, split = open_split(config)
-    items, counts, skipped = countable(videos)
-    clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
+    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
+    rule = _PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1)
+    protocol = config.protocol(_PRESET, features, shape, split=split, num_clips=config.num_clips, frame_rule=rule)
+    caption = f"above: original; below: {config.given} given frames, then predicted ones"
     seen = measure(generator, tokenizer, clips.sampled(), features, perceptual, config)
     others = [features(scored_size(clip)) for clip in clips.others()]
+    names = [f"{item.name} ({caption})" for item in clips.sampled_items]
     report = likeness(seen, config) | {
         "given": config.given,
         "num_clips": config.num_clips,
-        "frechet": frechet_record(seen, others, features, protocol_of(config, features, shape, split), generator, tokenizer, config),
-        "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *clips.skipped]],
+        "frechet": frechet_record(seen, others, features, protocol, generator, tokenizer, config),
+        "skipped": clips.skipped,
         "config": to_dict(config),
-        "files": [],
-    }  # fmt: skip
-    if seen.shown:
-        caption = f"above: original; below: {config.given} given frames, then predicted ones"
-        names = [items[video].name for video, _ in clips.windows[: len(seen.shown)]]
-        path = config.out.with_suffix(".png")
-        contact_sheet(seen.shown, [f"{name} ({caption})" for name in names], path, columns=shape.frames, cell=160)
-        report["files"] = [str(path)]
+        "files": write_sheet(seen.shown, names, config.out, columns=shape.frames, cell=160),
+    }
     write_json(config.out, report)
     return report
 
@@ -296,19 +244,10 @@ def describe(report: dict) -> str:
     lines.append(f"the given frames as regenerated: {report['given_frames_regenerated_psnr']:.2f} dB")
     lines.append(summary(report["frechet"]))
     lines += [describe_row(row) for row in report["frechet"]["table"]]
-    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
-    return "\n".join([*lines, *report["files"]])
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(PredictionConfig, sys.argv[1:] if argv is None else argv, recipes, "k600_fvd.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, PredictionConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("k600_fvd.py", main)

@@ -9,18 +9,19 @@ number of codes stand as points; writes the figures, a plot, and a sheet of pict
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
 from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import open_videos
 from larp.data.loader import iterate_once
 from larp.engine.signals import run_script
 from larp.files import write_json
+from larp.metrics.evaluation import run_evaluation
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.psnr_ssim import mean_colour, ssim
 from larp.models.losses import psnr
@@ -197,15 +198,7 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, f"mean colour: PSNR {report['mean_colour_psnr']:.2f} dB, {report['num_clips']} clips"])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(CurveConfig, sys.argv[1:] if argv is None else argv, recipes, "rate_distortion.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, CurveConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("rate_distortion.py", main)

@@ -11,21 +11,21 @@ Whatever guidance scales and temperatures are asked for are all in the record: n
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import clip_to_frames
 from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, humanize, open_videos
 from larp.data.token_cache import TokenCache
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics.classifier import VERSION, classifier_of, classify_real, require_labels
+from larp.metrics.evaluation import EvaluationConfig, run_evaluation
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
@@ -44,14 +44,13 @@ from larp_mllm.metrics.evaluation import (
 from larp_mllm.pipeline import Mllm
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Part = Literal["bits", "agreement", "captions", "continuation"]
 
 
 @dataclass(frozen=True)
-class UcfMllmConfig(SamplingOptions):
+class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     """Measure a language model that was trained on videos of named classes."""
 
     model: Path | None = None
@@ -74,18 +73,13 @@ class UcfMllmConfig(SamplingOptions):
     continuation_temperature: tuple[float, ...] = (1.0, 0.0)
     """Of the predicted frames, each measured; they are sampled without text or guidance."""
     out: Path = Path("ucf-mllm.json")
-    """Where the figures go; the PNGs get the same name with -guidance-2.png and -continuation.png."""
-    seed: int = 42
-    """Of the sampling of clips and of the sampling."""
-    batch_size: int = 16
-    """Clips at a time; changes no figure beyond rounding."""
     show: int = 8
     """Generated videos of each class, and continued clips, in the PNGs; 0 writes none."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
+        EvaluationConfig.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        self.check_at_least(num_videos=1, num_clips=2)
         for name in ("what", "guidance_scale", "continuation_temperature"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one value")
@@ -93,11 +87,6 @@ class UcfMllmConfig(SamplingOptions):
             VideoSampling.of(self, guidance_scale=scale)
         for temperature in self.continuation_temperature:
             self.continuation(temperature)
-        if min(self.batch_size, self.num_videos) < 1 or self.num_clips < 2 or self.show < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size} and num_videos={self.num_videos} must be at least 1, num_clips={self.num_clips} "
-                f"at least 2, show={self.show} at least 0"
-            )
 
     def continuation(self, temperature: float) -> VideoSampling:
         """How predicted frames are sampled at a temperature."""
@@ -295,15 +284,7 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, *report["files"]])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(UcfMllmConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_mllm.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, UcfMllmConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("ucf_mllm.py", main)

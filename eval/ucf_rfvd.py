@@ -9,22 +9,22 @@ reconstructions, and a PNG.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from random import Random
 from typing import Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.loader import FixedPass, iterate_once
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.metrics import lpips
+from larp.metrics.clipsets import skipped_entries
+from larp.metrics.evaluation import FrechetConfig, last_lines, run_evaluation
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance, real_floor
-from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, result, summary
+from larp.metrics.protocols import PRESETS, Protocol, result, summary
 from larp.metrics.reconstruction import ValidationMetrics, reconstruct
 from larp.models.tokenizer import LarpTokenizer
 
@@ -36,42 +36,19 @@ _FPS = 25.0
 
 
 @dataclass(frozen=True)
-class RfvdConfig:
+class RfvdConfig(FrechetConfig):
     """Measure how well a LARP tokenizer reconstructs the clips of a data set."""
 
-    tokenizer: str = ""
-    """Folder or hub name of the tokenizer (needed)."""
-    variant: Literal["ema"] | None = None
-    """ema: the averaged weights of the tokenizer's training."""
-    data: str = ""
-    """Videos, as in training: ucf101:ROOT, a manifest, a folder, ... (needed)."""
     split: Literal["train", "test", "all"] = "test"
-    """Which of them; the published rFVD is of the train split."""
+    """Which videos; the published rFVD is of the train split."""
     num_clips: int | None = None
     """Videos to measure, one clip of each, sampled by the seed; by default all of them."""
-    out: Path = Path("results.json")
-    """Where the figures go; the MP4 and the PNG get the same name with their own suffixes."""
-    seed: int = 42
-    """Of the choice of videos and of the start of each clip."""
     batch_size: int = 8
-    """Clips at a time."""
-    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
-    i3d: Path | None = None
-    """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
-    show: int = 8
-    """Clips in the MP4 and the PNG; 0 writes neither."""
-    repeats: int = 20
-    """Bootstrap repeats behind the spread of the Frechet distance."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        for name in ("batch_size", "num_clips"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.repeats < 2 or self.show < 0:
-            raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
+        super().__post_init__()
+        if self.num_clips is not None:
+            self.check_at_least(num_clips=1)
 
 
 def choose_videos(config: RfvdConfig) -> tuple[VideoSet, VideoSet, int]:
@@ -92,36 +69,16 @@ def one_pass(videos: VideoSet, config: RfvdConfig, shape: ClipShape) -> FixedPas
     return iterate_once(videos, shape, config.batch_size, start="random", seed=config.seed) if len(videos) else ()
 
 
-def skipped_of(once: FixedPass | tuple[()]) -> list[tuple[str, str]]:
-    """(name, reason) of the videos that a pass could not read."""
-    return once.skipped if once else []
-
-
-def protocol_of(config: RfvdConfig, features: ClipFeatures, shape: ClipShape, videos: int, clips: int) -> Protocol:
-    """The rFVD protocol of LARP with everything that this run does differently."""
-    return replace(
-        PRESETS["larp-ucf101-rfvd"],
-        dataset="UCF-101" if config.data.startswith("ucf101:") else config.data,
-        split=config.split,
-        num_videos=videos,
-        num_clips=clips,
-        frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        features=features.name,
-        seed=config.seed,
-    )
+def skipped_of(once: FixedPass | tuple[()]) -> list[dict[str, str]]:
+    """The videos that a pass could not read."""
+    return skipped_entries(once.skipped) if once else []
 
 
 def evaluate(config: RfvdConfig) -> dict:
     """Measure a tokenizer as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
-    for name in ("tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
+    config.check_paths()
     tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device, variant=config.variant)
-    features = open_features(config.features, config.i3d, config.device)
-    perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
+    features, perceptual = config.open_features(), config.open_lpips()
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos, others, in_split = choose_videos(config)
     watch, once, more = (
@@ -131,14 +88,17 @@ def evaluate(config: RfvdConfig) -> dict:
     )
     done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=watch)
     spare = [features(batch["clip"]) for batch in tqdm(more, desc="real clips", unit="batch", delay=2)]
-    protocol = protocol_of(config, features, shape, in_split, len(done.codes))
+    protocol = config.protocol(
+        PRESETS["larp-ucf101-rfvd"], features, shape, split=config.split, num_videos=in_split, num_clips=len(done.codes),
+        height=shape.height, width=shape.width,
+    )  # fmt: skip
     report = {
         # The Frechet distance stands under its own name, with its protocol.
         **{name: value for name, value in done.metrics.items() if not name.startswith("rfvd")},
         "psnr_above_mean_colour": done.metrics["psnr"] - done.metrics["mean_colour_psnr"],
         "tokens_per_clip": tokenizer.num_tokens,
         "frechet": frechet_record(protocol, watch, spare, config, {"tokenizer": tokenizer.weight_hash()}),
-        "skipped": [{"name": name, "reason": reason} for part in (once, more) for name, reason in skipped_of(part)],
+        "skipped": [*skipped_of(once), *skipped_of(more)],
         "config": to_dict(config),
     }
     report["files"] = list(done.write(str(config.out.with_suffix("")), _FPS)) if config.show else []
@@ -171,19 +131,10 @@ def describe(report: dict) -> str:
     if "prior_top1" in report:
         lines.append(f"prior: top-1 {report['prior_top1']:.1%}, {report['prior_bits']:.2f} bits per token")
     lines.append(summary(report["frechet"]))
-    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
-    return "\n".join([*lines, *report["files"]])
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(RfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_rfvd.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, RfvdConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("ucf_rfvd.py", main)

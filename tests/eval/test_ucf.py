@@ -60,7 +60,7 @@ def gfvd(monkeypatch):
 
 
 def with_small_features(module, monkeypatch):
-    monkeypatch.setattr(module, "open_features", lambda *_: RandomI3D(width=0.05))
+    monkeypatch.setattr("larp.metrics.evaluation.open_features", lambda *_: RandomI3D(width=0.05))
     return module
 
 
