@@ -1,10 +1,10 @@
-"""How often a generated clip is taken for its class, in one command:
+"""How often generated clips are classified as the class that they were generated for, in one command:
 
     python eval/class_agreement.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT --guidance-scale 1 2
 
-A small classifier, trained on the real training clips (see larp.metrics.classifier), names generated clips; beside them real test
-clips and their reconstructions by the tokenizer, which bound what a generator can reach. Writes the figures with their
-confusion tables, and a PNG of the last guidance scale's clips.
+A small classifier (larp.metrics.classifier) is trained on the real training clips and classifies generated clips. Real test clips
+and their reconstructions are classified as well: they are the upper bound. Writes accuracies with confusion tables, and a PNG of
+clips of the last guidance scale.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AgreementConfig(SamplingOptions, EvaluationConfig):
-    """Measure how often the clips of a class-conditional LARP generator are taken for their class."""
+    """Measure how often clips of a class-conditional LARP generator are classified as their class."""
 
     needed: ClassVar[tuple[str, ...]] = ("generator", "tokenizer", "data")
 
     generator: str = ""
     """Folder or hub name of the generator (needed)."""
     tokenizer: str = ""
-    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
+    """Folder or hub name of the tokenizer that the generator was trained with (needed)."""
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed). The classifier learns from the train split;
-    the test split shows how good it is."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed). The classifier is trained on the train split
+    and evaluated on the test split."""
     num_clips: int = 192
     """Clips to generate with each guidance scale, the classes in turn."""
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
-    """Classifier-free guidance, each measured; 1 is off."""
+    """Scales of classifier-free guidance, each measured; 1 is off."""
     out: Path = Path("agreement.json")
     show: int = 12
 
@@ -68,12 +68,12 @@ class AgreementConfig(SamplingOptions, EvaluationConfig):
 def on_generated(
     classifier: ClipClassifier, clips: Iterator[tuple[Tensor, Tensor]], labels: Sequence[int], show: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Agreement of generated clips with the labels that they were made for, and the first `show` of them as frames."""
-    taken_for, shown = [], []
+    """Classify generated clips; return their agreement with `labels`, and the first `show` clips as frames."""
+    predicted, shown = [], []
     for batch, _ in clips:
-        taken_for.append(classifier.predict(batch))
+        predicted.append(classifier.predict(batch))
         shown += [clip_to_frames(clip) for clip in batch[: max(0, show - len(shown))]]
-    return agreement(labels, torch.cat(taken_for), classifier.classes), shown
+    return agreement(labels, torch.cat(predicted), classifier.classes), shown
 
 
 def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSet]:
@@ -86,7 +86,7 @@ def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSe
 
 
 def evaluate(config: AgreementConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON."""
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
     generator, tokenizer, videos = load(config)
     labels = [number % len(videos.classes) for number in range(config.num_clips)]
     condition = class_numbers(generator, videos, labels)
@@ -111,7 +111,7 @@ def evaluate(config: AgreementConfig) -> dict:
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person; the confusion table is that of the last guidance scale."""
+    """Return the figures of a report as text to print; the confusion table is that of the last guidance scale."""
     rows = [("real test clips", report["real"]), ("the same, reconstructed", report["reconstructed"])]
     rows += [(f"generated, guidance {figures['guidance_scale']:g}", figures) for figures in report["generated"]]
     lines = [
@@ -121,7 +121,7 @@ def describe(report: dict) -> str:
     ]
     lines.append(f"{'chance':<26} {report['chance']:6.1%}")
     width = max(map(len, report["classes"]))
-    lines.append(f"{rows[-1][0]}: wanted | taken for, in the same order")
+    lines.append(f"{rows[-1][0]}: class | classified as, in the same order")
     for name, counts in zip(report["classes"], rows[-1][1]["confusion"], strict=True):
         lines.append(f"{name:>{width}} | " + " ".join(f"{count:4d}" for count in counts))
     return "\n".join([*lines, *last_lines(report)])

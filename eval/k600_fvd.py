@@ -2,9 +2,9 @@
 
     python eval/k600_fvd.py --generator runs/fp/model --tokenizer runs/k600/model --data k600:ROOT --given 5
 
-PSNR, SSIM and LPIPS (where its weights are at hand) of every predicted frame, with the tokenizer's own reconstruction as the
-ceiling, and the Frechet distance by LARP's protocol; beside the JSON, a PNG of originals above predictions. A copied frame is
-sharp and a decoded one is not: where the ceiling itself lies below copying, compare with the copy through the tokenizer.
+Measures PSNR, SSIM and LPIPS (if its weights are found) of every predicted frame, and the Frechet distance by LARP's protocol. The
+tokenizer's reconstruction is the upper bound. A copied frame is sharper than a decoded one; if the upper bound lies below the copy,
+compare with the copy through the tokenizer. A PNG beside the JSON shows originals above predictions.
 
 Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W pixels.
 """
@@ -57,7 +57,7 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 @dataclass(frozen=True)
 class PredictionConfig(GeneratorEvaluationConfig):
-    """Measure how well a frame-prediction LARP generator goes on from given frames; guidance is for those trained with null_condition."""
+    """Measure how well a frame-prediction LARP generator continues given frames. Guidance needs one trained with null_condition."""
 
     split: Literal["auto", "train", "validation", "test", "all"] = "auto"
     """Which videos; auto: validation, the published choice, where the data have one, else test."""
@@ -74,15 +74,15 @@ class PredictionConfig(GeneratorEvaluationConfig):
 
 
 @dataclass
-class Seen:
-    """What was measured of clips so far."""
+class Measured:
+    """The measurements of the clips so far."""
 
     figures: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    """By measure and by one of WAYS: batches (b, P), a value for each predicted frame."""
+    """By metric and by one of WAYS: batches (b, P), one value for each predicted frame."""
     seam: list[Tensor] = field(default_factory=list)
-    """Batches (b,): PSNR of the given frames as they come out of the predicted codes."""
+    """Batches (b,): PSNR of the given frames as decoded from the predicted codes."""
     features: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Batches (b, D) by the clips that they are of; "real" is the other side of every distance."""
+    """Batches (b, D) by kind of clip; every distance is to those of "real"."""
     shown: list[np.ndarray] = field(default_factory=list)
     """uint8 (T, 2 H, W, 3): an original above its prediction."""
 
@@ -90,7 +90,7 @@ class Seen:
 def predict(
     generator: LarpGenerator, tokenizer: LarpTokenizer, given: Tensor, first: int, config: PredictionConfig
 ) -> Tensor:
-    """Predict from the codes (B, N) of given frames: what the tokenizer makes of the codes written, clips of all T frames."""
+    """Sample codes after the codes (B, N) of given frames; return the decoded clips (B, 3, T, H, W)."""
     condition = generator.frame_condition(given)
     return tokenizer.decode(generate(generator, condition, config, seed=config.seed, first_row=first))
 
@@ -113,9 +113,9 @@ def measure(
     features: ClipFeatures,
     perceptual: lpips.Lpips | None,
     config: PredictionConfig,
-) -> Seen:
+) -> Measured:
     """Predict clips (b, 3, T, H, W), batch after batch, and measure them against the real ones and the baselines."""
-    seen, first, given = Seen(), 0, config.given
+    seen, first, given = Measured(), 0, config.given
     measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": perceptual} if perceptual else {})
     with tqdm(total=config.num_clips, desc="predicting", unit="clip", delay=2) as bar:
         for clip in clips:
@@ -142,10 +142,10 @@ def measure(
     return seen
 
 
-def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
-    """The figures of predicted frames: for each measure and way its mean over clips, frame by frame, and over all of them.
+def likeness(seen: Measured, config: PredictionConfig) -> dict[str, Any]:
+    """Return the metrics of predicted frames: means over clips for each frame, and means over clips and frames.
 
-    The median over clips stands beside the mean of PSNR, since a frame that is copied exactly counts as 100 dB.
+    The median of PSNR over clips is included because a frame that is copied exactly counts as 100 dB.
     """
     values = {name: {way: torch.cat(parts) for way, parts in ways.items()} for name, ways in seen.figures.items()}
     frames = values["psnr"][PREDICTION].shape[1]
@@ -163,7 +163,7 @@ def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
 
 
 def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
-    """The videos to predict, and the name of their split."""
+    """Return the videos to predict and the name of their split."""
     if config.split != "auto":
         return open_videos(config.data, config.split), config.split
     try:
@@ -173,7 +173,7 @@ def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
 
 
 def evaluate(config: PredictionConfig) -> dict:
-    """Measure a generator as `config` says, write everything, and return the content of the JSON."""
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
     generator, tokenizer = config.open_models("frame-prediction")
     shape = ClipShape(*tokenizer.config.clip_shape)
     if not 1 <= config.given < shape.frames:
@@ -202,7 +202,7 @@ def evaluate(config: PredictionConfig) -> dict:
 
 
 def frechet_record(
-    seen: Seen,
+    seen: Measured,
     others: list[Tensor],
     features: ClipFeatures,
     protocol: Protocol,
@@ -210,7 +210,7 @@ def frechet_record(
     tokenizer: LarpTokenizer,
     config: PredictionConfig,
 ) -> dict[str, Any]:
-    """The Frechet figure by the protocol, and beside it a table of what else lies how far from the same real clips."""
+    """Return the record of the Frechet distance by the protocol, with a table of other distances from the same real clips."""
     sides = {name: torch.cat(parts) for name, parts in seen.features.items()}
     real = sides.pop("real")
     floor = real_floor(torch.cat([real, *others]), len(real), config.seed)
@@ -226,7 +226,7 @@ def frechet_record(
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = ["frame  PSNR of: " + " | ".join(WAYS)]
     for number, frame in enumerate(report["frame"]):
         values = [report["per_frame"]["psnr"][way][number] for way in WAYS]

@@ -1,4 +1,4 @@
-"""Does a language model sample what it is told? Videos for held-out prompts, read by an analytic checker:
+"""Do the videos of a language model show what the prompt says? An analytic checker evaluates videos for held-out prompts:
 
     python eval/mllm.py --protocol shapes                      # the newest model trained here
     python eval/mllm.py --model runs/mllm/model --guidance-scale 2
@@ -50,18 +50,18 @@ class EvalMllmConfig(VideoSampling):
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Evaluate as the command line says; returns the record that is written."""
+    """Run the command line `argv` (by default the program's own) and return the record."""
     config, _ = parse(EvalMllmConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "mllm.py")
     return evaluate(config)
 
 
 def evaluate(config: EvalMllmConfig) -> dict:
-    """Generate, read, score, write; returns the record."""
+    """Generate and score the videos, write the JSON and the contact sheet, and return the record."""
     folder = find_model(config.model)
     out = config.out or folder.parent / "eval-mllm.json"
     check_writable(out)
     check_writable(out.with_suffix(".png"))
-    told = protocol(config, folder)
+    settings = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
     videos = Mllm.load(folder).generate(prompts, sampling=VideoSampling.of(config))
@@ -71,7 +71,7 @@ def evaluate(config: EvalMllmConfig) -> dict:
     record = {
         **score(clips, expected),
         "seconds": round(seconds, 2),
-        "protocol": told,
+        "protocol": settings,
         "videos": [
             {
                 "prompt": prompt,
@@ -105,10 +105,10 @@ def report(record: dict, videos: list[Video], out: Path) -> None:
     sheet = out.with_suffix(".png")
     contact_sheet([video.frames for video in videos], [video.prompt for video in videos], sheet)
     shares = ", ".join(f"{name} {record[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
-    told = record["protocol"]
+    settings = record["protocol"]
     print(f"{shares} of {record['n']} videos")
-    sampled = ", ".join(f"{name} {told[name]}" for name in ("guidance_scale", "temperature", "seed"))
-    print(f"protocol: {told['prompts']}; {sampled}")
+    sampled = ", ".join(f"{name} {settings[name]}" for name in ("guidance_scale", "temperature", "seed"))
+    print(f"protocol: {settings['prompts']}; {sampled}")
     print(f"wrote {out} and {sheet}")
 
 

@@ -2,8 +2,8 @@
 
     python eval/rate_distortion.py --tokenizer runs/nested/model --compare runs/fixed/model --data ucf101:ROOT --out curve.json
 
-Decodes every clip from prefixes of its codes by a tokenizer trained with --model.nested, beside which tokenizers of a fixed
-number of codes stand as points; writes the figures, a plot, and a sheet of pictures.
+Decodes every clip from prefixes of its codes with a tokenizer trained with --model.nested. Tokenizers with a fixed number of codes
+are plotted as points for comparison. Writes the figures, a plot, and a sheet of pictures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class CurveConfig:
     split: Literal["train", "test", "all"] = "test"
     """Which of them; the centre of every video is measured."""
     compare: tuple[str, ...] = ()
-    """Tokenizers for clips of the same size that stand beside as points, at all their codes."""
+    """Tokenizers for clips of the same size to compare with, each with all its codes."""
     lengths: tuple[int, ...] = ()
     """Numbers of codes; by default powers of two and all."""
     targets: tuple[float, ...] = ()
@@ -126,7 +126,7 @@ def adaptive(target: float, rows: np.ndarray, codebook_size: int, pixels: int) -
 
 
 def evaluate(config: CurveConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON."""
+    """Measure the tokenizers, write the JSON, the plot and the sheet, and return the content of the JSON."""
     check_record_path(config.out)
     for name in ("tokenizer", "data"):
         if not getattr(config, name):
@@ -187,7 +187,7 @@ def plot(report: dict, path: Path) -> None:
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = [f"{p['num_tokens']:>6} codes  {p['bits_per_clip']:8.0f} bits per clip  PSNR {p['psnr']:.2f} dB  SSIM {p['ssim']:.4f}" for p in report["curve"]]  # fmt: skip
     lines += [
         f"target {p['target_psnr']:g} dB: {p['num_tokens']:.1f} codes in the mean, reached by {p['reached']:.0%} of the clips "

@@ -2,9 +2,9 @@
 
     python eval/ucf_gfvd.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT
 
-Samples real clips as LARP's protocol does, generates one clip for the label of each, and prints and writes the Frechet
-distance between the two sets with its protocol and its real-vs-real floor, and a table of what else was measured against
-the same real clips: their reconstructions, and further guidance scales. Beside the JSON, a PNG of generated clips.
+Samples real clips by LARP's protocol and generates one clip for the label of each. Prints and writes the Frechet distance between
+the two sets, with its protocol and the distance between two sets of real clips. A table compares the same real clips with their
+reconstructions and with clips of further guidance scales. A PNG beside the JSON shows generated clips.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _PRESET = PRESETS["larp-ucf101-gfvd"]
 
 @dataclass(frozen=True)
 class GfvdConfig(GeneratorEvaluationConfig):
-    """Measure how close the clips of a class-conditional LARP generator come to real ones."""
+    """Measure the Frechet distance between clips of a class-conditional LARP generator and real clips."""
 
     data: str = ""
     """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed)."""
@@ -58,7 +58,7 @@ class GfvdConfig(GeneratorEvaluationConfig):
     """Clips on each side."""
     guidance_scale: float = 1.25
     also_guidance: tuple[float, ...] = ()
-    """Further guidance scales to generate with, for the table, the same for all guided codes: 1.0 shows what guidance brings."""
+    """Further guidance scales for the table, constant over the guided codes. 1.0 shows the effect of guidance."""
     out: Path = Path("gfvd.json")
 
     def __post_init__(self):
@@ -69,20 +69,20 @@ class GfvdConfig(GeneratorEvaluationConfig):
 
     @property
     def samplings(self) -> list[GuidedSampling]:
-        """How to sample, one after the other; the figure is of the last."""
+        """The sampling options of each row of the table; the figure is that of the last."""
         others = [GuidedSampling.of(self, guidance_scale=scale, guidance_final=None) for scale in self.also_guidance]
         return [*others, GuidedSampling.of(self)]
 
 
 def evaluate(config: GfvdConfig) -> dict:
-    """Measure a generator as `config` says, write everything, and return the content of the JSON."""
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
     generator, tokenizer = config.open_models("class")
     guidance_scales(config, tokenizer.num_tokens)
     features, shape = config.open_features(), ClipShape(*tokenizer.config.clip_shape)
     videos = open_videos(config.data, config.split)
     require_labels(videos)
     clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
-    # Classes that the generator does not know are an error now, not after the reading.
+    # Unknown classes raise an error here, before the clips are read.
     class_numbers(generator, videos, [item.label for item in clips.sampled_items])
     pairs = reconstructed_clips(tokenizer, clips.sampled())
     both = [(features(clip), features(again)) for clip, again in pairs]
@@ -120,7 +120,7 @@ def evaluate(config: GfvdConfig) -> dict:
 
 
 def named(sampling: GuidedSampling) -> str:
-    """Describe the guidance in a few words."""
+    """Return a short description of the guidance."""
     scale, final = sampling.guidance_scale, sampling.guidance_final
     start, stop = sampling.guidance_start, sampling.guidance_stop
     ramp = "" if final in (None, scale) else f" to {final:g}"
@@ -136,17 +136,17 @@ def generate_features(
     features: ClipFeatures,
     config: GfvdConfig,
 ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
-    """Generate a clip for each class number: features (n, D), codes (n, N), and the first clips as frames to show."""
+    """Generate a clip for each class number; return features (n, D), codes (n, N), and the first `config.show` clips as frames."""
     made, codes, shown = [], [], []
-    for clips, written in generated_clips(generator, tokenizer, classes, sampling, config.seed, config.batch_size):
+    for clips, batch_codes in generated_clips(generator, tokenizer, classes, sampling, config.seed, config.batch_size):
         made.append(features(clips))
-        codes.append(written)
+        codes.append(batch_codes)
         shown += [clip_to_frames(clip) for clip in clips[: max(0, config.show - len(shown))]]
     return torch.cat(made), torch.cat(codes), shown
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = [summary(report), *map(describe_row, report["table"])]
     lines.append(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
     return "\n".join([*lines, *last_lines(report)])

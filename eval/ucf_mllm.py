@@ -1,12 +1,12 @@
-"""What a language model with video vocabulary learned from videos of named classes, in one command:
+"""Evaluate a language model that was trained on videos of named classes, in one command:
 
     python eval/ucf_mllm.py --model runs/ucf/mllm --data ucf101:ROOT --eval-tokens runs/ucf/tokens-test --out ucf-mllm.json
 
-Four parts (--what leaves some out). bits: what held-out codes cost after a caption, and without one. agreement: how often a
-classifier takes a video written for a class for that class, beside real and reconstructed clips. captions: how often the caption
-of a real clip names its class. continuation: PSNR of frames predicted from given ones, against copying and reconstruction.
+Four parts, which --what selects. bits: bits per held-out code after a caption and without one. agreement: how often a classifier
+assigns a generated video to the class that it was generated for, with real and reconstructed clips for comparison. captions: how
+often the caption of a real clip names its class. continuation: PSNR of predicted frames, compared with copying and reconstruction.
 
-Whatever guidance scales and temperatures are asked for are all in the record: none is chosen on the test clips.
+The record holds the results of all guidance scales and temperatures that are asked for; none is selected on the test clips.
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     model: Path | None = None
     """Folder of the model, or of the run that trained it; by default LARP_MLLM_MODEL, else the newest one trained here."""
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed but for bits). The classifier learns from the
-    train split; everything else is measured on the test split."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed but for bits). The classifier is trained on
+    the train split; everything is measured on the test split."""
     eval_tokens: Path | None = None
     """Token cache of held-out clips, from training/extract_tokens.py (needed for bits)."""
     train_tokens: Path | None = None
-    """Token cache of the training clips: what knowing no more than how often each code occurs would cost stands beside the bits."""
+    """Token cache of the training clips: adds the bits per code of a model that knows only the frequency of each code."""
     what: tuple[Part, ...] = ("bits", "agreement", "captions", "continuation")
     """The parts to measure."""
     num_videos: int = 192
-    """Videos to generate with each guidance scale, equally many of each class, whose phrasings come in turn."""
+    """Videos to generate with each guidance scale, equally many for each class. The phrasings of a class take turns."""
     guidance_scale: tuple[float, ...] = (1.0, 2.0)
-    """Classifier-free guidance of the generated videos, each measured; 1 is off."""
+    """Scales of classifier-free guidance of the generated videos, each measured; 1 is off."""
     num_clips: int = 200
     """Test clips to continue, sampled by the seed from all windows that do not overlap."""
     continuation_temperature: tuple[float, ...] = (1.0, 0.0)
-    """Of the predicted frames, each measured; they are sampled without text or guidance."""
+    """Temperatures of the predicted frames, each measured. They are sampled without text or guidance."""
     out: Path = Path("ucf-mllm.json")
     show: int = 8
     """Generated videos of each class, and continued clips, in the PNGs; 0 writes none."""
@@ -89,12 +89,12 @@ class UcfMllmConfig(SamplingOptions, EvaluationConfig):
             self.continuation(temperature)
 
     def continuation(self, temperature: float) -> VideoSampling:
-        """How predicted frames are sampled at a temperature."""
+        """Return the sampling options of predicted frames."""
         return VideoSampling.of(self, guidance_scale=1.0, temperature=temperature)
 
 
 class Job:
-    """One evaluation: its options, the model, the test videos, and the pictures written so far."""
+    """One evaluation: its options, the model, the test videos, and the paths of the pictures so far."""
 
     def __init__(self, config: UcfMllmConfig):
         """Check what the parts need, load the model, list the test videos; ValueError names what is missing."""
@@ -126,7 +126,7 @@ class Job:
         return held_out_bits(self.mllm, *caches, self.config.batch_size) | {"tokens": caches[0].key}
 
     def agreement(self) -> dict[str, Any]:
-        """How often real, reconstructed and generated clips are taken for their class, and a sheet for each scale."""
+        """How often real, reconstructed and generated clips are classified as their class; writes a sheet for each scale."""
         config, shape, texts = self.config, clip_shape(self.mllm), prompts_of(self.videos)
         classifier = classifier_of(config.data, shape)
         tokenizer = self.mllm.processor.video_tokenizer
@@ -151,7 +151,7 @@ class Job:
         return caption_accuracy(self.mllm, self.videos, self.config.batch_size) | {"classes": classes}
 
     def continuation(self) -> dict[str, Any]:
-        """How well predicted frames follow, and a sheet of them."""
+        """PSNR of predicted frames; writes a sheet of them."""
         config = self.config
         ways = {f"temperature {t:g}": config.continuation(t) for t in config.continuation_temperature}
         return continuation_figures(
@@ -198,7 +198,7 @@ class Job:
 
 
 def evaluate(config: UcfMllmConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON, which is rewritten after every part."""
+    """Measure the selected parts and return the content of the JSON, which is written after every part."""
     check_record_path(config.out)
     job = Job(config)
     report: dict[str, Any] = {"protocol": job.protocol()}
@@ -214,7 +214,7 @@ def interval(figure: dict, form: str) -> str:
 
 
 def bits_lines(part: dict) -> list[str]:
-    """The bits as lines for a person."""
+    """Return the bits as lines of text."""
     rows = [("after the caption, first phrasing", "first_phrasing"), ("mean over its phrasings", "all_phrasings"),
             ("without text", "without_text"), ("the caption saves", "text_saves")]  # fmt: skip
     lines = [f"bits per code, {part['num_clips']} held-out clips of {part['num_videos']} videos"]
@@ -225,21 +225,25 @@ def bits_lines(part: dict) -> list[str]:
 
 
 def agreement_lines(part: dict) -> list[str]:
-    """The agreement as lines for a person; the confusion table is that of the last guidance scale."""
+    """Return the agreement as lines of text; the confusion table is that of the last guidance scale."""
     rows = [("real test clips", part["real"]), ("the same, reconstructed", part["reconstructed"])]
     rows += [(f"generated, guidance {figures['guidance_scale']:g}", figures) for figures in part["generated"]]
-    lines = ["taken for their class by the classifier"]
+    lines = ["classified as their class"]
     lines += [f"  {n:<34} {f['accuracy']:6.1%}  {interval(f, '.1%')}  N={f['num_clips']}" for n, f in rows]
     lines.append(f"  {'chance':<34} {part['chance']:6.1%}")
-    return lines + table(f"{rows[-1][0]}: wanted | taken for", part["classes"], rows[-1][1]["confusion"])
+    return lines + table(f"{rows[-1][0]}: class | classified as", part["classes"], rows[-1][1]["confusion"])
 
 
 def captions_lines(part: dict) -> list[str]:
-    """The captions as lines for a person."""
-    told = f"  {'captions that name the class':<34} {part['accuracy']:6.1%}  {interval(part, '.1%')}  N={part['num_clips']}"
+    """Return the captions as lines of text."""
+    accuracy = f"  {'captions that name the class':<34} {part['accuracy']:6.1%}  {interval(part, '.1%')}  N={part['num_clips']}"
     chance = f"chance {part['chance']:.1%}, always the most frequent class {part['most_frequent']:.1%}"
     head = f"{chance}; {part['unread']} captions name no class"
-    return [told, f"  {head}", *table("captions: class | named, last column none", part["classes"], part["confusion"])]
+    return [
+        accuracy,
+        f"  {head}",
+        *table("captions: class | named, last column none", part["classes"], part["confusion"]),
+    ]
 
 
 def table(title: str, classes: list[str], confusion: list[list[int]]) -> list[str]:
@@ -251,7 +255,7 @@ def table(title: str, classes: list[str], confusion: list[list[int]]) -> list[st
 
 
 def continuation_lines(part: dict) -> list[str]:
-    """The continuation as lines for a person."""
+    """Return the continuation as lines of text."""
     lines = [
         f"frames {part['frame'][0]} to {part['frame'][-1]} from {part['given']} given ones, {part['num_clips']} clips: PSNR"
     ]
@@ -274,12 +278,12 @@ LINES = {
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
-    lines = [line for part, tell in LINES.items() if part in report for line in tell(report[part])]
-    told, skipped = report["protocol"], {}
+    """Return the figures of a report as text to print."""
+    lines = [line for part, lines_of in LINES.items() if part in report for line in lines_of(report[part])]
+    protocol, skipped = report["protocol"], {}
     for part in LINES:
         skipped |= {entry["name"]: entry["reason"] for entry in report.get(part, {}).get("skipped", ())}
-    lines.append(f"protocol: {told['split']}; {told['clips']}; seed {told['config']['seed']}")
+    lines.append(f"protocol: {protocol['split']}; {protocol['clips']}; seed {protocol['config']['seed']}")
     lines += [f"skipped {name}: {reason}" for name, reason in sorted(skipped.items())]
     return "\n".join([*lines, *report["files"]])
 

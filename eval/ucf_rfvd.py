@@ -2,9 +2,8 @@
 
     python eval/ucf_rfvd.py --tokenizer runs/ucf/model --data ucf101:ROOT --split test --num-clips 200
 
-Prints and writes PSNR, SSIM, LPIPS (where its weights are at hand), the Frechet distance with its protocol, codebook
-usage, and the PSNR of painting every clip in its mean colour; beside the JSON, an MP4 of originals left of
-reconstructions, and a PNG.
+Prints and writes PSNR, SSIM, LPIPS (if its weights are found), the Frechet distance with its protocol, codebook usage, and the PSNR
+of each clip's mean colour as a lower bound. An MP4 and a PNG beside the JSON show originals left of reconstructions.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class RfvdConfig(FrechetConfig):
 
 
 def choose_videos(config: RfvdConfig) -> tuple[VideoSet, VideoSet, int]:
-    """The videos to measure, further ones for the real-vs-real floor (perhaps none), and how many the split holds."""
+    """Return the videos to measure, further ones (perhaps none) for the real-vs-real floor, and the size of the split."""
     videos = open_videos(config.data, config.split)
     items = sorted(videos.items, key=lambda item: item.name)
     wanted = len(items) if config.num_clips is None else config.num_clips
@@ -65,39 +64,36 @@ def choose_videos(config: RfvdConfig) -> tuple[VideoSet, VideoSet, int]:
 
 
 def one_pass(videos: VideoSet, config: RfvdConfig, shape: ClipShape) -> FixedPass | tuple[()]:
-    """One clip of every video with a seeded start, in batches; nothing for an empty set."""
+    """Iterate over one clip of every video, with a seeded start, in batches; an empty tuple for an empty set."""
     return iterate_once(videos, shape, config.batch_size, start="random", seed=config.seed) if len(videos) else ()
 
 
 def skipped_of(once: FixedPass | tuple[()]) -> list[dict[str, str]]:
-    """The videos that a pass could not read."""
+    """Return the videos that a pass could not read, as entries of a record."""
     return skipped_entries(once.skipped) if once else []
 
 
 def evaluate(config: RfvdConfig) -> dict:
-    """Measure a tokenizer as `config` says, write everything, and return the content of the JSON."""
+    """Measure a tokenizer, write the JSON and the pictures, and return the content of the JSON."""
     config.check_paths()
     tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=config.device, variant=config.variant)
     features, perceptual = config.open_features(), config.open_lpips()
     shape = ClipShape(*tokenizer.config.clip_shape)
     videos, others, in_split = choose_videos(config)
-    watch, once, more = (
-        ValidationMetrics(features, perceptual),
-        one_pass(videos, config, shape),
-        one_pass(others, config, shape),
-    )
-    done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=watch)
+    metrics = ValidationMetrics(features, perceptual)
+    once, more = one_pass(videos, config, shape), one_pass(others, config, shape)
+    done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=metrics)
     spare = [features(batch["clip"]) for batch in tqdm(more, desc="real clips", unit="batch", delay=2)]
     protocol = config.protocol(
         PRESETS["larp-ucf101-rfvd"], features, shape, split=config.split, num_videos=in_split, num_clips=len(done.codes),
         height=shape.height, width=shape.width,
     )  # fmt: skip
     report = {
-        # The Frechet distance stands under its own name, with its protocol.
+        # The Frechet distance has its own entry, with its protocol.
         **{name: value for name, value in done.metrics.items() if not name.startswith("rfvd")},
         "psnr_above_mean_colour": done.metrics["psnr"] - done.metrics["mean_colour_psnr"],
         "tokens_per_clip": tokenizer.num_tokens,
-        "frechet": frechet_record(protocol, watch, spare, config, {"tokenizer": tokenizer.weight_hash()}),
+        "frechet": frechet_record(protocol, metrics, spare, config, {"tokenizer": tokenizer.weight_hash()}),
         "skipped": [*skipped_of(once), *skipped_of(more)],
         "config": to_dict(config),
     }
@@ -107,22 +103,22 @@ def evaluate(config: RfvdConfig) -> dict:
 
 
 def frechet_record(
-    protocol: Protocol, watch: ValidationMetrics, spare: list[Tensor], config: RfvdConfig, checkpoints: dict[str, str]
+    protocol: Protocol, metrics: ValidationMetrics, spare: list[Tensor], config: RfvdConfig, checkpoints: dict[str, str]
 ) -> dict:
-    """The Frechet figure of what was watched, with spare real features for its floor."""
-    real, decoded = torch.cat(watch.real), torch.cat(watch.decoded)
+    """Return the record of the Frechet distance; `spare` are features of further real clips, for the real-vs-real floor."""
+    real, decoded = torch.cat(metrics.real), torch.cat(metrics.decoded)
     return result(
         protocol,
         frechet_distance(Moments.of(real), Moments.of(decoded)),
         bootstrap_deviation(real, decoded, config.repeats, config.seed, paired=True),
         real_floor(torch.cat([real, *spare]), len(real), config.seed),
-        watch.features,
+        metrics.features,
         checkpoints,
     )
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = [f"PSNR {report['psnr']:.2f} dB ({report['psnr_above_mean_colour']:+.2f} dB against the mean colour's "
              f"{report['mean_colour_psnr']:.2f})"]  # fmt: skip
     lines.append(f"SSIM {report['ssim']:.4f}")

@@ -43,7 +43,7 @@ def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[
 
 
 def skipped_entries(skipped: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    """(name, reason) of videos that could not be read, as a record says it."""
+    """Return (name, reason) of videos that cannot be read as entries of a record."""
     return [{"name": name, "reason": reason} for name, reason in skipped]
 
 
@@ -51,7 +51,7 @@ class RealClips:
     """Real clips, sampled as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
 
     Args:
-        videos: those that `countable` finds readable are sampled from.
+        videos: clips are sampled from those that `countable` finds readable.
         shape: of a clip; windows, of the frames that it reaches over, do not overlap.
         num_clips, seed: as in `larp.metrics.protocols.sample_windows`, which samples as many others, if there are so many.
         batch: clips at a time.

@@ -1,6 +1,6 @@
-"""What the scripts of eval/ share: their common options with their checks, what they open first, and how they report.
+"""What the scripts of eval/ share: common options and their checks, loading of models and features, and printing.
 
-A script holds its own options, a function from its options to a record, and one from a record to lines for a person.
+A script adds its own options, a function `evaluate` (config -> record), and a function `describe` (record -> text).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class FrechetConfig(EvaluationConfig):
-    """The options of evaluations that measure the Frechet distance of what a tokenizer decodes; ValueError as above."""
+    """The options of evaluations that measure the Frechet distance of decoded clips; ValueError for values out of range."""
 
     needed: ClassVar[tuple[str, ...]] = ("tokenizer", "data")
 
@@ -79,11 +79,11 @@ class FrechetConfig(EvaluationConfig):
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
     features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
+    """Features of the Frechet distance. auto: the published I3D if its file is found, else an I3D with random weights."""
     i3d: Path | None = None
     """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
     repeats: int = 20
-    """Bootstrap repeats behind the spread of the Frechet distance."""
+    """Bootstrap repeats for the deviation of the Frechet distance."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -94,11 +94,11 @@ class FrechetConfig(EvaluationConfig):
         return open_features(self.features, self.i3d, self.device)
 
     def open_lpips(self) -> lpips.Lpips | None:
-        """Load LPIPS; None where its weights are not at hand."""
+        """Load LPIPS; None if its weights are not found."""
         return lpips.Lpips.load().to(self.device) if lpips.available() else None
 
     def protocol(self, preset: Protocol, features: ClipFeatures, shape: ClipShape, **changes: Any) -> Protocol:
-        """The protocol `preset` with the data, clips, features and seed of this run, and with `changes`."""
+        """Return the protocol `preset` with the data, clip length, features and seed of this run, and with `changes`."""
         dataset = _DATASETS.get(self.data.partition(":")[0], self.data)
         run = dict(dataset=dataset, frames=shape.frames, features=features.name, seed=self.seed)
         return replace(preset, **run | changes)
@@ -106,12 +106,12 @@ class FrechetConfig(EvaluationConfig):
 
 @dataclass(frozen=True)
 class GeneratorEvaluationConfig(GuidedSampling, FrechetConfig):
-    """The options of evaluations that measure the Frechet distance of what a generator samples; ValueError as above."""
+    """The options of evaluations that measure the Frechet distance of generated clips; ValueError for values out of range."""
 
     needed: ClassVar[tuple[str, ...]] = ("generator", "tokenizer", "data")
 
     generator: str = ""
-    """Folder or hub name of the generator (needed); the tokenizer is the one whose codes it writes."""
+    """Folder or hub name of the generator (needed). The tokenizer must be the one that it was trained with."""
 
     def __post_init__(self):
         FrechetConfig.__post_init__(self)
@@ -124,9 +124,10 @@ class GeneratorEvaluationConfig(GuidedSampling, FrechetConfig):
 
 
 def write_sheet(videos: Sequence[np.ndarray], captions: Iterable[str], out: Path, **layout: int) -> list[str]:
-    """Write a contact sheet of the videos (T, H, W, 3) beside the record `out`, under its name with .png.
+    """Write a contact sheet of uint8 videos (T, H, W, 3) beside the record `out`, with the suffix .png; return its path in a list.
 
-    captions: of the videos, and perhaps of further ones. layout: as in `contact_sheet`. Returns the files: none without videos.
+    captions: one for each video; further ones are ignored. layout: as in `contact_sheet`. Without videos nothing is written and
+    the list is empty.
     """
     if not videos:
         return []
@@ -136,7 +137,7 @@ def write_sheet(videos: Sequence[np.ndarray], captions: Iterable[str], out: Path
 
 
 def last_lines(report: dict) -> list[str]:
-    """The lines for a person that end a report: the skipped videos and the pictures."""
+    """Return the last lines of a printed report: the skipped videos and the paths of the pictures."""
     return [*(f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]), *report["files"]]
 
 

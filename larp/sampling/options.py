@@ -1,6 +1,6 @@
-"""The options of sampling: what a sample may choose from, and guidance. The one place of their defaults, help texts and checks.
+"""The sampling options (temperature, top-k, top-p, min-p, guidance): their defaults, help texts and checks.
 
-A command or a config that takes these options derives from a class below, or makes its arguments from the fields.
+A config derives from one of the two classes. A command with argparse makes its arguments from their fields and docstrings.
 """
 
 import math
@@ -46,7 +46,7 @@ class SamplingOptions:
 
     @classmethod
     def of(cls, source: Any, **changes: Any) -> Self:
-        """The options that the attributes of `source` (a config, parsed arguments) name as fields of this class, with `changes`."""
+        """Build this class from those attributes of `source` (a config, parsed arguments) that it has as fields, and `changes`."""
         found = vars(source)
         return cls(**{field.name: found[field.name] for field in fields(cls) if field.name in found} | changes)
 
@@ -58,7 +58,7 @@ class GuidedSampling(SamplingOptions):
     guidance_scale: float = 1.0
     """Scale s of classifier-free guidance, `unconditional + s * (conditional - unconditional)`, 0 to 1000; 1 is off."""
     guidance_final: float | None = None
-    """Scale of the last guided code, also of a single one, to which it changes in a straight line; by default the same."""
+    """Scale of the last guided code. The scale changes linearly from the first guided code to it; by default it is constant."""
     guidance_start: float = 0.0
     """No guidance before this share of a clip's codes."""
     guidance_stop: float = 1.0
@@ -77,7 +77,7 @@ class GuidedSampling(SamplingOptions):
 
 
 def check_guidance_scale(name: str, scale: float) -> None:
-    """Raise a ValueError that begins with `name` unless a guidance scale is a finite number in its range."""
+    """Raise ValueError, with the name of the option, unless a guidance scale is a finite number from 0 to 1000."""
     if not (_is_finite(scale) and 0 <= scale <= MAX_GUIDANCE):
         raise ValueError(f"{name} is {scale!r}; it must be a finite number from 0 to {MAX_GUIDANCE:g}, where 1 is off")
 
