@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from larp.config import parse
+from larp.config import check_count, parse
 from larp.data.clips import ClipShape
 from larp.data.contact_sheet import contact_sheet
 from larp.hub import check_device
@@ -55,13 +55,12 @@ class EvaluationConfig:
         self.check_at_least(batch_size=1, show=0)
 
     def check_at_least(self, **least: int) -> None:
-        """Raise a ValueError that names the option that lies below its least value."""
+        """Raise ValueError, naming the option, if one is below its least value."""
         for name, bound in least.items():
-            if (value := getattr(self, name)) < bound:
-                raise ValueError(f"{name} is {value}; it must be at least {bound}")
+            check_count(name, getattr(self, name), bound)
 
     def check_paths(self) -> None:
-        """Raise a ValueError if a needed option is missing, or nothing can be written to `out`."""
+        """Raise ValueError if a needed option is missing or `out` cannot be written."""
         check_record_path(self.out)
         for name in self.needed:
             if not getattr(self, name):
