@@ -1,10 +1,10 @@
-"""What the codebook is worth to the language model, in one command:
+"""Compare video rows made from the codebook with free rows, in one command:
 
     python eval/adapter_ablation.py --tokens runs/ucf/tokens-train --eval-tokens runs/ucf/tokens-test --seeds 0 1 2 --steps 300
 
-Trains with video rows made from the codebook and with free rows (--adapter codebook, free): equal steps, equal seeds, the same
-batches in the same order. Reports the figures on held-out clips, their paired differences, and the bits while training, with a
-plot. A training that finished is not run again, and one that was stopped goes on: type the same command.
+Trains language models with both adapters (--adapter codebook, free) for the same steps, seeds and batches. Reports metrics on
+held-out clips, their paired differences, and the bits per code during training, with a plot. The same command resumes a training
+that was stopped and skips those that finished.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def read_run(run: Path) -> dict[str, Any]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def mean_and_deviation(values: list[float]) -> dict[str, float]:
     """Mean, and standard deviation where there is more than one value."""
     return {"mean": mean(values)} | ({"deviation": stdev(values)} if len(values) > 1 else {})
 
@@ -141,13 +141,13 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
         names = [name for name in SHOWN if all(name in run["figures"] for run in alike)]
         points = zip(*(run["curve"] for run in alike), strict=False)
         summary[adapter] = {
-            "figures": {name: spread([run["figures"][name] for run in alike]) for name in names},
+            "figures": {name: mean_and_deviation([run["figures"][name] for run in alike]) for name in names},
             "curve": [[same[0][0], mean(bits for _, bits in same)] for same in points],
         }
     for name in summary[ADAPTERS[0]]["figures"] if seeds else ():
         pairs = [[found[adapter, seed]["figures"][name] for adapter in ADAPTERS] for seed in seeds]
         each = [codebook - free for codebook, free in pairs]
-        summary["codebook_minus_free"][name] = spread(each) | {"by_seed": each}
+        summary["codebook_minus_free"][name] = mean_and_deviation(each) | {"by_seed": each}
     return summary
 
 

@@ -1,33 +1,32 @@
-"""How often a generated clip is taken for its class, in one command:
+"""How often generated clips are classified as the class that they were generated for, in one command:
 
     python eval/class_agreement.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT --guidance-scale 1 2
 
-A small classifier, trained on the real training clips (see larp.metrics.classifier), names generated clips; beside them real test
-clips and their reconstructions by the tokenizer, which bound what a generator can reach. Writes the figures with their
-confusion tables, and a PNG of the last guidance scale's clips.
+A small classifier (larp.metrics.classifier) is trained on the real training clips and classifies generated clips. Real test clips
+and their reconstructions are classified as well: they are the upper bound. Writes accuracies with confusion tables, and a PNG of
+clips of the last guidance scale.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics.classifier import VERSION, ClipClassifier, agreement, classifier_of, classify_real, require_labels
 from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
-from larp.metrics.protocols import check_record_path, versions
+from larp.metrics.evaluation import EvaluationConfig, last_lines, run_evaluation, write_sheet
+from larp.metrics.protocols import versions
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import check_sampling
+from larp.sampling.options import GuidedSampling, SamplingOptions, check_guidance_scale
 
 import numpy as np
 import torch
@@ -35,67 +34,51 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class AgreementConfig:
-    """Measure how often the clips of a class-conditional LARP generator are taken for their class."""
+class AgreementConfig(SamplingOptions, EvaluationConfig):
+    """Measure how often clips of a class-conditional LARP generator are classified as their class."""
+
+    needed: ClassVar[tuple[str, ...]] = ("generator", "tokenizer", "data")
 
     generator: str = ""
     """Folder or hub name of the generator (needed)."""
     tokenizer: str = ""
-    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
+    """Folder or hub name of the tokenizer that the generator was trained with (needed)."""
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed). The classifier learns from the train split;
-    the test split shows how good it is."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed). The classifier is trained on the train split
+    and evaluated on the test split."""
     num_clips: int = 192
     """Clips to generate with each guidance scale, the classes in turn."""
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
-    """Classifier-free guidance, each measured; 1 is off."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
+    """Scales of classifier-free guidance, each measured; 1 is off."""
     out: Path = Path("agreement.json")
-    """Where the figures go; the PNG gets the same name with its own suffix."""
-    seed: int = 42
-    """Of the sampling."""
-    batch_size: int = 16
-    """Clips at a time."""
     show: int = 12
-    """Generated clips in the PNG; 0 writes none."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
+        EvaluationConfig.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        self.check_at_least(num_clips=1)
         if not self.guidance_scale:
             raise ValueError("guidance_scale is empty; give at least one scale, where 1 is off")
         for scale in self.guidance_scale:
-            check_sampling(self.temperature, self.top_k, self.top_p, scale)
-        if min(self.batch_size, self.num_clips) < 1 or self.show < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1, show={self.show} at least 0"
-            )
+            check_guidance_scale("guidance_scale", scale)
 
 
 def on_generated(
     classifier: ClipClassifier, clips: Iterator[tuple[Tensor, Tensor]], labels: Sequence[int], show: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Agreement of generated clips with the labels that they were made for, and the first `show` of them as frames."""
-    taken_for, shown = [], []
+    """Classify generated clips; return their agreement with `labels`, and the first `show` clips as frames."""
+    predicted, shown = [], []
     for batch, _ in clips:
-        taken_for.append(classifier.predict(batch))
+        predicted.append(classifier.predict(batch))
         shown += [clip_to_frames(clip) for clip in batch[: max(0, show - len(shown))]]
-    return agreement(labels, torch.cat(taken_for), classifier.classes), shown
+    return agreement(labels, torch.cat(predicted), classifier.classes), shown
 
 
 def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSet]:
     """Generator, tokenizer and labelled test videos; ValueError if an option is missing or they do not belong together."""
-    for name in ("generator", "tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
+    config.check_paths()
     generator, tokenizer = load_pair(config.generator, config.tokenizer, "class", config.device, config.variant)
     videos = open_videos(config.data, "test")
     require_labels(videos)
@@ -103,8 +86,7 @@ def load(config: AgreementConfig) -> tuple[LarpGenerator, LarpTokenizer, VideoSe
 
 
 def evaluate(config: AgreementConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
     generator, tokenizer, videos = load(config)
     labels = [number % len(videos.classes) for number in range(config.num_clips)]
     condition = class_numbers(generator, videos, labels)
@@ -113,17 +95,8 @@ def evaluate(config: AgreementConfig) -> dict:
     report |= classify_real(classifier, tokenizer, videos, config.batch_size) | {"generated": []}
     shown: list[np.ndarray] = []
     for scale in config.guidance_scale:
-        clips = generated_clips(
-            generator,
-            tokenizer,
-            condition,
-            config.batch_size,
-            guidance=scale,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
-        )
+        sampling = GuidedSampling.of(config, guidance_scale=scale)
+        clips = generated_clips(generator, tokenizer, condition, sampling, config.seed, config.batch_size)
         figures, shown = on_generated(classifier, clips, labels, config.show)
         report["generated"].append({"guidance_scale": scale} | figures)
     report |= {
@@ -131,17 +104,14 @@ def evaluate(config: AgreementConfig) -> dict:
         "classifier": {"trained_on": classifier.key, "version": VERSION},
         "versions": versions(),
         "config": to_dict(config),
-        "files": [],
+        "files": write_sheet(shown, [videos.classes[label] for label in labels], config.out),
     }
-    if shown:
-        contact_sheet(shown, [videos.classes[label] for label in labels[: len(shown)]], config.out.with_suffix(".png"))
-        report["files"] = [str(config.out.with_suffix(".png"))]
     write_json(config.out, report)
     return report
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person; the confusion table is that of the last guidance scale."""
+    """Return the figures of a report as text to print; the confusion table is that of the last guidance scale."""
     rows = [("real test clips", report["real"]), ("the same, reconstructed", report["reconstructed"])]
     rows += [(f"generated, guidance {figures['guidance_scale']:g}", figures) for figures in report["generated"]]
     lines = [
@@ -151,22 +121,13 @@ def describe(report: dict) -> str:
     ]
     lines.append(f"{'chance':<26} {report['chance']:6.1%}")
     width = max(map(len, report["classes"]))
-    lines.append(f"{rows[-1][0]}: wanted | taken for, in the same order")
+    lines.append(f"{rows[-1][0]}: class | classified as, in the same order")
     for name, counts in zip(report["classes"], rows[-1][1]["confusion"], strict=True):
         lines.append(f"{name:>{width}} | " + " ".join(f"{count:4d}" for count in counts))
-    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
-    return "\n".join([*lines, *report["files"]])
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(AgreementConfig, sys.argv[1:] if argv is None else argv, recipes, "class_agreement.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, AgreementConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("class_agreement.py", main)

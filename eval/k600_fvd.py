@@ -2,32 +2,31 @@
 
     python eval/k600_fvd.py --generator runs/fp/model --tokenizer runs/k600/model --data k600:ROOT --given 5
 
-PSNR, SSIM and LPIPS (where its weights are at hand) of every predicted frame, with the tokenizer's own reconstruction as the
-ceiling, and the Frechet distance by LARP's protocol; beside the JSON, a PNG of originals above predictions. A copied frame is
-sharp and a decoded one is not: where the ceiling itself lies below copying, compare with the copy through the tokenizer.
+Measures PSNR, SSIM and LPIPS (if its weights are found) of every predicted frame, and the Frechet distance by LARP's protocol. The
+tokenizer's reconstruction is the upper bound. A copied frame is sharper than a decoded one; if the upper bound lies below the copy,
+compare with the copy through the tokenizer. A PNG beside the JSON shows originals above predictions.
 
 Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W pixels.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import repeat_last
 from larp.data.listing import NoSplitError
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics import lpips
-from larp.metrics.clipsets import RealClips, countable, describe_row, floor_row, frechet_row, load_pair
+from larp.metrics.clipsets import RealClips, describe_row, floor_row, frechet_row
+from larp.metrics.evaluation import GeneratorEvaluationConfig, last_lines, run_evaluation, write_sheet
 from larp.metrics.frame_prediction import (
     CODED_COPY,
     COPY,
@@ -39,13 +38,13 @@ from larp.metrics.frame_prediction import (
     paired_gain,
 )
 from larp.metrics.frechet import real_floor
-from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import PRESETS, Protocol, check_record_path, result, summary
+from larp.metrics.i3d import ClipFeatures
+from larp.metrics.protocols import PRESETS, Protocol, result, summary
 from larp.metrics.psnr_ssim import ssim
 from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import check_sampling, generate
+from larp.sampling.sample import generate
 
 import numpy as np
 import torch
@@ -57,67 +56,33 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 
 @dataclass(frozen=True)
-class PredictionConfig:
-    """Measure how well a frame-prediction LARP generator goes on from given frames."""
+class PredictionConfig(GeneratorEvaluationConfig):
+    """Measure how well a frame-prediction LARP generator continues given frames. Guidance needs one trained with null_condition."""
 
-    generator: str = ""
-    """Folder or hub name of a generator trained with --task frame-prediction (needed)."""
-    tokenizer: str = ""
-    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
-    variant: Literal["ema"] | None = None
-    """ema: the averaged weights of the tokenizer's training."""
-    data: str = ""
-    """Videos, as in training: k600:ROOT, ucf101:ROOT, a manifest, ... (needed)."""
     split: Literal["auto", "train", "validation", "test", "all"] = "auto"
-    """Which of them; auto: validation, the published choice, where the data have one, else test."""
+    """Which videos; auto: validation, the published choice, where the data have one, else test."""
     given: int = 5
     """First frames of each clip that the generator is shown."""
     num_clips: int = _PRESET.num_clips
     """Clips to predict, sampled by the seed from all windows that do not overlap."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance, for generators trained with null_condition; 1 is off."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
     out: Path = Path("prediction.json")
-    """Where the figures go; the PNG gets the same name with its own suffix."""
-    seed: int = _PRESET.seed
-    """Of the sampling of clips and of the sampling."""
-    batch_size: int = 16
-    """Clips at a time."""
-    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
-    i3d: Path | None = None
-    """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
     show: int = 6
-    """Clips in the PNG; 0 writes none."""
-    repeats: int = 20
-    """Bootstrap repeats behind the spread of the Frechet distance."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
-        if self.batch_size < 1 or self.num_clips < 4:
-            raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 4")
-        if self.repeats < 2 or self.show < 0:
-            raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
+        super().__post_init__()
+        self.check_at_least(num_clips=4)
 
 
 @dataclass
-class Seen:
-    """What was measured of clips so far."""
+class Measured:
+    """The measurements of the clips so far."""
 
     figures: dict[str, dict[str, list[Tensor]]] = field(default_factory=dict)
-    """By measure and by one of WAYS: batches (b, P), a value for each predicted frame."""
+    """By metric and by one of WAYS: batches (b, P), one value for each predicted frame."""
     seam: list[Tensor] = field(default_factory=list)
-    """Batches (b,): PSNR of the given frames as they come out of the predicted codes."""
+    """Batches (b,): PSNR of the given frames as decoded from the predicted codes."""
     features: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Batches (b, D) by the clips that they are of; "real" is the other side of every distance."""
+    """Batches (b, D) by kind of clip; every distance is to those of "real"."""
     shown: list[np.ndarray] = field(default_factory=list)
     """uint8 (T, 2 H, W, 3): an original above its prediction."""
 
@@ -125,11 +90,9 @@ class Seen:
 def predict(
     generator: LarpGenerator, tokenizer: LarpTokenizer, given: Tensor, first: int, config: PredictionConfig
 ) -> Tensor:
-    """Predict from the codes (B, N) of given frames: what the tokenizer makes of the codes written, clips of all T frames."""
+    """Sample codes after the codes (B, N) of given frames; return the decoded clips (B, 3, T, H, W)."""
     condition = generator.frame_condition(given)
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    codes = generate(generator, condition, guidance=config.guidance_scale, first_row=first, **sampling)
-    return tokenizer.decode(codes)
+    return tokenizer.decode(generate(generator, condition, config, seed=config.seed, first_row=first))
 
 
 def scored_size(clip: Tensor) -> Tensor:
@@ -150,9 +113,9 @@ def measure(
     features: ClipFeatures,
     perceptual: lpips.Lpips | None,
     config: PredictionConfig,
-) -> Seen:
+) -> Measured:
     """Predict clips (b, 3, T, H, W), batch after batch, and measure them against the real ones and the baselines."""
-    seen, first, given = Seen(), 0, config.given
+    seen, first, given = Measured(), 0, config.given
     measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": perceptual} if perceptual else {})
     with tqdm(total=config.num_clips, desc="predicting", unit="clip", delay=2) as bar:
         for clip in clips:
@@ -179,10 +142,10 @@ def measure(
     return seen
 
 
-def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
-    """The figures of predicted frames: for each measure and way its mean over clips, frame by frame, and over all of them.
+def likeness(seen: Measured, config: PredictionConfig) -> dict[str, Any]:
+    """Return the metrics of predicted frames: means over clips for each frame, and means over clips and frames.
 
-    The median over clips stands beside the mean of PSNR, since a frame that is copied exactly counts as 100 dB.
+    The median of PSNR over clips is included because a frame that is copied exactly counts as 100 dB.
     """
     values = {name: {way: torch.cat(parts) for way, parts in ways.items()} for name, ways in seen.figures.items()}
     frames = values["psnr"][PREDICTION].shape[1]
@@ -199,22 +162,8 @@ def likeness(seen: Seen, config: PredictionConfig) -> dict[str, Any]:
     }
 
 
-def protocol_of(config: PredictionConfig, features: ClipFeatures, shape: ClipShape, split: str) -> Protocol:
-    """The frame-prediction protocol of LARP with everything that this run does differently."""
-    return replace(
-        _PRESET,
-        dataset="Kinetics-600" if config.data.startswith("k600:") else config.data,
-        split=split,
-        num_clips=config.num_clips,
-        frames=shape.frames,
-        frame_rule=_PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1),
-        features=features.name,
-        seed=config.seed,
-    )
-
-
 def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
-    """The videos to predict, and the name of their split."""
+    """Return the videos to predict and the name of their split."""
     if config.split != "auto":
         return open_videos(config.data, config.split), config.split
     try:
@@ -224,46 +173,36 @@ def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
 
 
 def evaluate(config: PredictionConfig) -> dict:
-    """Measure a generator as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
-    for name in ("generator", "tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
-    generator, tokenizer = load_pair(
-        config.generator, config.tokenizer, "frame-prediction", config.device, config.variant
-    )
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
+    generator, tokenizer = config.open_models("frame-prediction")
     shape = ClipShape(*tokenizer.config.clip_shape)
     if not 1 <= config.given < shape.frames:
         raise ValueError(
             f"--given {config.given}: clips have {shape.frames} frames; give 1 to {shape.frames - 1} of them"
         )
-    features = open_features(config.features, config.i3d, config.device)
-    perceptual = lpips.Lpips.load().to(config.device) if lpips.available() else None
+    features, perceptual = config.open_features(), config.open_lpips()
     videos, split = open_split(config)
-    items, counts, skipped = countable(videos)
-    clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
+    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
+    rule = _PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1)
+    protocol = config.protocol(_PRESET, features, shape, split=split, num_clips=config.num_clips, frame_rule=rule)
+    caption = f"above: original; below: {config.given} given frames, then predicted ones"
     seen = measure(generator, tokenizer, clips.sampled(), features, perceptual, config)
     others = [features(scored_size(clip)) for clip in clips.others()]
+    names = [f"{item.name} ({caption})" for item in clips.sampled_items]
     report = likeness(seen, config) | {
         "given": config.given,
         "num_clips": config.num_clips,
-        "frechet": frechet_record(seen, others, features, protocol_of(config, features, shape, split), generator, tokenizer, config),
-        "skipped": [{"name": name, "reason": reason} for name, reason in [*skipped, *clips.skipped]],
+        "frechet": frechet_record(seen, others, features, protocol, generator, tokenizer, config),
+        "skipped": clips.skipped,
         "config": to_dict(config),
-        "files": [],
-    }  # fmt: skip
-    if seen.shown:
-        caption = f"above: original; below: {config.given} given frames, then predicted ones"
-        names = [items[video].name for video, _ in clips.windows[: len(seen.shown)]]
-        path = config.out.with_suffix(".png")
-        contact_sheet(seen.shown, [f"{name} ({caption})" for name in names], path, columns=shape.frames, cell=160)
-        report["files"] = [str(path)]
+        "files": write_sheet(seen.shown, names, config.out, columns=shape.frames, cell=160),
+    }
     write_json(config.out, report)
     return report
 
 
 def frechet_record(
-    seen: Seen,
+    seen: Measured,
     others: list[Tensor],
     features: ClipFeatures,
     protocol: Protocol,
@@ -271,7 +210,7 @@ def frechet_record(
     tokenizer: LarpTokenizer,
     config: PredictionConfig,
 ) -> dict[str, Any]:
-    """The Frechet figure by the protocol, and beside it a table of what else lies how far from the same real clips."""
+    """Return the record of the Frechet distance by the protocol, with a table of other distances from the same real clips."""
     sides = {name: torch.cat(parts) for name, parts in seen.features.items()}
     real = sides.pop("real")
     floor = real_floor(torch.cat([real, *others]), len(real), config.seed)
@@ -287,7 +226,7 @@ def frechet_record(
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = ["frame  PSNR of: " + " | ".join(WAYS)]
     for number, frame in enumerate(report["frame"]):
         values = [report["per_frame"]["psnr"][way][number] for way in WAYS]
@@ -305,19 +244,10 @@ def describe(report: dict) -> str:
     lines.append(f"the given frames as regenerated: {report['given_frames_regenerated_psnr']:.2f} dB")
     lines.append(summary(report["frechet"]))
     lines += [describe_row(row) for row in report["frechet"]["table"]]
-    lines += [f"skipped {entry['name']}: {entry['reason']}" for entry in report["skipped"]]
-    return "\n".join([*lines, *report["files"]])
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(PredictionConfig, sys.argv[1:] if argv is None else argv, recipes, "k600_fvd.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, PredictionConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("k600_fvd.py", main)

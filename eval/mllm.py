@@ -1,4 +1,4 @@
-"""Does a language model sample what it is told? Videos for held-out prompts, read by an analytic checker:
+"""Do the videos of a language model show what the prompt says? An analytic checker evaluates videos for held-out prompts:
 
     python eval/mllm.py --protocol shapes                      # the newest model trained here
     python eval/mllm.py --model runs/mllm/model --guidance-scale 2
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse
+from larp.config import parse, to_dict
 from larp.data.clips import pixels_to_clip
 from larp.data.contact_sheet import contact_sheet
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
@@ -23,7 +23,6 @@ from larp.files import check_writable, write_json
 from larp.metrics.protocols import versions
 from larp.metrics.shape_checker import read_blob, score
 from larp.metrics.weights import checkpoint_hashes
-from larp.sampling.sample import check_sampling
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm
@@ -31,7 +30,7 @@ from larp_mllm.video import Video
 
 
 @dataclass(frozen=True)
-class EvalMllmConfig:
+class EvalMllmConfig(VideoSampling):
     """Score videos that a language model generates for prompts it was not trained on."""
 
     model: Path | None = None
@@ -39,46 +38,40 @@ class EvalMllmConfig:
     protocol: Literal["shapes"] = "shapes"
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
-    guidance_scale: float = 2.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
     out: Path | None = None
     """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json beside the model folder."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_prompts < 1:
             raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
         if self.out is not None and self.out.suffix.lower() == ".png":
             raise ValueError(f"out is {self.out}, where the contact sheet goes: give the name of the .json")
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
-    """Evaluate as the command line says; returns the record that is written."""
+    """Run the command line `argv` (by default the program's own) and return the record."""
     config, _ = parse(EvalMllmConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "mllm.py")
     return evaluate(config)
 
 
 def evaluate(config: EvalMllmConfig) -> dict:
-    """Generate, read, score, write; returns the record."""
+    """Generate and score the videos, write the JSON and the contact sheet, and return the record."""
     folder = find_model(config.model)
     out = config.out or folder.parent / "eval-mllm.json"
     check_writable(out)
     check_writable(out.with_suffix(".png"))
-    told = protocol(config, folder)
+    settings = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
-    sampling = VideoSampling(config.guidance_scale, config.temperature, config.top_k, config.top_p, config.seed)
-    videos = Mllm.load(folder).generate(prompts, sampling=sampling)
+    videos = Mllm.load(folder).generate(prompts, sampling=VideoSampling.of(config))
     seconds = time.monotonic() - began
     clips = [pixels_to_clip(video.frames) for video in videos]
     expected = [parse_caption(prompt) for prompt in prompts]
     record = {
         **score(clips, expected),
         "seconds": round(seconds, 2),
-        "protocol": told,
+        "protocol": settings,
         "videos": [
             {
                 "prompt": prompt,
@@ -100,11 +93,7 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
         "checker": "larp.metrics.shape_checker",
         "one_video_per_prompt": True,
-        "guidance_scale": config.guidance_scale,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "seed": config.seed,
+        **to_dict(VideoSampling.of(config)),
         "model": str(folder),
         "checkpoint": checkpoint_hashes(folder),
         "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},
@@ -116,10 +105,10 @@ def report(record: dict, videos: list[Video], out: Path) -> None:
     sheet = out.with_suffix(".png")
     contact_sheet([video.frames for video in videos], [video.prompt for video in videos], sheet)
     shares = ", ".join(f"{name} {record[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
-    told = record["protocol"]
+    settings = record["protocol"]
     print(f"{shares} of {record['n']} videos")
-    sampled = ", ".join(f"{name} {told[name]}" for name in ("guidance_scale", "temperature", "seed"))
-    print(f"protocol: {told['prompts']}; {sampled}")
+    sampled = ", ".join(f"{name} {settings[name]}" for name in ("guidance_scale", "temperature", "seed"))
+    print(f"protocol: {settings['prompts']}; {sampled}")
     print(f"wrote {out} and {sheet}")
 
 

@@ -2,25 +2,26 @@
 
     python eval/rate_distortion.py --tokenizer runs/nested/model --compare runs/fixed/model --data ucf101:ROOT --out curve.json
 
-Decodes every clip from prefixes of its codes by a tokenizer trained with --model.nested, beside which tokenizers of a fixed
-number of codes stand as points; writes the figures, a plot, and a sheet of pictures.
+Decodes every clip from prefixes of its codes with a tokenizer trained with --model.nested. Tokenizers with a fixed number of codes
+are plotted as points for comparison. Writes the figures, a plot, and a sheet of pictures.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
 from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import open_videos
 from larp.data.loader import iterate_once
 from larp.engine.signals import run_script
 from larp.files import write_json
+from larp.metrics.evaluation import run_evaluation
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.psnr_ssim import mean_colour, ssim
 from larp.models.losses import psnr
@@ -45,7 +46,7 @@ class CurveConfig:
     split: Literal["train", "test", "all"] = "test"
     """Which of them; the centre of every video is measured."""
     compare: tuple[str, ...] = ()
-    """Tokenizers for clips of the same size that stand beside as points, at all their codes."""
+    """Tokenizers for clips of the same size to compare with, each with all its codes."""
     lengths: tuple[int, ...] = ()
     """Numbers of codes; by default powers of two and all."""
     targets: tuple[float, ...] = ()
@@ -125,7 +126,7 @@ def adaptive(target: float, rows: np.ndarray, codebook_size: int, pixels: int) -
 
 
 def evaluate(config: CurveConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON."""
+    """Measure the tokenizers, write the JSON, the plot and the sheet, and return the content of the JSON."""
     check_record_path(config.out)
     for name in ("tokenizer", "data"):
         if not getattr(config, name):
@@ -186,7 +187,7 @@ def plot(report: dict, path: Path) -> None:
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
+    """Return the figures of a report as text to print."""
     lines = [f"{p['num_tokens']:>6} codes  {p['bits_per_clip']:8.0f} bits per clip  PSNR {p['psnr']:.2f} dB  SSIM {p['ssim']:.4f}" for p in report["curve"]]  # fmt: skip
     lines += [
         f"target {p['target_psnr']:g} dB: {p['num_tokens']:.1f} codes in the mean, reached by {p['reached']:.0%} of the clips "
@@ -197,15 +198,7 @@ def describe(report: dict) -> str:
     return "\n".join([*lines, f"mean colour: PSNR {report['mean_colour_psnr']:.2f} dB, {report['num_clips']} clips"])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(CurveConfig, sys.argv[1:] if argv is None else argv, recipes, "rate_distortion.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, CurveConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("rate_distortion.py", main)

@@ -28,7 +28,8 @@ from larp.kernels.threads import threads
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator
 from larp.sampling.decoder import BlockWeights, Decoder
-from larp.sampling.sample import apply_guidance, check_sampling, row_uniforms, sample_logits
+from larp.sampling.options import SamplingOptions, check_guidance_scale
+from larp.sampling.sample import apply_guidance, row_uniforms, sample_logits
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class SamplerSpeedConfig:
 
     def __post_init__(self):
         check_device(self.device)
-        check_sampling(1.0, 0, 1.0, self.guidance)
+        check_guidance_scale("guidance", self.guidance)
         for name in ("num_tokens", "batch_size", "positions", "steps", "repeats", "check"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -159,7 +160,8 @@ class Contender:
     def choose(self, logits: Tensor, index: Tensor, greedy: bool = False) -> Tensor:
         """Draw the codes (B,) of an index (1,) from logits (R, K)."""
         logits = apply_guidance(logits, self.guidance) if self.guidance != 1 else logits
-        return sample_logits(logits, float(not greedy), uniform=self.uniforms.index_select(1, index)[:, 0])
+        sampling = SamplingOptions(temperature=float(not greedy))
+        return sample_logits(logits, sampling, self.uniforms.index_select(1, index)[:, 0])
 
     def first_codes(self, count: int) -> Tensor:
         """Return the first `count` codes (B, count), the likeliest at each step."""

@@ -1,10 +1,10 @@
-"""What the prior and the stochastic quantizer are worth, in one command:
+"""Measure the effect of the prior and of the stochastic quantizer, in one command:
 
     python eval/tokenizer_ablation.py --data ucf101:ROOT --seeds 0 1 2 --out tokenizer-ablation.json
 
-Trains a tokenizer for each variant and seed, a fresh small AR generator of one and the same recipe on the codes of each, and
-measures reconstruction, codes, bits per clip and the Frechet distance of generated clips. A stage that finished is not run
-again: the same command goes on where it was stopped. The JSON is rewritten after every training.
+Trains a tokenizer for each variant and seed, and a small AR generator of one recipe on the codes of each. Measures reconstruction,
+codes, bits per clip and the Frechet distance of generated clips. The JSON is written after every training. The same command resumes
+where it was stopped and skips the stages that finished.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class AblationConfig:
-    """Train tokenizers that differ in one thing, and measure how well they reconstruct and how well their codes are predicted."""
+    """Train tokenizers that differ in one option; measure reconstruction and how well an AR model predicts their codes."""
 
     data: str = ""
     """Labelled videos with a train and a test split, as in training (needed)."""
@@ -129,8 +129,8 @@ def summarise(rows: list[dict]) -> dict[str, dict]:
         summary[variant] = {"seeds": len(alike)}
         for name in names:
             values = [figures[name] for figures in alike]
-            spread = {"deviation": stdev(values)} if len(values) > 1 else {}
-            summary[variant][name] = {"mean": mean(values)} | spread
+            deviation = {"deviation": stdev(values)} if len(values) > 1 else {}
+            summary[variant][name] = {"mean": mean(values)} | deviation
     return summary
 
 
@@ -142,8 +142,8 @@ def describe(summary: dict[str, dict]) -> str:
         cells = []
         for name in shown:
             value = figures.get(name)
-            spread = f" +- {value['deviation']:.3g}" if value and "deviation" in value else ""
-            cells.append(f"{value['mean']:.4g}{spread}" if value else "-")
+            deviation = f" +- {value['deviation']:.3g}" if value and "deviation" in value else ""
+            cells.append(f"{value['mean']:.4g}{deviation}" if value else "-")
         lines.append(f"{variant:24}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
 

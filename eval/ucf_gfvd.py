@@ -2,51 +2,42 @@
 
     python eval/ucf_gfvd.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT
 
-Samples real clips as LARP's protocol does, generates one clip for the label of each, and prints and writes the Frechet
-distance between the two sets with its protocol and its real-vs-real floor, and a table of what else was measured against
-the same real clips: their reconstructions, and further guidance scales. Beside the JSON, a PNG of generated clips.
+Samples real clips by LARP's protocol and generates one clip for the label of each. Prints and writes the Frechet distance between
+the two sets, with its protocol and the distance between two sets of real clips. A table compares the same real clips with their
+reconstructions and with clips of further guidance scales. A PNG beside the JSON shows generated clips.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import open_videos
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics.classifier import require_labels
 from larp.metrics.clipsets import (
     RealClips,
     class_numbers,
-    countable,
     describe_row,
     floor_row,
     frechet_row,
     generated_clips,
-    load_pair,
     reconstructed_clips,
 )
+from larp.metrics.evaluation import GeneratorEvaluationConfig, last_lines, run_evaluation, write_sheet
 from larp.metrics.frechet import real_floor
-from larp.metrics.i3d import ClipFeatures, open_features
-from larp.metrics.protocols import (
-    PRESETS,
-    Protocol,
-    check_record_path,
-    result,
-    summary,
-)
+from larp.metrics.i3d import ClipFeatures
+from larp.metrics.protocols import PRESETS, result, summary
 from larp.models.generator import LarpGenerator
 from larp.models.quantizer import usage
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import Guidance, check_sampling
+from larp.sampling.options import GuidedSampling, check_guidance_scale
+from larp.sampling.sample import guidance_scales
 
 import numpy as np
 import torch
@@ -56,15 +47,9 @@ _PRESET = PRESETS["larp-ucf101-gfvd"]
 
 
 @dataclass(frozen=True)
-class GfvdConfig:
-    """Measure how close the clips of a class-conditional LARP generator come to real ones."""
+class GfvdConfig(GeneratorEvaluationConfig):
+    """Measure the Frechet distance between clips of a class-conditional LARP generator and real clips."""
 
-    generator: str = ""
-    """Folder or hub name of the generator (needed)."""
-    tokenizer: str = ""
-    """Folder or hub name of the tokenizer whose codes it writes (needed)."""
-    variant: Literal["ema"] | None = None
-    """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
     """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed)."""
     split: Literal["train", "test", "all"] = "train"
@@ -72,106 +57,52 @@ class GfvdConfig:
     num_clips: int = _PRESET.num_clips
     """Clips on each side."""
     guidance_scale: float = 1.25
-    """Classifier-free guidance; 1 is off."""
-    guidance_final: float | None = None
-    """Guidance scale of the last guided code, to which it changes in a straight line."""
-    guidance_start: float = 0.0
-    """No guidance before this share of a clip's codes."""
-    guidance_stop: float = 1.0
-    """No guidance from this share of a clip's codes on."""
     also_guidance: tuple[float, ...] = ()
-    """Further scales to generate with, for the table, the same for all guided codes: 1.0 shows what guidance brings."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
-    min_p: float = 0.0
-    """Sample among codes with this share of the likeliest one's probability; 0 keeps all."""
+    """Further guidance scales for the table, constant over the guided codes. 1.0 shows the effect of guidance."""
     out: Path = Path("gfvd.json")
-    """Where the figure goes; the PNG gets the same name with its own suffix."""
-    seed: int = _PRESET.seed
-    """Of the sampling of real clips and of the sampling."""
-    batch_size: int = 16
-    """Clips at a time."""
-    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Of the Frechet distance; auto: the published I3D where its file is at hand, else random weights."""
-    i3d: Path | None = None
-    """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
-    show: int = 8
-    """Generated clips in the PNG; 0 writes none."""
-    repeats: int = 20
-    """Bootstrap repeats behind the spread of the Frechet distance."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
-        for guidance in self.guidances:
-            check_sampling(self.temperature, self.top_k, self.top_p, guidance, self.min_p)
-        if self.batch_size < 1 or self.num_clips < 2:
-            raise ValueError(f"batch_size={self.batch_size} and num_clips={self.num_clips} must be at least 1 and 2")
-        if self.repeats < 2 or self.show < 0:
-            raise ValueError(f"repeats must be at least 2 and show at least 0, got {self.repeats} and {self.show}")
+        super().__post_init__()
+        self.check_at_least(num_clips=2)
+        for scale in self.also_guidance:
+            check_guidance_scale("also_guidance", scale)
 
     @property
-    def guidances(self) -> list[Guidance]:
-        """What to generate with, one after the other; the last is the one that the figure is of."""
-        constant = [Guidance(scale, None, self.guidance_start, self.guidance_stop) for scale in self.also_guidance]
-        chosen = Guidance(self.guidance_scale, self.guidance_final, self.guidance_start, self.guidance_stop)
-        return [*constant, chosen]
-
-
-def protocol_of(config: GfvdConfig, features: ClipFeatures, shape: ClipShape, num_videos: int) -> Protocol:
-    """The gFVD protocol of LARP with everything that this run does differently."""
-    return replace(
-        _PRESET,
-        dataset="UCF-101" if config.data.startswith("ucf101:") else config.data,
-        split=config.split,
-        num_videos=num_videos,
-        num_clips=config.num_clips,
-        frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        features=features.name,
-        seed=config.seed,
-    )
+    def samplings(self) -> list[GuidedSampling]:
+        """The sampling options of each row of the table; the figure is that of the last."""
+        others = [GuidedSampling.of(self, guidance_scale=scale, guidance_final=None) for scale in self.also_guidance]
+        return [*others, GuidedSampling.of(self)]
 
 
 def evaluate(config: GfvdConfig) -> dict:
-    """Measure a generator as `config` says, write everything, and return the content of the JSON."""
-    check_record_path(config.out)
-    for name in ("generator", "tokenizer", "data"):
-        if not getattr(config, name):
-            raise ValueError(f"--{name} is needed (see --help)")
-    generator, tokenizer = load_pair(config.generator, config.tokenizer, "class", config.device, config.variant)
-    for guidance in config.guidances:
-        guidance.scales(tokenizer.num_tokens)
-    features = open_features(config.features, config.i3d, config.device)
-    shape = ClipShape(*tokenizer.config.clip_shape)
+    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
+    generator, tokenizer = config.open_models("class")
+    guidance_scales(config, tokenizer.num_tokens)
+    features, shape = config.open_features(), ClipShape(*tokenizer.config.clip_shape)
     videos = open_videos(config.data, config.split)
     require_labels(videos)
-    items, counts, skipped = countable(videos)
-    clips = RealClips(items, counts, shape, config.num_clips, config.seed, config.batch_size)
-    # Classes that the generator does not know are an error now, not after the reading.
-    class_numbers(generator, videos, [items[video].label for video, _ in clips.windows])
+    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
+    # Unknown classes raise an error here, before the clips are read.
+    class_numbers(generator, videos, [item.label for item in clips.sampled_items])
     pairs = reconstructed_clips(tokenizer, clips.sampled())
     both = [(features(clip), features(again)) for clip, again in pairs]
     real, decoded = (torch.cat(side) for side in zip(*both, strict=True))
     others = [features(clip) for clip in clips.others()]
     floor = real_floor(torch.cat([real, *others]), config.num_clips, config.seed)
-    labels = [items[video].label for video, _ in clips.windows]
+    labels = [item.label for item in clips.sampled_items]
     classes = class_numbers(generator, videos, labels)
     table = [
         floor_row(floor),
         frechet_row("reconstructions", real, decoded, config.repeats, config.seed, paired=True),
     ]
-    for guidance in config.guidances:
-        made, codes, shown = generate_features(generator, tokenizer, classes, guidance, features, config)
-        table.append(frechet_row(f"generated, {named(guidance)}", real, made, config.repeats, config.seed))
+    for sampling in config.samplings:
+        made, codes, shown = generate_features(generator, tokenizer, classes, sampling, features, config)
+        table.append(frechet_row(f"generated, {named(sampling)}", real, made, config.repeats, config.seed))
     report = result(
-        protocol_of(config, features, shape, len(videos)),
+        config.protocol(
+            _PRESET, features, shape, split=config.split, num_videos=len(videos), num_clips=config.num_clips,
+            height=shape.height, width=shape.width,
+        ),
         table[-1]["value"],
         table[-1]["deviation"],
         floor,
@@ -180,61 +111,48 @@ def evaluate(config: GfvdConfig) -> dict:
         **usage(codes, tokenizer.codebook_size),
         tokens_per_clip=tokenizer.num_tokens,
         table=table,
-        skipped=[{"name": name, "reason": reason} for name, reason in [*skipped, *clips.skipped]],
+        skipped=clips.skipped,
         config=to_dict(config),
-    )
-    report["files"] = show(shown, [videos.classes[label] for label in labels], config.out)
+        files=write_sheet(shown, [videos.classes[label] for label in labels], config.out),
+    )  # fmt: skip
     write_json(config.out, report)
     return report
 
 
-def named(guidance: Guidance) -> str:
-    """Say what a guidance is, in a few words."""
-    ramp = "" if guidance.final in (None, guidance.scale) else f" to {guidance.final:g}"
-    part = "" if (guidance.start, guidance.stop) == (0, 1) else f" from {guidance.start:.0%} to {guidance.stop:.0%}"
-    return f"guidance {guidance.scale:g}{ramp}{part}"
+def named(sampling: GuidedSampling) -> str:
+    """Return a short description of the guidance."""
+    scale, final = sampling.guidance_scale, sampling.guidance_final
+    start, stop = sampling.guidance_start, sampling.guidance_stop
+    ramp = "" if final in (None, scale) else f" to {final:g}"
+    part = "" if (start, stop) == (0, 1) else f" from {start:.0%} to {stop:.0%}"
+    return f"guidance {scale:g}{ramp}{part}"
 
 
 def generate_features(
     generator: LarpGenerator,
     tokenizer: LarpTokenizer,
     classes: Tensor,
-    guidance: Guidance,
+    sampling: GuidedSampling,
     features: ClipFeatures,
     config: GfvdConfig,
 ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
-    """Generate a clip for each class number: features (n, D), codes (n, N), and the first clips as frames to show."""
-    sampling = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    sampling["guidance"] = guidance
+    """Generate a clip for each class number; return features (n, D), codes (n, N), and the first `config.show` clips as frames."""
     made, codes, shown = [], [], []
-    for clips, written in generated_clips(generator, tokenizer, classes, config.batch_size, **sampling):
+    for clips, batch_codes in generated_clips(generator, tokenizer, classes, sampling, config.seed, config.batch_size):
         made.append(features(clips))
-        codes.append(written)
+        codes.append(batch_codes)
         shown += [clip_to_frames(clip) for clip in clips[: max(0, config.show - len(shown))]]
     return torch.cat(made), torch.cat(codes), shown
 
 
-def show(generated: Sequence[np.ndarray], captions: Sequence[str], out: Path) -> list[str]:
-    """Write the PNG of generated clips beside `out`; returns its path in a list, empty if there are none to show."""
-    if not generated:
-        return []
-    contact_sheet(generated, captions[: len(generated)], out.with_suffix(".png"))
-    return [str(out.with_suffix(".png"))]
+def describe(report: dict) -> str:
+    """Return the figures of a report as text to print."""
+    lines = [summary(report), *map(describe_row, report["table"])]
+    lines.append(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
+    return "\n".join([*lines, *last_lines(report)])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(GfvdConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_gfvd.py")
-    report = evaluate(config)
-    print(summary(report))
-    print(*map(describe_row, report["table"]), sep="\n")
-    print(f"codes used {report['codes_used']:.1%}, perplexity {report['perplexity']:.1f}")
-    for entry in report["skipped"]:
-        print(f"skipped {entry['name']}: {entry['reason']}")
-    print(*report["files"], config.out, sep="\n")
-    return report
-
+main = partial(run_evaluation, __file__, GfvdConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("ucf_gfvd.py", main)

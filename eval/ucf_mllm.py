@@ -1,34 +1,35 @@
-"""What a language model with video vocabulary learned from videos of named classes, in one command:
+"""Evaluate a language model that was trained on videos of named classes, in one command:
 
     python eval/ucf_mllm.py --model runs/ucf/mllm --data ucf101:ROOT --eval-tokens runs/ucf/tokens-test --out ucf-mllm.json
 
-Four parts (--what leaves some out). bits: what held-out codes cost after a caption, and without one. agreement: how often a
-classifier takes a video written for a class for that class, beside real and reconstructed clips. captions: how often the caption
-of a real clip names its class. continuation: PSNR of frames predicted from given ones, against copying and reconstruction.
+Four parts, which --what selects. bits: bits per held-out code after a caption and without one. agreement: how often a classifier
+assigns a generated video to the class that it was generated for, with real and reconstructed clips for comparison. captions: how
+often the caption of a real clip names its class. continuation: PSNR of predicted frames, compared with copying and reconstruction.
 
-Whatever guidance scales and temperatures are asked for are all in the record: none is chosen on the test clips.
+The record holds the results of all guidance scales and temperatures that are asked for; none is selected on the test clips.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from larp.config import parse, to_dict
+from larp.config import to_dict
 from larp.data.clips import clip_to_frames
 from larp.data.contact_sheet import contact_sheet
 from larp.data.datasets import VideoSet, humanize, open_videos
 from larp.data.token_cache import TokenCache
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.hub import check_device
 from larp.metrics.classifier import VERSION, classifier_of, classify_real, require_labels
+from larp.metrics.evaluation import EvaluationConfig, run_evaluation
 from larp.metrics.frame_prediction import BASELINES, COPY
 from larp.metrics.protocols import check_record_path, versions
 from larp.metrics.weights import checkpoint_hashes
+from larp.sampling.options import SamplingOptions
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.metrics.evaluation import (
@@ -43,74 +44,57 @@ from larp_mllm.metrics.evaluation import (
 from larp_mllm.pipeline import Mllm
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Part = Literal["bits", "agreement", "captions", "continuation"]
 
 
 @dataclass(frozen=True)
-class UcfMllmConfig:
+class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     """Measure a language model that was trained on videos of named classes."""
 
     model: Path | None = None
     """Folder of the model, or of the run that trained it; by default LARP_MLLM_MODEL, else the newest one trained here."""
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed but for bits). The classifier learns from the
-    train split; everything else is measured on the test split."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed but for bits). The classifier is trained on
+    the train split; everything is measured on the test split."""
     eval_tokens: Path | None = None
     """Token cache of held-out clips, from training/extract_tokens.py (needed for bits)."""
     train_tokens: Path | None = None
-    """Token cache of the training clips: what knowing no more than how often each code occurs would cost stands beside the bits."""
+    """Token cache of the training clips: adds the bits per code of a model that knows only the frequency of each code."""
     what: tuple[Part, ...] = ("bits", "agreement", "captions", "continuation")
     """The parts to measure."""
     num_videos: int = 192
-    """Videos to generate with each guidance scale, equally many of each class, whose phrasings come in turn."""
+    """Videos to generate with each guidance scale, equally many for each class. The phrasings of a class take turns."""
     guidance_scale: tuple[float, ...] = (1.0, 2.0)
-    """Classifier-free guidance of the generated videos, each measured; 1 is off."""
-    temperature: float = 1.0
-    """Of the generated videos; 0 takes the likeliest code."""
+    """Scales of classifier-free guidance of the generated videos, each measured; 1 is off."""
     num_clips: int = 200
     """Test clips to continue, sampled by the seed from all windows that do not overlap."""
     continuation_temperature: tuple[float, ...] = (1.0, 0.0)
-    """Of the predicted frames, each measured; they are sampled without text or guidance."""
-    top_k: int = 0
-    """Sample among the k likeliest codes; 0 keeps all."""
-    top_p: float = 1.0
-    """Sample among the likeliest codes that reach this probability; 1 keeps all."""
+    """Temperatures of the predicted frames, each measured. They are sampled without text or guidance."""
     out: Path = Path("ucf-mllm.json")
-    """Where the figures go; the PNGs get the same name with -guidance-2.png and -continuation.png."""
-    seed: int = 42
-    """Of the sampling of clips and of the sampling."""
-    batch_size: int = 16
-    """Clips at a time; changes no figure beyond rounding."""
     show: int = 8
     """Generated videos of each class, and continued clips, in the PNGs; 0 writes none."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the models run."""
 
     def __post_init__(self):
-        check_device(self.device)
+        EvaluationConfig.__post_init__(self)
+        SamplingOptions.__post_init__(self)
+        self.check_at_least(num_videos=1, num_clips=2)
         for name in ("what", "guidance_scale", "continuation_temperature"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one value")
         for scale in self.guidance_scale:
-            self.sampling(guidance_scale=scale, temperature=self.temperature)
+            VideoSampling.of(self, guidance_scale=scale)
         for temperature in self.continuation_temperature:
-            self.sampling(temperature=temperature)
-        if min(self.batch_size, self.num_videos) < 1 or self.num_clips < 2 or self.show < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size} and num_videos={self.num_videos} must be at least 1, num_clips={self.num_clips} "
-                f"at least 2, show={self.show} at least 0"
-            )
+            self.continuation(temperature)
 
-    def sampling(self, guidance_scale: float = 1.0, temperature: float = 1.0) -> VideoSampling:
-        """The options of one sample."""
-        return VideoSampling(guidance_scale, temperature, self.top_k, self.top_p, self.seed, self.batch_size)
+    def continuation(self, temperature: float) -> VideoSampling:
+        """Return the sampling options of predicted frames."""
+        return VideoSampling.of(self, guidance_scale=1.0, temperature=temperature)
 
 
 class Job:
-    """One evaluation: its options, the model, the test videos, and the pictures written so far."""
+    """One evaluation: its options, the model, the test videos, and the paths of the pictures so far."""
 
     def __init__(self, config: UcfMllmConfig):
         """Check what the parts need, load the model, list the test videos; ValueError names what is missing."""
@@ -142,14 +126,14 @@ class Job:
         return held_out_bits(self.mllm, *caches, self.config.batch_size) | {"tokens": caches[0].key}
 
     def agreement(self) -> dict[str, Any]:
-        """How often real, reconstructed and generated clips are taken for their class, and a sheet for each scale."""
+        """How often real, reconstructed and generated clips are classified as their class; writes a sheet for each scale."""
         config, shape, texts = self.config, clip_shape(self.mllm), prompts_of(self.videos)
         classifier = classifier_of(config.data, shape)
         tokenizer = self.mllm.processor.video_tokenizer
         report = classify_real(classifier, tokenizer, self.videos, config.batch_size, shape.stride)
         report |= {"classes": list(classifier.classes), "chance": 1 / len(texts), "generated": []}
         for scale in config.guidance_scale:
-            sampling = config.sampling(scale, config.temperature)
+            sampling = VideoSampling.of(config, guidance_scale=scale)
             figures, made = generated_agreement(self.mllm, classifier, texts, config.num_videos, sampling)
             report["generated"].append({"guidance_scale": scale} | figures)
             if config.show:
@@ -167,9 +151,9 @@ class Job:
         return caption_accuracy(self.mllm, self.videos, self.config.batch_size) | {"classes": classes}
 
     def continuation(self) -> dict[str, Any]:
-        """How well predicted frames follow, and a sheet of them."""
+        """PSNR of predicted frames; writes a sheet of them."""
         config = self.config
-        ways = {f"temperature {t:g}": config.sampling(temperature=t) for t in config.continuation_temperature}
+        ways = {f"temperature {t:g}": config.continuation(t) for t in config.continuation_temperature}
         return continuation_figures(
             self.mllm, self.videos, config.num_clips, config.seed, ways, config.batch_size, self._show_continued
         )
@@ -214,7 +198,7 @@ class Job:
 
 
 def evaluate(config: UcfMllmConfig) -> dict:
-    """Measure as `config` says, write everything, and return the content of the JSON, which is rewritten after every part."""
+    """Measure the selected parts and return the content of the JSON, which is written after every part."""
     check_record_path(config.out)
     job = Job(config)
     report: dict[str, Any] = {"protocol": job.protocol()}
@@ -230,7 +214,7 @@ def interval(figure: dict, form: str) -> str:
 
 
 def bits_lines(part: dict) -> list[str]:
-    """The bits as lines for a person."""
+    """Return the bits as lines of text."""
     rows = [("after the caption, first phrasing", "first_phrasing"), ("mean over its phrasings", "all_phrasings"),
             ("without text", "without_text"), ("the caption saves", "text_saves")]  # fmt: skip
     lines = [f"bits per code, {part['num_clips']} held-out clips of {part['num_videos']} videos"]
@@ -241,21 +225,25 @@ def bits_lines(part: dict) -> list[str]:
 
 
 def agreement_lines(part: dict) -> list[str]:
-    """The agreement as lines for a person; the confusion table is that of the last guidance scale."""
+    """Return the agreement as lines of text; the confusion table is that of the last guidance scale."""
     rows = [("real test clips", part["real"]), ("the same, reconstructed", part["reconstructed"])]
     rows += [(f"generated, guidance {figures['guidance_scale']:g}", figures) for figures in part["generated"]]
-    lines = ["taken for their class by the classifier"]
+    lines = ["classified as their class"]
     lines += [f"  {n:<34} {f['accuracy']:6.1%}  {interval(f, '.1%')}  N={f['num_clips']}" for n, f in rows]
     lines.append(f"  {'chance':<34} {part['chance']:6.1%}")
-    return lines + table(f"{rows[-1][0]}: wanted | taken for", part["classes"], rows[-1][1]["confusion"])
+    return lines + table(f"{rows[-1][0]}: class | classified as", part["classes"], rows[-1][1]["confusion"])
 
 
 def captions_lines(part: dict) -> list[str]:
-    """The captions as lines for a person."""
-    told = f"  {'captions that name the class':<34} {part['accuracy']:6.1%}  {interval(part, '.1%')}  N={part['num_clips']}"
+    """Return the captions as lines of text."""
+    accuracy = f"  {'captions that name the class':<34} {part['accuracy']:6.1%}  {interval(part, '.1%')}  N={part['num_clips']}"
     chance = f"chance {part['chance']:.1%}, always the most frequent class {part['most_frequent']:.1%}"
     head = f"{chance}; {part['unread']} captions name no class"
-    return [told, f"  {head}", *table("captions: class | named, last column none", part["classes"], part["confusion"])]
+    return [
+        accuracy,
+        f"  {head}",
+        *table("captions: class | named, last column none", part["classes"], part["confusion"]),
+    ]
 
 
 def table(title: str, classes: list[str], confusion: list[list[int]]) -> list[str]:
@@ -267,7 +255,7 @@ def table(title: str, classes: list[str], confusion: list[list[int]]) -> list[st
 
 
 def continuation_lines(part: dict) -> list[str]:
-    """The continuation as lines for a person."""
+    """Return the continuation as lines of text."""
     lines = [
         f"frames {part['frame'][0]} to {part['frame'][-1]} from {part['given']} given ones, {part['num_clips']} clips: PSNR"
     ]
@@ -290,25 +278,17 @@ LINES = {
 
 
 def describe(report: dict) -> str:
-    """The figures of a report as lines for a person."""
-    lines = [line for part, tell in LINES.items() if part in report for line in tell(report[part])]
-    told, skipped = report["protocol"], {}
+    """Return the figures of a report as text to print."""
+    lines = [line for part, lines_of in LINES.items() if part in report for line in lines_of(report[part])]
+    protocol, skipped = report["protocol"], {}
     for part in LINES:
         skipped |= {entry["name"]: entry["reason"] for entry in report.get(part, {}).get("skipped", ())}
-    lines.append(f"protocol: {told['split']}; {told['clips']}; seed {told['config']['seed']}")
+    lines.append(f"protocol: {protocol['split']}; {protocol['clips']}; seed {protocol['config']['seed']}")
     lines += [f"skipped {name}: {reason}" for name, reason in sorted(skipped.items())]
     return "\n".join([*lines, *report["files"]])
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the command line `argv` (by default the program's own) and return the record; ValueError for mistakes of the user."""
-    recipes = Path(__file__).resolve().parent / "recipes"
-    config, _ = parse(UcfMllmConfig, sys.argv[1:] if argv is None else argv, recipes, "ucf_mllm.py")
-    report = evaluate(config)
-    print(describe(report))
-    print(config.out)
-    return report
-
+main = partial(run_evaluation, __file__, UcfMllmConfig, evaluate, describe)
 
 if __name__ == "__main__":
     run_script("ucf_mllm.py", main)

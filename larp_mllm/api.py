@@ -45,10 +45,7 @@ def generate(
     Args:
         prompt: what the video shows; nothing in it is read as a control token.
         num_videos: videos of each prompt.
-        guidance_scale: 1 is off; more follows the prompt more closely.
-        temperature, top_k, top_p: of the sample of a code; temperature 0 takes the likeliest; 0 and 1.0: no cut.
-        seed: the same seed and place in the list give the same video.
-        batch_size: videos sampled side by side; does not change them.
+        guidance_scale, temperature, top_k, top_p, seed, batch_size: see `VideoSampling`, whose fields they are.
         model: a folder, a hub name or a loaded Mllm; by default LARP_MLLM_MODEL, else the newest model trained here.
         device: by default the GPU if there is one.
         dtype: of the language model's weights, "float32", "bfloat16" or "float16"; by default as they were saved.
@@ -63,7 +60,14 @@ def generate(
     check_count("num_videos", num_videos)
     check_count("preview_every", preview_every, least=0)
     check_progress(progress)
-    sampling = VideoSampling(guidance_scale, temperature, top_k, top_p, seed, batch_size)
+    sampling = VideoSampling(
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+    )
     opened = open_model(model, device, dtype)
     videos = opened.generate(prompts, num_videos, sampling, progress, preview_every)
     return videos if prompts is prompt or num_videos != 1 else videos[0]
@@ -85,11 +89,11 @@ def describe(
     """The caption that the model gives to a video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip
     (3, T, H, W) in [0, 1] of the size that the model was trained on; other arrays are a ValueError.
 
-    Of a longer video the frames around its middle are read. temperature, top_k, top_p: of the sample of a word piece; 0
-    takes the likeliest. max_new_tokens: length at most. progress is called after each. The others as in `generate`.
+    Of a longer video the frames around its middle are read. temperature, top_k, top_p, max_new_tokens, seed: see
+    `TextSampling`, whose fields they are. progress is called after each word piece. The others as in `generate`.
     """
     check_progress(progress)
-    sampling = TextSampling(temperature, top_k, top_p, max_new_tokens, seed)
+    sampling = TextSampling(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
     return open_model(model, device, dtype).describe([video], sampling, progress)[0]
 
 
@@ -121,7 +125,14 @@ def continue_video(
     check_count("num_videos", num_videos)
     check_seconds(seconds)
     check_progress(progress)
-    sampling = VideoSampling(guidance_scale, temperature, top_k, top_p, seed, batch_size)
+    sampling = VideoSampling(
+        guidance_scale=guidance_scale,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+    )
     videos = open_model(model, device, dtype).continue_video(video, seconds, prompt, num_videos, sampling, progress)
     return videos if num_videos != 1 else videos[0]
 
@@ -154,8 +165,10 @@ def chat(
     """
     check_count("max_videos", max_videos, least=0)
     check_progress(progress)
-    video = VideoSampling(guidance_scale, temperature, top_k, top_p, seed)
-    text = TextSampling(text_temperature, text_top_k, text_top_p, max_new_tokens, seed)
+    video = VideoSampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = TextSampling(
+        temperature=text_temperature, top_k=text_top_k, top_p=text_top_p, max_new_tokens=max_new_tokens, seed=seed
+    )
     return open_model(model, device, dtype).chat(messages, video, text, max_videos, progress)
 
 

@@ -192,8 +192,8 @@ def open_samples(
     """Make ready what is sampled on the way; None if nothing is, or its tokenizer is gone. It samples random numbers."""
     if config.sampling.clips == 0 or not (tokenizer := tokenizer or tokenizer_of(held_out, ranks)):
         return None
-    guidance = config.sampling.ramp(GUIDANCE if config.dropped else 1.0)
-    return Samples(config.sampling, guidance, tokenizer, held_out, shape, config.seed, ranks)
+    sampling = config.sampling.resolve(GUIDANCE if config.dropped else 1.0)
+    return Samples(config.sampling.clips, sampling, tokenizer, held_out, shape, config.seed, ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------- model

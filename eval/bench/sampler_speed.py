@@ -11,12 +11,13 @@ from larp.kernels.packed_linear import Weights
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import reused_decoder
 from larp.sampling.decoder import Decoder
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import apply_guidance, generate, row_uniforms, sample_logits
 
 import torch
 from torch import Tensor
 
-GUIDANCE = 1.25
+SAMPLING = GuidedSampling(guidance_scale=1.25)
 
 
 @torch.no_grad()
@@ -37,7 +38,8 @@ def sampler(
     codes = torch.zeros(clips, count, dtype=torch.int64, device=device)
 
     def choose(logits: Tensor, index: Tensor) -> Tensor:
-        return sample_logits(apply_guidance(logits, GUIDANCE), uniform=uniforms.index_select(1, index)[:, 0])
+        logits = apply_guidance(logits, SAMPLING.guidance_scale)
+        return sample_logits(logits, SAMPLING, uniforms.index_select(1, index)[:, 0])
 
     labels = torch.arange(clips, device=device) % config.num_classes
     condition = torch.cat([labels, model.unconditional(labels)])
@@ -82,7 +84,7 @@ def sampler(
         # The first call of `generate` makes a decoder and captures its graphs, the second finds them.
         marks = [mark(device)]
         for _ in range(2):
-            generate(model, labels, guidance=GUIDANCE, weights=weights, dtype=torch.bfloat16)
+            generate(model, labels, SAMPLING, weights=weights, dtype=torch.bfloat16)
             marks.append(mark(device))
         finish(device)
         figures["seconds_of_generate"] = [between(first, second) for first, second in pairwise(marks)]

@@ -95,7 +95,7 @@ class TrainGeneratorConfig:
             raise ValueError(f"condition_dropout is {self.condition_dropout}; it must lie in [0, 1)")
         if self.dropped == 0 and self.sampling.guided:
             raise ValueError(
-                "sampling.guidance needs clips without a condition in training: give --condition-dropout 0.1, or leave it out"
+                "sampling.guidance_scale needs clips without a condition in training: give --condition-dropout 0.1, or leave it out"
             )
         if self.live and self.tokens is not None:
             raise ValueError(f"live encodes the clips of `data`, but tokens is {self.tokens}: leave one of them out")

@@ -12,7 +12,8 @@ from larp.data.token_cache import TokenCache
 from larp.engine.distributed import Ranks, barrier, gather_objects, reduce_sum
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import Guidance, check_sampling, generate
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import generate, guidance_scales
 
 import numpy as np
 import torch
@@ -27,50 +28,38 @@ _BATCH = 8
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(GuidedSampling):
     """The clips that are sampled in training; ValueError for values out of range."""
 
     every: int = 0
     """Steps from one contact sheet samples/step-NUMBER.png of the weights of that moment to the next; 0 makes none."""
     clips: int = 16
     """How many, then and when training ends; class-conditional runs go round the classes. 0 samples nothing."""
-    guidance: float | None = None
-    """Guidance scale; 1 is off. By default 1.25 if conditions are dropped in training (condition_dropout), else 1."""
-    guidance_final: float | None = None
-    """Guidance scale of the last guided code, to which it changes in a straight line."""
-    guidance_start: float = 0.0
-    """No guidance before this share of a clip's codes."""
-    guidance_stop: float = 1.0
-    """No guidance from this share of a clip's codes on."""
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    """Draw among codes with this share of the likeliest one's probability; 0 keeps all."""
+    guidance_scale: float | None = None
+    """Scale of classifier-free guidance; 1 is off. By default 1.25 if conditions are dropped in training (condition_dropout), else 1."""
 
     def __post_init__(self):
         for name in ("every", "clips"):
             if getattr(self, name) < 0:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; it must be 0 (none) or more")
-        check_sampling(self.temperature, self.top_k, self.top_p, self.ramp(GUIDANCE), self.min_p)
+        self.resolve(GUIDANCE)
 
     @property
     def guided(self) -> bool:
         """Whether a guidance other than 1 is asked for."""
-        return any(scale not in (None, 1) for scale in (self.guidance, self.guidance_final))
+        return any(scale not in (None, 1) for scale in (self.guidance_scale, self.guidance_final))
 
-    def ramp(self, default: float) -> Guidance:
-        """The guidance over the codes of a clip, with `default` as its scale where none is asked for."""
-        scale = default if self.guidance is None else self.guidance
-        return Guidance(scale, self.guidance_final, self.guidance_start, self.guidance_stop)
+    def resolve(self, default: float) -> GuidedSampling:
+        """The options for `generate`, with `default` as the guidance scale where none is asked for."""
+        return GuidedSampling.of(self, **({"guidance_scale": default} if self.guidance_scale is None else {}))
 
 
 class Samples:
     """A fixed list of conditions with a name each, for which any state of a generator writes clips; the ranks share it out.
 
     Args:
-        config: how many and how.
-        guidance: over the codes of a clip.
+        clips: how many.
+        sampling: how their codes are sampled.
         tokenizer: the LarpTokenizer of the codes, on the device of the generator.
         held_out: the cache whose given frames frame prediction goes on from, and whose frame rate the clips get.
         model_config: the `GeneratorConfig`.
@@ -80,8 +69,8 @@ class Samples:
 
     def __init__(
         self,
-        config: SamplingConfig,
-        guidance: Guidance,
+        clips: int,
+        sampling: GuidedSampling,
         tokenizer: LarpTokenizer,
         held_out: TokenCache,
         model_config: GeneratorConfig,
@@ -89,21 +78,19 @@ class Samples:
         ranks: Ranks,
     ):
         # An interval without a code is an error now, not in the middle of a training.
-        guidance.scales(tokenizer.num_tokens)
-        self.config, self.guidance, self.tokenizer, self.seed, self.ranks = config, guidance, tokenizer, seed, ranks
+        guidance_scales(sampling, tokenizer.num_tokens)
+        self.sampling, self.tokenizer, self.seed, self.ranks = sampling, tokenizer, seed, ranks
         self.fps = held_out.frame_rate(OLD_FPS)
-        self.names, self.condition = _conditions(config.clips, model_config, held_out)
+        self.names, self.condition = _conditions(clips, model_config, held_out)
 
     def sample(self, model: LarpGenerator) -> list[np.ndarray]:
         """Write all clips with the weights that the model has now, as uint8 (T, H, W, 3) frames; whole on every rank."""
         count, ranks = len(self.names), self.ranks
         own = range(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
-        names = ("temperature", "top_k", "top_p", "min_p")
-        options = {name: getattr(self.config, name) for name in names} | {"guidance": self.guidance, "seed": self.seed}
         videos = []
         for first in tqdm(own[::_BATCH], desc="sampling clips", leave=False, disable=not ranks.is_main):
             rows = self.condition[first : min(first + _BATCH, own.stop)]
-            codes = generate(model, rows, first_row=first, progress=ranks.is_main, **options)
+            codes = generate(model, rows, self.sampling, seed=self.seed, first_row=first, progress=ranks.is_main)
             videos += [clip_to_frames(clip) for clip in self.tokenizer.decode(codes)]
         return [video for part in gather_objects(videos) for video in part]
 

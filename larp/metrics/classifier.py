@@ -25,6 +25,7 @@ from larp.data.loader import iterate_once
 from larp.data.shapes import cache_folder
 from larp.data.token_cache import file_state
 from larp.data.video import VideoError
+from larp.metrics.clipsets import skipped_entries
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -251,7 +252,7 @@ def classify_real(
         wanted.append(batch["label"])
         real.append(classifier.predict(batch["clip"]))
         again.append(classifier.predict(tokenizer.decode(tokenizer.encode(batch["clip"].to(device)))))
-    skipped = [{"name": name, "reason": reason} for name, reason in once.skipped]
+    skipped = skipped_entries(once.skipped)
     if not wanted:
         raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {skipped[0]['name']}")
     labels = torch.cat(wanted)

@@ -17,6 +17,7 @@ from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
 from larp.metrics.protocols import Window, sample_windows
 from larp.models.generator import LarpGenerator, Task
 from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import torch
@@ -41,11 +42,16 @@ def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[
     return items, counts, skipped
 
 
+def skipped_entries(skipped: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    """Return (name, reason) of videos that cannot be read as entries of a record."""
+    return [{"name": name, "reason": reason} for name, reason in skipped]
+
+
 class RealClips:
     """Real clips, sampled as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
 
     Args:
-        items, counts: videos and their numbers of frames, see `countable`.
+        videos: clips are sampled from those that `countable` finds readable.
         shape: of a clip; windows, of the frames that it reaches over, do not overlap.
         num_clips, seed: as in `larp.metrics.protocols.sample_windows`, which samples as many others, if there are so many.
         batch: clips at a time.
@@ -54,10 +60,9 @@ class RealClips:
     the seed decides. ValueError if there are too few windows.
     """
 
-    def __init__(
-        self, items: Sequence[VideoItem], counts: Sequence[int], shape: ClipShape, num_clips: int, seed: int, batch: int
-    ):
-        self.items, self.shape, self.num_clips, self.batch = items, shape, num_clips, batch
+    def __init__(self, videos: VideoSet, shape: ClipShape, num_clips: int, seed: int, batch: int):
+        self.items, counts, self._unreadable = countable(videos)
+        self.shape, self.num_clips, self.batch = shape, num_clips, batch
         self.windows, spare = sample_windows(counts, shape.span, num_clips, seed, spare=num_clips)
         everything = ((video, k * shape.span) for video, count in enumerate(counts) for k in range(count // shape.span))
         known = {*self.windows, *spare}
@@ -67,9 +72,15 @@ class RealClips:
         self._damaged: dict[int, str] = {}
 
     @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """(name, reason) of the videos that turned out damaged so far."""
-        return [(self.items[video].name, reason) for video, reason in self._damaged.items()]
+    def sampled_items(self) -> list[VideoItem]:
+        """The video of each sampled clip."""
+        return [self.items[video] for video, _ in self.windows]
+
+    @property
+    def skipped(self) -> list[dict[str, str]]:
+        """The unreadable videos, and those that turned out damaged so far, as `skipped_entries`."""
+        damaged = [(self.items[video].name, reason) for video, reason in self._damaged.items()]
+        return skipped_entries([*self._unreadable, *damaged])
 
     def sampled(self) -> Iterator[Tensor]:
         """The clips in batches (b, 3, T, H, W); `windows`, of (video, first frame), says afterwards which they are.
@@ -89,10 +100,10 @@ class RealClips:
             if clip is None:
                 clip, self.windows[place] = next(reserve, (None, window))
             if clip is None:
-                name, reason = self.skipped[-1]
+                video, reason = list(self._damaged.items())[-1]
                 raise ValueError(
-                    f"{name} is damaged ({reason}), and no window of another video is left in its place: mend or leave out"
-                    f" the damaged videos ({len(self.skipped)} so far), or ask for fewer than {self.num_clips} clips"
+                    f"{self.items[video].name} is damaged ({reason}), and no window of another video is left in its place: "
+                    f"mend or leave out the damaged videos ({len(self._damaged)} so far), or ask for fewer than {self.num_clips} clips"
                 )
             yield clip
 
@@ -149,17 +160,22 @@ def class_numbers(generator: LarpGenerator, videos: VideoSet, labels: Sequence[i
 
 @torch.inference_mode()
 def generated_clips(
-    generator: LarpGenerator, tokenizer: LarpTokenizer, condition: Tensor, batch_size: int, **sampling: Any
+    generator: LarpGenerator,
+    tokenizer: LarpTokenizer,
+    condition: Tensor,
+    sampling: GuidedSampling,
+    seed: int,
+    batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """One clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
 
-    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling: further arguments of
-    `larp.sampling.sample.generate`; a clip does not depend on the batch that it is made in.
+    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling, seed: as in
+    `larp.sampling.sample.generate`. A clip does not depend on the batch that it is made in.
     """
     with tqdm(total=len(condition), desc="generating", unit="clip", delay=2) as bar:
         for first in range(0, len(condition), batch_size):
             rows = condition[first : first + batch_size]
-            codes = generate(generator, rows, first_row=first, **sampling)
+            codes = generate(generator, rows, sampling, seed=seed, first_row=first)
             yield tokenizer.decode(codes), codes.cpu()
             bar.update(len(rows))
 

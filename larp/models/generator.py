@@ -225,8 +225,8 @@ class LarpGenerator(LarpModel):
             return torch.full_like(condition, config.num_classes)
         if not config.null_condition:
             raise ValueError(
-                "this generator was trained without null_condition, which guidance of frame prediction needs: use guidance 1.0, "
-                "or train one with null_condition and condition dropout"
+                "this generator was trained without null_condition, which guidance of frame prediction needs: use guidance_scale "
+                "1.0, or train one with null_condition and condition dropout"
             )
         return self.frame_condition(torch.full_like(condition[:, :-1], config.codebook_size + 1))
 

@@ -9,7 +9,7 @@ Shapes: B videos, F frames of a video, T frames of the tokenizer's clips, G give
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from larp.data.video import ShortVideoError, iter_frames
 from larp.models.generator import LarpGenerator, Task
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import numpy as np
@@ -50,25 +51,27 @@ def continue_clip(
     frames: Tensor,
     total_frames: int,
     *,
+    sampling: GuidedSampling = GuidedSampling(),
     given: int = GIVEN,
     seed: int = 0,
     first_row: int = 0,
-    **sampling: Any,
+    **options: Any,
 ) -> LongClip:
     """Continue videos to `total_frames` frames; the existing frames are returned bit for bit.
 
     Args:
         generator: for frame prediction; may be on another device than the tokenizer.
         frames: float (B, 3, F, H, W) in [0, 1] of the tokenizer's size, F >= `given`.
+        sampling: as in `larp.sampling.sample.generate`.
         given: G, number of last frames that each window continues, 1 to T - 1; best as in training.
         seed, first_row: video i uses the random numbers of (seed, first_row + i), other ones in each window. Continuing
             twice by whole windows gives the same video as continuing once.
-        sampling: guidance, temperature, top_k, top_p, min_p, ... as in `larp.sampling.sample.generate`.
+        options: weights, dtype and progress of `larp.sampling.sample.generate`.
 
     Raises ValueError for a generator of another task or tokenizer, and for frames or numbers out of range.
     """
     _check_models(generator, tokenizer, "frame-prediction")
-    return _continue(generator, tokenizer, frames, total_frames, given, seed, first_row, sampling)
+    return _continue(generator, tokenizer, frames, total_frames, given, seed, first_row, sampling, options)
 
 
 def sample_classes(
@@ -78,10 +81,11 @@ def sample_classes(
     total_frames: int | None = None,
     *,
     continuation: LarpGenerator | None = None,
+    sampling: GuidedSampling = GuidedSampling(),
     given: int = GIVEN,
     seed: int = 0,
     batch_size: int = 8,
-    **sampling: Any,
+    **options: Any,
 ) -> Iterator[LongClip]:
     """Sample one video for each class label int64 (n,), in batches of at most `batch_size`, which does not change them.
 
@@ -91,7 +95,7 @@ def sample_classes(
         total_frames: F, by default T. A shorter clip is cut; a longer one needs a `continuation`.
         continuation: a frame-prediction generator of the same tokenizer, which samples all windows but the first. The same
             guidance applies if it has `null_condition`, else none.
-        given, seed, sampling: as in `continue_clip`.
+        sampling, given, seed, options: as in `continue_clip`.
 
     Raises ValueError, when called, for unsuitable models and numbers out of range.
     """
@@ -113,12 +117,13 @@ def sample_classes(
 
     def sample(first: int, rows: int) -> LongClip:
         condition = labels[first : first + rows]
-        codes = generate(generator, condition, seed=seed, first_row=first, **sampling)
+        codes = generate(generator, condition, sampling, seed=seed, first_row=first, **options)
         clip = _decode(tokenizer, codes)[:, :, :total]
         if total <= length:
             return LongClip(clip, torch.empty(len(clip), 0))
-        unguided = {} if continuation.config.null_condition else {"guidance": 1.0}
-        return _continue(continuation, tokenizer, clip, total, given, seed, first, sampling | unguided)
+        guided = continuation.config.null_condition
+        own = sampling if guided else replace(sampling, guidance_scale=1.0, guidance_final=None)
+        return _continue(continuation, tokenizer, clip, total, given, seed, first, own, options)
 
     return _in_batches(sample, len(labels), batch_size)
 
@@ -130,10 +135,11 @@ def sample_continuations(
     videos: int,
     total_frames: int | None = None,
     *,
+    sampling: GuidedSampling = GuidedSampling(),
     given: int = GIVEN,
     seed: int = 0,
     batch_size: int = 8,
-    **sampling: Any,
+    **options: Any,
 ) -> Iterator[LongClip]:
     """Sample `videos` continuations of one video, float (3, F, H, W), in batches of at most `batch_size`.
 
@@ -150,7 +156,7 @@ def sample_continuations(
 
     def sample(first: int, rows: int) -> LongClip:
         same = frames[None].expand(rows, -1, -1, -1, -1)
-        return _continue(generator, tokenizer, same, total, given, seed, first, sampling)
+        return _continue(generator, tokenizer, same, total, given, seed, first, sampling, options)
 
     return _in_batches(sample, videos, batch_size)
 
@@ -179,10 +185,12 @@ def _continue(
     given: int,
     seed: int,
     first_row: int,
-    sampling: dict[str, Any],
+    sampling: GuidedSampling,
+    options: dict[str, Any],
 ) -> LongClip:
     def sample(codes: Tensor, window_seed: int) -> Tensor:
-        return generate(generator, generator.frame_condition(codes), seed=window_seed, first_row=first_row, **sampling)
+        condition = generator.frame_condition(codes)
+        return generate(generator, condition, sampling, seed=window_seed, first_row=first_row, **options)
 
     return continue_windows(tokenizer, frames, total, given, seed, sample)
 

@@ -7,12 +7,11 @@ Shapes: B rows, N codes, K codebook size.
 """
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from larp.config import is_number, is_whole
 from larp.kernels.packed_linear import Weights
 from larp.kernels.threads import threads
+from larp.sampling.options import GuidedSampling, SamplingOptions
 from larp.sampling.reused_decoder import reused_decoder
 
 import torch
@@ -22,60 +21,8 @@ if TYPE_CHECKING:
     from larp.models.generator import LarpGenerator
 
 
-# Limits within which float32 rounds no probability to 0 and no logit to infinity.
-MIN_TEMPERATURE, MAX_TEMPERATURE, MIN_TOP_P, MAX_GUIDANCE = 1e-4, 1e6, 1e-6, 1000.0
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """Classifier-free guidance over the codes of a clip. Raises ValueError for a value out of range."""
-
-    scale: float = 1.0
-    """s in `unconditional + s * (conditional - unconditional)`; 1 is off."""
-    final: float | None = None
-    """Scale of the last guided code; the scale changes linearly from `scale`. None keeps it constant."""
-    start: float = 0.0
-    """Share of the clip's codes at which guidance starts."""
-    stop: float = 1.0
-    """Share of the clip's codes at which guidance stops."""
-
-    def __post_init__(self):
-        for name, value in (
-            ("guidance", self.scale),
-            ("final guidance", self.scale if self.final is None else self.final),
-        ):
-            if not (_is_finite(value) and 0 <= value <= MAX_GUIDANCE):
-                raise ValueError(
-                    f"{name} is {value}; it must be a finite number from 0 to {MAX_GUIDANCE:g}, where 1 is off"
-                )
-        if not (_is_finite(self.start) and _is_finite(self.stop) and 0 <= self.start < self.stop <= 1):
-            raise ValueError(
-                f"guidance runs from {self.start} to {self.stop}; these are shares of the clip: 0 <= start < stop <= 1"
-            )
-
-    def scales(self, count: int) -> Tensor:
-        """Return the scale of each of `count` codes, float32; 1 is off. Raises ValueError if no code is guided."""
-        # 1e-6 less, because 0.7 * 10 is 7.000000000000001 in floating point.
-        first, last = (math.ceil(share * count - 1e-6) for share in (self.start, self.stop))
-        if first >= last:
-            raise ValueError(
-                f"guidance runs from {self.start} to {self.stop}, which holds none of a clip's {count} codes: move start "
-                "and stop apart"
-            )
-        scales = torch.ones(count)
-        final = self.scale if self.final is None else self.final
-        scales[first:last] = torch.linspace(self.scale, final, last - first)
-        scales[last - 1] = final
-        return scales
-
-
 def sample_logits(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    uniform: Tensor | None = None,
-    min_p: float = 0.0,
+    logits: Tensor, sampling: SamplingOptions = SamplingOptions(), uniform: Tensor | None = None
 ) -> Tensor:
     """Sample one id for each row of logits (B, K) by inverse CDF.
 
@@ -83,36 +30,31 @@ def sample_logits(
 
     Args:
         logits: (B, K), any float dtype; -inf excludes an id.
-        temperature: divides the logits, 1e-4 to 1e6; 0 takes the largest logit.
-        top_k: keep the k most likely ids, the first ones if equal; 0 keeps all, 1 takes the largest logit.
-        top_p: keep the most likely ids whose probabilities sum to at least this, 1e-6 to 1; 1.0 keeps all.
+        sampling: temperature, top_k, top_p and min_p. Temperature 0 and top_k 1 take the largest logit.
         uniform: (B,) in [0, 1); not needed to take the largest logit.
-        min_p: keep the ids with at least this share of the largest probability; 0 keeps all.
 
     Returns:
         ids int64 (B,), below K even for NaN logits.
-
-    Raises ValueError for an option out of range.
     """
-    check_sampling(temperature, top_k, top_p, min_p=min_p)
-    if temperature == 0 or top_k == 1:
+    top_k = sampling.top_k
+    if sampling.temperature == 0 or top_k == 1:
         return logits.argmax(dim=-1)
     if uniform is None:
         raise ValueError("sampling with temperature > 0 needs `uniform`: give one number in [0, 1) for each row")
-    logits = logits.float() / temperature
+    logits = logits.float() / sampling.temperature
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]
         above, tied = logits > kth, logits == kth
         room = top_k - above.sum(dim=-1, keepdim=True)
         logits = logits.masked_fill(~(above | (tied & (tied.cumsum(dim=-1) <= room))), -torch.inf)
     probabilities = logits.softmax(dim=-1)
-    if top_p < 1:
+    if sampling.top_p < 1:
         ordered = probabilities.sort(dim=-1, descending=True)
         before = ordered.values.cumsum(dim=-1) - ordered.values
-        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, ordered.indices, before >= top_p)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, ordered.indices, before >= sampling.top_p)
         probabilities = probabilities.masked_fill(dropped, 0.0)
-    if min_p > 0:
-        least = min_p * probabilities.amax(dim=-1, keepdim=True)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.double().cumsum(dim=-1)
     total = cumulative[:, -1:]
@@ -120,34 +62,6 @@ def sample_logits(
     level = torch.minimum(uniform.double()[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     # NaN logits would select id K.
     return torch.searchsorted(cumulative, level, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-
-
-def check_sampling(
-    temperature: float, top_k: int, top_p: float, guidance: float | Guidance = 1.0, min_p: float = 0.0
-) -> None:
-    """Raise ValueError, naming the sampling option, if one is out of range, not finite, or not a number."""
-    if not (_is_finite(temperature) and (temperature == 0 or MIN_TEMPERATURE <= temperature <= MAX_TEMPERATURE)):
-        raise ValueError(
-            f"temperature is {temperature!r}; it must be a finite number: 0 (always the likeliest) or {MIN_TEMPERATURE:g} to "
-            f"{MAX_TEMPERATURE:g}"
-        )
-    if not is_whole(top_k) or top_k < 0:
-        raise ValueError(f"top_k is {top_k!r}; it must be a whole number: 0 (off) or more")
-    if not (_is_finite(top_p) and MIN_TOP_P <= top_p <= 1):
-        raise ValueError(
-            f"top_p is {top_p!r}; it must lie in [{MIN_TOP_P:g}, 1], where 1 is off (top_k 1 takes the likeliest)"
-        )
-    if not (_is_finite(min_p) and 0 <= min_p <= 1):
-        raise ValueError(f"min_p is {min_p}; it must lie in [0, 1], where 0 is off")
-    _as_guidance(guidance)
-
-
-def _as_guidance(guidance: float | Guidance) -> Guidance:
-    return guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-
-
-def _is_finite(value: Any) -> bool:
-    return is_number(value) and abs(value) < math.inf
 
 
 def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:
@@ -167,12 +81,8 @@ def row_uniforms(seed: int, first_row: int, rows: int, count: int) -> Tensor:
 def generate(
     model: "LarpGenerator",
     condition: Tensor,
+    sampling: GuidedSampling = GuidedSampling(),
     *,
-    guidance: float | Guidance = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     seed: int = 0,
     first_row: int = 0,
     weights: Weights = "auto",
@@ -186,8 +96,7 @@ def generate(
     Args:
         model: the generator; it is not modified. Dropout is never applied.
         condition: class labels int64 (B,), or given codes and separator (B, N + 1).
-        guidance: a scale for all codes, or a `Guidance`; 1.0 computes the conditional logits only.
-        temperature, top_k, top_p, min_p: as in `sample_logits`.
+        sampling: the sampling options; without guidance only the conditional logits are computed.
         seed, first_row: row i uses the random numbers of (seed, first_row + i), so that batches can be split.
         weights, dtype: as in `larp.sampling.decoder.Decoder`.
         progress: show a progress bar over the codes.
@@ -195,19 +104,18 @@ def generate(
     Returns:
         codes int64 (B, N) on the device of the model.
 
-    Raises ValueError for an option out of range, a class or code that the model does not have, and for guidance of a
+    Raises ValueError for guidance that applies to no code, a class or code that the model does not have, and for guidance of a
     frame-prediction model without `null_condition`.
     """
-    check_sampling(temperature, top_k, top_p, guidance, min_p)
     check_condition(model, condition)
     device, rows, count = model.tok_embeddings.weight.device, condition.shape[0], model.config.num_tokens
-    condition, scales = condition.to(device), _as_guidance(guidance).scales(count)
+    condition, scales = condition.to(device), guidance_scales(sampling, count)
     guided = bool((scales != 1).any())
     if guided:
         condition = torch.cat([condition, model.unconditional(condition)])
     uniforms, scales = row_uniforms(seed, first_row, rows, count).to(device), scales.to(device)
 
-    options = (rows, guided, temperature, top_k, top_p, min_p)
+    options = rows, guided, SamplingOptions.of(sampling)
     with reused_decoder(model, condition.shape[0], weights, dtype) as decoder, threads(decoder.best_threads()):
         if options in decoder.saved_steps:
             # A captured step reads the tensors that it was captured with.
@@ -218,7 +126,7 @@ def generate(
 
             def choose(logits: Tensor, index: Tensor) -> Tensor:
                 logits = apply_guidance(logits, scales.index_select(0, index)) if guided else logits
-                return sample_logits(logits, temperature, top_k, top_p, uniforms.index_select(1, index)[:, 0], min_p)
+                return sample_logits(logits, sampling, uniforms.index_select(1, index)[:, 0])
 
             codes = torch.empty(rows, count, dtype=torch.int64, device=device)
             step = decoder.make_step(codes, choose, codes.is_cuda)
@@ -226,6 +134,22 @@ def generate(
         codes[:, 0] = choose(decoder.prefill(condition), torch.zeros(1, dtype=torch.int64, device=device))
         decoder.run_steps(step, count, progress)
         return codes.clone()
+
+
+def guidance_scales(sampling: GuidedSampling, count: int) -> Tensor:
+    """Return the guidance scale of each of `count` codes, float32; 1 is off. Raises ValueError if no code is guided."""
+    start, stop, final = sampling.guidance_start, sampling.guidance_stop, sampling.guidance_final
+    # 1e-6 less, because 0.7 * 10 is 7.000000000000001 in floating point.
+    first, last = (math.ceil(share * count - 1e-6) for share in (start, stop))
+    if first >= last:
+        raise ValueError(
+            f"guidance runs from {start} to {stop}, which holds none of a clip's {count} codes: move start and stop apart"
+        )
+    scales = torch.ones(count)
+    final = sampling.guidance_scale if final is None else final
+    scales[first:last] = torch.linspace(sampling.guidance_scale, final, last - first)
+    scales[last - 1] = final
+    return scales
 
 
 def apply_guidance(logits: Tensor, scale: float | Tensor) -> Tensor:

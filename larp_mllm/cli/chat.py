@@ -46,10 +46,13 @@ def add(commands) -> None:
     )
     parser.add_argument("-o", "--out", type=Path, default=Path(), help="the folder of the answers' videos")
     options.add_model(parser)
-    options.add_text_sampling(parser.add_argument_group("text"), max_new_tokens=256, prefix="text_")
+    texts = parser.add_argument_group("text")
+    options.add_max_new_tokens(texts, 256)
+    options.add_sampling(texts, options.TEXT_SAMPLING, prefix="text_", temperature=0.0)
     videos = parser.add_argument_group("videos")
     videos.add_argument("--max-videos", type=int, default=4, help="videos in an answer at most; 0: text alone")
-    options.add_video_sampling(videos, guidance_scale=2.0)
+    options.add_seed(videos)
+    options.add_sampling(videos, options.VIDEO_SAMPLING, guidance_scale=2.0)
     options.add_scale(videos)
 
 
@@ -130,8 +133,8 @@ class Conversation:
                 messages,
                 max_videos=self.arguments.max_videos,
                 progress=printer,
-                **options.text_sampling(self.arguments, "text_"),
-                **options.video_sampling(self.arguments),
+                **options.values(self.arguments, "seed", "max_new_tokens", *options.VIDEO_SAMPLING),
+                **options.values(self.arguments, *(f"text_{name}" for name in options.TEXT_SAMPLING)),
                 model=self.model or self.open(),
             )
         finally:

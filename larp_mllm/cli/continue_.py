@@ -28,7 +28,8 @@ def add(commands) -> None:
     parser.add_argument("--seconds", type=float, required=True, help="how much longer the video becomes")
     parser.add_argument("--prompt", default="", help="what the video shows, if it is to be said")
     options.add_videos_out(parser, "the video's name-continued")
-    options.add_video_sampling(parser, guidance_scale=1.0)
+    options.add_seed(parser)
+    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=1.0)
     options.add_model(parser)
 
 
@@ -45,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.seconds,
         prompt=arguments.prompt,
         num_videos=arguments.num_videos,
-        **options.video_sampling(arguments),
+        **options.values(arguments, "seed", *options.VIDEO_SAMPLING),
         **options.model_options(arguments),
     )
     options.save_videos(videos if isinstance(videos, list) else [videos], arguments, stem)

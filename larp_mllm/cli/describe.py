@@ -21,8 +21,9 @@ def add(commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video file; of a longer one the frames around its middle are read")
-    options.add_text_sampling(parser, max_new_tokens=48)
-    parser.add_argument("--seed", type=int, default=0, help="of the samples, where --temperature is not 0")
+    options.add_max_new_tokens(parser, 48)
+    options.add_sampling(parser, options.TEXT_SAMPLING, temperature=0.0)
+    options.add_seed(parser)
     options.add_model(parser)
 
 
@@ -35,8 +36,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(
         describe(
             arguments.video,
-            seed=arguments.seed,
-            **options.text_sampling(arguments),
+            **options.values(arguments, "seed", "max_new_tokens", *options.TEXT_SAMPLING),
             **options.model_options(arguments),
         )
     )

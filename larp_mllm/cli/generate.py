@@ -24,7 +24,8 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')
     options.add_videos_out(parser, "the prompt")
-    options.add_video_sampling(parser, guidance_scale=2.0)
+    options.add_seed(parser)
+    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=2.0)
     options.add_model(parser)
 
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     videos = generate(
         [arguments.prompt],
         arguments.num_videos,
-        **options.video_sampling(arguments),
+        **options.values(arguments, "seed", *options.VIDEO_SAMPLING),
         **options.model_options(arguments),
     )
     options.save_videos(videos, arguments, stem)

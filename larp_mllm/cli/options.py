@@ -1,9 +1,14 @@
 """Options and checks that several commands share."""
 
 import argparse
+import ast
+import inspect
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from larp.sampling.options import GuidedSampling
 
 if TYPE_CHECKING:
     from larp.codec.whole_video import Encoding
@@ -37,53 +42,49 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_model`, as the functions of `larp_mllm.api` take them."""
-    return {name: getattr(arguments, name) for name in ("model", "dtype", "device")}
+    return values(arguments, "model", "dtype", "device")
 
 
-def add_video_sampling(parser: argparse.ArgumentParser, guidance_scale: float) -> None:
-    """--seed, --guidance-scale, --temperature, --top-k, --top-p: for `video_sampling`."""
+VIDEO_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+TEXT_SAMPLING = ("temperature", "top_k", "top_p")
+
+
+def add_sampling(parser: argparse.ArgumentParser, names: Iterable[str], prefix: str = "", **defaults: Any) -> None:
+    """Add an option for each named field of `GuidedSampling`, with its help text; `defaults` replace those of the class."""
+    fields, texts = GuidedSampling.__dataclass_fields__, field_texts(GuidedSampling)
+    for name in names:
+        default = defaults.get(name, fields[name].default)
+        kind, option = int if fields[name].type is int else float, f"--{prefix}{name}".replace("_", "-")
+        parser.add_argument(option, type=kind, default=default, help=texts[name])
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """--seed."""
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same result")
+
+
+def add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
+    """--max-new-tokens."""
     parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        default=guidance_scale,
-        help="1 is off; more follows what is asked for more closely",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 is off")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the likeliest codes that reach this probability"
+        "--max-new-tokens", type=int, default=default, help="length of the text at most, in word pieces"
     )
 
 
-def video_sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_video_sampling`, as the functions of `larp_mllm.api` take them."""
-    names = ("seed", "guidance_scale", "temperature", "top_k", "top_p")
+def values(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The named options, as the functions of `larp_mllm.api` take them."""
     return {name: getattr(arguments, name) for name in names}
 
 
-def add_text_sampling(parser: argparse.ArgumentParser, max_new_tokens: int, prefix: str = "") -> None:
-    """--max-new-tokens, --temperature, --top-k, --top-p (with "text-" in front for prefix="text_"): for `text_sampling`."""
-    option = f"--{prefix.replace('_', '-')}"
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, help="length of the text at most, in word pieces"
-    )
-    parser.add_argument(f"{option}temperature", type=float, default=0.0, help="0 always takes the likeliest word piece")
-    parser.add_argument(
-        f"{option}top-k", type=int, default=0, help="sample among the k likeliest word pieces; 0 is off"
-    )
-    parser.add_argument(
-        f"{option}top-p",
-        type=float,
-        default=1.0,
-        help="sample among the likeliest word pieces that reach this probability",
-    )
-
-
-def text_sampling(arguments: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
-    """The options of `add_text_sampling`, as the functions of `larp_mllm.api` take them."""
-    names = ("max_new_tokens", *(f"{prefix}{name}" for name in ("temperature", "top_k", "top_p")))
-    return {name: getattr(arguments, name) for name in names}
+def field_texts(config: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass and of those that it derives from, as argparse's help texts look."""
+    texts = {}
+    for cls in reversed(config.__mro__[:-1]):
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+        for field, text in itertools.pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                words = inspect.cleandoc(text.value.value).removesuffix(".")
+                texts[field.target.id] = words[:1].lower() + words[1:]
+    return texts
 
 
 def add_videos_out(parser: argparse.ArgumentParser, default: str) -> None:

@@ -5,8 +5,9 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from larp.sampling.options import GuidedSampling
 from larp_mllm.cli import options
 
 if TYPE_CHECKING:
@@ -15,13 +16,14 @@ if TYPE_CHECKING:
     from larp.sampling.long_clips import LongClip
     from larp.sampling.training_info import Training
 
-DESCRIPTION = """\
+CLASS_GUIDANCE = 1.25
+DESCRIPTION = f"""\
 Write videos of classes, or videos that go on from the last frames of a video, with a generator of
 training/train_generator.py: numbered .mp4 files and one contact sheet, sheet.png, in the folder OUT.
 Longer videos are written window by window: the last frames of each are the given frames of the next. They are kept as
-they are; for every window it is printed how well the model gives them back (PSNR in dB: the seams)."""
+they are; for every window it is printed how well the model gives them back (PSNR in dB: the seams).
+The guidance scale is {CLASS_GUIDANCE} for classes and 1 (off) for --from, unless --guidance-scale says otherwise."""
 FPS = 12.0
-CLASS_GUIDANCE = 1.25
 
 
 def add(commands) -> None:
@@ -70,7 +72,8 @@ def add(commands) -> None:
         "-o", "--out", required=True, help="a folder; files in it are replaced by those of the same name"
     )
     _add_length(parser)
-    _add_sampling(parser)
+    options.add_seed(parser)
+    options.add_sampling(parser, GuidedSampling.__dataclass_fields__, guidance_scale=None)
     parser.add_argument(
         "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
     )
@@ -105,30 +108,6 @@ def _add_length(parser: argparse.ArgumentParser) -> None:
         metavar="GENERATOR",
         help="a generator trained with --task frame-prediction on codes of the same tokenizer, which writes all "
         "windows of a class but the first; guided like the first if it can be",
-    )
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same videos")
-    parser.add_argument(
-        "--guidance-scale",
-        type=float,
-        help=f"1 is off; more follows class or frames more closely (default: {CLASS_GUIDANCE} for classes, else 1)",
-    )
-    parser.add_argument(
-        "--guidance-final", type=float, help="scale of the last guided code, reached in a straight line"
-    )
-    parser.add_argument(
-        "--guidance-start", type=float, default=0.0, help="no guidance before this share of a clip's codes"
-    )
-    parser.add_argument("--guidance-stop", type=float, default=1.0, help="no guidance from this share on")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest code")
-    parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest codes; 0 is off")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="sample among the likeliest codes that reach this probability"
-    )
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, help="sample among codes with this share of the likeliest one's probability"
     )
 
 
@@ -202,18 +181,10 @@ def _check(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `larp.sampling.sample.generate`, checked."""
-    from larp.sampling.sample import Guidance, check_sampling
-
-    scale = arguments.guidance_scale
-    if scale is None:
-        scale = CLASS_GUIDANCE if arguments.source is None else 1.0
-    guidance = Guidance(scale, arguments.guidance_final, arguments.guidance_start, arguments.guidance_stop)
-    names = ("temperature", "top_k", "top_p", "min_p")
-    sampling = {"guidance": guidance} | {name: getattr(arguments, name) for name in names}
-    check_sampling(**sampling)
-    return sampling
+def _sampling(arguments: argparse.Namespace) -> GuidedSampling:
+    """The sampling that was asked for, checked."""
+    default = CLASS_GUIDANCE if arguments.source is None else 1.0
+    return GuidedSampling.of(arguments, **({"guidance_scale": default} if arguments.guidance_scale is None else {}))
 
 
 def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[int]:
@@ -292,7 +263,7 @@ def _videos(
     training: "Training",
     labels: list[int],
     fps: float,
-    sampling: dict[str, Any],
+    sampling: GuidedSampling,
 ) -> tuple[list[str], "Iterator[LongClip]"]:
     """The names of the videos, and the videos as they come."""
     from larp.models.generator import LarpGenerator
@@ -302,7 +273,7 @@ def _videos(
     import torch
 
     total = None if arguments.seconds is None else max(1, round(arguments.seconds * fps))
-    shared = {"seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True} | sampling
+    shared = {"sampling": sampling, "seed": arguments.seed, "batch_size": arguments.batch_size, "progress": True}
     if arguments.source is not None:
         count, size = arguments.num_videos or 1, tokenizer.config.clip_shape[1:]
         given = arguments.given or _trained("--given", arguments.generator, training, training.given, GIVEN)

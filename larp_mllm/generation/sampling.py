@@ -5,7 +5,8 @@ Every random number belongs to a place in the list: the same seed and place give
 
 from dataclasses import dataclass
 
-from larp.sampling.sample import check_sampling, row_uniforms, sample_logits
+from larp.sampling.options import SamplingOptions, check_guidance_scale
+from larp.sampling.sample import row_uniforms, sample_logits
 from larp_mllm.checks import check_count, check_seed
 
 from torch import Tensor
@@ -14,25 +15,20 @@ from torch import Tensor
 _TEXT_STREAM = 0x632BE59BD9B4E019
 
 
-@dataclass(frozen=True)
-class VideoSampling:
+@dataclass(frozen=True, kw_only=True)
+class VideoSampling(SamplingOptions):
     """How codes are sampled; ValueError names the option that is out of range."""
 
     guidance_scale: float = 2.0
     """1 is off; more follows the prompt more closely: `unconditional + s * (conditional - unconditional)`."""
-    temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest code."""
-    top_k: int = 0
-    """Draw among the k likeliest codes; 0 is off."""
-    top_p: float = 1.0
-    """Draw among the likeliest codes that together reach this probability; 1 is off."""
     seed: int = 0
     """The same seed and place in the list give the same video."""
     batch_size: int = 64
     """Videos that are sampled side by side; does not change them."""
 
     def __post_init__(self):
-        check_sampling(self.temperature, self.top_k, self.top_p, self.guidance_scale)
+        super().__post_init__()
+        check_guidance_scale("guidance_scale", self.guidance_scale)
         check_count("batch_size", self.batch_size)
         check_seed(self.seed)
 
@@ -47,26 +43,21 @@ class VideoSampling:
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Code logits (B, K), already guided, and one number for each row (B,) -> codes int64 (B,)."""
-        return sample_logits(logits, self.temperature, self.top_k, self.top_p, uniform)
+        return sample_logits(logits, self, uniform)
 
 
-@dataclass(frozen=True)
-class TextSampling:
+@dataclass(frozen=True, kw_only=True)
+class TextSampling(SamplingOptions):
     """How text is sampled; ValueError names the option that is out of range."""
 
     temperature: float = 0.0
-    """Divides the logits; 0 takes the likeliest word piece."""
-    top_k: int = 0
-    """Draw among the k likeliest word pieces; 0 is off."""
-    top_p: float = 1.0
-    """Draw among the likeliest word pieces that together reach this probability; 1 is off."""
     max_new_tokens: int = 48
     """Word pieces that are written at most, those of all texts of an answer together."""
     seed: int = 0
     """The same seed and place in the list give the same text."""
 
     def __post_init__(self):
-        check_sampling(self.temperature, self.top_k, self.top_p)
+        super().__post_init__()
         check_count("max_new_tokens", self.max_new_tokens)
         check_seed(self.seed)
 
@@ -76,4 +67,4 @@ class TextSampling:
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """Logits of text and controls (B, V) and one number for each row (B,) -> ids int64 (B,)."""
-        return sample_logits(logits, self.temperature, self.top_k, self.top_p, uniform)
+        return sample_logits(logits, self, uniform)

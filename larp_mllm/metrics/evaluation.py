@@ -14,7 +14,7 @@ from larp.data.extraction import repeat_last
 from larp.data.loader import iterate_once
 from larp.data.token_cache import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
-from larp.metrics.clipsets import RealClips, countable
+from larp.metrics.clipsets import RealClips, skipped_entries
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
 from larp_mllm.data.dataset import PHRASINGS, caption_phrases
 from larp_mllm.generation.sampling import VideoSampling
@@ -139,8 +139,7 @@ def continuation_figures(
     """
     tokenizer, layout, shape = mllm.processor.video_tokenizer, mllm.processor.layout, clip_shape(mllm)
     given, device = mllm.model.config.given_frames, tokenizer.codebook.device
-    items, counts, skipped = countable(videos)
-    sampled = RealClips(items, counts, shape, num_clips, seed, batch_size)
+    sampled = RealClips(videos, shape, num_clips, seed, batch_size)
     real, before, whole = [], [], []
     values: dict[str, list[Tensor]] = {way: [] for way in BASELINES}
     for cpu_clip in sampled.sampled():
@@ -152,7 +151,7 @@ def continuation_figures(
             values[way].append(frame_psnr(clip, made, given))
     clips, given_codes, codes = torch.cat(real), torch.cat(before).tolist(), torch.cat(whole).cpu()
     psnrs, seams = {way: torch.cat(parts) for way, parts in values.items()}, {}
-    chosen = [items[video] for video, _ in sampled.windows]
+    chosen = sampled.sampled_items
     for way, sampling in samplings.items():
         made = mllm.continue_clips(clips[:, :, :given], shape.frames, sampling=sampling)
         psnrs[way], seams[way] = frame_psnr(clips, made.frames, given), made.seam_psnr.double().mean().item()
@@ -179,13 +178,8 @@ def continuation_figures(
             for name, prompts in contexts.items()
         },
         "num_clips": len(clips),
-        "skipped": skipped_entries([*skipped, *sampled.skipped]),
+        "skipped": sampled.skipped,
     }
-
-
-def skipped_entries(skipped: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """(name, reason) of videos that could not be read, as a record says it."""
-    return [{"name": name, "reason": reason} for name, reason in skipped]
 
 
 def _prompt(mllm: Mllm, text: str) -> list[int]:

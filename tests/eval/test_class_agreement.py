@@ -80,7 +80,7 @@ def test_clips_of_a_class_are_made_for_that_class(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
         class_agreement,
         "generated_clips",
-        lambda *a, **k: asked.append((a[2].tolist(), k["guidance"])) or original(*a, **k),
+        lambda *a, **k: asked.append((a[2].tolist(), a[3].guidance_scale)) or original(*a, **k),
     )
     run(world, tmp_path / "x.json", "--num-clips", "3", "--guidance-scale", "1", "2", "--show", "0")
     assert asked == [([1, 0, 1], 1.0), ([1, 0, 1], 2.0)] and not (tmp_path / "x.png").exists()

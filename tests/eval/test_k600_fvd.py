@@ -6,6 +6,7 @@ import shutil
 
 from eval import k600_fvd
 from larp.data.video import write_video
+from larp.metrics.clipsets import load_pair
 from larp.metrics.i3d import RANDOM_NAME
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
@@ -63,7 +64,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def run(world, monkeypatch):
-    monkeypatch.setattr(k600_fvd, "open_features", lambda *_: FrameColours())
+    monkeypatch.setattr("larp.metrics.evaluation.open_features", lambda *_: FrameColours())
 
     def run(out, *extra, generator="plain"):
         options = {"--generator": world / generator, "--tokenizer": world / "tokenizer", "--out": out, "--repeats": 2}
@@ -131,9 +132,14 @@ def test_the_frechet_figure_is_the_protocols(run, tmp_path):
 def test_given_frames_are_pasted_exactly(world):
     """Where nothing moves, copying is right to the last bit, and of a prediction the given frames are."""
     config = k600_fvd.PredictionConfig(given=3, num_clips=4, show=4, device="cpu")
-    pair = (world / "plain", world / "tokenizer", "frame-prediction", "cpu")
     clip = torch.rand(4, 3, 1, 16, 16).mul(255).round().div(255).expand(-1, -1, 4, -1, -1).contiguous()
-    seen = k600_fvd.measure(*k600_fvd.load_pair(*pair), iter([clip]), FrameColours(), None, config)
+    seen = k600_fvd.measure(
+        *load_pair(world / "plain", world / "tokenizer", "frame-prediction", "cpu"),
+        iter([clip]),
+        FrameColours(),
+        None,
+        config,
+    )
     assert torch.cat(seen.figures["psnr"][k600_fvd.COPY]).tolist() == [[100.0]] * 4
     # The codes of a clip that does not move are those of its first frames repeated.
     coded, again = (torch.cat(seen.figures["psnr"][way]) for way in (k600_fvd.CODED_COPY, k600_fvd.RECONSTRUCTION))
@@ -171,7 +177,7 @@ def test_the_split_is_the_one_asked_for(run, tmp_path):
     [
         (["--given", "4"], "plain", "--given 4: clips have 4 frames; give 1 to 3"),
         (["--given", "0"], "plain", "--given 0"),
-        (["--guidance-scale", "2"], "plain", "guidance 1.0"),
+        (["--guidance-scale", "2"], "plain", "guidance_scale 1.0"),
         ([], "class", "is conditional on classes; this needs one that predicts frames"),
         (["--num-clips", "40"], "plain", "windows of 4 frames"),
         (["--tokenizer", ""], "plain", "--tokenizer is needed"),

@@ -19,11 +19,11 @@ def test_the_score_comes_with_its_protocol(tmp_path, capsys):
     assert (record["protocol"]["seed"], record["protocol"]["guidance_scale"]) == (3, 2.0)
     assert record == json.loads((tmp_path / "eval-mllm.json").read_text())
     assert (tmp_path / "eval-mllm.png").is_file()
-    told = record["protocol"]
+    protocol = record["protocol"]
     weights = (tmp_path / "model" / "model.safetensors").read_bytes()
-    assert told["checkpoint"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
-    assert set(told["checkpoint"]) == {"model.safetensors", "video_tokenizer/model.safetensors"}
-    assert set(told["versions"]) == {"larp", "torch", "python", "transformers", "numpy", "av"}
+    assert protocol["checkpoint"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert set(protocol["checkpoint"]) == {"model.safetensors", "video_tokenizer/model.safetensors"}
+    assert set(protocol["versions"]) == {"larp", "torch", "python", "transformers", "numpy", "av"}
     printed = capsys.readouterr().out
     assert "colour" in printed and "seed 3" in printed
 

@@ -11,7 +11,7 @@ from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
-from larp.sampling.sample import Guidance
+from larp.sampling.options import GuidedSampling
 
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def gfvd(monkeypatch):
 
 
 def with_small_features(module, monkeypatch):
-    monkeypatch.setattr(module, "open_features", lambda *_: RandomI3D(width=0.05))
+    monkeypatch.setattr("larp.metrics.evaluation.open_features", lambda *_: RandomI3D(width=0.05))
     return module
 
 
@@ -164,16 +164,20 @@ def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd
 
 def test_gfvd_hands_every_sampling_option_on(world, gfvd, tmp_path, monkeypatch):
     seen, real = [], gfvd.generated_clips
-    monkeypatch.setattr(
-        gfvd, "generated_clips", lambda *given, **options: seen.append(options) or real(*given, **options)
-    )
+    monkeypatch.setattr(gfvd, "generated_clips", lambda *given: seen.append(given[3:5]) or real(*given))
     arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "12"]
-    sampling = {"temperature": 0.9, "top_k": 7, "top_p": 0.8, "min_p": 0.1, "seed": 3}
-    ramp = {"guidance-scale": 2.0, "guidance-final": 4.0, "guidance-start": 0.25, "guidance-stop": 0.75}
-    words = [str(word) for name, value in (sampling | ramp).items() for word in (f"--{name.replace('_', '-')}", value)]
-    report = gfvd.main([*arguments, *words, "--also-guidance", "1", "--show", "0"])
-    assert [options.pop("guidance") for options in seen] == [Guidance(1, None, 0.25, 0.75), Guidance(2, 4, 0.25, 0.75)]
-    assert seen == [sampling, sampling]
+    options = {
+        "temperature": 0.9,
+        "top_k": 7,
+        "top_p": 0.8,
+        "min_p": 0.1,
+        "guidance_start": 0.25,
+        "guidance_stop": 0.75,
+    }
+    ramp = {"guidance_scale": 2.0, "guidance_final": 4.0}
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in (options | ramp).items()]
+    report = gfvd.main([*arguments, *words, "--seed", "3", "--also-guidance", "1", "--show", "0"])
+    assert seen == [(GuidedSampling(**options, **scale), 3) for scale in ({"guidance_scale": 1.0}, ramp)]
     assert report["table"][-1]["clips"] == "generated, guidance 2 to 4 from 25% to 75%"
     for option in (("--min-p", "2"), ("--guidance-start", "1"), ("--guidance-final", "-1")):
         with pytest.raises((ValueError, SystemExit)):

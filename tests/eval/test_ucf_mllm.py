@@ -45,11 +45,11 @@ def world(tmp_path_factory):
     tiny_cache(root / "other", rows=6, classes=tuple(COLOURS), seed=1)
     mllm = tiny_mllm()
     torch.nn.init.normal_(mllm.processor.video_tokenizer.head.weight, std=0.05)
-    # Another head is another tokenizer: the model and the caches are told so.
-    mllm.model.config.video_tokenizer_hash = told = mllm.processor.video_tokenizer.weight_hash()
+    # Another head is another tokenizer: the model and the caches record that.
+    mllm.model.config.video_tokenizer_hash = own = mllm.processor.video_tokenizer.weight_hash()
     for name in ("test", "train"):
         for path in (root / name / "cache/key.json", root / name / "cache/index.json"):
-            path.write_text(re.sub(r'("tokenizer": )"[0-9a-f]{64}"', rf'\1"{told}"', path.read_text()))
+            path.write_text(re.sub(r'("tokenizer": )"[0-9a-f]{64}"', rf'\1"{own}"', path.read_text()))
     mllm.save(root / "plain/model")
     mllm.model.config.given_frames = GIVEN
     mllm.save(root / "model")
@@ -68,9 +68,9 @@ def test_all_parts_with_one_command(world, tmp_path, capsys):
     report = run(world, out, *options)
     assert json.loads(out.read_text()) == json.loads(json.dumps(report))
     assert [figures["guidance_scale"] for figures in report["agreement"]["generated"]] == [1, 3]
-    told = report["protocol"]
-    assert told["model"]["given_frames"] == GIVEN and told["config"]["seed"] == 42
-    assert set(told["checkpoint"]) == {"model.safetensors", "video_tokenizer/model.safetensors"}
+    protocol = report["protocol"]
+    assert protocol["model"]["given_frames"] == GIVEN and protocol["config"]["seed"] == 42
+    assert set(protocol["checkpoint"]) == {"model.safetensors", "video_tokenizer/model.safetensors"}
     for part in ("agreement", "captions", "continuation"):
         (entry,) = report[part]["skipped"]
         assert entry["name"] == "broken.mp4" and "cannot be decoded" in entry["reason"], part

@@ -3,6 +3,7 @@
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import reused_decoder
 from larp.sampling.decoder import Decoder
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import pytest
@@ -46,7 +47,7 @@ def test_logits_are_those_of_the_plain_step(device, exact, rows, dtype, near, fi
 
 def test_captured_steps_draw_what_eager_ones_draw(device, monkeypatch):
     model = sampled(device)
-    options = dict(guidance=1.5, seed=3, weights="fused", dtype=torch.bfloat16)
+    options = dict(sampling=GuidedSampling(guidance_scale=1.5), seed=3, weights="fused", dtype=torch.bfloat16)
     captured = generate(model, torch.tensor([1]), **options)
     assert torch.equal(captured, generate(model, torch.tensor([1]), **options))
     reused_decoder.clear()

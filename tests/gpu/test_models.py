@@ -7,7 +7,8 @@ from larp.models.noise import BatchNoise
 from larp.models.prior import PriorConfig, cross_entropy
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
-from larp.sampling.sample import Guidance, generate
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import generate
 from tests.gpu.conftest import golden
 
 import pytest
@@ -78,10 +79,10 @@ def test_the_generators_give_the_reference_values(device, exact, task):
     logits = model.eval()(codes, condition)
     close(logits, want["logits"])
     close(code_loss(logits, codes), want["loss"])
-    assert torch.equal(generate(model, condition, top_k=1).cpu(), want["greedy"])
+    assert torch.equal(generate(model, condition, GuidedSampling(top_k=1)).cpu(), want["greedy"])
     if task == "class":
         for scale in (1.25, 3.0):
-            greedy = generate(model, condition, guidance=Guidance(scale), top_k=1)
+            greedy = generate(model, condition, GuidedSampling(guidance_scale=scale, top_k=1))
             assert torch.equal(greedy.cpu(), want[f"greedy_cfg_{scale}"])
 
 

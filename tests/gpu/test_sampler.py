@@ -3,7 +3,8 @@
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import decoder as decoding
 from larp.sampling import reused_decoder
-from larp.sampling.sample import Guidance, generate
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import generate
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def eager(monkeypatch) -> None:
 @pytest.mark.parametrize("rows", [1, 4])
 def test_captured_steps_draw_what_eager_ones_draw(model, device, monkeypatch, rows, dtype):
     labels = torch.arange(rows) % 4
-    options = dict(guidance=Guidance(1.5, final=3.0), top_k=100, top_p=0.95, min_p=0.001, seed=3, dtype=dtype)
+    sampling = GuidedSampling(guidance_scale=1.5, guidance_final=3.0, top_k=100, top_p=0.95, min_p=0.001)
+    options = dict(sampling=sampling, seed=3, dtype=dtype)
     captured = generate(model, labels, **options)
     again = generate(model, labels, **options)
     assert torch.equal(captured, again) and captured.unique().numel() > 50
@@ -46,7 +48,7 @@ def test_captured_steps_draw_what_eager_ones_draw(model, device, monkeypatch, ro
 def test_captured_steps_attend_to_what_the_plain_forward_does(model, device, exact):
     """Greedy codes of the sampler are the likeliest ones of one pass over them all, but for ties."""
     labels = torch.arange(2, device=device)
-    codes = generate(model, labels, temperature=0)
+    codes = generate(model, labels, GuidedSampling(temperature=0))
     with torch.no_grad():
         logits = model(codes, labels)
     best = logits.max(-1).values

@@ -25,6 +25,7 @@ from larp.models.objective import LossConfig
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 from training import train_generator, train_mllm, train_tokenizer
 
@@ -152,7 +153,7 @@ def train_generator_steps(config: EngineConfig, _: Path, ranks: backend.Ranks) -
         condition = torch.randint(4, (BATCH,), generator=generator).to(ranks.device)
         losses.append(float(train_generator.train_step(engine, [(codes, condition)])["loss"]))
     result = summary(engine, losses, before)
-    codes = generate(train_generator.current_model(engine), torch.arange(2), guidance=1.5, seed=1)
+    codes = generate(train_generator.current_model(engine), torch.arange(2), GuidedSampling(guidance_scale=1.5), seed=1)
     result["sampled"] = list(codes.shape)
     engine.close()
     return {"generator": result}

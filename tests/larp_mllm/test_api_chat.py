@@ -16,7 +16,7 @@ import pytest
 import torch
 
 ASK = [{"role": "user", "content": "show me a red circle, and then a blue one"}]
-TEXT = TextSampling(1.0, max_new_tokens=14, seed=4)
+TEXT = TextSampling(temperature=1.0, max_new_tokens=14, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,18 @@ def prompt_of(mllm: Mllm, messages: list[dict]) -> list[int]:
 
 def test_an_answer_holds_text_and_videos_in_the_order_they_were_written(painter, monkeypatch):
     eager_for_videos(painter, monkeypatch)
-    answer = painter.chat(ASK, VideoSampling(2.0, seed=1), TEXT, max_videos=2)
+    answer = painter.chat(ASK, VideoSampling(guidance_scale=2.0, seed=1), TEXT, max_videos=2)
     assert answer["role"] == "assistant" and kinds(answer).count("video") == 2 and "text" in kinds(answer)
     layout, v = painter.processor.layout, painter.model.vocabulary
     ids = list(
         decode_answer(
-            *(painter.model, prompt_of(painter, ASK), layout.prompt([]), VideoSampling(2.0, seed=1), TEXT),
+            *(
+                painter.model,
+                prompt_of(painter, ASK),
+                layout.prompt([]),
+                VideoSampling(guidance_scale=2.0, seed=1),
+                TEXT,
+            ),
             *(stop_ids(painter.processor.tokenizer), 2),
         )
     )
@@ -58,7 +64,7 @@ def test_an_answer_holds_text_and_videos_in_the_order_they_were_written(painter,
 def test_codes_of_an_answer_are_guided_against_the_unconditional_prompt(painter, monkeypatch):
     eager_for_videos(painter, monkeypatch, bonus=1e4)
     model, v = painter.model, painter.model.vocabulary
-    answer = painter.chat(ASK, VideoSampling(5.0, temperature=0), TEXT, max_videos=1)
+    answer = painter.chat(ASK, VideoSampling(guidance_scale=5.0, temperature=0), TEXT, max_videos=1)
     written, free = [*prompt_of(painter, ASK), v.video_start], [v.video_start]
     for code in answer["content"][0]["video"].codes:
         one, other = (model(torch.tensor([ids])).logits[0, -1, v.first_code :] for ids in (written, free))
@@ -68,7 +74,7 @@ def test_codes_of_an_answer_are_guided_against_the_unconditional_prompt(painter,
 
 def test_limits_hold(painter, monkeypatch):
     eager_for_videos(painter, monkeypatch, bonus=1e4)
-    plain = VideoSampling(1.0)
+    plain = VideoSampling(guidance_scale=1.0)
     assert kinds(painter.chat(ASK, plain, TextSampling(max_new_tokens=9))) == ["video"] * 4 + ["text"]
     assert kinds(painter.chat(ASK, plain, TextSampling(max_new_tokens=3), max_videos=9)) == ["video"] * 3
     assert kinds(painter.chat(ASK, plain, TextSampling(max_new_tokens=3), max_videos=0)) == ["text"]
@@ -79,7 +85,12 @@ def test_an_answer_ends_where_the_positions_do_and_no_video_is_begun_without_roo
     length = len(prompt_of(painter, ASK))
     for room, expected in ((6, ["video"]), (5, ["text"]), (13, ["video", "video", "text"])):
         monkeypatch.setattr(painter.model.config.text_config, "max_position_embeddings", length + room)
-        assert kinds(painter.chat(ASK, VideoSampling(1.0), TextSampling(1.0, max_new_tokens=50))) == expected
+        assert (
+            kinds(
+                painter.chat(ASK, VideoSampling(guidance_scale=1.0), TextSampling(temperature=1.0, max_new_tokens=50))
+            )
+            == expected
+        )
     monkeypatch.setattr(painter.model.config.text_config, "max_position_embeddings", length)
     with pytest.raises(ValueError, match=rf"{length} ids, .* {length} positions: leave out .* \(6 ids each\)"):
         painter.chat(ASK)
@@ -87,12 +98,12 @@ def test_an_answer_ends_where_the_positions_do_and_no_video_is_begun_without_roo
 
 def test_the_answer_is_passed_on_and_its_videos_keep_their_codes(painter, monkeypatch):
     eager_for_videos(painter, monkeypatch)
-    answer = painter.chat(ASK, VideoSampling(1.0, seed=1), TEXT)
+    answer = painter.chat(ASK, VideoSampling(guidance_scale=1.0, seed=1), TEXT)
     messages = [*ASK, answer, {"role": "user", "content": "and a green one?"}]
     ids = prompt_of(painter, messages)
     spans = [tuple(codes) for kind, codes in painter.model.vocabulary.split(ids) if kind == "video"]
     assert spans == [part["video"].codes for part in answer["content"] if part["type"] == "video"] != []
-    again = painter.chat(messages, VideoSampling(1.0, seed=1), TEXT)
+    again = painter.chat(messages, VideoSampling(guidance_scale=1.0, seed=1), TEXT)
     assert again["role"] == "assistant" and messages[1] is answer
 
 
@@ -180,7 +191,7 @@ def test_options_of_text_and_video_act_apart(painter, monkeypatch):
 def test_progress_tells_the_text_as_it_comes_and_counts_codes(painter, monkeypatch):
     eager_for_videos(painter, monkeypatch)
     told: list[Progress] = []
-    answer = painter.chat(ASK, VideoSampling(1.0, seed=1), TEXT, max_videos=2, progress=told.append)
+    answer = painter.chat(ASK, VideoSampling(guidance_scale=1.0, seed=1), TEXT, max_videos=2, progress=told.append)
     texts = "".join(part["text"] for part in answer["content"] if part["type"] == "text")
     assert "".join(piece.text for piece in told).replace(" ", "") == texts.replace(" ", "")
     assert [piece.done for piece in told if piece.kind == "codes"] == list(range(1, 9))

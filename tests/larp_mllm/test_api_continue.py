@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused(going, tmp_path):
         "seconds is nan": lambda: larp_mllm.continue_video(frames, float("nan"), model="nowhere"),
         "num_videos must be": lambda: larp_mllm.continue_video(frames, 1, num_videos=0, model="nowhere"),
         "a prompt must be a str": lambda: larp_mllm.continue_video(frames, 1, prompt=None, model="nowhere"),
-        "guidance is -1": lambda: larp_mllm.continue_video(frames, 1, guidance_scale=-1, model="nowhere"),
+        "guidance_scale is -1": lambda: larp_mllm.continue_video(frames, 1, guidance_scale=-1, model="nowhere"),
         "has 2 frames, fewer than the 3": lambda: going.continue_video(frames[:2], 1),
         "got float64": lambda: going.continue_video(frames / 255, 1),
         r"values in \[0, 1\]": lambda: going.continue_video(frames.astype(float).transpose(3, 0, 1, 2), 1),

@@ -150,6 +150,9 @@ def test_no_videos_have_no_captions_and_no_prompts_no_videos(qwen):
 
 def test_seeds_draw_other_captions_and_each_place_its_own(qwen):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    first = qwen.describe([frames, frames], TextSampling(1.0, max_new_tokens=8))
-    assert first == qwen.describe([frames, frames], TextSampling(1.0, max_new_tokens=8)) and first[0] != first[1]
-    assert first[0] != qwen.describe([frames], TextSampling(1.0, max_new_tokens=8, seed=1))[0]
+    first = qwen.describe([frames, frames], TextSampling(temperature=1.0, max_new_tokens=8))
+    assert (
+        first == qwen.describe([frames, frames], TextSampling(temperature=1.0, max_new_tokens=8))
+        and first[0] != first[1]
+    )
+    assert first[0] != qwen.describe([frames], TextSampling(temperature=1.0, max_new_tokens=8, seed=1))[0]

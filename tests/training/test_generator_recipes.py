@@ -54,7 +54,7 @@ def test_recipes_of_the_published_generators(name):
     sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance_final=None)
     assert all(getattr(config.sampling, option) == value for option, value in sampling.items())
     if name == "larp-l-long-ar":
-        assert (config.dropped, config.sampling.guidance) == (0.1, 1.25)
+        assert (config.dropped, config.sampling.guidance_scale) == (0.1, 1.25)
     else:
         assert (config.dropped, config.sampling.guided, config.condition_frames) == (0.0, False, 5)
         assert config.data.startswith("k600:")

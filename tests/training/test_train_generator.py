@@ -22,6 +22,7 @@ from larp.models.generator import LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
@@ -92,7 +93,7 @@ def losses(out: Path) -> list[float]:
 
 
 def test_class_run_ends_with_a_model_a_report_and_samples(home, tmp_path, capsys):
-    report = train(tiny_run(home, tmp_path, sampling=SamplingConfig(clips=2, guidance=2.0)))
+    report = train(tiny_run(home, tmp_path, sampling=SamplingConfig(clips=2, guidance_scale=2.0)))
     assert report["bits_per_token"] < report["uniform_bits_per_token"] == 5
     assert report == json.loads((tmp_path / "report.json").read_text())
     assert f"top-1 {report['top1']:.3f}, top-5 {report['top5']:.3f}" in capsys.readouterr().out
@@ -182,7 +183,10 @@ def test_frame_prediction_that_drops_its_condition_can_be_guided(home, tmp_path)
     model = LarpGenerator.from_pretrained(tmp_path / "guided" / "model")
     assert model.config.null_condition
     given = TokenCache.open(home / "test-5").batch(torch.arange(4), "frame-prediction")[1]
-    fitting, none = generate(model, given, guidance=2.0, seed=1), generate(model, model.unconditional(given), seed=1)
+    fitting, none = (
+        generate(model, given, GuidedSampling(guidance_scale=2.0), seed=1),
+        generate(model, model.unconditional(given), seed=1),
+    )
     assert not torch.equal(fitting, none)
     train(tuned(home, tmp_path / "never", condition_dropout=None, steps=2))
     assert not LarpGenerator.from_pretrained(tmp_path / "never" / "model").config.null_condition, "as published"
@@ -358,7 +362,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     ("options", "words"),
     [
         (dict(live=True, tokens=Path("cache")), "tokens is cache: leave one of them out"),
-        (dict(task="frame-prediction", sampling=SamplingConfig(guidance=2.0)), "give --condition-dropout 0.1"),
+        (dict(task="frame-prediction", sampling=SamplingConfig(guidance_scale=2.0)), "give --condition-dropout 0.1"),
         (dict(condition_dropout=0.0, sampling=SamplingConfig(guidance_final=2.0)), "give --condition-dropout 0.1"),
         (dict(condition_dropout=1.0), "condition_dropout is 1.0"),
         (dict(steps=3, epochs=2.0), "set one of them to None"),

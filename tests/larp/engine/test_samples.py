@@ -53,17 +53,17 @@ def model_of(task: str) -> LarpGenerator:
 def sampled(tokenizer, task="class", ranks=Ranks(), clips=4, **options) -> np.ndarray:  # noqa: B008 (frozen)
     config = SamplingConfig(clips=clips, **options)
     model = model_of(task)
-    samples = Samples(config, config.ramp(1.25), tokenizer, cache_of(6, 25.0), model.config, 5, ranks)
+    samples = Samples(clips, config.resolve(1.25), tokenizer, cache_of(6, 25.0), model.config, 5, ranks)
     return np.stack(samples.sample(model))
 
 
 def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tokenizer):
-    config, cache = SamplingConfig(clips=3), cache_of(6, 25.0)
+    config, cache = SamplingConfig(), cache_of(6, 25.0)
     for task, names in (("class", ["Archery", "Surfing", "Archery"]), ("frame-prediction", ["v0", "v2", "v4"])):
-        samples = Samples(config, config.ramp(1.0), tokenizer, cache, model_of(task).config, 0, Ranks())
+        samples = Samples(3, config.resolve(1.0), tokenizer, cache, model_of(task).config, 0, Ranks())
         assert samples.names == names and len(samples.condition) == 3 and samples.fps == 25.0
     assert torch.equal(samples.condition[:, :N], cache.codes[[0, 2, 4]].flip(1))
-    few = Samples(SamplingConfig(clips=9), config.ramp(1.0), tokenizer, cache, model_of(task).config, 0, Ranks())
+    few = Samples(9, config.resolve(1.0), tokenizer, cache, model_of(task).config, 0, Ranks())
     assert few.names == [f"v{row}" for row in range(6)], "no clip comes twice"
 
 
@@ -71,13 +71,13 @@ def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tok
 @pytest.mark.parametrize(
     "options",
     [
-        dict(guidance=3.0), dict(guidance_final=4.0), dict(guidance_start=0.7), dict(guidance_stop=0.3),
+        dict(guidance_scale=3.0), dict(guidance_final=4.0), dict(guidance_start=0.7), dict(guidance_stop=0.3),
         dict(temperature=0.2), dict(top_k=2), dict(top_p=0.2), dict(min_p=0.9),
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
 def test_every_option_acts(tokenizer, task, options):
-    plain = dict(guidance=2.5) if "guidance" not in options else {}
+    plain = dict(guidance_scale=2.5) if "guidance_scale" not in options else {}
     assert not np.array_equal(sampled(tokenizer, task, **plain, **options), sampled(tokenizer, task, **plain))
 
 
@@ -95,8 +95,8 @@ def test_a_rank_writes_its_share_of_the_same_clips(tokenizer):
     [
         (dict(every=-1), "sampling.every is -1"),
         (dict(clips=-1), "sampling.clips is -1"),
-        (dict(guidance=-1.0), "guidance is -1.0"),
-        (dict(guidance_final=float("nan")), "final guidance is nan"),
+        (dict(guidance_scale=-1.0), "guidance_scale is -1.0"),
+        (dict(guidance_final=float("nan")), "guidance_final is nan"),
         (dict(guidance_start=0.9, guidance_stop=0.2), "start < stop"),
         (dict(min_p=2.0), "min_p is 2.0"),
     ],

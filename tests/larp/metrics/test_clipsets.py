@@ -18,6 +18,7 @@ from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from larp.sampling.options import GuidedSampling
 
 import numpy as np
 import pytest
@@ -62,7 +63,12 @@ def test_a_generated_clip_does_not_depend_on_its_batch():
     model, codec = generator(), tokenizer()
     conditions = torch.tensor([0, 1, 2, 0, 1])
     whole, parts = (
-        torch.cat([codes for _, codes in generated_clips(model, codec, conditions, size, guidance=2.0, seed=3)])
+        torch.cat(
+            [
+                codes
+                for _, codes in generated_clips(model, codec, conditions, GuidedSampling(guidance_scale=2.0), 3, size)
+            ]
+        )
         for size in (5, 2)
     )
     assert whole.shape == (5, 4) and torch.equal(whole, parts)
@@ -75,7 +81,8 @@ def videos(tmp_path):
     for video, greys in enumerate(frames):
         picture = np.broadcast_to(greys[:, None, None, None], (16, 16, 16, 3))
         write_video(tmp_path / f"{video}.mp4", np.ascontiguousarray(picture), 25, quality=10)
-    return [VideoItem(tmp_path / f"{video}.mp4", f"{video}.mp4") for video in range(3)]
+    items = (VideoItem(tmp_path / f"{video}.mp4", f"{video}.mp4") for video in range(3))
+    return VideoSet(tuple(items), (), "three")
 
 
 def damage(path):
@@ -94,21 +101,22 @@ def windows_of(clips):
 
 
 def test_real_clips_are_the_protocols(videos):
-    clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2)
+    clips = RealClips(videos, ClipShape(4, 16, 16), 5, 42, 2)
     sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
-    assert [len(batch) for batch in RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, 2).sampled()] == [2, 2, 1]
+    assert [len(batch) for batch in RealClips(videos, ClipShape(4, 16, 16), 5, 42, 2).sampled()] == [2, 2, 1]
     assert windows_of(clips.sampled()) == sampled == clips.windows
     assert windows_of(clips.others()) == spare and clips.skipped == []
 
 
 def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
     sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
-    damage(videos[sampled[0][0]].path)
+    damage(videos.items[sampled[0][0]].path)
     found = []
     for batch in (2, 5):
-        clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 5, 42, batch)
+        clips = RealClips(videos, ClipShape(4, 16, 16), 5, 42, batch)
         found.append((windows_of(clips.sampled()), clips.windows, windows_of(clips.others())))
-        assert [name for name, _ in clips.skipped] == [f"{sampled[0][0]}.mp4"] and "decoded" in clips.skipped[0][1]
+        assert [entry["name"] for entry in clips.skipped] == [f"{sampled[0][0]}.mp4"]
+        assert "decoded" in clips.skipped[0]["reason"]
     (read, windows, others), again = found
     assert (read, windows, others) == again and read == windows
     good = [window for window in spare if window[0] != sampled[0][0]]
@@ -119,8 +127,8 @@ def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
 
 
 def test_too_few_readable_windows_are_an_error(videos):
-    damage(videos[0].path)
-    clips = RealClips(videos, [16] * 3, ClipShape(4, 16, 16), 9, 42, 4)
+    damage(videos.items[0].path)
+    clips = RealClips(videos, ClipShape(4, 16, 16), 9, 42, 4)
     with pytest.raises(ValueError, match=r"0.mp4 is damaged \(.*mend or leave out.* or ask for fewer than 9 clips"):
         list(clips.sampled())
 

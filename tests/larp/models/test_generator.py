@@ -4,6 +4,7 @@ import json
 
 from larp.hub import CheckpointError
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator, code_loss, config_from_published
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import pytest
@@ -40,7 +41,9 @@ def test_golden(golden_root, name):
     )
     for guidance, key in guidances.items():
         for weights in ("plain", "auto"):
-            codes = generate(model, want["condition"], guidance=guidance, top_k=1, weights=weights)
+            codes = generate(
+                model, want["condition"], GuidedSampling(guidance_scale=guidance, top_k=1), weights=weights
+            )
             assert torch.equal(codes, want[key]), (key, weights)
 
 
@@ -77,7 +80,7 @@ def test_the_unconditional_frame_condition(tmp_path):
     assert not torch.allclose(model(codes, nothing), model(codes, model.frame_condition(codes)))
     again = LarpGenerator.from_pretrained(model.save_pretrained(tmp_path))
     assert torch.equal(again(codes, nothing), model(codes, nothing))
-    with pytest.raises(ValueError, match=r"use guidance 1\.0, or train one with null_condition"):
+    with pytest.raises(ValueError, match=r"use guidance_scale 1\.0, or train one with null_condition"):
         published.unconditional(published.frame_condition(codes))
     with pytest.raises(ValueError, match="33; this generator has 0 to 32"):
         generate(published, nothing)

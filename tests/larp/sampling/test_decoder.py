@@ -4,6 +4,7 @@ from larp.kernels.packed_linear import PackedLinear, PlainLinear, choose_linear
 from larp.kernels.threads import best_threads, threads
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling.decoder import CapturedSteps, Decoder
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_step_needs_only_the_attended_length_from_the_host(monkeypatch):
         monkeypatch.setattr(decoder, "_step", lambda newest, span: spans.append(span) or step(newest, span))
         decoder.decode_n(codes, lambda logits, index: logits.argmax(-1))
     assert set(spans) == {16}
-    assert torch.equal(codes, generate(model, condition_of(model, 2), temperature=0))
+    assert torch.equal(codes, generate(model, condition_of(model, 2), GuidedSampling(temperature=0)))
 
 
 def test_weights_are_packed_where_supported():

@@ -7,6 +7,7 @@ from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.long_clips import continue_clip, last_frames, sample_classes, sample_continuations
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate, row_uniforms
 from tests.larp.codec.test_whole_video import noise, random_tokenizer
 from tests.larp.models.test_generator import random_generator
@@ -49,12 +50,14 @@ def test_given_frames_are_unchanged_and_all_frames_returned(tokenizer, frame_pre
 @pytest.mark.parametrize("given", [1, 2, 3])
 def test_each_window_continues_the_last_frames(tokenizer, frame_predictor, given):
     frames = frames_of(1, 4)
-    long = continue_clip(frame_predictor, tokenizer, frames, 10, given=given, temperature=0)
+    long = continue_clip(frame_predictor, tokenizer, frames, 10, sampling=GuidedSampling(temperature=0), given=given)
     expected, seams = frames, []
     while expected.shape[2] < 10:
         known = expected[:, :, -given:]
         padded = torch.cat([known] + [known[:, :, -1:]] * (4 - given), dim=2)
-        codes = generate(frame_predictor, frame_predictor.frame_condition(tokenizer.encode(padded)), temperature=0)
+        codes = generate(
+            frame_predictor, frame_predictor.frame_condition(tokenizer.encode(padded)), GuidedSampling(temperature=0)
+        )
         clip = tokenizer.decode(codes)
         seams.append(psnr(known, clip[:, :, :given]).item())
         expected = torch.cat([expected, clip[:, :, given:]], dim=2)
@@ -65,7 +68,14 @@ def test_each_window_continues_the_last_frames(tokenizer, frame_predictor, given
 def test_the_batch_size_changes_nothing(tokenizer, frame_predictor, class_generator):
     for sample in (
         lambda size: sample_classes(
-            class_generator, tokenizer, LABELS, 11, continuation=frame_predictor, given=2, batch_size=size, guidance=2.0
+            class_generator,
+            tokenizer,
+            LABELS,
+            11,
+            sampling=GuidedSampling(guidance_scale=2.0),
+            continuation=frame_predictor,
+            given=2,
+            batch_size=size,
         ),
         lambda size: sample_continuations(
             frame_predictor, tokenizer, frames_of(1, 3)[0], 5, 11, given=2, batch_size=size
@@ -106,26 +116,44 @@ def test_the_seed_decides_and_each_window_has_its_own_random_numbers(
 
 
 def test_one_window_of_a_class_equals_generate(tokenizer, class_generator):
-    (long,) = sample_classes(class_generator, tokenizer, LABELS, seed=4, guidance=2.0, top_k=9)
-    codes = generate(class_generator, LABELS, seed=4, guidance=2.0, top_k=9)
+    (long,) = sample_classes(
+        class_generator, tokenizer, LABELS, sampling=GuidedSampling(guidance_scale=2.0, top_k=9), seed=4
+    )
+    codes = generate(class_generator, LABELS, GuidedSampling(guidance_scale=2.0, top_k=9), seed=4)
     assert torch.equal(long.frames, torch.cat([tokenizer.decode(row[None]) for row in codes]))
     assert long.seam_psnr.shape == (5, 0)
-    (cut,) = sample_classes(class_generator, tokenizer, LABELS, 3, seed=4, guidance=2.0, top_k=9)
+    (cut,) = sample_classes(
+        class_generator, tokenizer, LABELS, 3, sampling=GuidedSampling(guidance_scale=2.0, top_k=9), seed=4
+    )
     assert torch.equal(cut.frames, long.frames[:, :, :3])
 
 
 def test_a_continuation_is_guided_with_null_condition_only(tokenizer, class_generator, monkeypatch):
     scales = []
     monkeypatch.setattr(
-        larp.sampling.long_clips, "generate", lambda *a, **o: scales.append(o["guidance"]) or generate(*a, **o)
+        larp.sampling.long_clips, "generate", lambda *a, **o: scales.append(a[2].guidance_scale) or generate(*a, **o)
     )
     for null in (False, True):
         frame_predictor = random_generator(task="frame-prediction", null_condition=null)
-        list(sample_classes(class_generator, tokenizer, LABELS, 5, continuation=frame_predictor, given=3, guidance=3.0))
+        list(
+            sample_classes(
+                class_generator,
+                tokenizer,
+                LABELS,
+                5,
+                sampling=GuidedSampling(guidance_scale=3.0),
+                continuation=frame_predictor,
+                given=3,
+            )
+        )
     assert scales == [3.0, 1.0, 3.0, 3.0]
     unconditional = random_generator(task="frame-prediction")
-    with pytest.raises(ValueError, match=r"use guidance 1\.0"):
-        list(sample_continuations(unconditional, tokenizer, frames_of(1, 2)[0], 1, given=2, guidance=3.0))
+    with pytest.raises(ValueError, match=r"use guidance_scale 1\.0"):
+        list(
+            sample_continuations(
+                unconditional, tokenizer, frames_of(1, 2)[0], 1, sampling=GuidedSampling(guidance_scale=3.0), given=2
+            )
+        )
 
 
 def test_by_default_one_window_is_added(tokenizer, frame_predictor):

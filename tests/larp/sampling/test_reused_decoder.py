@@ -4,6 +4,7 @@ import gc
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import reused_decoder
+from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 
 import pytest
@@ -35,12 +36,20 @@ def random_generator() -> LarpGenerator:
 
 def test_a_reused_decoder_gives_the_codes_of_a_new_one(made):
     model, first, second = random_generator(), torch.tensor([0]), torch.tensor([1])
-    reused = [generate(model, first, seed=1), generate(model, second, seed=2), generate(model, first, guidance=2.0)]
-    reused.append(generate(model, first, seed=1, temperature=0.5))
+    reused = [
+        generate(model, first, seed=1),
+        generate(model, second, seed=2),
+        generate(model, first, GuidedSampling(guidance_scale=2.0)),
+    ]
+    reused.append(generate(model, first, GuidedSampling(temperature=0.5), seed=1))
     reused.append(generate(model, first, seed=1))
     assert len(made) == 3  # guidance needs two rows
     fresh = []
-    for condition, options in ((first, dict(seed=1)), (second, dict(seed=2)), (first, dict(guidance=2.0))):
+    for condition, options in (
+        (first, dict(seed=1)),
+        (second, dict(seed=2)),
+        (first, dict(sampling=GuidedSampling(guidance_scale=2.0))),
+    ):
         reused_decoder.clear()
         fresh.append(generate(model, condition, **options))
     assert all(torch.equal(a, b) for a, b in zip(reused, fresh, strict=False)) and torch.equal(reused[4], reused[0])

@@ -1,7 +1,8 @@
 """Sampling: guidance against a naive loop, reproducibility, distributions, invalid options."""
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
-from larp.sampling.sample import Guidance, apply_guidance, generate, row_uniforms, sample_logits
+from larp.sampling.options import GuidedSampling, SamplingOptions
+from larp.sampling.sample import apply_guidance, generate, guidance_scales, row_uniforms, sample_logits
 
 import pytest
 import torch
@@ -35,43 +36,50 @@ def test_guided_sampling_agrees_with_a_naive_loop(task):
     for index in range(7):
         conditional, unconditional = model(codes, given)[:, index], model(codes, nothing)[:, index]
         logits = unconditional + scales[index] * (conditional - unconditional)
-        codes[:, index] = sample_logits(logits, uniform=uniforms[:, index], **options)
-    guidance = Guidance(1.5, final=3.0, start=0.2, stop=0.85)
-    assert torch.equal(generate(model, given, guidance=guidance, seed=9, **options), codes)
-    assert not torch.equal(generate(model, given, guidance=1.5, seed=9, **options), codes)
-    assert not torch.equal(generate(model, given, seed=9, **options), codes)
+        codes[:, index] = sample_logits(logits, SamplingOptions(**options), uniforms[:, index])
+    ramp = dict(guidance_scale=1.5, guidance_final=3.0, guidance_start=0.2, guidance_stop=0.85)
+    assert torch.equal(generate(model, given, GuidedSampling(**ramp, **options), seed=9), codes)
+    assert not torch.equal(generate(model, given, GuidedSampling(guidance_scale=1.5, **options), seed=9), codes)
+    assert not torch.equal(generate(model, given, GuidedSampling(**options), seed=9), codes)
+
+
+def scales(count, scale, **ramp):
+    options = {f"guidance_{name}": value for name, value in ramp.items()}
+    return guidance_scales(GuidedSampling(guidance_scale=scale, **options), count).tolist()
 
 
 def test_guidance_ramps_and_is_off_outside_its_interval():
-    assert Guidance(2.0).scales(4).tolist() == [2.0] * 4
-    assert Guidance(1.0, final=4.0).scales(4).tolist() == [1.0, 2.0, 3.0, 4.0]
-    assert Guidance(3.0, final=2.0, start=0.25, stop=0.75).scales(4).tolist() == [1.0, 3.0, 2.0, 1.0]
-    assert Guidance(3.0, start=0.7).scales(10).tolist() == [1.0] * 7 + [3.0] * 3
-    assert Guidance(3.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 3.0, 1.0]
-    assert Guidance(3.0, final=2.0, start=0.5, stop=0.51).scales(4).tolist() == [1.0, 1.0, 2.0, 1.0]
+    assert scales(4, 2.0) == [2.0] * 4
+    assert scales(4, 1.0, final=4.0) == [1.0, 2.0, 3.0, 4.0]
+    assert scales(4, 3.0, final=2.0, start=0.25, stop=0.75) == [1.0, 3.0, 2.0, 1.0]
+    assert scales(10, 3.0, start=0.7) == [1.0] * 7 + [3.0] * 3
+    assert scales(4, 3.0, start=0.5, stop=0.51) == [1.0, 1.0, 3.0, 1.0]
+    assert scales(4, 3.0, final=2.0, start=0.5, stop=0.51) == [1.0, 1.0, 2.0, 1.0]
 
 
 def test_guidance_of_no_code_is_an_error():
     with pytest.raises(ValueError, match=r"from 0.501 to 0.502, which holds none of a clip's 10 codes: move start"):
-        Guidance(2.0, start=0.501, stop=0.502).scales(10)
+        scales(10, 2.0, start=0.501, stop=0.502)
     with pytest.raises(ValueError, match="none of a clip's 7 codes"):
-        generate(random_generator(), torch.tensor([0]), guidance=Guidance(2.0, start=0.9))
+        generate(random_generator(), torch.tensor([0]), GuidedSampling(guidance_scale=2.0, guidance_start=0.9))
 
 
 def test_a_row_depends_on_seed_and_index_only():
     model = random_generator()
     labels = condition_of(model, 5)
-    whole = generate(model, labels, guidance=1.5, seed=4)
-    parts = [generate(model, labels[i : i + 2], guidance=1.5, seed=4, first_row=i) for i in (0, 2, 4)]
+    whole = generate(model, labels, GuidedSampling(guidance_scale=1.5), seed=4)
+    parts = [
+        generate(model, labels[i : i + 2], GuidedSampling(guidance_scale=1.5), seed=4, first_row=i) for i in (0, 2, 4)
+    ]
     assert torch.equal(whole, torch.cat(parts))
-    assert not torch.equal(whole, generate(model, labels, guidance=1.5, seed=5))
+    assert not torch.equal(whole, generate(model, labels, GuidedSampling(guidance_scale=1.5), seed=5))
     assert len({tuple(row) for row in generate(model, torch.zeros(5, dtype=torch.int64)).tolist()}) > 1
 
 
 def test_a_batch_may_have_several_classes():
     model = random_generator()
-    mixed = generate(model, torch.tensor([0, 2, 0]), guidance=2.0, seed=1)
-    alone = generate(model, torch.tensor([2]), guidance=2.0, seed=1, first_row=1)
+    mixed = generate(model, torch.tensor([0, 2, 0]), GuidedSampling(guidance_scale=2.0), seed=1)
+    alone = generate(model, torch.tensor([2]), GuidedSampling(guidance_scale=2.0), seed=1, first_row=1)
     assert torch.equal(mixed[1:2], alone) and not torch.equal(mixed[0], mixed[2])
 
 
@@ -87,7 +95,7 @@ def test_frequencies_follow_the_softmax():
     logits = torch.randn(8, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(20000) + 0.5) / 20000
     for temperature in (1.0, 0.5):
-        ids = sample_logits(logits.expand(20000, 8), temperature=temperature, uniform=uniform)
+        ids = sample_logits(logits.expand(20000, 8), SamplingOptions(temperature=temperature), uniform=uniform)
         frequencies = torch.bincount(ids, minlength=8) / 20000
         torch.testing.assert_close(frequencies, (logits / temperature).softmax(0), atol=2e-4, rtol=0)
 
@@ -98,7 +106,7 @@ def test_top_k_top_p_and_min_p():
     uniform = torch.linspace(0, 1, 1001)[:1000]
 
     def kept(**options):
-        return set(sample_logits(logits, uniform=uniform, **options).tolist())
+        return set(sample_logits(logits, SamplingOptions(**options), uniform).tolist())
 
     assert kept() == {0, 1, 2, 3}
     assert kept(top_k=2) == {1, 3} and kept(top_k=1) == {1} and kept(top_k=9) == {0, 1, 2, 3}
@@ -117,15 +125,15 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
         ([2.0, 1.0, 2.0, 2.0], {0, 2}),
     ):
         rows = torch.tensor(logits).expand(1000, 4)
-        assert set(sample_logits(rows, top_k=2, uniform=uniform).tolist()) == kept
+        assert set(sample_logits(rows, SamplingOptions(top_k=2), uniform=uniform).tolist()) == kept
 
 
 def test_extreme_options_sample_ids_in_range():
     logits = 100 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     uniform = torch.tensor([0.0, 0.4, 0.9, 1 - 2**-53], dtype=torch.float64)
     for options in ({"temperature": 1e-4}, {"top_p": 1e-6}):
-        assert torch.equal(sample_logits(logits, uniform=uniform, **options), logits.argmax(-1))
-    assert sample_logits(logits, 1e6, uniform=uniform).max() < 50
+        assert torch.equal(sample_logits(logits, SamplingOptions(**options), uniform), logits.argmax(-1))
+    assert sample_logits(logits, SamplingOptions(temperature=1e6), uniform).max() < 50
     assert sample_logits(logits.fill_(torch.nan), uniform=uniform).max() < 50
 
 
@@ -166,21 +174,31 @@ def test_apply_guidance():
         ({"top_k": True}, "top_k is True"),
         ({"min_p": 1.5}, "min_p is 1.5; it must lie in"),
         ({"min_p": None}, "min_p is None"),
-        ({"weights": "fast"}, "weights is 'fast'; it must be 'auto', 'plain', 'packed' or 'fused'"),
-        ({"weights": "fused"}, "'fused' needs a GPU, and these are on cpu: use 'auto'"),
-        ({"weights": "packed", "dtype": torch.float64}, "packed' needs float32 or bfloat16.*not torch.float64"),
-        ({"guidance": -0.5}, "guidance is -0.5"),
-        ({"guidance": float("inf")}, "guidance is inf; it must be a finite number"),
-        ({"guidance": float("nan")}, "guidance is nan; it must be a finite number"),
-        ({"guidance": None}, "guidance is None"),
+        ({"guidance_scale": -0.5}, "guidance_scale is -0.5"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf; it must be a finite number"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan; it must be a finite number"),
+        ({"guidance_scale": None}, "guidance_scale is None"),
         ({"temperature": 1e-39}, r"temperature is 1e-39; it must be .* 0 \(always the likeliest\) or 0.0001 to 1e\+06"),
         ({"temperature": 1e39}, r"temperature is 1e\+39"),
         ({"temperature": 10**400}, "temperature is 1000"),
         ({"top_p": 1e-50}, r"top_p is 1e-50; it must lie in \[1e-06, 1\]"),
-        ({"guidance": 3e38}, r"guidance is 3e\+38; it must be a finite number from 0 to 1000"),
+        ({"guidance_scale": 3e38}, r"guidance_scale is 3e\+38; it must be a finite number from 0 to 1000"),
     ],
 )
 def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        GuidedSampling(**options)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"weights": "fast"}, "weights is 'fast'; it must be 'auto', 'plain', 'packed' or 'fused'"),
+        ({"weights": "fused"}, "'fused' needs a GPU, and these are on cpu: use 'auto'"),
+        ({"weights": "packed", "dtype": torch.float64}, "packed' needs float32 or bfloat16.*not torch.float64"),
+    ],
+)
+def test_bad_weights(options, words):
     with pytest.raises(ValueError, match=words):
         generate(random_generator(), torch.tensor([0]), **options)
 
@@ -188,15 +206,15 @@ def test_bad_options(options, words):
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"final": -1.0}, "final guidance is -1.0"),
-        ({"final": 1e39}, r"final guidance is 1e\+39; it must be a finite number from 0 to 1000"),
-        ({"start": 0.5, "stop": 0.5}, "guidance runs from 0.5 to 0.5"),
-        ({"stop": 1.5}, "0 <= start < stop <= 1"),
+        ({"guidance_final": -1.0}, "guidance_final is -1.0"),
+        ({"guidance_final": 1e39}, r"guidance_final is 1e\+39; it must be a finite number from 0 to 1000"),
+        ({"guidance_start": 0.5, "guidance_stop": 0.5}, "guidance runs from 0.5 to 0.5"),
+        ({"guidance_stop": 1.5}, "0 <= start < stop <= 1"),
     ],
 )
 def test_bad_guidance(fields, words):
     with pytest.raises(ValueError, match=words):
-        Guidance(2.0, **fields)
+        GuidedSampling(guidance_scale=2.0, **fields)
 
 
 def test_bad_conditions():
@@ -208,8 +226,8 @@ def test_bad_conditions():
         generate(random_generator(), torch.zeros(1))
     with pytest.raises(ValueError, match=r"no rows"):
         generate(random_generator(), torch.empty(0, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"use guidance 1\.0"):
+    with pytest.raises(ValueError, match=r"use guidance_scale 1\.0"):
         model = random_generator("frame-prediction")
-        generate(model, condition_of(model, 1), guidance=2.0)
+        generate(model, condition_of(model, 1), GuidedSampling(guidance_scale=2.0))
     with pytest.raises(ValueError, match="needs `uniform`"):
         sample_logits(torch.zeros(1, 4))

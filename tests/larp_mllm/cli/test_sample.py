@@ -10,7 +10,8 @@ from larp.data import token_cache as tokens
 from larp.data.video import probe, write_video
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.sample import Guidance, generate
+from larp.sampling.options import GuidedSampling
+from larp.sampling.sample import generate
 from larp.sampling.training_info import Training, find_training
 from larp_mllm.cli import main
 from tests.larp.codec.test_whole_video import noise, random_tokenizer
@@ -54,7 +55,9 @@ def folder(made, tmp_path, monkeypatch) -> Path:
 def sampled_with(monkeypatch) -> list[dict]:
     """The options of every call of the sampler."""
     calls: list[dict] = []
-    monkeypatch.setattr(larp.sampling.long_clips, "generate", lambda *a, **o: calls.append(o) or generate(*a, **o))
+    monkeypatch.setattr(
+        larp.sampling.long_clips, "generate", lambda *a, **o: calls.append((a[2], o["seed"])) or generate(*a, **o)
+    )
     return calls
 
 
@@ -100,10 +103,8 @@ def test_every_sampling_option_reaches_the_sampler(folder, sampled_with):
     options = {"guidance-scale": 2, "guidance-final": 3, "guidance-start": 0.2, "guidance-stop": 0.9}
     options |= {"temperature": 0.9, "top-k": 7, "top-p": 0.8, "min-p": 0.1, "seed": 5}
     sample("--generator", "c", "--scale", "1", *(f"--{name}={value}" for name, value in options.items()))
-    plain, chosen = sampled_with
-    assert plain["guidance"] == Guidance(1.25) and plain["temperature"] == 1 and plain["seed"] == 0
-    assert chosen["guidance"] == Guidance(2, 3, 0.2, 0.9) and chosen["temperature"] == 0.9
-    assert (chosen["top_k"], chosen["top_p"], chosen["min_p"], chosen["seed"]) == (7, 0.8, 0.1, 5)
+    values = {name.replace("-", "_"): value for name, value in options.items() if name != "seed"}
+    assert sampled_with == [(GuidedSampling(guidance_scale=1.25), 0), (GuidedSampling(**values), 5)]
 
 
 def test_a_video_goes_on(folder, capsys, sampled_with):
@@ -114,7 +115,7 @@ def test_a_video_goes_on(folder, capsys, sampled_with):
         assert re.fullmatch(rf"out/00{number}-clip.mp4: 7 frames at 12.5 fps, seams( [\d.]+){{4}} dB", line)
     assert re.match(r"seams: [\d.]+ dB on average of 8: PSNR", seams)
     assert probe("out/001-clip.mp4").frames == 7 and probe("out/001-clip.mp4").fps == 12.5
-    assert all(call["guidance"] == Guidance(1.0) for call in sampled_with)
+    assert all(sampling == GuidedSampling() for sampling, _ in sampled_with)
     sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "--stride", "4", "--scale", "1")
     assert probe("out/000-clip.mp4").fps == 3.125 and probe("out/000-clip.mp4").frames == 4
 
@@ -285,9 +286,9 @@ def test_the_averaged_weights_of_a_generator(folder, capsys):
             "--seconds 0.2 at 12.5 fps: total_frames is 2, but 3 frames are given: ask for more --seconds",
         ),
         ("--generator p --from short.mp4 --given 3", "short.mp4: has 2 frames, fewer than the 3 given frames"),
-        ("--generator p --from clip.mp4 --given 3 --guidance-scale 2", "use guidance 1.0"),
+        ("--generator p --from clip.mp4 --given 3 --guidance-scale 2", "use guidance_scale 1.0"),
         ("--generator p --from none.mp4", "none.mp4: no such file"),
-        ("--generator c --guidance-scale -1", "guidance is -1.0"),
+        ("--generator c --guidance-scale -1", "guidance_scale is -1.0"),
         ("--generator c --guidance-start 0.5 --guidance-stop 0.5", "0 <= start < stop <= 1"),
         ("--generator c --min-p 2", "min_p is 2.0"),
         ("--generator c --device nonsense", "device 'nonsense'"),

@@ -478,7 +478,9 @@ def test_free_rows_are_the_baseline_and_other_options_are_taken(train, tmp_path,
     assert report["adapter"] == "free" and "adapter.code_input.rows.weight" in weights(tmp_path / "run")
     assert {line["adapter_lr"] for line in lines(tmp_path / "run")} == {2e-3}
     assert report["eval"]["videos"] == 2 and given["trust_remote_code"] is True
-    assert SamplingConfig(guidance_scale=3.0, temperature=0.5).sampling(7) == VideoSampling(3.0, 0.5, seed=7)
+    assert SamplingConfig(guidance_scale=3.0, temperature=0.5).sampling(7) == VideoSampling(
+        guidance_scale=3.0, temperature=0.5, seed=7
+    )
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ PROMPTS = ["a red circle", "surfing", "a person that is surfing slowly with a <|
 
 def test_batch_equals_single(mllm):
     for scale in (1.0, 3.0):
-        together = mllm.generate(PROMPTS, sampling=VideoSampling(scale, seed=3))
-        in_pieces = mllm.generate(PROMPTS, sampling=VideoSampling(scale, seed=3, batch_size=1))
+        together = mllm.generate(PROMPTS, sampling=VideoSampling(guidance_scale=scale, seed=3))
+        in_pieces = mllm.generate(PROMPTS, sampling=VideoSampling(guidance_scale=scale, seed=3, batch_size=1))
         assert [v.codes for v in together] == [v.codes for v in in_pieces]
         assert all(np.array_equal(a.frames, b.frames) for a, b in zip(together, in_pieces, strict=True))
 
@@ -73,7 +73,14 @@ def test_options_change_the_result(qwen):
         return qwen.generate(["surfing"], sampling=VideoSampling(**options))[0].codes
 
     base = codes()
-    changed = [codes(seed=1), codes(temperature=0), codes(guidance_scale=30.0), codes(top_k=1), codes(top_p=0.01)]
+    changed = [
+        codes(seed=1),
+        codes(temperature=0),
+        codes(guidance_scale=30.0),
+        codes(top_k=1),
+        codes(top_p=0.01),
+        codes(min_p=1.0),
+    ]
     assert all(other != base for other in changed)
     assert changed[1] == codes(top_k=1)
     first, second = qwen.generate(["surfing"], num_videos=2)

@@ -37,7 +37,7 @@ def theirs(mllm, rows, count, processors, **options) -> list[list[int]]:
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_videos_are_those_of_transformers_generate(mllm, scale, temperature):
     layout, v = mllm.processor.layout, mllm.model.vocabulary
-    sampling = VideoSampling(scale, temperature, top_k=9, top_p=0.95, seed=5)
+    sampling = VideoSampling(guidance_scale=scale, temperature=temperature, top_k=9, top_p=0.95, seed=5)
     ours = mllm.generate(PROMPTS, sampling=sampling)
     rows = [layout.prompt(mllm.processor.encode_text(text)) for text in PROMPTS]
     if scale != 1.0:
@@ -52,9 +52,11 @@ def test_videos_are_those_of_transformers_generate(mllm, scale, temperature):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_captions_are_those_of_transformers_generate(mllm, temperature):
     layout, model = mllm.processor.layout, mllm.model
-    text = TextSampling(temperature, top_k=40, max_new_tokens=9, seed=2)
+    text = TextSampling(temperature=temperature, top_k=40, max_new_tokens=9, seed=2)
     rows = [layout.question([code] * 4) for code in (3, 7)]
-    processors = logits_processors(model.vocabulary, VideoSampling(1.0), text, prompt_length=6, max_videos=0)
+    processors = logits_processors(
+        model.vocabulary, VideoSampling(guidance_scale=1.0), text, prompt_length=6, max_videos=0
+    )
     written = theirs(mllm, rows, 9, processors, eos_token_id=layout.eos)
     for ours, row in zip(decode_text(model, rows, text, [layout.eos]), written, strict=True):
         assert row[: len(ours)] == ours and set(row[len(ours) :]) <= {layout.eos}
@@ -64,7 +66,7 @@ def test_captions_are_those_of_transformers_generate(mllm, temperature):
 def test_answers_of_text_and_videos_are_those_of_transformers_generate(mllm, monkeypatch, scale):
     model, layout = mllm.model, mllm.processor.layout
     v, prompt = model.vocabulary, layout.prompt(mllm.processor.encode_text("surfing"))[:-1]
-    video, text = VideoSampling(scale, seed=1), TextSampling(1.0, max_new_tokens=12, seed=4)
+    video, text = VideoSampling(guidance_scale=scale, seed=1), TextSampling(temperature=1.0, max_new_tokens=12, seed=4)
     eager_for_videos(mllm, monkeypatch)
     ours = list(decode_answer(model, prompt, layout.prompt([]), video, text, [], max_videos=2))
     kinds = [kind for kind, _ in v.split(ours)]
@@ -87,8 +89,8 @@ def test_the_documented_call_gives_the_documented_video(qwen):
 def test_the_place_in_the_list_chooses_the_random_numbers(qwen):
     layout, v = qwen.processor.layout, qwen.model.vocabulary
     row = layout.prompt(qwen.processor.encode_text("surfing"))
-    ours = qwen.generate(["surfing"], 3, VideoSampling(1.0, seed=7))
-    processors = logits_processors(v, VideoSampling(1.0, seed=7), prompt_length=len(row), first_row=2)
+    ours = qwen.generate(["surfing"], 3, VideoSampling(guidance_scale=1.0, seed=7))
+    processors = logits_processors(v, VideoSampling(guidance_scale=1.0, seed=7), prompt_length=len(row), first_row=2)
     (written,) = theirs(qwen, [row], 4, processors)
     assert [v.id_to_code(i) for i in written] == list(ours[2].codes) != list(ours[0].codes)
 
