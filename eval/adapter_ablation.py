@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench.trainings import stage
+from bench.jobs import stage
 from larp.config import parse, to_dict
 from larp.data.token_cache import TokenCache
 from larp.engine.log import read_metrics

@@ -1,24 +1,23 @@
-"""Everything that a GPU is needed for, in one command and by the clock: tests, speed, and the trainings of the `box` recipes.
+"""Everything that needs a GPU, in one command with a time limit: tests, speed, and the trainings of the `box` recipes.
 
     python eval/gpu.py --pack box.clips --minutes 9 --out runs/gpu
 
-The parts, each a process of its own with its own limit, so that one that fails costs only itself:
+Each part is a process with its own time limit. The others run even if one fails:
 
     tests      the tests marked gpu
     speed      eval/speed_gpu.py
-    unpack     the packed clips (larp-mllm pack-clips) become frames
-    tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; three quarters of what is left of the time
-    tokens     codes of the train, validation and test split; beside it the tokenizer's figures on the test split
-    generator, mllm   the class-conditional generator and the language model, side by side
+    unpack     decodes the packed clips (larp-mllm pack-clips) into frames
+    tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; three quarters of the remaining time
+    tokens     codes of the train, validation and test split, and the tokenizer's metrics on the test split
+    generator, mllm   the class-conditional generator and the language model, in parallel
 
-OUT gets report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB (`--unpack-results OUT`
-puts them together again). Without a GPU: `--device cpu --rehearse` runs the same with tiny sizes.
+OUT holds report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB, which
+`--unpack-results OUT` unpacks. Without a GPU, `--device cpu --rehearse` runs the same with tiny sizes.
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from bench.parts import REPORT, Runner, unpack_results
+from bench.jobs import REPORT, Runner, unpack_results
+from bench.machine import machine
 from larp.config import parse, to_dict
 from larp.engine.clock import check_minutes
 from larp.engine.signals import run_script
@@ -41,41 +41,41 @@ from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 Part = Literal["tests", "speed", "tokenizer", "generator", "mllm"]
-# Seconds that a part may take at most, and how a training's time is shared out.
+# Time limits of the parts in seconds, and the share of the trainings' time that the tokenizer gets.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
 TOKENIZER_SHARE = 0.74
-# Seconds that a training takes beyond its minutes: imports, reading, building; at its end figures and writing, and samples.
+# Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples.
 BEFORE, AFTER, SAMPLES = 20, 8, 6
 
 
 @dataclass(frozen=True)
 class GpuConfig:
-    """Run what needs a GPU, in a given time."""
+    """Run everything that needs a GPU, in a given time."""
 
     minutes: float = 9.0
-    """For everything together."""
+    """Time limit of the whole run."""
     out: Path = Path("runs/gpu")
-    """Where the results go, in files of at most 15 MB."""
+    """Folder of the results, in files of at most 15 MB."""
     work: Path | None = None
-    """Where the parts work and leave what is too large to keep; by default the folder work in `out`."""
+    """Folder that the parts write to, and where large files stay; by default the folder work in `out`."""
     parts: tuple[Part, ...] = get_args(Part)
     wheels: Path | None = None
-    """Folder of wheels that this machine lacks (make wheelhouse): installed into a folder of their own first."""
+    """Folder of wheels that this machine lacks (make wheelhouse); they are installed first, into a temporary folder."""
     pack: Path | None = None
     """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
-    """OUT of an earlier run, unpacked: the trainings go on from its tokenizer, generator and mllm, where they are there."""
+    """Unpacked OUT of an earlier run; each training starts from its tokenizer, generator or mllm if it is there."""
     tokenizer_options: str = ""
-    """Further options of the tokenizer's training, as on its command line."""
+    """Further command line of the tokenizer's training."""
     generator_options: str = ""
-    """The same of the generator's."""
+    """Further command line of the generator's training."""
     mllm_options: str = ""
-    """The same of the language model's."""
+    """Further command line of the language model's training."""
     device: str = "cuda"
     rehearse: bool = False
-    """Tiny sizes, to see that everything runs."""
+    """Tiny sizes, to check that everything runs."""
     unpack_results: Path | None = None
-    """Put the pieces of an earlier run's OUT together in it, and do nothing else."""
+    """OUT of an earlier run, whose results are unpacked in it; nothing else runs."""
 
     def __post_init__(self):
         check_minutes(self.minutes)
@@ -84,25 +84,25 @@ class GpuConfig:
 
     @property
     def trained(self) -> list[str]:
-        """The parts that are trainings."""
+        """The selected parts that are trainings."""
         return [part for part in self.parts if part not in ("tests", "speed")]
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` (by default the program's own) and return the report."""
     argv = sys.argv[1:] if argv is None else argv
-    # First of all: what reads the command line may be among them.
+    # Before the command line is parsed: the package that parses it may be among the wheels.
     for given, following in zip(argv, [*argv[1:], ""], strict=True):
         if given == "--wheels" or given.startswith("--wheels="):
             install(Path(given.partition("=")[2] or following))
-    # The parts may be joined by commas.
+    # Parts may be separated by commas.
     argv = [
         part for item in argv for part in (item.split(",") if set(item.split(",")) <= set(get_args(Part)) else [item])
     ]
     config, _ = parse(GpuConfig, argv, Path(__file__).parent, "gpu.py")
     if config.unpack_results is not None:
         found = unpack_results(config.unpack_results)
-        complete_mllm(config.unpack_results / "weights" / "mllm", config.unpack_results / "weights" / "tokenizer")
+        restore_mllm(config.unpack_results / "weights" / "mllm", config.unpack_results / "weights" / "tokenizer")
         print("\n".join(found))
         return {"files": found}
     check_device(config.device)
@@ -116,18 +116,18 @@ def main(argv: list[str] | None = None) -> dict:
         run_parts(runner, config, earlier)
     finally:
         signal.signal(signal.SIGTERM, before)
-    runner.keep_logs()
+    runner.save_logs()
     print(f"report: {config.out / REPORT}")
     return runner.report
 
 
 def run_parts(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
-    """The parts in their order."""
+    """Run the selected parts in order."""
     tiny = ("--device", "cpu", "--rehearse") if config.rehearse else ()
     if "tests" in config.parts:
         if config.device == "cpu":
             runner.environment["LARP_GPU_TESTS_ON"] = "cpu"
-        # Their trainings take minutes on a CPU; a test of its own runs them there.
+        # The trainings of tests/gpu take minutes on a CPU; tests/test_gpu_rehearsal.py runs them there.
         chosen = ["tests/gpu/test_models.py", "tests/gpu/test_sampler.py"] if tiny else ["tests/gpu"]
         runner.run(LIMITS["tests"], tests=["-m", "pytest", "-m", "gpu", *chosen, "-q", "-rfE"])
     if "speed" in config.parts:
@@ -138,7 +138,7 @@ def run_parts(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> No
 
 
 def resolved(config: GpuConfig) -> GpuConfig:
-    """The config with absolute paths, its folders made; ValueError for an OUT that cannot be used."""
+    """Return the config with absolute paths, and create its folders; ValueError if OUT cannot be used."""
     out = config.out.resolve()
     work = (config.work or out / "work").resolve()
     if (out / REPORT).exists():
@@ -153,7 +153,7 @@ def resolved(config: GpuConfig) -> GpuConfig:
 
 
 def earlier_models(config: GpuConfig) -> dict[str, Path]:
-    """The models that the trainings go on from, by the names of the parts; ValueError where what is needed is not there."""
+    """Return the models that the trainings start from, by the names of the parts; ValueError if a needed one is missing."""
     models = {}
     if (folder := config.start_from) is not None:
         places = {
@@ -181,7 +181,7 @@ def earlier_models(config: GpuConfig) -> dict[str, Path]:
 
 
 def install(wheels: Path) -> None:
-    """Unpack wheels into a new folder that this program and its parts import from; no network is asked."""
+    """Install wheels, without a network, into a temporary folder that this program and its parts import from."""
     files = sorted(map(str, wheels.glob("*.whl")))
     if not files:
         raise ValueError(f"--wheels {wheels} holds no wheel: make them with `make wheelhouse PYTHON=3.12`")
@@ -197,7 +197,7 @@ def install(wheels: Path) -> None:
 
 
 def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
-    """The trainings, one after the other where one needs the other's result."""
+    """Run the trainings, in sequence where one needs the result of another."""
     work, clips = runner.work, runner.work / "clips"
     if config.pack is None:
         return runner.skip("--pack names no packed clips: make them with larp-mllm pack-clips", *config.trained)
@@ -211,19 +211,19 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
             seconds + 2 * AFTER,
             tokenizer=[
                 "training/train_tokenizer.py", *recipe(config, "tokenizer", earlier), "--data", everything, "--out", tokenizer,
-                *lasting(seconds - BEFORE - AFTER), *going_on(earlier, "tokenizer"), *config.tokenizer_options.split(),
+                *time_limit(seconds - BEFORE - AFTER), *start_options(earlier, "tokenizer"), *config.tokenizer_options.split(),
             ],
         )  # fmt: skip
     if not (tokenizer / "model").is_dir():
         if "tokenizer" not in earlier:
             return runner.skip("the tokenizer was not trained", *models)
         shutil.copytree(earlier["tokenizer"], tokenizer / "model")
-    best = smaller(tokenizer / "model", work / "weights" / "tokenizer")
-    runner.keep("tokenizer", best)
+    best = save_bf16(tokenizer / "model", work / "weights" / "tokenizer")
+    runner.save("tokenizer", best)
     if not models:
         return None
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
-    # Given frames as well, from which the language model learns to continue.
+    # With codes of given frames, so that the language model learns to continue a video.
     given = ("--condition-frames", "5", "--workers", "8")
     windows = {"train": ("--windows", "8", "--flips"), "validation": ("--windows", "2"), "test": ()}
     if not runner.run(
@@ -239,28 +239,28 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return runner.skip("there are no tokens to train on", *models)
-    lasts = lasting(runner.left - BEFORE - AFTER - SAMPLES)
-    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *lasts]
+    limit = time_limit(runner.left - BEFORE - AFTER - SAMPLES)
+    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *limit]
     options = {"generator": config.generator_options, "mllm": config.mllm_options}
     runner.run(
         runner.left - 5,
         **{
             name: [
                 f"training/train_{name}.py", *recipe(config, name, earlier), *shared, "--out", work / name,
-                *going_on(earlier, name), *options[name].split(),
+                *start_options(earlier, name), *options[name].split(),
             ]
             for name in models
         },
     )  # fmt: skip
     if (work / "generator" / "model").is_dir():
-        runner.keep("generator", smaller(work / "generator" / "model", work / "weights" / "generator"))
+        runner.save("generator", save_bf16(work / "generator" / "model", work / "weights" / "generator"))
     if (work / "mllm" / "model").is_dir():
-        runner.keep("mllm", smaller_mllm(work / "mllm" / "model", work / "weights" / "mllm"))
+        runner.save("mllm", save_bf16_mllm(work / "mllm" / "model", work / "weights" / "mllm"))
     return None
 
 
 def recipe(config: GpuConfig, model: str, earlier: dict[str, Path]) -> list[str]:
-    """The options that name a model's recipe, and make it tiny for a rehearsal."""
+    """Return the options that select a model's recipe, and make it tiny for a rehearsal."""
     options = [
         "--recipe",
         "tokenizer-box-gpu-more" if model == "tokenizer" and model in earlier else f"{model}-box-gpu",
@@ -285,18 +285,18 @@ TINY = {
 }  # fmt: skip
 
 
-def lasting(seconds: float) -> list[str]:
-    """The option that gives a training so much time, six seconds at least."""
+def time_limit(seconds: float) -> list[str]:
+    """Return the option that limits a training to `seconds`, at least six."""
     return ["--minutes", f"{max(6.0, seconds) / 60:.3f}"]
 
 
-def going_on(earlier: dict[str, Path], part: str) -> list[str]:
-    """The option that begins with earlier weights, where there are some."""
+def start_options(earlier: dict[str, Path], part: str) -> list[str]:
+    """Return the option that starts from earlier weights, if there are some."""
     return ["--start-from", str(earlier[part])] if part in earlier else []
 
 
-def smaller(model: Path, target: Path) -> Path:
-    """Write the averaged weights of a model of larp, or else its weights, in 16 bits; return the folder."""
+def save_bf16(model: Path, target: Path) -> Path:
+    """Save a model of larp in bfloat16, its averaged weights if it has them; return the folder."""
     from larp.models.generator import LarpGenerator
     from larp.models.tokenizer import LarpTokenizer
 
@@ -305,8 +305,8 @@ def smaller(model: Path, target: Path) -> Path:
     return kind.from_pretrained(model, variant=variant).save_pretrained(target, dtype=torch.bfloat16)
 
 
-def smaller_mllm(model: Path, target: Path) -> Path:
-    """Write a language model in 16 bits and without the video tokenizer, which is a result of its own; return the folder."""
+def save_bf16_mllm(model: Path, target: Path) -> Path:
+    """Save a language model in bfloat16 without its video tokenizer, which is saved separately; return the folder."""
     shutil.copytree(model, target, ignore=shutil.ignore_patterns("video_tokenizer", WEIGHTS), dirs_exist_ok=True)
     tensors = load_file(model / WEIGHTS)
     short = {
@@ -317,17 +317,8 @@ def smaller_mllm(model: Path, target: Path) -> Path:
     return target
 
 
-def machine(device: str) -> dict[str, str | int]:
-    """What the report says of the machine."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "cores": os.cpu_count() or 1}
-    if device.startswith("cuda"):
-        properties = torch.cuda.get_device_properties(device)
-        found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-    return found
-
-
-def complete_mllm(folder: Path, tokenizer: Path) -> None:
-    """Make of what `smaller_mllm` left a model that loads: float32 again, its video tokenizer beside it."""
+def restore_mllm(folder: Path, tokenizer: Path) -> None:
+    """Convert the output of `save_bf16_mllm` to a model that loads: weights in float32, with its video tokenizer."""
     inside = folder / "video_tokenizer"
     if not folder.is_dir() or not tokenizer.is_dir() or inside.is_dir():
         return
@@ -337,7 +328,7 @@ def complete_mllm(folder: Path, tokenizer: Path) -> None:
 
 
 def script() -> None:
-    """`main`, whose exit status says whether all parts ended well."""
+    """Run `main`, and exit with status 1 if a part failed."""
     report = main()
     if bad := [name for name, part in report.get("parts", {}).items() if part["status"] != "ok"]:
         print(f"not all parts ended well: {', '.join(bad)}")

@@ -1,35 +1,38 @@
-"""Speed and memory of the tokenizer, and of the language model's head, beside straightforward implementations of the
-same mathematics, in one run:
+"""Speed and memory of the tokenizer and of the language model's loss beside a reference implementation of each:
 
     python eval/speed.py --out speed.json                          # the paper's size
     python eval/speed.py --size small --what inference             # a recipe's, encode and decode only
-    python eval/speed.py --what head                               # the loss of the language model, see eval/bench/head_speed.py
+    python eval/speed.py --what head                               # the loss of the language model, see eval/bench/lm_head.py
     python eval/speed.py --device cuda --precision bf16 --compile --batch-size 16
 
-The two are checked to give the same codes, clips and losses before anything is timed, and then take turns. The floor is the operations
-that the result needs over the machine's own rate for products of these shapes.
+Both implementations must return the same codes, clips and losses before anything is timed. Then they alternate, and each ratio rests
+on at least three pairs of laps, in wall time and in CPU time. The floor is the operations that the result needs, divided by the
+rate that the machine reaches on matmuls of these shapes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from bench import flops
-from bench.head_speed import HeadSize, describe_heads, measure_heads
-from bench.reference import ReferenceTokenizer, judge
+from bench.lm_head import HeadSize, describe_heads, measure_heads
+from bench.machine import describe_machine, machine
+from bench.reference import ReferenceTokenizer, reference_discriminator
 from bench.timing import (
+    MIN_PAIRS,
     Lap,
+    alternate,
+    describe_ratios,
     in_fresh_process,
-    in_turn,
     lap,
-    machine,
-    multiply_rates,
+    matmul_rates,
     peak_memory,
-    ratio,
+    ratios,
     summary,
 )
 from larp.config import from_dict, load_recipe, parse, to_dict
@@ -50,8 +53,8 @@ from torch import Tensor
 
 RECIPES = Path(__file__).resolve().parents[1] / "training" / "recipes"
 SIZES = {"paper": "larp-l-long", "small": "tokenizer-ucf64"}
-WAYS = ("ours", "straightforward")
-# Of the prior's inputs in round 2: its value after the ramp.
+WAYS = ("ours", "reference")
+# Share of sampled inputs in the prior's second round, after its ramp.
 _MIX = 0.5
 
 
@@ -62,15 +65,13 @@ class SpeedConfig:
     size: str = "paper"
     """paper (LARP-L), small (64x64), or a recipe of training/train_tokenizer.py, by name or path."""
     what: tuple[Literal["inference", "training", "adversarial", "head"], ...] = ("inference", "training", "adversarial")
-    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one with the discriminator, which learns; head: the loss of the language model."""
+    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one of tokenizer, prior and discriminator; head: the loss of the language model."""
     out: Path = Path("speed.json")
-    """Where the figures go."""
+    """Where the record goes, written again after each kind of measurement."""
     batch_size: int = 1
     """Clips at a time."""
-    repeats: int = 5
-    """Laps of encode and decode for each of the two, after one to warm up."""
-    rounds: int = 2
-    """Fresh processes for each kind of training step and each of the two, one step after one to warm up in each."""
+    pairs: int = MIN_PAIRS
+    """Laps of each of the two implementations; a lap of training is a step in a fresh process, after one to warm up."""
     threads: int | None = None
     """Of torch on a CPU; by default as many as it takes."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,13 +79,13 @@ class SpeedConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of what is timed (autocast); the check of equality is in fp32."""
     compile: bool = False
-    """torch.compile our blocks; the straightforward implementation stays as it is."""
+    """torch.compile our blocks; the reference implementation stays as it is."""
     head: HeadSize = field(default_factory=HeadSize)
 
     def __post_init__(self):
-        for name in ("batch_size", "repeats", "rounds", "threads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, least in (("batch_size", 1), ("pairs", MIN_PAIRS), ("threads", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.what:
             raise ValueError("what is empty: name inference, training, adversarial or head")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
@@ -134,16 +135,16 @@ def subject_of(config: SpeedConfig) -> Subject:
 
 
 def check_equal(model: LarpTokenizer, clips: Tensor) -> dict[str, float]:
-    """Raise ValueError unless both ways give the same codes and, from these, the same clips; return how near they are.
+    """Raise ValueError unless both implementations return the same codes and, from these, the same clips; return their differences.
 
     Two codes may change places where their cosines differ by less than rounding does.
     """
-    plain = ReferenceTokenizer(model)
-    ours, theirs = model.encode(clips), plain.encode(clips)
+    reference = ReferenceTokenizer(model)
+    ours, theirs = model.encode(clips), reference.encode(clips)
     with torch.inference_mode():
-        cosines = model.quantizer.similarities(plain.project(clips))
+        cosines = model.quantizer.similarities(reference.project(clips))
     gap = (cosines.gather(-1, ours[..., None]) - cosines.gather(-1, theirs[..., None])).abs().amax().item()
-    error = (model.decode(theirs) - plain.decode(theirs)).abs().amax().item()
+    error = (model.decode(theirs) - reference.decode(theirs)).abs().amax().item()
     if gap > 1e-5 or not error <= 1e-4:
         raise ValueError(
             f"the two implementations differ: codes by a cosine of {gap:.2g}, clips by {error:.2g}; nothing was timed"
@@ -152,46 +153,46 @@ def check_equal(model: LarpTokenizer, clips: Tensor) -> dict[str, float]:
 
 
 def inference(subject: Subject) -> dict[str, Any]:
-    """Check that the two ways agree, and time encode and decode in turn."""
+    """Check that both implementations agree, and time encode and decode, alternating."""
     config, model, clips = subject.config, subject.build().eval(), subject.clips()
     agreement = check_equal(model, clips)
-    plain = ReferenceTokenizer(model)
-    codes = plain.encode(clips)
+    reference = ReferenceTokenizer(model)
+    codes = reference.encode(clips)
     if config.compile:
         compile_blocks(model, subject.device)
-    works = [lambda: model.encode(clips), lambda: plain.encode(clips)]
-    works += [lambda: model.decode(codes), lambda: plain.decode(codes)]
+    works = [lambda: model.encode(clips), lambda: reference.encode(clips)]
+    works += [lambda: model.decode(codes), lambda: reference.decode(codes)]
     with subject.autocast():
-        in_turn(works, 1, subject.device)
-        laps = in_turn(works, config.repeats, subject.device)
+        alternate(works, 1, subject.device)
+        laps = alternate(works, config.pairs, subject.device)
     both = [
         [Lap(*map(sum, zip(*pair, strict=True))) for pair in zip(laps[i], laps[i + 2], strict=True)] for i in (0, 1)
     ]
     counts = [
         [flops.forward_flops(count(subject.model, config.batch_size, pruned)) for pruned in (True, False)]
-        for count in (flops.encode_products, flops.decode_products)
+        for count in (flops.encode_matmuls, flops.decode_matmuls)
     ]
     kinds = {"encode": (laps[:2], counts[0]), "decode": (laps[2:], counts[1])}
     kinds["encode+decode"] = both, [sum(pair) for pair in zip(*counts, strict=True)]
     report: dict[str, Any] = {name: side_by_side(*figures) for name, figures in kinds.items()}
-    for index, way in enumerate(WAYS):
-        report["encode+decode"][way]["peak_memory"] = in_fresh_process(inference_memory, subject, bool(index))
+    for way in WAYS:
+        report["encode+decode"][way]["peak_memory"] = in_fresh_process(inference_memory, subject, way)
     return {"agreement": agreement, **report}
 
 
-def inference_memory(subject: Subject, straightforward: bool) -> int:
+def inference_memory(subject: Subject, way: str) -> int:
     """Peak memory in bytes of one encode and decode, in a process that does nothing else."""
     model, clips = subject.build().eval(), subject.clips()
-    way = ReferenceTokenizer(model) if straightforward else model
+    tokenizer = ReferenceTokenizer(model) if way == "reference" else model
     with subject.autocast():
-        way.decode(way.encode(clips))
+        tokenizer.decode(tokenizer.encode(clips))
     return peak_memory(subject.device)
 
 
 def side_by_side(laps: list[list[Lap]], counts: list[int]) -> dict[str, Any]:
-    """Figures of our laps and the straightforward ones, with the operations of each, and the ratio of their times."""
+    """Figures of our laps and those of the reference, with the operations of each, and the ratios of their times."""
     ways = {way: {**summary(own), "flops": count} for way, own, count in zip(WAYS, laps, counts, strict=True)}
-    return {**ways, "time_ratio": ratio(*laps)}
+    return {**ways, **ratios(*laps)}
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -228,10 +229,10 @@ def step_once(
     return loss.item()
 
 
-def train(subject: Subject, adversarial: bool, straightforward: bool) -> dict[str, Any]:
-    """Time a step and its peak memory in a process that does nothing else, after one step without dropout to warm up.
+def train(subject: Subject, adversarial: bool, way: str) -> dict[str, Any]:
+    """Measure time and peak memory of a step in a process that does nothing else, after a step without dropout to warm up.
 
-    That one's loss is returned as well: without dropout it is a number to compare.
+    The loss of the first step is returned as well: without dropout both implementations must give the same.
     """
     model, clips, score = subject.build(), subject.clips(), None
     optimizers = {model: torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.5, 0.9))}
@@ -239,9 +240,9 @@ def train(subject: Subject, adversarial: bool, straightforward: bool) -> dict[st
         with subject.device:
             discriminator = Discriminator(subject.adversary.discriminator(subject.model))
         optimizers[discriminator] = torch.optim.Adam(discriminator.parameters(), lr=3e-5, betas=(0.5, 0.9))
-        score = (lambda clip: judge(discriminator, clip)) if straightforward else discriminator
-    forward = ReferenceTokenizer(model) if straightforward else model
-    if subject.config.compile and not straightforward:
+        score = partial(reference_discriminator, discriminator) if way == "reference" else discriminator
+    forward = ReferenceTokenizer(model) if way == "reference" else model
+    if subject.config.compile and way == "ours":
         for module in optimizers:
             compile_blocks(module, subject.device)
     loss = step_once(subject, forward, score, {module.eval(): own for module, own in optimizers.items()}, clips)
@@ -252,14 +253,13 @@ def train(subject: Subject, adversarial: bool, straightforward: bool) -> dict[st
 
 
 def training(subject: Subject, adversarial: bool) -> dict[str, Any]:
-    """Time training steps of both ways, in fresh processes that take turns."""
-    # Before any figure is taken, in fp32: a step of each must give the same loss.
+    """Time training steps of both implementations, in fresh processes that alternate; ValueError if their losses differ."""
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
-    for _ in range(subject.config.rounds):
+    for _ in range(subject.config.pairs):
         for way in WAYS:
-            runs[way].append(in_fresh_process(train, subject, adversarial, way == WAYS[1]))
+            runs[way].append(in_fresh_process(train, subject, adversarial, way))
         ours, theirs = (runs[way][-1]["loss"] for way in WAYS)
-        # A sample at the edge between two codes may fall on either side; 16 bits round more.
+        # A sample at the edge between two codes may fall on either side; bf16 rounds more.
         if abs(ours / theirs - 1) > (1e-3 if subject.config.precision == "fp32" else 3e-2):
             raise ValueError(f"the two implementations differ: their training losses are {ours} and {theirs}")
     adversary = subject.adversary.discriminator(subject.model) if adversarial else None
@@ -287,39 +287,44 @@ def measure(config: SpeedConfig) -> dict[str, Any]:
         torch.set_num_threads(config.threads)
     device = torch.device(config.device)
     report: dict[str, Any] = {"machine": machine(device), "config": to_dict(config)}
-    if set(config.what) != {"head"}:
-        report |= of_tokenizer(subject_of(config))
-    if "head" in config.what:
-        report["head"] = measure_heads(config.head, config.device, config.precision, config.rounds)
-    report["machine"]["load_average_after"] = machine(device)["load_average"]
     report["memory_is"] = (
         "tensors on the GPU" if device.type == "cuda" else "resident memory of a process that does nothing else"
     )
-    write_json(config.out, report)
+    for figures in measurements(config, device):
+        report |= figures
+        report["machine"]["load_average_after"] = machine(device)["load_average"]
+        write_json(config.out, report)
     return report
 
 
-def of_tokenizer(subject: Subject) -> dict[str, Any]:
-    """The figures of encoding, decoding and training, with the floor of each."""
-    config = subject.config
-    products = [*flops.encode_products(subject.model), *flops.decode_products(subject.model)]
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    rates = multiply_rates(products, subject.device, dtype)
-    report: dict[str, Any] = {"multiply_rates": rates, "model": to_dict(subject.model)}
-    if "inference" in config.what:
-        report |= inference(subject)
-    if "training" in config.what:
-        report["training step"] = training(subject, adversarial=False)
-    if "adversarial" in config.what:
-        report["adversarial step"] = training(subject, adversarial=True)
+def measurements(config: SpeedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Take one kind of measurement after the other, and yield what each adds to the record."""
+    if set(config.what) != {"head"}:
+        subject = subject_of(config)
+        matmuls = [*flops.encode_matmuls(subject.model), *flops.decode_matmuls(subject.model)]
+        rates = matmul_rates(matmuls, device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
+        about, rate = {"matmul_rates": rates, "model": to_dict(subject.model)}, max(rates.values())
+        if "inference" in config.what:
+            yield about | with_floors(inference(subject), rate, config.batch_size)
+        if "training" in config.what:
+            yield about | with_floors({"training step": training(subject, adversarial=False)}, rate, config.batch_size)
+        if "adversarial" in config.what:
+            yield about | with_floors(
+                {"adversarial step": training(subject, adversarial=True)}, rate, config.batch_size
+            )
+    if "head" in config.what:
+        yield {"head": measure_heads(config.head, config.device, config.precision, config.pairs)}
+
+
+def with_floors(report: dict[str, Any], rate: float, clips: int) -> dict[str, Any]:
+    """Add the floor of each kind, in seconds, and clips per second and share of the matmul rate of both implementations."""
     for kind in kinds_of(report):
-        floor = report[kind][WAYS[0]]["flops"] / max(rates.values())
-        report[kind]["floor_seconds"] = floor
+        report[kind]["floor_seconds"] = report[kind]["ours"]["flops"] / rate
         for way in WAYS:
             own = report[kind][way]
-            own["clips_per_second"] = config.batch_size / own["seconds"]
-            own["flops_per_clip"] = own.pop("flops") // config.batch_size
-            own["share_of_rate"] = own["flops_per_clip"] * own["clips_per_second"] / max(rates.values())
+            own["share_of_rate"] = own["flops"] / own.get("cpu_seconds", own["seconds"]) / rate
+            own["clips_per_second"] = clips / own["seconds"]
+            own["flops_per_clip"] = own.pop("flops") // clips
     return report
 
 
@@ -329,30 +334,23 @@ def kinds_of(report: dict[str, Any]) -> list[str]:
 
 
 def describe(report: dict[str, Any]) -> str:
-    """The figures of a report as a table for a person."""
-    on = report["machine"]
-    lines = [
-        f"{on['device']}, {on['threads']} threads, load average {on['load_average']} to {on['load_average_after']}"
-    ]
-    if "multiply_rates" in report:
-        torchs, larps = (report["multiply_rates"][name] / 1e9 for name in ("torch", "larp"))
+    """Return the figures of a record as a table."""
+    lines = [describe_machine(report["machine"])]
+    if "matmul_rates" in report:
+        torchs, larps = (report["matmul_rates"][name] / 1e9 for name in ("torch", "larp"))
         lines += [
-            f"products {torchs:.0f} GFLOP/s by torch's way, {larps:.0f} by larp's",
-            f"{'':17} {'way':16} {'seconds':>9} {'clips/s':>8} {'GFLOP/clip':>10} {'of rate':>8} {'GiB':>6}",
+            f"matmuls {torchs:.0f} GFLOP/s by torch, {larps:.0f} by larp",
+            f"{'':17} {'':9} {'seconds':>8} {'CPU s':>8} {'clips/s':>8} {'GFLOP/clip':>10} {'of rate':>8} {'GiB':>6}",
         ]
     for kind in kinds_of(report):
         for way in WAYS:
             own = report[kind][way]
             memory = f"{own['peak_memory'] / 2**30:.2f}" if "peak_memory" in own else ""
             lines.append(
-                f"{kind:17} {way:16} {own['seconds']:9.3f} {own['clips_per_second']:8.3f} {own['flops_per_clip'] / 1e9:10.1f} "
-                f"{own['share_of_rate']:8.1%} {memory:>6}"
+                f"{kind:17} {way:9} {own['seconds']:8.3f} {own.get('cpu_seconds', 0):8.3f} {own['clips_per_second']:8.3f} "
+                f"{own['flops_per_clip'] / 1e9:10.1f} {own['share_of_rate']:8.1%} {memory:>6}"
             )
-        spread = report[kind]["time_ratio"]
-        lines.append(
-            f"{'':17} time ratio {spread['median']:.3f} ({spread['lowest']:.3f} to {spread['highest']:.3f}), "
-            f"floor {report[kind]['floor_seconds']:.3f} s"
-        )
+        lines.append(f"{'':17} {describe_ratios(report[kind])}, floor {report[kind]['floor_seconds']:.3f} s")
     if "head" in report:
         lines += describe_heads(report["head"])
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""How fast the generator writes codes, beside what the machine could do and beside a naive sampler, in one command:
+"""Speed of the generator's sampler beside reading its weights once and beside a naive sampler, in one command:
 
     python eval/speed_sampler.py --size B --out sampler.json
 
-All contenders run in turn in one process, with random weights of the size asked for, at several positions of a clip: the
-figures are ratios of their medians, by the clock and, on a CPU, by the time on the processor, which other work on the machine
-does not touch. Before anything is timed, all must write the same codes.
+The candidates alternate in one process, with random weights, at several positions of a clip. The figures are ratios of their
+medians, in wall time and, on a CPU, in CPU time, which other work on the machine hardly changes. All must sample the same codes
+before anything is timed.
 
 Shapes: B clips, R rows (2 B: conditional and unconditional), N codes, K codebook size, P positions.
 """
@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Literal
 
-from bench.timing import Lap, in_turn, machine
+from bench.machine import machine
+from bench.timing import MIN_PAIRS, Lap, alternate
 from larp.config import parse, to_dict
 from larp.engine.signals import run_script
 from larp.files import write_json
@@ -38,31 +39,31 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplerSpeedConfig:
-    """Time the sampler of the AR generator against reading its weights, a naive sampler, and a batch of one."""
+    """Time the sampler of the AR generator beside reading its weights, a naive sampler, and a batch of one."""
 
     size: str = "B"
-    """A row of larp.models.generator.SIZES."""
+    """A size of larp.models.generator.SIZES."""
     num_tokens: int = 1024
     """Codes of a clip."""
     codebook_size: int = 8192
     guidance: float = 1.25
-    """Guidance scale; 1 runs the conditional rows alone."""
+    """Guidance scale; with 1 only the conditional rows run."""
     batch_size: int = 8
-    """Clips of the batch that is compared with a single one."""
+    """Clips of the batch that is compared with one clip."""
     positions: int = 4
-    """Places of a clip at which codes are timed: the middles of so many equal parts."""
+    """Positions of a clip at which codes are timed: the middles of this many equal parts."""
     steps: int = 4
-    """Codes of each turn."""
+    """Codes of each lap."""
     repeats: int = 5
-    """Turns at each place; their median counts."""
+    """Laps of each candidate at each position, of which the median counts."""
     check: int = 8
-    """Codes that naive and fast sampler must agree on first."""
+    """Codes that all samplers must agree on first."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the fast sampler's weights and cache; the naive one keeps float32, and only float32 must agree with it."""
+    """Of the fast sampler's weights and cache; the naive one uses float32, and only float32 must agree with it."""
     weights: Weights = "auto"
-    """How the fast sampler multiplies, see larp.kernels.packed_linear."""
+    """Layout of the fast sampler's weights, see larp.kernels.packed_linear."""
     out: Path = Path("sampler.json")
-    """Where the figures go."""
+    """Where the record goes."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the models run."""
 
@@ -70,8 +71,8 @@ class SamplerSpeedConfig:
         check_device(self.device)
         check_guidance_scale("guidance", self.guidance)
         for name in ("num_tokens", "batch_size", "positions", "steps", "repeats", "check"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if getattr(self, name) < (least := MIN_PAIRS if name == "repeats" else 1):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_tokens // self.positions < 2 * self.steps or self.check >= self.num_tokens:
             raise ValueError(
                 f"num_tokens {self.num_tokens} is too short for {self.positions} positions of {self.steps} steps, "
@@ -80,9 +81,9 @@ class SamplerSpeedConfig:
 
 
 class NaiveSampler:
-    """Decoding as it is often written: the cache made anew in every step, and all of it attended to under a mask.
+    """Decoding as it is often written: each step copies the cache, and attends to all of it under a mask.
 
-    So does the published sampler, which besides keeps every code's distribution.
+    The published sampler does so too, and also stores the distribution of every code.
     """
 
     def __init__(self, model: LarpGenerator, rows: int):
@@ -94,14 +95,14 @@ class NaiveSampler:
         self.probabilities: list[Tensor] = []
 
     def prefill(self, condition: Tensor) -> Tensor:
-        """Read the condition of each row; return the logits (R, K) of the first code."""
-        return self._read(self.model.embed_condition(condition))
+        """Append the condition of each row; return the logits (R, K) of the first code."""
+        return self._append(self.model.embed_condition(condition))
 
     def decode_one(self, codes: Tensor) -> Tensor:
-        """Read one more code of each row (R,); return the logits (R, K) of the next."""
-        return self._read(self.model.tok_embeddings(codes)[:, None])
+        """Append one more code to each row (R,); return the logits (R, K) of the next."""
+        return self._append(self.model.tok_embeddings(codes)[:, None])
 
-    def _read(self, x: Tensor) -> Tensor:
+    def _append(self, x: Tensor) -> Tensor:
         places = torch.arange(self.filled, self.filled + x.shape[1], device=x.device)
         x = x + self.model.abs_pe[:, places]
         mask = self.mask[places].repeat(self.rows, 1, 1, 1)
@@ -123,7 +124,7 @@ class NaiveSampler:
 
 
 def random_generator(config: SamplerSpeedConfig) -> LarpGenerator:
-    """A class-conditional generator with random weights, those of the head included."""
+    """Return a class-conditional generator with random weights, those of the head included."""
     torch.manual_seed(0)
     shape = GeneratorConfig.of_size(config.size, num_tokens=config.num_tokens, codebook_size=config.codebook_size)
     with torch.device(config.device):
@@ -133,7 +134,7 @@ def random_generator(config: SamplerSpeedConfig) -> LarpGenerator:
 
 
 def read_weights(model: LarpGenerator) -> Callable[[int], None]:
-    """Return what reads every weight once for each of some codes: matrix-vector products, one for each weight."""
+    """Return a function that reads every weight once per code, by a matrix-vector product each."""
     weights = [w for block in model.layers for w in BlockWeights.fused(block, torch.float32)] + [model.output.weight]
     vectors = {width: torch.ones(width, device=weights[0].device) for width in {w.shape[1] for w in weights}}
 
@@ -145,8 +146,8 @@ def read_weights(model: LarpGenerator) -> Callable[[int], None]:
     return run
 
 
-class Contender:
-    """A sampler that writes sampled codes of some clips from any position on."""
+class Candidate:
+    """A sampler of some clips that starts at any position."""
 
     def __init__(self, sampler: Decoder | NaiveSampler, clips: int, config: SamplerSpeedConfig):
         self.sampler, self.clips, self.guidance = sampler, clips, config.guidance
@@ -158,13 +159,13 @@ class Contender:
         self.uniforms = row_uniforms(0, 0, clips, config.num_tokens).to(config.device)
 
     def choose(self, logits: Tensor, index: Tensor, greedy: bool = False) -> Tensor:
-        """Draw the codes (B,) of an index (1,) from logits (R, K)."""
+        """Sample the codes (B,) of an index (1,) from logits (R, K)."""
         logits = apply_guidance(logits, self.guidance) if self.guidance != 1 else logits
         sampling = SamplingOptions(temperature=float(not greedy))
         return sample_logits(logits, sampling, self.uniforms.index_select(1, index)[:, 0])
 
     def first_codes(self, count: int) -> Tensor:
-        """Return the first `count` codes (B, count), the likeliest at each step."""
+        """Return the first `count` codes (B, count), the most probable at each step."""
         index = torch.zeros(1, dtype=torch.int64, device=self.uniforms.device)
         codes = [self.choose(self.sampler.prefill(self.condition), index, greedy=True)]
         copies = len(self.condition) // self.clips
@@ -173,8 +174,8 @@ class Contender:
             codes.append(self.choose(logits, index, greedy=True))
         return torch.stack(codes, dim=1)
 
-    def write(self, position: int, codes: int) -> None:
-        """Write so many codes of each clip from a position on; what the cache holds before it costs no time."""
+    def sample(self, position: int, codes: int) -> None:
+        """Sample `codes` codes of each clip from a position on; the cache before it is not computed."""
         self.sampler.filled = position
         if isinstance(self.sampler, Decoder):
             self.sampler.position.fill_(position)
@@ -187,60 +188,62 @@ class Contender:
             sampled = self.choose(logits, torch.zeros(1, dtype=torch.int64, device=sampled.device))
 
 
-def make_contenders(config: SamplerSpeedConfig, model: LarpGenerator) -> dict[str, Contender]:
+def make_candidates(config: SamplerSpeedConfig, model: LarpGenerator) -> dict[str, Candidate]:
     """Return the fast sampler and the naive one, for one clip and for a batch."""
     copies = 1 if config.guidance == 1 else 2
     dtype, made = getattr(torch, config.precision), {}
     for name, clips in (("one", 1), ("batch", config.batch_size)):
         decoder = Decoder(model, copies * clips, weights=config.weights, dtype=dtype)
-        # Pages that nobody has written are all one page, which is read faster than a real cache.
+        # Memory that was never written maps to one page of zeros, which is read faster than a real cache.
         decoder.cache.keys.fill_(0.5)
         decoder.cache.values.fill_(0.5)
-        made[name] = Contender(decoder, clips, config)
-        made[f"naive_{name}"] = Contender(NaiveSampler(model, copies * clips), clips, config)
+        made[name] = Candidate(decoder, clips, config)
+        made[f"naive_{name}"] = Candidate(NaiveSampler(model, copies * clips), clips, config)
     return made
 
 
-def check_agreement(config: SamplerSpeedConfig, contenders: dict[str, Contender]) -> None:
-    """Raise AssertionError unless all write the same codes for the first clip."""
-    codes = {name: contender.first_codes(config.check)[:1] for name, contender in contenders.items()}
+def check_agreement(config: SamplerSpeedConfig, candidates: dict[str, Candidate]) -> None:
+    """Raise AssertionError unless all sample the same codes for the first clip."""
+    codes = {name: candidate.first_codes(config.check)[:1] for name, candidate in candidates.items()}
     if config.precision == "float32":
-        assert torch.equal(codes["one"], codes["naive_one"]), "naive and fast sampler write different codes"
+        assert torch.equal(codes["one"], codes["naive_one"]), "naive and fast sampler sample different codes"
     assert torch.equal(codes["batch"], codes["one"]), "a clip alone and in a batch has different codes"
 
 
 @torch.no_grad()
 def measure(config: SamplerSpeedConfig) -> dict:
-    """Time all contenders at all places, in turn, and return the figures."""
+    """Time all candidates at all positions, alternating, and return the figures."""
     model, device = random_generator(config), torch.device(config.device)
-    contenders = make_contenders(config, model)
-    check_agreement(config, contenders)
-    decoder = contenders["one"].sampler
+    candidates = make_candidates(config, model)
+    check_agreement(config, candidates)
+    decoder = candidates["one"].sampler
     read, count = read_weights(model), decoder.best_threads()
     part = config.num_tokens // config.positions
-    places = [part * number + part // 2 for number in range(config.positions)]
-    laps: dict[str, list[list[Lap]]] = {name: [] for name in ("read", *contenders)}
+    positions = [part * number + part // 2 for number in range(config.positions)]
+    laps: dict[str, list[list[Lap]]] = {name: [] for name in ("read", *candidates)}
     with threads(count):
-        for place in places:
+        for position in positions:
             works = [lambda: read(config.steps)]
-            works += [lambda one=one, place=place: one.write(place, config.steps) for one in contenders.values()]
-            # The first turn of all warms up.
-            for own, turns in zip(laps.values(), in_turn(works, config.repeats + 1, device), strict=True):
-                own.append(turns[1:])
+            works += [
+                lambda one=one, position=position: one.sample(position, config.steps) for one in candidates.values()
+            ]
+            # The first lap of each warms up.
+            for own, timed in zip(laps.values(), alternate(works, config.repeats + 1, device), strict=True):
+                own.append(timed[1:])
     record = figures(config, laps, "seconds")
     if device.type == "cpu":
         record["by_cpu_time"] = figures(config, laps, "cpu_seconds")
     return record | {
-        "positions": places,
+        "positions": positions,
         "threads": count,
         "weights": "packed" if isinstance(decoder.head, PackedLinear) else "plain",
     }
 
 
 def figures(config: SamplerSpeedConfig, laps: dict[str, list[list[Lap]]], clock: str) -> dict:
-    """Return the ratios from the laps of each contender at each place, by a field of Lap."""
+    """Return the ratios of the candidates from their laps at each position, by a field of `Lap`."""
     at = {
-        name: [1000 * median(getattr(lap, clock) for lap in turns) / config.steps for turns in places]
+        name: [1000 * median(getattr(lap, clock) for lap in timed) / config.steps for timed in places]
         for name, places in laps.items()
     }
     mean = {name: fmean(values) for name, values in at.items()}
@@ -269,15 +272,15 @@ def evaluate(config: SamplerSpeedConfig) -> dict:
 
 
 def report(record: dict) -> str:
-    """The figures as a person should read them."""
+    """Return the figures of a record as a table."""
     config, cpu = record["config"], record.get("by_cpu_time")
     lines = [
         f"size {config['size']}, {config['precision']}, {config['num_tokens']} codes of {config['codebook_size']}, guidance "
-        f"{config['guidance']}, {record['threads']} threads, {record['weights']} weights; milliseconds for each code",
+        f"{config['guidance']}, {record['threads']} threads, {record['weights']} weights; milliseconds per code",
         *_table(record, config["batch_size"]),
     ]
     if cpu is not None:
-        lines += ["the same by the time on the processor", *_table(cpu, config["batch_size"])]
+        lines += ["the same in CPU time", *_table(cpu, config["batch_size"])]
     for name, values in (cpu or record)["milliseconds_at_positions"].items():
         at = ", ".join(f"{place}: {value:.2f}" for place, value in zip(record["positions"], values, strict=True))
         lines.append(f"  {name} at position {at}")

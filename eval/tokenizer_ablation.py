@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from bench.trainings import stage
+from bench.jobs import stage
 from larp.config import parse, to_dict
 from larp.engine.signals import run_script
 from larp.files import write_json

@@ -1,4 +1,4 @@
-"""Measurements that stand alone: each in its own try block with its own time, and the record on disk after each one."""
+"""Measurements that fail or succeed one by one, with the record written after each, and the clocks of a GPU."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ import torch
 
 
 class Measurements:
-    """Runs measurements one by one, until the time is over.
+    """Runs measurements one by one within a time limit.
 
     Args:
-        out: the JSON file, written anew after each measurement.
-        seconds: all that there is.
+        out: JSON file, written again after each measurement.
+        seconds: time limit of all measurements.
         record: what the file holds beside the measurements.
     """
 
@@ -32,28 +32,28 @@ class Measurements:
         self.record = record | {"measurements": self.figures}
 
     def take(self, name: str, work: Callable[[], dict[str, Any]], needs: float = 1.0) -> dict[str, Any]:
-        """Note the figures of `work`, or its error; or, where less than `needs` seconds are left, that it was skipped."""
+        """Record the figures of `work`, its error, or that it was skipped because less than `needs` seconds are left."""
         left, began = self.ends - time.monotonic(), time.monotonic()
         if left < needs:
             figures: dict[str, Any] = {"skipped": f"needs about {needs:.0f} s, {max(left, 0):.0f} s were left"}
         else:
             try:
-                self._forget()
+                self._free_memory()
                 figures = work()
                 if self.device.type == "cuda":
                     figures["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
             except Exception as error:
-                # As text: an exception that is kept keeps all tensors of its frames.
+                # As text: a stored exception holds all tensors of its frames.
                 figures = {"error": f"{type(error).__name__}: {str(error).strip()[:600]}"}
             figures["took"] = round(time.monotonic() - began, 2)
         self.figures[name] = figures
-        # At once: where a kernel has broken the GPU's context, nothing that asks it comes back.
+        # At once: if a kernel has broken the CUDA context, every later call that uses it fails.
         write_json(self.out, self.record)
-        said = figures.get("error") or figures.get("skipped") or "done"
-        print(f"{name}: {said.splitlines()[0][:160]} ({figures.get('took', 0)} s)", flush=True)
+        status = figures.get("error") or figures.get("skipped") or "done"
+        print(f"{name}: {status.splitlines()[0][:160]} ({figures.get('took', 0)} s)", flush=True)
         return figures
 
-    def _forget(self) -> None:
+    def _free_memory(self) -> None:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -62,7 +62,7 @@ class Measurements:
 
 
 def mark(device: torch.device) -> Any:
-    """A point in time of the device's own work: an event on a GPU, else the clock."""
+    """Return a point in time of the device's work: a CUDA event on a GPU, else the clock."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -71,12 +71,12 @@ def mark(device: torch.device) -> Any:
 
 
 def between(first: Any, second: Any) -> float:
-    """Seconds between two marks; on a GPU after a synchronisation."""
+    """Return the seconds between two marks; on a GPU call `finish` first."""
     return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
 
 
 def finish(device: torch.device) -> None:
-    """Wait for all that was started on the device."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -84,9 +84,9 @@ def finish(device: torch.device) -> None:
 def seconds_of(
     work: Callable[[], Any], device: torch.device, budget: float, warm: int = 2, least: int = 3, most: int = 30
 ) -> float:
-    """The median time of `work` over `least` to `most` runs one right after the other, about `budget` seconds of them.
+    """Return the median time of `work` in seconds, over `least` to `most` consecutive runs that take about `budget` seconds.
 
-    `warm` runs and one more go before.
+    `warm` runs and one more precede them.
     """
     for _ in range(warm):
         work()
@@ -104,7 +104,7 @@ def seconds_of(
 
 
 def busiest(work: Callable[[], Any], device: torch.device, rows: int = 16) -> list[dict[str, Any]]:
-    """The kernels (on a CPU the operators) that one run of `work` spends its time in: name, calls, milliseconds."""
+    """Return the kernels (on a CPU the operators) of longest time in one run of `work`: name, calls, milliseconds."""
     from torch.profiler import ProfilerActivity, profile
 
     kinds = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
@@ -120,7 +120,7 @@ def busiest(work: Callable[[], Any], device: torch.device, rows: int = 16) -> li
 
 
 def copy_rate(size: int, budget: float, device: torch.device) -> dict[str, Any]:
-    """Bytes a second, read and written, of a copy of so many bytes within the device's memory."""
+    """Measure the bytes per second, read and written, of a copy of `size` bytes within the device's memory."""
     source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     seconds = seconds_of(lambda: target.copy_(source), device, budget)
@@ -128,7 +128,7 @@ def copy_rate(size: int, budget: float, device: torch.device) -> dict[str, Any]:
 
 
 def matmul_rate(side: int, budget: float, device: torch.device) -> dict[str, Any]:
-    """Operations a second of a square product in bf16."""
+    """Measure the operations per second of a square matmul in bf16."""
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16)
     seconds = seconds_of(lambda: a @ b, device, budget)
     return {"seconds": seconds, "operations_a_second": 2 * side**3 / seconds}

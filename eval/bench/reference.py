@@ -1,7 +1,7 @@
-"""The tokenizer's mathematics written down as the paper describes it: the yardstick of eval/speed.py.
+"""Reference implementation of the tokenizer, as the paper describes it, which eval/speed.py compares ours with.
 
-All positions go through every layer, the patch embedding is a convolution, codes are the argmax of a softmax, and every product is
-torch's own. It takes the weights of our models and must give what they give.
+All positions go through every layer, the patch embedding is a convolution, codes are the argmax of a softmax, and every matmul is
+torch's own. It uses the weights of our models and must return what they return.
 
 Shapes: B batch, T frames, H, W pixels, N tokens, K codebook size, d code dimension, S sequence, D width.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 class ReferenceTokenizer:
-    """A `LarpTokenizer`'s weights, used in the straightforward way; called as it is called in training."""
+    """The reference implementation of a `LarpTokenizer`, on its weights; called as it is called in training."""
 
     def __init__(self, model: LarpTokenizer):
         self.model = model
@@ -58,8 +58,8 @@ class ReferenceTokenizer:
         t, h, w = model.config.grid(model.decoder_patch_size)
         pt, ph, pw = model.decoder_patch_size
         x = model.out_linear(latents) + model.latent_positions
-        asked = (model.decoder_positions + model.patch_type).expand(len(x), -1, -1)
-        x = _blocks(model.decoder.blocks, torch.cat([x, asked], dim=1))
+        queries = (model.decoder_positions + model.patch_type).expand(len(x), -1, -1)
+        x = _blocks(model.decoder.blocks, torch.cat([x, queries], dim=1))
         pixels = model.head(model.norm_final(x[:, model.num_tokens :]))
         return rearrange(
             pixels, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw
@@ -81,7 +81,7 @@ class ReferenceTokenizer:
         return Quantized(normal + (chosen - normal).detach(), codes, *losses)
 
 
-def judge(discriminator: Discriminator, clip: Tensor) -> Tensor:
+def reference_discriminator(discriminator: Discriminator, clip: Tensor) -> Tensor:
     """Map clips (B, 3, T, H, W) to the discriminator's logits (B, 1)."""
     x = _patches(discriminator.x_embedder, clip) + discriminator.positions
     x = _blocks(discriminator.encoder.blocks, torch.cat([discriminator.cls_token.expand(len(x), -1, -1), x], dim=1))

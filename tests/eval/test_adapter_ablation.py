@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from bench import trainings
+from bench import jobs
 from eval import adapter_ablation as ablation
 from tests.larp_mllm.tiny import tiny_cache
 
@@ -40,7 +40,7 @@ def pretend(commands: list, monkeypatch, fail_at: int | None = None, sampled: bo
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(trainings, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=run))
     if not sampled:
         monkeypatch.setattr(ablation, "plot", lambda *_: False)
 

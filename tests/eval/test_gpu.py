@@ -8,7 +8,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from bench.parts import PIECE
+from bench.jobs import PIECE
 from eval.gpu import GpuConfig, main
 from larp.data.clip_pack import PackOptions, pack_clips
 from larp.models.generator import LarpGenerator

@@ -2,11 +2,9 @@
 
 import json
 
-from bench.measurements import Measurements
 from eval import speed_gpu
 
 import pytest
-import torch
 
 
 @pytest.mark.slow
@@ -33,23 +31,6 @@ def test_what_is_chosen_is_measured_beside_the_ceilings(tmp_path):
     figures = json.loads(out.read_text())["measurements"]
     assert list(figures)[:2] == ["copy", "matmul"] and len(figures) == 10
     assert all(name.startswith("loss, ") for name in list(figures)[2:])
-
-
-def test_a_measurement_that_fails_or_has_no_time_costs_only_itself(tmp_path):
-    out, device = tmp_path / "speed.json", torch.device("cpu")
-    take = Measurements(out, device, 60, {"machine": "some"})
-
-    def breaks():
-        raise RuntimeError("out of luck\nand of memory")
-
-    take.take("first", breaks)
-    assert take.take("second", lambda: {"seconds": 1.0})["seconds"] == 1
-    assert "needs about 99 s" in take.take("third", breaks, needs=99)["skipped"]
-    record = json.loads(out.read_text())
-    assert record["machine"] == "some" and list(record["measurements"]) == ["first", "second", "third"]
-    assert record["measurements"]["first"]["error"] == "RuntimeError: out of luck\nand of memory"
-    lines = speed_gpu.table(record)
-    assert "error: RuntimeError: out of luck" in lines[0] and "skipped" in lines[2]
 
 
 def test_the_clock_must_have_time():

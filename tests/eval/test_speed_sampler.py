@@ -4,7 +4,7 @@ import json
 
 from bench.timing import Lap
 from eval import speed_sampler
-from eval.speed_sampler import SamplerSpeedConfig, check_agreement, figures, make_contenders, random_generator
+from eval.speed_sampler import SamplerSpeedConfig, check_agreement, figures, make_candidates, random_generator
 
 import pytest
 import torch
@@ -12,9 +12,9 @@ import torch
 TINY = ["--size", "tiny", "--num-tokens", "16", "--codebook-size", "64", "--batch-size", "3", "--positions", "2"]
 
 
-def test_all_contenders_are_timed_and_written_down(tmp_path, capsys):
+def test_all_candidates_are_timed_and_written_down(tmp_path, capsys):
     out = tmp_path / "sampler.json"
-    record = speed_sampler.main([*TINY, "--steps", "1", "--repeats", "1", "--out", str(out)])
+    record = speed_sampler.main([*TINY, "--steps", "1", "--repeats", "3", "--out", str(out)])
     assert json.loads(out.read_text()) == record
     assert record["positions"] == [4, 12] and record["weights"] in ("packed", "plain")
     assert set(record["milliseconds"]) == {"read", "one", "naive_one", "batch", "naive_batch"}
@@ -37,11 +37,11 @@ def test_ratios():
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_sampler_that_writes_other_codes_is_not_timed(guidance):
     config = SamplerSpeedConfig("tiny", 16, 64, guidance, 3, positions=1, steps=1, check=8, device="cpu")
-    contenders = make_contenders(config, random_generator(config))
-    check_agreement(config, contenders)
-    contenders["one"].sampler.position_embeddings = -contenders["one"].sampler.position_embeddings
-    with pytest.raises(AssertionError, match="write different codes"):
-        check_agreement(config, contenders)
+    candidates = make_candidates(config, random_generator(config))
+    check_agreement(config, candidates)
+    candidates["one"].sampler.position_embeddings = -candidates["one"].sampler.position_embeddings
+    with pytest.raises(AssertionError, match="sample different codes"):
+        check_agreement(config, candidates)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from bench import trainings as stages
+from bench import jobs
 from eval import tokenizer_ablation as ablation
 
 import pytest
@@ -37,7 +37,7 @@ def pretend(commands: list, fail_at: int | None = None):
 
 def test_variants_and_seeds_are_trained_measured_and_summarised(tmp_path, monkeypatch, capsys):
     commands: list = []
-    monkeypatch.setattr(stages.subprocess, "run", pretend(commands))
+    monkeypatch.setattr(jobs.subprocess, "run", pretend(commands))
     out = tmp_path / "a.json"
     options = ["--data", "d", "--seeds", "0", "1", "--variants", "larp", "no-prior", "--runs", str(tmp_path / "runs")]
     report = ablation.main([*options, "--out", str(out)])
@@ -57,7 +57,7 @@ def test_variants_and_seeds_are_trained_measured_and_summarised(tmp_path, monkey
 def test_a_failed_stage_is_said_and_the_command_goes_on_there(tmp_path, monkeypatch):
     commands: list = []
     options = ["--data", "d", "--variants", "larp", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "a.json")]
-    monkeypatch.setattr(stages.subprocess, "run", pretend(commands, fail_at=3))
+    monkeypatch.setattr(jobs.subprocess, "run", pretend(commands, fail_at=3))
     with pytest.raises(ValueError, match=r"extract_tokens\.py ended with status 1"):
         ablation.main(options)
     ablation.main(options)

@@ -1,8 +1,10 @@
-"""A job of several parts against the clock: each a process with its own limit, the report and the results written as they come.
+"""Scripts of this repository as processes: stages that run once each, and parts with a time limit.
 
-runner = Runner(out, out / "work", deadline=time.monotonic() + 540)
+stage(folder / "report.json", ROOT / "training/train_tokenizer.py", "--out", folder)   # unless the report exists
+
+runner = Runner(out, out / "work", deadline=time.monotonic() + 540, root=ROOT)
 runner.run(100, tests=["-m", "pytest", "-q"])          # one part; several run side by side
-runner.keep("weights", runner.work / "weights")        # OUT/weights.tar.00, weights.tar.01, ...
+runner.save("weights", runner.work / "weights")        # OUT/weights.tar.00, weights.tar.01, ...
 unpack_results(out)                                    # elsewhere, later
 """
 
@@ -18,26 +20,61 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from larp.files import write_json
 
 PIECE = 15 * 2**20
-"""Bytes of a file of results at most."""
+"""Maximum size of a file of results, in bytes."""
 REPORT = "report.json"
 _LINES = 12
-# What of the work folder is small and worth keeping beside the logs.
+# Small files of the work folder that are saved beside the logs.
 _FIGURES = ("*.json", "*/report.json", "*/config.json", "*/metrics.jsonl", "*.png", "*/samples/*.png")
+
+
+class StageError(ValueError):
+    """A script ended with another status than 0."""
+
+
+def stage(
+    product: Path, script: Path, *options: object, resumes: bool = False, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run a script in a process of its own, unless its product exists.
+
+    Args:
+        product: file that exists when the stage is done, written by the script or by the caller after it.
+        script: path of the script, whose parent's parent is added to `PYTHONPATH`.
+        options: command line of the script.
+        resumes: add --resume where an earlier run left a config.json beside the product.
+        environment: variables to add to those of this process.
+
+    Raises StageError if the script ends with another status than 0; the script prints the reason.
+    """
+    if product.exists():
+        return
+    begun = resumes and (product.parent / "config.json").exists()
+    command = [sys.executable, str(script), *map(str, options), *(["--resume"] if begun else [])]
+    print("==", " ".join(command), flush=True)
+    began = time.monotonic()
+    variables = {**os.environ, "PYTHONPATH": str(script.resolve().parents[1]), **(environment or {})}
+    status = subprocess.run(command, check=False, env=variables).returncode
+    if status:
+        raise StageError(f"{script.name} ended with status {status}; the same command goes on where this one stopped")
+    print(f"== {time.monotonic() - began:.0f} s", flush=True)
 
 
 @dataclass
 class Runner:
-    """Runs parts as processes of this Python until a deadline, and keeps the report up to date.
+    """Runs parts as processes of this Python until a deadline, and writes the report after each.
 
-    out: where report and results go. work: where parts work. root: their working folder, first on their python path.
-    environment: further variables of theirs.
+    Args:
+        out: folder of the report and the results.
+        work: folder that the parts write to.
+        deadline: when the last part must end, in seconds of `time.monotonic`.
+        root: working folder of the parts, and first in their `PYTHONPATH`.
+        environment: further variables of the parts.
     """
 
     out: Path
@@ -57,9 +94,9 @@ class Runner:
         return self.deadline - time.monotonic()
 
     def run(self, limit: float, **commands: Sequence) -> bool:
-        """Run the named commands side by side, each for `limit` seconds at most; True if all of them ended well.
+        """Run the named commands in parallel, each for at most `limit` seconds; return whether all ended with status 0.
 
-        A signal that ends this program ends them first, and is in the report.
+        A signal that ends this program ends the commands first, and the report says so.
         """
         limit = min(limit, self.left)
         if limit < 5:
@@ -74,30 +111,30 @@ class Runner:
                 except subprocess.TimeoutExpired:
                     status = "out of time"
                     _end(process)
-                self._note(name, status, time.monotonic() - began)
+                self._record(name, status, time.monotonic() - began)
         except BaseException:
             for name, process in started.items():
                 if process.poll() is None:
                     _end(process)
-                    self._note(name, "stopped", time.monotonic() - began)
-            self.keep_logs()
+                    self._record(name, "stopped", time.monotonic() - began)
+            self.save_logs()
             raise
-        self.keep_logs()
+        self.save_logs()
         return all(self.report["parts"][name]["status"] == "ok" for name in commands)
 
     def skip(self, reason: str, *names: str) -> None:
-        """Note that parts are left out, and why."""
+        """Record that parts are skipped, and why."""
         for name in names:
             self.report["parts"][name] = {"status": "skipped", "seconds": 0.0, "lines": reason}
             print(f"{name}: skipped: {reason}", flush=True)
         self.write()
 
     def log(self, name: str) -> Path:
-        """The file that takes what a part prints."""
+        """Return the file that receives the output of a part."""
         return self.work / "logs" / f"{name}.log"
 
     def write(self) -> None:
-        """Write the report as it stands."""
+        """Write the report."""
         write_json(self.out / REPORT, self.report | {"seconds": round(time.monotonic() - self.began, 1)})
 
     def _start(self, name: str, command: Sequence) -> subprocess.Popen:
@@ -113,20 +150,20 @@ class Runner:
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def _note(self, name: str, status: str, seconds: float) -> None:
+    def _record(self, name: str, status: str, seconds: float) -> None:
         lines = "" if status == "ok" else last_lines(self.log(name))
         entry = {"status": status, "seconds": round(seconds, 1)} | ({"lines": lines} if lines else {})
         self.report["parts"][name] = entry
         self.write()
         print(f"{name}: {status} after {seconds:.0f} s{': ' + lines if lines else ''}", flush=True)
 
-    def keep_logs(self) -> None:
-        """Put the logs and the small results of all parts into OUT, in place of earlier ones."""
+    def save_logs(self) -> None:
+        """Save the logs and small results of all parts in `out`, in place of earlier ones."""
         figures = [path for pattern in _FIGURES for path in sorted(self.work.glob(pattern))]
-        self.keep("logs", *(self.log(name) for name in self.report["parts"]), *figures)
+        self.save("logs", *(self.log(name) for name in self.report["parts"]), *figures)
 
-    def keep(self, name: str, *paths: Path) -> None:
-        """Put files and folders of the work folder into OUT as NAME.tar.00 and so on, in place of older ones."""
+    def save(self, name: str, *paths: Path) -> None:
+        """Save files and folders of `work` in `out` as NAME.tar.00, NAME.tar.01, ..., in place of earlier ones."""
         whole = self.work / f"{name}.tar"
         with tarfile.open(whole, "w") as archive:
             for path in paths:
@@ -145,15 +182,15 @@ class Runner:
 
 
 def last_lines(path: Path) -> str:
-    """The last lines of a log, without what progress bars wrote over."""
+    """Return the last lines of a log, where progress bars are lines too."""
     lines = path.read_text(errors="replace").replace("\r", "\n").splitlines() if path.exists() else []
     return "\n".join([line for line in lines if line.strip()][-_LINES:])
 
 
 def unpack_results(folder: Path) -> list[str]:
-    """Put the pieces in OUT together below it, and return the names of what was in them; whole or not at all.
+    """Unpack the results of a run in its folder `out`, all or none, and return the names of the files.
 
-    Raises ValueError for a folder without results, and for pieces that are missing or not those that the report names.
+    Raises ValueError for a folder without results, for missing pieces, and for pieces whose hash differs from the report's.
     """
     try:
         results = json.loads((folder / REPORT).read_text(encoding="utf-8"))["results"]
@@ -192,7 +229,7 @@ def _sha256(paths: Iterable[Path]) -> str:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Stop a part and all that it started: asked first, so that a training saves, then made to."""
+    """Stop a part and its child processes: SIGTERM first, so that a training saves, then SIGKILL."""
     for number, patience in ((signal.SIGTERM, 8), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, number)

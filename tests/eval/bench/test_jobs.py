@@ -1,4 +1,4 @@
-"""eval/bench/parts.py: parts that fail or take too long cost only themselves, and results come back in pieces, whole or not at all."""
+"""eval/bench/jobs.py: parts that fail or take too long cost only themselves, and results come back in pieces, whole or not at all."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.parts import PIECE, Runner, last_lines, unpack_results
+from bench.jobs import PIECE, Runner, last_lines, unpack_results
 
 import pytest
 
@@ -63,10 +63,10 @@ def test_results_come_back_in_pieces_of_bounded_size(tmp_path):
     content = os.urandom(PIECE + 1000)
     (run.work / "weights").mkdir()
     (run.work / "weights" / "model.bin").write_bytes(content)
-    run.keep("weights", run.work / "weights")
+    run.save("weights", run.work / "weights")
     pieces = sorted(tmp_path.glob("weights.tar.*"))
     assert len(pieces) == 2 and all(piece.stat().st_size <= PIECE for piece in pieces)
-    run.keep("weights", run.work / "weights")
+    run.save("weights", run.work / "weights")
     assert sorted(tmp_path.glob("weights.tar.*")) == pieces
     unpack_results(tmp_path)
     assert (tmp_path / "weights" / "model.bin").read_bytes() == content
@@ -76,7 +76,7 @@ def results(folder: Path, size: int = PIECE + 1000) -> bytes:
     run, content = runner(folder), os.urandom(size)
     (run.work / "weights").mkdir()
     (run.work / "weights" / "model.bin").write_bytes(content)
-    run.keep("weights", run.work / "weights")
+    run.save("weights", run.work / "weights")
     return content
 
 
@@ -120,7 +120,7 @@ def test_a_signal_ends_the_parts_and_is_in_the_report(tmp_path):
     program = f"""
 import signal, sys, time
 from pathlib import Path
-from bench.parts import Runner
+from bench.jobs import Runner
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 out = Path({str(tmp_path)!r})
 (out / "work").mkdir()

@@ -1,4 +1,4 @@
-"""How fast codes are written on a GPU: milliseconds a code at places spread over a clip, beside the rate of a plain copy."""
+"""Speed of the generator's sampler on a GPU: milliseconds per code at positions spread over a clip, beside the rate of a copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sampler(
     whole: bool = False,
     weights: Weights = "plain",
 ) -> dict[str, Any]:
-    """Milliseconds a code at places spread over a clip, and the share of the copy's rate at which weights and cache are read."""
+    """Measure milliseconds per code at positions spread over a clip, and the share of the copy's rate at which weights and cache are read."""
     config, device = model.config, model.output.weight.device
     decoder = Decoder(model, 2 * clips, weights=weights, dtype=torch.bfloat16)
     count = config.num_tokens
@@ -48,7 +48,7 @@ def sampler(
         from larp.sampling.decoder_tuning import tune
 
         figures["difference"] = difference(model, decoder, condition)
-        # What the decoder has tried already.
+        # Launch configurations that the decoder has timed.
         figures["tried"] = tune(decoder.fused)
         figures["launch"] = decoder.fused.launch._asdict()
     places = [count * part // 8 for part in (1, 3, 5, 7)]
@@ -58,7 +58,7 @@ def sampler(
         decoder.filled = place
         decoder.position.fill_(place)
         run, span = decoder.make_step(codes, choose, captured), decoder._span()
-        # The most codes that can follow without the attended length growing.
+        # The number of codes before the attended length grows.
         most = max(3, min(32, span - place - 4))
         each.append(seconds_of(lambda run=run, span=span: run(span), device, budget / 4, warm=2, most=most))
     mean = sum(each) / len(each)
@@ -81,7 +81,7 @@ def sampler(
 
         figures["seconds_of_a_whole_clip"] = seconds_of(clip, device, 0.0, warm=0, least=1)
 
-        # The first call of `generate` makes a decoder and captures its graphs, the second finds them.
+        # The first call of `generate` builds a decoder and captures its graphs, the second reuses them.
         marks = [mark(device)]
         for _ in range(2):
             generate(model, labels, SAMPLING, weights=weights, dtype=torch.bfloat16)
@@ -93,7 +93,7 @@ def sampler(
 
 
 def difference(model: LarpGenerator, decoder: Decoder, condition: Tensor) -> float:
-    """How far a decoder's logits of 16 codes are from the plain one's, as a share of the largest; ValueError beyond 5 %."""
+    """Return the largest difference of a decoder's logits from the plain one's over 16 codes, relative to the largest; ValueError above 5 %."""
     plain, worst = Decoder(model, len(condition), weights="plain", dtype=decoder.dtype), 0.0
     for own in (plain, decoder):
         own.prefill(condition)
@@ -107,7 +107,7 @@ def difference(model: LarpGenerator, decoder: Decoder, condition: Tensor) -> flo
 
 
 def build_generator(config: GeneratorConfig, device: torch.device) -> LarpGenerator:
-    """A generator with random weights, those of the head included."""
+    """Return a generator with random weights, those of the head included."""
     torch.manual_seed(0)
     with device:
         model = LarpGenerator(config).eval()
@@ -116,7 +116,7 @@ def build_generator(config: GeneratorConfig, device: torch.device) -> LarpGenera
 
 
 def samplers(take: Measurements, config: GeneratorConfig, numbers: tuple[int, ...], copy: float, budget: float) -> None:
-    """The sampler by torch's kernels, captured and, for the first number of clips, step by step."""
+    """Measure the sampler with torch's kernels, in CUDA graphs and, for the first number of clips, without."""
     model, captured = build_generator(config, take.device), take.device.type == "cuda"
     first, *more = numbers
     take.take(f"sampler, {first} clip", partial(sampler, model, first, copy, budget, captured, whole=True))
@@ -126,7 +126,7 @@ def samplers(take: Measurements, config: GeneratorConfig, numbers: tuple[int, ..
 
 
 def fused_sampler(take: Measurements, config: GeneratorConfig, copy: float, budget: float) -> None:
-    """The sampler of one clip by the fused kernels, where there is a GPU; later than the rest, which they could break."""
+    """Measure the sampler of one clip with the fused kernels, on a GPU; last, because they could break the CUDA context."""
     if take.device.type == "cuda":
         model = build_generator(config, take.device)
         work = partial(sampler, model, 1, copy, budget, True, whole=True, weights="fused")

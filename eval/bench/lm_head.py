@@ -1,17 +1,16 @@
-"""Time and memory of the loss beside the plain way, all logits of all positions at once; `eval/speed.py --what head`.
+"""Time and memory of the language model's loss, in chunks, beside a reference: all logits of all positions at once.
 
-Both give the same loss and gradients, which is checked. V rows of the text head, K codes, n positions.
+`python eval/speed.py --what head` runs it. Both must give the same loss and gradients. V rows of the text head, K codes, n positions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from bench.flops import Product
-from bench.timing import Lap, in_fresh_process, lap, peak_memory, ratio, summary
+from bench.flops import Matmul
+from bench.timing import describe_ratios, in_fresh_process, lap, peak_memory, ratios, summary
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.vocabulary import IGNORE
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-WAYS = ("ours", "plain")
+WAYS = ("ours", "reference")
 BATCHES = ("mixed", "text only")
 
 
@@ -36,7 +35,7 @@ class HeadSize:
     text_share: float = 0.1
     """Of the targets of the mixed batch."""
     chunk: int = 1024
-    """Positions of which logits are made at a time, in ours."""
+    """Positions whose logits exist at a time, in ours."""
 
     def __post_init__(self):
         for name in ("hidden", "vocab_size", "codebook_size", "positions", "chunk"):
@@ -71,7 +70,7 @@ class HeadCase:
         return LarpMllmForCausalLM.from_base(base, 0, codebook, 1, "free")
 
     def inputs(self, model: LarpMllmForCausalLM) -> tuple[Tensor, Tensor]:
-        """Hidden states (1, n + 1, H) that want a gradient, and labels (1, n + 1), text here and there."""
+        """Return hidden states (1, n + 1, H) that require a gradient, and labels (1, n + 1) of text and codes."""
         generator = torch.Generator().manual_seed(1)
         count, texts = self.size.positions, self.size.text_targets(self.batch)
         hidden = torch.randn(1, count + 1, self.size.hidden, generator=generator)
@@ -82,22 +81,22 @@ class HeadCase:
         labels = F.pad(torch.where(is_text, words, codes), (1, 0), value=IGNORE)[None]
         return hidden.to(self.device).requires_grad_(), labels.to(self.device)
 
-    def products(self, plain: bool) -> list[Product]:
-        """The products of one forward and backward pass; the gradients of what is frozen are not taken."""
+    def matmuls(self, way: str) -> list[Matmul]:
+        """The matmuls of one forward and backward pass; frozen weights get no gradient."""
         texts = self.size.text_targets(self.batch)
-        rows = [self.size.positions] * 3 if plain else [texts, texts, self.size.positions - texts]
+        rows = [self.size.positions] * 3 if way == "reference" else [texts, texts, self.size.positions - texts]
         classes = (self.size.vocab_size, 2, self.size.codebook_size)
         return [
-            Product(count, self.size.hidden, width, gradients=2 if self.trained or index else 1)
+            Matmul(count, self.size.hidden, width, gradients=2 if self.trained or index else 1)
             for index, (count, width) in enumerate(zip(rows, classes, strict=True))
             if count
         ]
 
 
-def plain_loss(model: LarpMllmForCausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The loss of the model by one cross-entropy over text, controls and codes, of all positions.
+def reference_loss(model: LarpMllmForCausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the model as one cross entropy over text, controls and codes, of all positions.
 
-    At a code's position text is made impossible, and codes elsewhere, as inside and outside of a video.
+    Logits of text are minus infinity where the target is a code, and those of codes elsewhere, as inside and outside of a video.
     """
     hidden = model.base.base_model(inputs_embeds=hidden).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
@@ -111,18 +110,18 @@ def plain_loss(model: LarpMllmForCausalLM, hidden: Tensor, labels: Tensor) -> Te
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def one_pass(case: HeadCase, plain: bool) -> dict[str, Any]:
-    """Time a forward and backward pass and the memory it takes, in a process that does nothing else.
+def one_pass(case: HeadCase, way: str) -> dict[str, Any]:
+    """Measure time and memory of a forward and backward pass, in a process that does nothing else.
 
-    Also returned: the loss, and what tells whether the gradients are the same (of the head's weights a projection).
+    The loss and the gradients are returned as well (of the head's weights a projection).
     """
     model, device = case.build(), torch.device(case.device)
     hidden, labels = case.inputs(model)
 
     def work(count: int) -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-            if plain:
-                loss = plain_loss(model, hidden[:, :count], labels[:, :count])
+            if way == "reference":
+                loss = reference_loss(model, hidden[:, :count], labels[:, :count])
             else:
                 loss = model(inputs_embeds=hidden[:, :count], labels=labels[:, :count], head_chunk=case.size.chunk).loss
         loss.backward()
@@ -131,8 +130,8 @@ def one_pass(case: HeadCase, plain: bool) -> dict[str, Any]:
     work(3)
     for tensor in (hidden, *model.parameters()):
         tensor.grad = None
-    rate = multiply_rate(case, model)
-    forget_peak_memory(device)
+    rate = matmul_rate(case, model)
+    reset_peak_memory(device)
     before, losses = peak_memory(device), []
     timed = lap(lambda: losses.append(work(hidden.shape[1])), device)
     memory = peak_memory(device)
@@ -151,86 +150,80 @@ def one_pass(case: HeadCase, plain: bool) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def multiply_rate(case: HeadCase, model: LarpMllmForCausalLM) -> float:
-    """Operations a second of the text head alone on a chunk of rows: the best of three, by the clock that `spent` reads."""
+def matmul_rate(case: HeadCase, model: LarpMllmForCausalLM) -> float:
+    """Return the operations per second of the text head's matmul on a chunk of rows: the fastest of three laps."""
     device, head = torch.device(case.device), model.base.get_output_embeddings()
     rows = torch.randn(min(case.size.chunk, case.size.text_targets(case.batch)), case.size.hidden, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=case.precision == "bf16"):
-        best = min(spent(lap(lambda: head(rows), device)) for _ in range(3))
+        best = min(lap(lambda: head(rows), device).spent for _ in range(3))
     return 2 * rows.numel() * case.size.vocab_size / max(best, 1e-9)
 
 
-def spent(one: Lap) -> float:
-    """Seconds of the processor, which what else the machine does hardly changes; where a GPU works, of the clock."""
-    return one.cpu_seconds or one.seconds
-
-
-def forget_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew with what is held now."""
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset `peak_memory` to what is in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure_case(case: HeadCase, rounds: int) -> dict[str, Any]:
-    """Both ways in fresh processes that take turns; ValueError if their losses or gradients differ."""
+def measure_case(case: HeadCase, pairs: int) -> dict[str, Any]:
+    """Time both in fresh processes that alternate; ValueError if their losses or gradients differ."""
     runs: dict[str, list[dict]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
+    for _ in range(pairs):
         for way in WAYS:
-            runs[way].append(in_fresh_process(one_pass, case, way == "plain"))
+            runs[way].append(in_fresh_process(one_pass, case, way))
         error = difference(*(runs[way][-1] for way in WAYS))
         if not error <= (1e-4 if case.precision == "fp32" else 5e-2):
-            raise ValueError(f"ours and the plain way differ by {error:.2g} ({case.batch}): their times mean nothing")
+            raise ValueError(f"ours and the reference differ by {error:.2g} ({case.batch}): their times mean nothing")
     laps = [[run["lap"] for run in runs[way]] for way in WAYS]
     rate = max(run["rate"] for way in WAYS for run in runs[way])
-    report: dict[str, Any] = {"largest_difference": error, "multiply_rate": rate, "time_ratio": ratio(*laps)}
+    report: dict[str, Any] = {"largest_difference": error, "matmul_rate": rate, **ratios(*laps)}
     for way, own in zip(WAYS, laps, strict=True):
-        operations = sum(one.flops * (1 + one.gradients) for one in case.products(way == "plain"))
+        operations = sum(one.flops * (1 + one.gradients) for one in case.matmuls(way))
         figures = summary(own) | {"operations": operations, "floor_seconds": operations / rate}
         for name in ("peak_memory", "memory_of_the_pass"):
             figures[name] = max(run[name] for run in runs[way])
-        figures["share_of_rate"] = operations / rate / median(map(spent, own))
+        figures["share_of_rate"] = operations / rate / figures.get("cpu_seconds", figures["seconds"])
         report[way] = figures | {"loss": runs[way][0]["loss"]}
     for name in ("peak_memory", "memory_of_the_pass"):
-        report[f"{name}_ratio"] = report["ours"][name] / max(1, report["plain"][name])
+        report[f"{name}_ratio"] = report["ours"][name] / max(1, report["reference"][name])
     return report
 
 
-def difference(ours: dict[str, Any], plain: dict[str, Any]) -> float:
-    """The largest difference of two runs in loss or a gradient, each in units of its own largest value."""
+def difference(ours: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Return the largest difference of two runs in loss or a gradient, each relative to its largest value."""
     pairs = [
-        (np.array([ours["loss"]]), np.array([plain["loss"]])),
-        *zip(ours["gradients"], plain["gradients"], strict=True),
+        (np.array([ours["loss"]]), np.array([reference["loss"]])),
+        *zip(ours["gradients"], reference["gradients"], strict=True),
     ]
     return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
 
 
-def measure_heads(size: HeadSize, device: str, precision: str, rounds: int) -> dict[str, Any]:
-    """All cases: a mixed batch and one of text only, the base frozen and trained."""
+def measure_heads(size: HeadSize, device: str, precision: str, pairs: int) -> dict[str, Any]:
+    """Measure all cases: a mixed batch and one of text only, the base frozen and trained."""
     report: dict[str, Any] = {}
     for batch in BATCHES:
         for trained in (False, True):
             case = HeadCase(size, batch, trained, device, precision)
-            report[f"{batch}, {'trained' if trained else 'frozen'}"] = measure_case(case, rounds)
+            report[f"{batch}, {'trained' if trained else 'frozen'}"] = measure_case(case, pairs)
     return report
 
 
 def describe_heads(report: dict[str, Any]) -> list[str]:
-    """The figures as a table for a person, line by line."""
+    """Return the figures as the lines of a table."""
     lines = [
-        f"{'':20} {'way':6} {'seconds':>9} {'CPU s':>8} {'floor':>8} {'of rate':>8} {'GiB':>6} {'of which the pass':>18}"
+        f"{'':20} {'':9} {'seconds':>9} {'CPU s':>8} {'floor':>8} {'of rate':>8} {'GiB':>6} {'of which the pass':>18}"
     ]
     for name, case in report.items():
         for way in WAYS:
             own = case[way]
             lines.append(
-                f"{name:20} {way:6} {own['seconds']:9.3f} {own.get('cpu_seconds', 0):8.3f} {own['floor_seconds']:8.3f} {own['share_of_rate']:8.1%} "
+                f"{name:20} {way:9} {own['seconds']:9.3f} {own.get('cpu_seconds', 0):8.3f} {own['floor_seconds']:8.3f} {own['share_of_rate']:8.1%} "
                 f"{own['peak_memory'] / 2**30:6.2f} {own['memory_of_the_pass'] / 2**30:18.2f}"
             )
-        times = case["time_ratio"]
         lines.append(
-            f"{'':20} time ratio {times['median']:.3f}, of CPU seconds {times.get('cpu_median', 0):.3f}, memory of the pass "
-            f"{case['memory_of_the_pass_ratio']:.3f}; {case['multiply_rate'] / 1e9:.0f} GFLOP/s in the product alone"
+            f"{'':20} {describe_ratios(case)}, of the memory of the pass {case['memory_of_the_pass_ratio']:.3f}; "
+            f"{case['matmul_rate'] / 1e9:.0f} GFLOP/s in the matmul alone"
         )
     return lines
