@@ -1,1 +1,1 @@
-"""The language model with video vocabulary: a base of transformers, and the adapter that gives it the codebook."""
+"""The language model with video vocabulary: a base model of transformers, and the adapter for video ids."""

@@ -1,9 +1,9 @@
-"""TokenAdapter: the rows that video ids have in the embedding and in the head, made from the tokenizer's codebook.
+"""TokenAdapter: the embedding rows and output-head rows of video ids, computed from the codebook of the video tokenizer.
 
-The base model is never resized. Similar codes start with similar embeddings, which free rows have to learn from data
-(reference/multimodal: mean-initialised rows are the baseline, `kind="free"`).
+The base model is never resized. Similar codes start with similar rows. Freely learned rows, initialised around the mean
+of the base's rows, are the baseline (`kind="free"`).
 
-Every parameter sits in a submodule whose forward is called: a bare nn.Parameter read here would be empty under ZeRO-3.
+Every parameter belongs to a submodule whose forward is called: under ZeRO-3 a bare nn.Parameter would be empty here.
 """
 
 from typing import get_args
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 
 class CodebookRows(nn.Module):
-    """K rows of width `hidden`: MLP(codebook) + a learned residual that starts at zero.
+    """K rows of width `hidden`: MLP(codebook) + a learned residual, initialised to zero.
 
-    `offset` gives all rows a learned vector in common. Head rows have none: it would move all logits alike.
+    `offset` adds one learned vector to all rows. Output-head rows have none: it would shift all logits equally.
     """
 
     def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool):
@@ -27,27 +27,27 @@ class CodebookRows(nn.Module):
 
     def forward(self, codebook: Tensor) -> Tensor:
         """Codebook (K, d) -> rows (K, hidden)."""
-        everyone = torch.arange(codebook.shape[0], device=codebook.device)
-        return self.mlp(codebook) + self.residual(everyone)
+        indices = torch.arange(codebook.shape[0], device=codebook.device)
+        return self.mlp(codebook) + self.residual(indices)
 
     @torch.no_grad()
-    def start(self, codebook: Tensor, embeddings: Tensor) -> None:
-        """Set the start: zero residual; around their mean, rows of the average norm of `embeddings` (rows, hidden)."""
+    def initialize(self, codebook: Tensor, embeddings: Tensor) -> None:
+        """Initialise: residual zero; centred rows with the average norm of `embeddings` (rows, hidden)."""
         first, last = self.mlp[0], self.mlp[2]
         for linear in (first, last):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(first.bias)
         nn.init.zeros_(self.residual.weight)
         rows = self.mlp[1](first(codebook)) @ last.weight.T
-        centre = rows.mean(0)
-        scale = embeddings.norm(dim=-1).mean() / (rows - centre).norm(dim=-1).mean().clamp_min(1e-6)
+        mean = rows.mean(0)
+        scale = embeddings.norm(dim=-1).mean() / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
         last.weight.mul_(scale)
         if last.bias is not None:
-            last.bias.copy_(-centre * scale)
+            last.bias.copy_(-mean * scale)
 
 
 class FreeRows(nn.Module):
-    """K learned rows of width `hidden`, sampled at the start around the mean of the base model's rows."""
+    """K learned rows of width `hidden`, initialised around the mean of the base model's rows."""
 
     def __init__(self, codebook_size: int, hidden: int):
         super().__init__()
@@ -58,16 +58,16 @@ class FreeRows(nn.Module):
         return self.rows(torch.arange(codebook.shape[0], device=codebook.device))
 
     @torch.no_grad()
-    def start(self, codebook: Tensor, embeddings: Tensor) -> None:
-        """Set the start: normal with the mean and standard deviation of `embeddings` (rows, hidden), per channel."""
+    def initialize(self, codebook: Tensor, embeddings: Tensor) -> None:
+        """Initialise: normal with the mean and standard deviation of `embeddings` (rows, hidden) per channel."""
         mean, std = embeddings.mean(0), embeddings.std(0)
         self.rows.weight.copy_(mean + std * torch.randn_like(self.rows.weight))
 
 
 class TokenAdapter(nn.Module):
-    """Input and output rows for the video ids of one model: two controls (video_start, video_end) and K codes.
+    """Input and output rows of the video ids of a model: two controls (video_start, video_end) and K codes.
 
-    codebook: (K, d) float, kept as a buffer and saved with the model. Raises ValueError for an unknown kind.
+    The codebook, float (K, d), is a buffer and saved with the model. Raises ValueError for an unknown kind.
     """
 
     def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook"):
@@ -84,28 +84,31 @@ class TokenAdapter(nn.Module):
         self.control_output = nn.Embedding(2, hidden)
 
     @torch.no_grad()
-    def start(self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor) -> None:
-        """Set the start from the codebook (K, d) and the base model's embedding and head rows (V, hidden)."""
+    def initialize(self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor) -> None:
+        """Initialise from the codebook (K, d) and the base model's embedding and head rows (V, hidden).
+
+        Raises ValueError for a codebook of another shape.
+        """
         if tuple(codebook.shape) != tuple(self.codebook.shape):
             raise ValueError(
-                f"the adapter was made for a codebook {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}"
+                f"the adapter was built for a codebook {tuple(self.codebook.shape)}, got {tuple(codebook.shape)}: pass its shape"
             )
         self.codebook.copy_(codebook)
-        self.code_input.start(self.codebook, input_embeddings)
-        self.code_output.start(self.codebook, output_embeddings)
+        self.code_input.initialize(self.codebook, input_embeddings)
+        self.code_output.initialize(self.codebook, output_embeddings)
         for controls, rows in ((self.control_input, input_embeddings), (self.control_output, output_embeddings)):
             controls.weight.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(controls.weight))
 
     def input_rows(self) -> Tensor:
-        """(2 + K, hidden): what video_start, video_end and the codes look like to the model."""
+        """The embedding rows of video_start, video_end and the codes, (2 + K, hidden)."""
         return torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
 
     def control_rows(self) -> Tensor:
-        """(2, hidden): the head rows of video_start and video_end."""
+        """The head rows of video_start and video_end, (2, hidden)."""
         return self._controls(self.control_output)
 
     def code_rows(self) -> Tensor:
-        """(K, hidden): the head rows of the codes; hidden states @ rows.T are the code logits."""
+        """The head rows of the codes, (K, hidden): the code logits are hidden states @ rows.T."""
         return self.code_output(self.codebook)
 
     def _controls(self, table: nn.Embedding) -> Tensor:

@@ -1,7 +1,6 @@
-"""Base language models: a hub name, an alias, a folder, or a tiny one made here that needs no network.
+"""Base language models: loaded from the hub or a folder, or tiny ones with random weights, which need no network.
 
-Weights are read from safetensors alone, never from pickle, and code that lies beside a model is run only for a caller who
-says trust_remote_code.
+Weights are read from safetensors only, never from pickle. Code in a model's repository runs only with trust_remote_code.
 """
 
 import difflib
@@ -51,11 +50,11 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 class BaseError(ValueError):
-    """A base model that cannot be had; the message names it, the reason, and what to do instead."""
+    """A base model that cannot be loaded or used; the message names it, the reason and the remedy."""
 
 
 def is_tiny(name: str) -> bool:
-    """True for the randomly initialised bases, whose weights mean nothing before training."""
+    """True for the names of tiny bases, whose weights are random."""
     return name in TINY
 
 
@@ -69,11 +68,16 @@ def load_base(
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A base and its text tokenizer, on the CPU.
+    """Load or build a base model and its text tokenizer, on the CPU.
 
-    name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied). `layers`, `width`,
-    `heads` and the `captions` that the text tokenizer is trained on matter to the tiny ones alone; `trust_remote_code`
-    runs the Python code that lies beside a base of an architecture that transformers does not know. Raises BaseError.
+    Args:
+        name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied head).
+        captions: texts that the text tokenizer of a tiny base is trained on.
+        layers, width, heads: sizes of a tiny base.
+        trust_remote_code: run the Python code in the model's repository, for architectures unknown to transformers.
+        dtype: of the weights.
+
+    Raises BaseError.
     """
     if is_tiny(name):
         tokenizer = tiny_tokenizer(captions)
@@ -81,123 +85,22 @@ def load_base(
         return model.to(dtype), tokenizer
     source = ALIASES.get(name, name)
     if not Path(source).is_dir() and not is_hub_name(source):
-        what = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
-        raise BaseError(f"--base {name}: {what}, and no hub name (owner/name) or alias{_meant(name)} {_remedy()}")
+        found = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
+        raise BaseError(f"--base {name}: {found}, and no hub name (owner/name) or alias{_suggestion(name)} {_remedy()}")
     try:
         model, tokenizer = _load(source, trust_remote_code, dtype)
         _check_model(model)
         _check_tokenizer(tokenizer)
-    except Exception as error:  # transformers, the hub and httpx raise families of their own
-        reason = str(error) if isinstance(error, _Unfit) else first_line(error)
+    except Exception as error:  # transformers, the hub and httpx raise classes of their own
+        reason = str(error) if isinstance(error, _UnusableBase) else first_line(error)
         if "custom code" in reason and not trust_remote_code:
-            reason = "it needs Python code that lies beside it. Read that, and if you trust it, say trust_remote_code"
+            reason = "it needs the Python code in its repository: read it, and if you trust it, give trust_remote_code"
         raise BaseError(f"--base {name}: {source} cannot be loaded: {reason}. {_remedy()}") from error
     return model, tokenizer
 
 
-_HAS_VIDEOS = (
-    "is a language model that has a video vocabulary already, and cannot be a base again: go on with its run with --resume, or "
-    "take the base that it was made of"
-)
-
-
-class _Unfit(Exception):
-    """What is wrong with a base, said in full."""
-
-
-def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        return _read(source, trust_remote_code, dtype, local_files_only=True)
-    except Exception as error:
-        if Path(source).is_dir() or isinstance(error, _Unfit):
-            raise
-    reach(source)
-    return _read(source, trust_remote_code, dtype, local_files_only=False)
-
-
-def _read(
-    source: str, trust_remote_code: bool, dtype: torch.dtype, local_files_only: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    if (read_config(Path(source, RUN_MODEL, "config.json")) or {}).get("model_type") == MODEL_TYPE:
-        raise _Unfit(f"in its {RUN_MODEL} {_HAS_VIDEOS}")
-    config = AutoConfig.from_pretrained(source, **options)
-    _check_config(config)
-    _check_files(Path(source))
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are named below, with all others
-        **options,
-    )  # fmt: skip
-    _check_weights(model, found)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except Exception as error:
-        if not (local_files_only or Path(source).is_dir()):
-            raise
-        raise _Unfit(f"its text tokenizer cannot be loaded ({first_line(error)})") from error
-    return model, tokenizer
-
-
-def _check_config(config: PreTrainedConfig) -> None:
-    if config.model_type == MODEL_TYPE:
-        raise _Unfit(f"it {_HAS_VIDEOS}")
-    if getattr(config, "is_encoder_decoder", False):
-        raise _Unfit(f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)")
-    made_for = config.architectures or []
-    if made_for and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for):
-        raise _Unfit(f"it is a {made_for[0]}, needed is a causal language model (...ForCausalLM)")
-
-
-def _check_files(folder: Path) -> None:
-    if not folder.is_dir() or any(folder.glob("*.safetensors")):
-        return
-    if pickled := pickled_in(folder):
-        raise _Unfit(
-            f"its weights are pickled ({pickled}), and loading pickle runs any code in it. If you trust it, convert it to "
-            "safetensors, once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and copy the tokenizer"
-        )
-
-
-def _check_weights(model: PreTrainedModel, found: dict) -> None:
-    """What transformers would fill in at random, after a mere warning."""
-    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
-    wrong += [
-        f"{name} has shape {tuple(a)} in place of {tuple(b)}"
-        for name, a, b in sorted(found["mismatched_keys"], key=str)
-    ]
-    if wrong:
-        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        unknown = sorted(found["unexpected_keys"])
-        unused = f" (and {unknown[0]} of its files has no place in it)" if unknown else ""
-        raise _Unfit(
-            f"its weights do not fit its config.json, {'; '.join(wrong[:3])}{more}{unused}: copy all of its files again, "
-            "or restore those that belong together"
-        )
-    if (bad := not_finite(model.named_parameters())) is not None:
-        raise _Unfit(f"its tensor {bad} holds NaN or infinity: it is damaged, copy it again or take another")
-
-
-def _check_model(model: PreTrainedModel) -> None:
-    head = model.get_output_embeddings()
-    if head is None or model.get_input_embeddings() is None:
-        raise _Unfit(f"a {model.config.model_type} has no head or no embedding of its text that could be found")
-    if getattr(head, "bias", None) is not None:
-        raise _Unfit(
-            f"the head of a {model.config.model_type} has a bias, which codes would not have: take a Llama, Qwen, Mistral "
-            "or SmolLM"
-        )
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    # Where the files are missing, transformers makes a tokenizer without words rather than an error.
-    ids = tokenizer.encode("a person surfing", add_special_tokens=False)
-    if not set(ids) - {tokenizer.unk_token_id}:
-        raise _Unfit("its text tokenizer is missing or has no words: put its tokenizer.json into the folder")
-
-
 def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "the base") -> None:
-    """BaseError unless a video of so many codes, with its two controls and a word of text, fits the base's positions."""
+    """Raise BaseError unless a video of so many codes, its two controls and one text id fit the base's positions."""
     positions = getattr(base.config, "max_position_embeddings", None)
     if positions is not None and positions < tokens_per_video + 3:
         raise BaseError(
@@ -207,42 +110,28 @@ def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "t
 
 
 def check_rows(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "the base") -> None:
-    """BaseError if a control token that the text tokenizer puts of itself has no row in the base's embedding.
+    """Raise BaseError if the base's embedding has no row for a control token that the text tokenizer inserts itself.
 
-    Those are its begin and end of text and what its chat template writes; of others, text that holds one is refused.
+    These are begin and end of text, and those of its chat template.
     """
     rows = base.get_input_embeddings().num_embeddings
-    asked = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
-    missing = {id: what for what, id in asked.items() if id is not None and id >= rows}
+    inserted = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    missing = {id: name for name, id in inserted.items() if id is not None and id >= rows}
     for id in (id for id in _template_ids(tokenizer) if id >= rows):
         missing.setdefault(id, "chat template")
     if missing:
-        told = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} ({id}, {missing[id]})" for id in sorted(missing))
+        tokens = ", ".join(f"{tokenizer.convert_ids_to_tokens(id)!r} ({id}, {missing[id]})" for id in sorted(missing))
         raise BaseError(
-            f"--base {name}: its embedding has {rows} rows, too few for {told} of its text tokenizer: let the base have them, "
-            "once, with model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or take a base whose rows "
-            "cover its tokenizer"
+            f"--base {name}: its embedding has {rows} rows, too few for {tokens} of its text tokenizer: add them with "
+            "model.resize_token_embeddings(len(tokenizer)) and save_pretrained, or take a base whose rows cover its tokenizer"
         )
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if not tokenizer.chat_template:  # what is used in its place writes begin and end of text alone
-        return []
-    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
-    for first in (0, 1):  # some templates know no system role
-        try:
-            text = tokenizer.apply_chat_template(chat[first:], tokenize=False)
-        except Exception:  # jinja raises a family of its own; a chat that needs the template says what is wrong
-            continue
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    return []
-
-
 def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int) -> Qwen2Config | LlamaConfig:
-    """The config of a tiny base: Qwen2 with a tied head or Llama with its own, 1024 positions."""
+    """The config of a tiny base with 1024 positions: Qwen2 with a tied head, or Llama with an untied one."""
     if width % (2 * heads):
         raise ValueError(
-            f"width {width} must be a multiple of 2 * heads = {2 * heads} (rotary positions need even heads)"
+            f"width {width} must be a multiple of 2 * heads = {2 * heads}, since rotary positions need an even head width"
         )
     return TINY[name](
         vocab_size=vocabulary,
@@ -260,7 +149,7 @@ def tiny_config(name: str, vocabulary: int, layers: int, width: int, heads: int)
 
 
 def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 512 entries trained on the captions; any text can be written in it."""
+    """A byte-level BPE of at most 512 entries, trained on the captions. It encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -272,7 +161,7 @@ def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Sorted and unique, so that the same captions in any order give the same ids.
+    # Sorted and unique: the order of the captions does not change the ids.
     tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -283,7 +172,123 @@ def tiny_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _meant(name: str) -> str:
+_HAS_VIDEOS = (
+    "is a language model that has a video vocabulary already, and cannot be a base again: continue its run with --resume, or "
+    "take the base that it was built from"
+)
+
+
+class _UnusableBase(Exception):
+    """Why a base cannot be used, as a complete message."""
+
+
+def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return _from_source(source, trust_remote_code, dtype, local_files_only=True)
+    except Exception as error:
+        if Path(source).is_dir() or isinstance(error, _UnusableBase):
+            raise
+    reach(source)
+    return _from_source(source, trust_remote_code, dtype, local_files_only=False)
+
+
+def _from_source(
+    source: str, trust_remote_code: bool, dtype: torch.dtype, local_files_only: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    if (read_config(Path(source, RUN_MODEL, "config.json")) or {}).get("model_type") == MODEL_TYPE:
+        raise _UnusableBase(f"in its {RUN_MODEL} {_HAS_VIDEOS}")
+    config = AutoConfig.from_pretrained(source, **options)
+    _check_config(config)
+    _check_files(Path(source))
+    model, found = AutoModelForCausalLM.from_pretrained(
+        source, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below with all other errors
+        **options,
+    )  # fmt: skip
+    _check_weights(model, found)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        if not (local_files_only or Path(source).is_dir()):
+            raise
+        raise _UnusableBase(f"its text tokenizer cannot be loaded ({first_line(error)})") from error
+    return model, tokenizer
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    if config.model_type == MODEL_TYPE:
+        raise _UnusableBase(f"it {_HAS_VIDEOS}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise _UnusableBase(
+            f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)"
+        )
+    names = config.architectures or []
+    if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        raise _UnusableBase(f"it is a {names[0]}, needed is a causal language model (...ForCausalLM)")
+
+
+def _check_files(folder: Path) -> None:
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    if pickled := pickled_in(folder):
+        raise _UnusableBase(
+            f"its weights are pickled ({pickled}), and loading pickle runs any code in it. If you trust it, convert it to "
+            "safetensors with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW), and copy the tokenizer"
+        )
+
+
+def _check_weights(model: PreTrainedModel, found: dict) -> None:
+    """Raise for tensors that transformers fills in at random, after a mere warning, and for tensors that are not finite."""
+    wrong = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    wrong += [
+        f"{name} has shape {tuple(a)} in place of {tuple(b)}"
+        for name, a, b in sorted(found["mismatched_keys"], key=str)
+    ]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        unknown = sorted(found["unexpected_keys"])
+        unused = f" (and {unknown[0]} of its files is unknown to the model)" if unknown else ""
+        raise _UnusableBase(
+            f"its weights do not fit its config.json, {'; '.join(wrong[:3])}{more}{unused}: copy all of its files again, "
+            "or restore those that belong together"
+        )
+    if (bad := not_finite(model.named_parameters())) is not None:
+        raise _UnusableBase(f"its tensor {bad} holds NaN or infinity: copy it again, or take another")
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    if head is None or model.get_input_embeddings() is None:
+        raise _UnusableBase(f"no text head or no text embedding was found in a {model.config.model_type}")
+    if getattr(head, "bias", None) is not None:
+        raise _UnusableBase(
+            f"the head of a {model.config.model_type} has a bias, which codes would not have: take a Llama, Qwen, Mistral "
+            "or SmolLM"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    # If the files are missing, transformers builds a tokenizer without words instead of raising.
+    ids = tokenizer.encode("a person surfing", add_special_tokens=False)
+    if not set(ids) - {tokenizer.unk_token_id}:
+        raise _UnusableBase("its text tokenizer is missing or has no words: put its tokenizer.json into the folder")
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not tokenizer.chat_template:  # DEFAULT_TEMPLATE inserts only begin and end of text
+        return []
+    chat = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    for first in (0, 1):  # some templates have no system role
+        try:
+            text = tokenizer.apply_chat_template(chat[first:], tokenize=False)
+        except Exception:  # jinja raises classes of its own; `chat_segments` reports it where the template is needed
+            continue
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return []
+
+
+def _suggestion(name: str) -> str:
     near = difflib.get_close_matches(name, [*ALIASES, *TINY], n=1)
     return f"; did you mean {near[0]}?" if near else "."
 

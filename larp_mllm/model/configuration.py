@@ -1,4 +1,4 @@
-"""LarpMllmConfig: what a language model with video vocabulary is made of, checked when it is built and when it is loaded."""
+"""LarpMllmConfig: the configuration of a language model with video vocabulary."""
 
 import math
 from typing import Any, ClassVar, Literal, get_args
@@ -10,17 +10,26 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 AdapterKind = Literal["codebook", "free"]
-# What some bases do to their logits after the head: theirs would differ from ours. With the value that does nothing.
-_AFTER_THE_HEAD = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+# Options of bases that transform logits after the head, which code logits would lack -> the value that is neutral.
+_LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
 
 class LarpMllmConfig(PreTrainedConfig):
-    """The base model's config (`text_config`), the id layout, and what the video tokenizer must be.
+    """The base model's config, the id layout, and the video tokenizer that belongs to the model.
 
-    `text_size` is the first id that is not text (see Vocabulary), `code_dim` the width of the codebook,
-    `video_tokenizer_hash` the weight hash of the LARP tokenizer whose codes the model speaks, `fps` and `frame_stride`
-    describe the clips it was trained on, `given_frames` how many frames it was given to continue from (0: it was not
-    trained to continue videos). Raises ValueError for values that cannot be, by construction and when it is loaded.
+    Args:
+        text_config: config of the base model.
+        text_size: the first id that is not text, see `Vocabulary`.
+        codebook_size: number of codes K.
+        code_dim: width of the codebook.
+        tokens_per_video: number of codes N of a video.
+        adapter: "codebook" or "free", see `TokenAdapter`.
+        video_tokenizer_hash: weight hash of the LARP tokenizer that the model was trained with.
+        fps: frames per second of the training clips.
+        frame_stride: step between the frames that are read from a video file.
+        given_frames: number of frames that a continuation starts from; 0: the model is not trained for continuation.
+
+    Raises ValueError, when built and when loaded, for values out of range.
     """
 
     model_type = MODEL_TYPE
@@ -38,17 +47,17 @@ class LarpMllmConfig(PreTrainedConfig):
     given_frames: int = 0
 
     def __post_init__(self, **kwargs):
-        if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave what config.json holds as it is
+        if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave a dict
             text = {} if self.text_config is None else dict(self.text_config)
             self.text_config = CONFIG_MAPPING[text.get("model_type", "qwen2")](**text)
         super().__post_init__(**kwargs)
-        # 0 is the library's own doing: it makes a config without arguments to find what differs from it when saving.
+        # transformers builds a config without arguments to save only what differs from it.
         if self.text_size or self.codebook_size:
             self._check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """The config that a config.json holds; ValueError where it is none, which names the field."""
+        """The config that a config.json holds. Raises ValueError, naming the field, if it is damaged."""
         text = config_dict.get("text_config")
         kind = text.get("model_type") if isinstance(text, dict) else None
         if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
@@ -64,18 +73,18 @@ class LarpMllmConfig(PreTrainedConfig):
 
     @classmethod
     def default_config_fields(cls) -> dict[str, Any]:
-        """What newer releases ask before they save: that text_config is a config, of which defaults are left out."""
+        """Tells newer releases of transformers that text_config is a config, so that they save it without its defaults."""
         return {**super().default_config_fields(), "text_config": {}}
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """The id layout that this config records."""
+        """The id layout."""
         return Vocabulary(self.text_size, self.codebook_size, self.tokens_per_video)
 
     @property
     def vocab_size(self) -> int:
-        """The number of all ids, those of videos included; that of the base is `text_config.vocab_size`."""
-        return self.vocabulary.size if self.text_size else 0  # 0: the config without arguments, see __post_init__
+        """The number of all ids, video ids included; that of the base is `text_config.vocab_size`."""
+        return self.vocabulary.size if self.text_size else 0  # 0: built without arguments, see __post_init__
 
     @property
     def hidden_size(self) -> int:
@@ -89,8 +98,8 @@ class LarpMllmConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         for name in ("text_size", "codebook_size", "code_dim", "tokens_per_video", "frame_stride"):
-            _check_number(name, getattr(self, name), 1)
-        _check_number("given_frames", self.given_frames, 0)
+            _check_int(name, getattr(self, name), 1)
+        _check_int("given_frames", self.given_frames, 0)
         if isinstance(self.fps, bool) or not (
             isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
         ):
@@ -103,18 +112,18 @@ class LarpMllmConfig(PreTrainedConfig):
             )
         if self.adapter not in get_args(AdapterKind):
             raise ValueError(f"adapter must be one of {', '.join(get_args(AdapterKind))}, got {self.adapter!r}")
-        for name, nothing in _AFTER_THE_HEAD.items():
-            if getattr(self.text_config, name, nothing) not in (None, nothing):
+        for name, neutral in _LOGIT_TRANSFORMS.items():
+            if getattr(self.text_config, name, neutral) not in (None, neutral):
                 raise ValueError(
                     f"the base model ({self.text_config.model_type}) changes its logits after the head ({name} = "
                     f"{getattr(self.text_config, name)}), which is not supported: take a Llama, Qwen, Mistral or SmolLM"
                 )
 
 
-def _check_number(name: str, value: int, lowest: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+def _check_int(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(
-            f"config.json: {name} must be a whole number of at least {lowest}, got {value!r}: restore the config.json that was written with "
+            f"config.json: {name} must be a whole number of at least {least}, got {value!r}: restore the config.json that was written with "
             "the weights"
         )
 

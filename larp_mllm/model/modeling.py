@@ -1,7 +1,7 @@
-"""LarpMllmForCausalLM: a causal language model that also reads and writes video codes, its text side untouched.
+"""LarpMllmForCausalLM: a causal language model whose vocabulary includes video codes.
 
-Text ids go through the base model's own embedding and head; video ids go through the TokenAdapter. Shapes: B batch, S
-sequence, H hidden width, V rows of the base head, K codes, N codes per video.
+Text ids use the base model's own embedding and head, video ids the TokenAdapter. Shapes: B batch, S sequence length, H
+hidden width, K codes.
 """
 
 import inspect
@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from larp.hub import check_fit
 from larp_mllm.model.adapter import TokenAdapter
-from larp_mllm.model.chunked_loss import Head, is_cut, score
+from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -27,51 +27,9 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 
-def check_options(options: dict[str, Any], decoder: PreTrainedModel) -> None:
-    """TypeError unless each of the options is one of `decoder`, or one that transformers hands on to attention."""
-    unknown = options.keys() - TransformersKwargs.__optional_keys__
-    if unknown and (unknown := unknown - inspect.signature(decoder.forward).parameters.keys()):
-        raise TypeError(
-            f"forward() got an unexpected keyword argument {min(unknown)!r}: neither this model nor its base takes it"
-        )
-
-
-def check_ids(vocabulary: Vocabulary, ids: Tensor | None, labels: Tensor | None) -> None:
-    """ValueError unless ids, where given, are ids of the model, and labels are those or -100.
-
-    It waits for the device once in all. Under torch.compile, whose graph that would break, nothing is checked.
-    """
-    given = {} if ids is None else {"input_ids": ids}
-    if labels is not None:
-        given["labels"] = labels.masked_fill(labels == IGNORE, 0)
-    given = {name: values for name, values in given.items() if values.numel()}
-    if not given or torch.compiler.is_compiling():
-        return
-    ends = torch.stack([end for values in given.values() for end in torch.aminmax(values)]).tolist()
-    for name, low, high in zip(given, ends[::2], ends[1::2], strict=True):
-        if low < 0 or high >= vocabulary.size:
-            raise ValueError(
-                f"{name} holds {low if low < 0 else high}, but the ids of this model are 0 to {vocabulary.size - 1}"
-                f"{f' (and {IGNORE} in labels: not a target)' if name == 'labels' else ''}: take the processor that was "
-                "saved with the model"
-            )
-
-
-def kept(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """Hidden states (B, S, H) at some positions, chosen as by `logits_to_keep` of transformers' models.
-
-    positions: so many last ones (0: all), int64 (n,) for all rows or (B, n) for each, or bool (B, S), which gives (n, H).
-    """
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        return (
-            hidden[positions] if positions.dtype == torch.bool else hidden.take_along_dim(positions[..., None], dim=1)
-        )
-    return hidden[:, slice(-positions, None) if isinstance(positions, int) else positions]
-
-
 @dataclass
 class LarpMllmOutput(ModelOutput):
-    """What forward returns; sums and counts rather than means, so that they add up exactly over batches and ranks."""
+    """The result of forward: `*_nll` (nats), `*_correct` and `*_count` are sums, so that they add up over batches and ranks."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -87,10 +45,10 @@ class LarpMllmOutput(ModelOutput):
 
 
 class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
-    """A base causal LM with a TokenAdapter beside it; the base is never resized.
+    """A base causal language model with a TokenAdapter; the base is never resized.
 
-    Without labels, forward gives logits (B, S, text_size + 2 + K), the text part exactly the base model's. With labels,
-    it gives the loss and never builds text logits for positions whose target is a code.
+    Without labels, forward returns logits (B, S, text_size + 2 + K), whose text part equals the base model's bit for bit.
+    With labels, it returns the loss, and computes no text logits for positions whose target is a code.
     """
 
     config: LarpMllmConfig
@@ -119,13 +77,23 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         adapter: str = "codebook",
         **extra,
     ) -> "LarpMllmForCausalLM":
-        """Attach a fresh adapter to `base`. codebook: (K, d) float; `extra` goes into the config (fps, ...).
+        """Build a model of a base and a newly initialised adapter.
 
-        Raises ValueError for a base without a head of the width of its embedding, or one that changes its logits after
-        the head, for a codebook of another shape, and for values that the config refuses.
+        Args:
+            base: the base model.
+            tokenizer_length: number of entries of its text tokenizer.
+            codebook: float (K, d).
+            tokens_per_video: number of codes N of a video.
+            adapter: "codebook" or "free", see `TokenAdapter`.
+            **extra: further fields of LarpMllmConfig.
+
+        Raises ValueError for a base without an output head of the width of its embedding, a base that transforms its
+        logits after the head, a codebook that is not 2-D, and values that the config refuses.
         """
         if codebook.ndim != 2:
-            raise ValueError(f"the codebook must be a table (codes, width), got shape {tuple(codebook.shape)}")
+            raise ValueError(
+                f"the codebook must be a table (codes, width), got shape {tuple(codebook.shape)}: pass tokenizer.codebook"
+            )
         embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
         if head is None or head.weight.shape[-1] != embedding.weight.shape[-1]:
             raise ValueError(
@@ -140,22 +108,22 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             code_dim=codebook.shape[1],
             tokens_per_video=tokens_per_video,
             adapter=adapter,
-            # Left out, transformers would reset the base's own choice to the slow default.
+            # Without it, transformers resets the base's choice to the slow default.
             attn_implementation=base.config._attn_implementation,
             **extra,
         )
         model = cls(config, base).to(embedding.weight.device, base.dtype)
-        model.adapter.start(codebook.to(embedding.weight), embedding.weight, head.weight)
+        model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight)
         return model
 
     @classmethod
     def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load strictly: a missing, unknown or misshapen tensor is a ValueError, not a silent random weight.
+        """Load strictly: never a tensor that is missing in the files and filled in at random.
 
-        So are files of weights that are truncated, absent or pickled, sizes that cannot be, and NaN or infinity; the
-        message names file or tensor.
+        Raises ValueError, naming file or tensor, for tensors that are missing, unknown, of another shape or not finite,
+        for files of weights that are truncated, absent or pickled, and for a config.json whose model cannot be built.
         """
-        # Those of other sizes are named below, with all others; pickles can run code.
+        # Mismatched sizes are reported below with all other errors; pickles can run code.
         kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
         folder = Path(path, kwargs.get("subfolder", "")) if isinstance(path, (str, os.PathLike)) else None
         try:
@@ -181,38 +149,38 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         return self.config.vocabulary
 
     def get_input_embeddings(self):
-        """The base model's text embedding; video ids have their rows in `adapter`."""
+        """The base model's text embedding; `adapter` has the rows of video ids."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self):
-        """The base model's text head; video ids have their rows in `adapter`."""
+        """The base model's text head; `adapter` has the rows of video ids."""
         return self.base.get_output_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the base another text embedding; ValueError for one of another shape."""
+        """Replace the base's text embedding. Raises ValueError for another shape."""
         _check_same_shape("embedding", self.get_input_embeddings(), value)
         self.base.set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Give the base another text head; ValueError for one of another shape."""
+        """Replace the base's text head. Raises ValueError for another shape."""
         _check_same_shape("head", self.get_output_embeddings(), new_embeddings)
         self.base.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
     ):
-        """The base model's text embedding, as it is; ValueError for another number of rows: ids of videos lie behind it."""
+        """Return the text embedding unchanged. Raises ValueError for another number of rows, since video ids follow them."""
         rows = self.config.text_config.vocab_size
         if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
             raise ValueError(
                 f"the text embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos "
-                "begin behind them): resize the base model and train with it, or write a stock checkpoint with larp-mllm "
-                "export and resize that"
+                "begin behind them): resize the base model and train with it, or resize a stock checkpoint written with "
+                "larp-mllm export"
             )
         return self.get_input_embeddings()
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """ids (B, S) int64 -> (B, S, H): text rows from the base, video rows from the adapter."""
+        """Ids int64 (B, S) -> embeddings (B, S, H): text rows of the base, video rows of the adapter."""
         is_text = self.vocabulary.is_text(input_ids)
         self._check_known(input_ids)
         text = self.base.get_input_embeddings()(input_ids.masked_fill(~is_text, 0))
@@ -220,15 +188,15 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         return torch.where(is_text[..., None], text, video.to(text.dtype))
 
     def text_logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., text_size + 2): the base model's own logits, then video_start and video_end."""
+        """Hidden states (..., H) -> logits (..., text_size + 2): text, video_start, video_end."""
         text = self.base.get_output_embeddings()(hidden)
         missing = self.vocabulary.text_size - text.shape[-1]
-        if missing:  # a tokenizer with more entries than the base has rows: those ids do not exist for the model
+        if missing:  # entries of the text tokenizer that the base has no rows for
             text = F.pad(text, (0, missing), value=float("-inf"))
         return torch.cat([text, hidden @ self.adapter.control_rows().T], dim=-1)
 
     def code_logits(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (..., K)."""
+        """Hidden states (..., H) -> logits of the codes (..., K)."""
         return hidden @ self.adapter.code_rows().T
 
     @can_return_tuple
@@ -248,15 +216,26 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         head_chunk: int = 1024,
         **kwargs,
     ) -> LarpMllmOutput:
-        """One pass. ids and labels: int64 (B, S), label -100 = not a target; labels are shifted inside.
+        """One forward pass; with labels, the loss in nats instead of logits.
 
-        In place of input_ids, inputs_embeds (B, S, H) may be given. The other options are those of transformers' models;
-        what it hands on to attention goes to the base. logits_to_keep: for so many last positions, or those of a tensor.
-        position_ids that restart in a row, without an attention_mask, are records packed into it: none sees another.
-        loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch (default: the
-        targets of this batch), in nats, with weight `text_weight` for text and 1 for codes. Logits exist for at most
-        `head_chunk` positions at a time. Raises ValueError for ids and labels that the model does not have, TypeError for
-        unknown options.
+        loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch, with weight
+        `text_weight` for text and 1 for codes. Text targets are scored among text and controls, code targets among codes.
+
+        Args:
+            input_ids: int64 (B, S).
+            position_ids: int64 (B, S). Without an attention_mask, positions that restart within a row separate packed
+                records, which do not attend to each other.
+            inputs_embeds: (B, S, H), in place of input_ids.
+            labels: int64 (B, S), -100 is not a target; shifted inside.
+            logits_to_keep: the number of last positions (0: all), or a tensor of positions, see `select_positions`.
+            num_items_in_batch: divisor of the loss; by default the number of targets.
+            text_weight: weight of text targets.
+            z_loss: weight of the squared log-normaliser.
+            head_chunk: positions whose logits exist at a time, with labels.
+            **kwargs: options of the base's decoder, and those that transformers passes on to attention.
+
+        The other arguments are those of transformers' models. Raises ValueError for ids and labels out of range, and
+        TypeError for unknown options.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids (B, S) or inputs_embeds (B, S, H)")
@@ -276,13 +255,13 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         inner = {"hidden_states": decoded.hidden_states, "attentions": decoded.attentions}
         if labels is None:
-            hidden = kept(hidden, logits_to_keep)
+            hidden = select_positions(hidden, logits_to_keep)
             logits = torch.cat([self.text_logits(hidden), self.code_logits(hidden)], dim=-1)
             return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values, **inner)
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must be {tuple(hidden.shape[:2])} like the ids, got {tuple(labels.shape)}")
-        scores = self._score(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
-        return LarpMllmOutput(**scores, **inner)
+        losses = self._losses(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
+        return LarpMllmOutput(**losses, **inner)
 
     def compute_transition_scores(
         self,
@@ -291,20 +270,20 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         beam_indices: Tensor | None = None,
         normalize_logits: bool = False,
     ) -> Tensor:
-        """As transformers' own, which would count with the ids of the base alone: the score of each id that was written."""
+        """The score of each generated id. Overridden because transformers' own uses the base's vocabulary size."""
         if beam_indices is None:
             beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
-        written = int((beam_indices >= 0).sum(-1).max())
-        beam_indices = beam_indices[:, :written]
-        steps = torch.stack(scores[:written])
+        length = int((beam_indices >= 0).sum(-1).max())
+        beam_indices = beam_indices[:, :length]
+        steps = torch.stack(scores[:length])
         if normalize_logits:
             steps = steps.log_softmax(-1)
-        place = torch.arange(written, device=steps.device)
-        chosen = steps[place, beam_indices.clamp_min(0), sequences[:, sequences.shape[1] - written :]]
-        return chosen.masked_fill(beam_indices < 0, 0)
+        step = torch.arange(length, device=steps.device)
+        selected = steps[step, beam_indices.clamp_min(0), sequences[:, sequences.shape[1] - length :]]
+        return selected.masked_fill(beam_indices < 0, 0)
 
     def _beam_search(self, *args, **options):
-        """As transformers' own, of which older releases would count with the ids of the base alone."""
+        """Beam search of transformers; older releases would use the base's vocabulary size."""
         text, config, self.config = copy(self.config.text_config), self.config, copy(self.config)
         text.vocab_size = config.vocab_size
         self.config.get_text_config = lambda *_, **__: text
@@ -313,7 +292,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         finally:
             self.config = config
 
-    def _score(
+    def _losses(
         self,
         hidden: Tensor,
         targets: Tensor,
@@ -322,52 +301,95 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         z_loss: float,
         head_chunk: int,
     ) -> dict[str, Tensor]:
-        # Inside a span only codes can be sampled, so code targets are scored among codes, and everything else among text
-        # and controls. Both heads run even on an empty selection: every rank must touch every parameter.
+        # Inside a span only codes are sampled, so code targets are scored among codes, all others among text and controls.
+        # Both heads run even without targets: every rank must use every parameter.
         is_code = self.vocabulary.is_code(targets)
         is_text = (targets != IGNORE) & ~is_code
         counts = {"text": is_text.sum(), "video": is_code.sum()}
-        # As indices: a mask would wait for the device each time it is used.
-        at_text, at_code = is_text.nonzero(as_tuple=True), is_code.nonzero(as_tuple=True)
-        codes, text = self.vocabulary.id_to_code(targets[at_code]), self._text_classes(targets[at_text])
-        head = self._text_head()
-        # Where the head is cut up among ranks, all of them must call it equally often, whatever their targets are.
-        pieces = _pieces(targets.numel() if head.cut else len(text), head_chunk)
-        scores = {
-            "text": score(head, hidden[at_text], text, pieces, text_weight, z_loss),
-            "video": score(self._code_head(), hidden[at_code], codes, _pieces(len(codes), head_chunk), 1.0, z_loss),
+        # Indices, since each use of a mask synchronises with the device.
+        text_at, code_at = is_text.nonzero(as_tuple=True), is_code.nonzero(as_tuple=True)
+        codes, text = self.vocabulary.id_to_code(targets[code_at]), self._text_classes(targets[text_at])
+        text_head, code_head = self._text_head(), self._code_head()
+        # All ranks must call a sharded head equally often, whatever their targets are.
+        text_chunks = _num_chunks(targets.numel() if text_head.sharded else len(text), head_chunk)
+        code_chunks = _num_chunks(len(codes), head_chunk)
+        sums = {
+            "text": chunked_cross_entropy(text_head, hidden[text_at], text, text_chunks, text_weight, z_loss),
+            "video": chunked_cross_entropy(code_head, hidden[code_at], codes, code_chunks, 1.0, z_loss),
         }
         if num_items is None:
             num_items = (counts["text"] + counts["video"]).clamp_min(1)
         return {
-            "loss": (scores["video"].loss + scores["text"].loss) / num_items,
+            "loss": (sums["video"].loss + sums["text"].loss) / num_items,
             **{f"{kind}_count": count for kind, count in counts.items()},
-            **{f"{kind}_nll": own.nll.detach() for kind, own in scores.items()},
-            **{f"{kind}_correct": own.correct for kind, own in scores.items()},
+            **{f"{kind}_nll": own.nll.detach() for kind, own in sums.items()},
+            **{f"{kind}_correct": own.correct for kind, own in sums.items()},
         }
 
-    def _text_head(self) -> Head:
+    def _text_head(self) -> OutputHead:
         head, controls = self.base.get_output_embeddings(), self.adapter.control_rows()
         trained = (parameter for parameter in head.parameters() if parameter.requires_grad)
-        return Head(lambda hidden: (head(hidden), hidden @ controls.T), (controls, *trained), is_cut(head))
+        return OutputHead(lambda hidden: (head(hidden), hidden @ controls.T), (controls, *trained), is_sharded(head))
 
-    def _code_head(self) -> Head:
+    def _code_head(self) -> OutputHead:
         rows = self.adapter.code_rows()
-        return Head(lambda hidden: (hidden @ rows.T,), (rows,))
+        return OutputHead(lambda hidden: (hidden @ rows.T,), (rows,))
 
     def _text_classes(self, ids: Tensor) -> Tensor:
-        """Ids of text and controls -> their places among the rows of the base's head and the two controls."""
+        """Ids of text and controls -> classes of the base's head rows followed by the two controls."""
         self._check_known(ids)
         gap = self.vocabulary.text_size - self.config.text_config.vocab_size
         return torch.where(self.vocabulary.is_text(ids), ids, ids - gap)
 
     def _check_known(self, ids: Tensor) -> None:
-        rows, known = self.config.text_config.vocab_size, self.vocabulary
-        if known.text_size > rows and (unknown := ids[(ids >= rows) & known.is_text(ids)]).numel():
+        rows, v = self.config.text_config.vocab_size, self.vocabulary
+        if v.text_size > rows and (unknown := ids[(ids >= rows) & v.is_text(ids)]).numel():
             raise ValueError(
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
                 f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
             )
+
+
+def check_options(options: dict[str, Any], decoder: PreTrainedModel) -> None:
+    """Raise TypeError for an option that neither `decoder` takes nor transformers passes on to attention."""
+    unknown = options.keys() - TransformersKwargs.__optional_keys__
+    if unknown and (unknown := unknown - inspect.signature(decoder.forward).parameters.keys()):
+        raise TypeError(
+            f"forward() got an unexpected keyword argument {min(unknown)!r}: neither this model nor its base takes it"
+        )
+
+
+def check_ids(vocabulary: Vocabulary, ids: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError unless all ids are in the vocabulary, and all labels are ids or -100.
+
+    Synchronises with the device once. Checks nothing under torch.compile, whose graph this would break.
+    """
+    given = {} if ids is None else {"input_ids": ids}
+    if labels is not None:
+        given["labels"] = labels.masked_fill(labels == IGNORE, 0)
+    given = {name: values for name, values in given.items() if values.numel()}
+    if not given or torch.compiler.is_compiling():
+        return
+    ends = torch.stack([end for values in given.values() for end in torch.aminmax(values)]).tolist()
+    for name, low, high in zip(given, ends[::2], ends[1::2], strict=True):
+        if low < 0 or high >= vocabulary.size:
+            raise ValueError(
+                f"{name} holds {low if low < 0 else high}, but the ids of this model are 0 to {vocabulary.size - 1}"
+                f"{f' (and {IGNORE} in labels: not a target)' if name == 'labels' else ''}: take the processor that was "
+                "saved with the model"
+            )
+
+
+def select_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
+    """Hidden states (B, S, H) at the positions given by `logits_to_keep` of transformers' models.
+
+    positions: the number of last ones (0: all), int64 (n,) for all rows, int64 (B, n), or bool (B, S), which gives (n, H).
+    """
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        return (
+            hidden[positions] if positions.dtype == torch.bool else hidden.take_along_dim(positions[..., None], dim=1)
+        )
+    return hidden[:, slice(-positions, None) if isinstance(positions, int) else positions]
 
 
 def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:
@@ -378,7 +400,7 @@ def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:
         )
 
 
-def _pieces(positions: int, head_chunk: int) -> int:
+def _num_chunks(positions: int, head_chunk: int) -> int:
     return max(1, -(-positions // head_chunk))
 
 

@@ -1,4 +1,4 @@
-"""Which id means what: text ids | video_start | video_end | codes. Pure arithmetic, without strings."""
+"""Vocabulary: the id layout text | video_start | video_end | codes, as arithmetic on ids."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The id layout of one model; integers and integer tensors alike go through its methods.
+    """The id layout of one model. Its methods take integers and integer tensors.
 
-    `text_size` is the first id that is not text. It comes from `Vocabulary.for_base`, is recorded in the model's config
-    and never guessed again: on padded vocabularies (Qwen2: 151,936 rows, about 151,646 used) both guesses differ.
-    Raises ValueError for sizes below 1.
+    `text_size` is the first id that is not text. `Vocabulary.for_base` computes it once, and the model's config records
+    it: with a padded vocabulary (Qwen2: 151,936 rows, about 151,646 used) neither size alone determines it. Raises
+    ValueError for sizes below 1.
     """
 
     text_size: int
@@ -27,17 +27,17 @@ class Vocabulary:
     def for_base(
         cls, vocab_size: int, tokenizer_length: int, codebook_size: int, tokens_per_video: int
     ) -> "Vocabulary":
-        """The layout over a base with `vocab_size` embedding rows and a text tokenizer of `tokenizer_length` entries."""
+        """The layout for a base with `vocab_size` embedding rows and a text tokenizer of `tokenizer_length` entries."""
         return cls(max(vocab_size, tokenizer_length), codebook_size, tokens_per_video)
 
     @property
     def video_start(self) -> int:
-        """The id that opens a video span."""
+        """The id that begins a video span."""
         return self.text_size
 
     @property
     def video_end(self) -> int:
-        """The id that closes a video span; it always follows exactly `tokens_per_video` codes."""
+        """The id that ends a video span, after exactly `tokens_per_video` codes."""
         return self.text_size + 1
 
     @property
@@ -47,7 +47,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """One more than the largest id."""
+        """The number of ids; the largest is `size - 1`."""
         return self.first_code + self.codebook_size
 
     def is_text(self, ids):
@@ -71,7 +71,7 @@ class Vocabulary:
         return ids - self.first_code
 
     def span(self, codes) -> list[int]:
-        """One video as ids: video_start, its N codes, video_end. ValueError for a wrong number or range of codes."""
+        """The ids of one video: video_start, N codes, video_end. Raises ValueError for another number or range of codes."""
         codes = list(map(int, codes))
         if len(codes) != self.tokens_per_video:
             raise ValueError(
@@ -83,14 +83,14 @@ class Vocabulary:
                 f"codes must lie in [0, {self.codebook_size}), got {min(codes)} to {max(codes)}; "
                 "encode the video with the tokenizer that the model was trained with"
             )
-        # Written out: a training makes hundreds of spans a second.
+        # Not through code_to_id: training builds hundreds of spans per second.
         first = self.first_code
         return [self.video_start, *[code + first for code in codes], self.video_end]
 
     def split(self, ids) -> list[tuple[str, list[int]]]:
-        """Ids -> segments ("text", text ids) and ("video", codes) in order; the controls themselves are dropped.
+        """Ids -> segments ("text", text ids) and ("video", codes) in order, without the controls.
 
-        Raises ValueError if a span holds anything but exactly N codes, or a code stands outside a span.
+        Raises ValueError for a span that does not hold exactly N codes, and for codes and controls outside a span.
         """
         segments: list[tuple[str, list[int]]] = []
         ids, position = [int(i) for i in ids], 0
@@ -103,7 +103,7 @@ class Vocabulary:
                         f"the video span at position {position} does not hold {self.tokens_per_video} codes"
                     )
                 if end < len(ids) and ids[end] != self.video_end:
-                    raise ValueError(f"the video span at position {position} is not closed by video_end")
+                    raise ValueError(f"the video span at position {position} does not end with video_end")
                 segments.append(("video", [self.id_to_code(i) for i in codes]))
                 position = end + 1
             elif self.is_text(ids[position]):
@@ -112,5 +112,5 @@ class Vocabulary:
                 segments[-1][1].append(ids[position])
                 position += 1
             else:
-                raise ValueError(f"id {ids[position]} at position {position} stands outside a video span")
+                raise ValueError(f"id {ids[position]} at position {position} is outside a video span")
         return segments

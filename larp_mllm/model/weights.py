@@ -1,4 +1,4 @@
-"""The weights of a model folder, looked at before and after they are loaded (which files, which shapes, no NaN), and a full disk."""
+"""Checks of a model folder's weights before and after loading, and quiet, checked loading and saving with transformers."""
 
 import copy
 import json
@@ -21,17 +21,16 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def check_folder(model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig | None = None) -> None:
-    """ValueError unless config.json (or `config`) and the files of weights can be a model of this class.
+    """Raise ValueError unless config.json (or `config`) and the files of weights fit a model of this class.
 
-    Pickled weights are refused, and an adapter that would be loaded in place of the model.
+    Also refused are pickled weights, and a peft adapter, which transformers would load in place of the model.
     """
     files = _weight_files(folder)
     if not isinstance(config, PreTrainedConfig):
         saved = read_config(folder / "config.json") or {}
         if saved.get("model_type") != MODEL_TYPE:
             raise ValueError(
-                f"{folder}: config.json is missing, or not that of a {MODEL_TYPE} model: give the folder that training wrote, "
-                "OUT/model"
+                f"{folder}: config.json is missing, or not that of a {MODEL_TYPE} model: give OUT/model of a training run"
             )
         config = model_class.config_class.from_pretrained(folder)
     if files:
@@ -39,7 +38,7 @@ def check_folder(model_class: type[PreTrainedModel], folder: Path, config: PreTr
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights, none if there are none."""
+    """The files of weights; an empty list if there are none."""
     names = [WEIGHTS] if (folder / WEIGHTS).is_file() else []
     if not names and (folder / INDEX).is_file():
         try:
@@ -49,31 +48,34 @@ def _weight_files(folder: Path) -> list[Path]:
                 f"{folder / INDEX} is damaged ({first_line(error)}): copy the model folder again"
             ) from error
         if wrong := [name for name in names if not str(name).endswith(".safetensors") or Path(name).name != name]:
-            raise ValueError(f"{folder / INDEX} names {wrong[0]!r}, expected safetensors files of the same folder")
+            raise ValueError(
+                f"{folder / INDEX} names {wrong[0]!r}, expected safetensors files of the same folder: copy the model folder again"
+            )
     if not names and (pickled := pickled_in(folder)):
         raise ValueError(
-            f"{folder} holds pickled weights ({pickled}), which can run code and are never loaded: convert them to "
-            f"{WEIGHTS} where you trust them (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
+            f"{folder} holds pickled weights ({pickled}), which can run code and are never loaded: if you trust them, "
+            f"convert them to {WEIGHTS} (torch.load(..., weights_only=True), then safetensors.torch.save_file)"
         )
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} holds an adapter of peft (adapter_config.json), which would be loaded in place of the model: fold "
-            "it into the weights, or take the file away"
+            f"{folder} holds an adapter of peft (adapter_config.json), which would be loaded in place of the model: merge "
+            "it into the weights, or remove the file"
         )
     return [folder / name for name in names]
 
 
 def pickled_in(folder: Path) -> str | None:
-    """The name of a file of pickled weights in a folder, None if there is none."""
+    """The name of a file of pickled weights in a folder, or None."""
     return next((file.name for file in sorted(folder.iterdir()) if file.suffix in _PICKLED), None)
 
 
 def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, files: list[Path], where: str) -> None:
-    """That a model of this config can be built, and its tensors have the shapes of those in the files.
+    """Raise ValueError unless a model of this config can be built, and its tensors have the shapes in the files.
 
-    Without memory: a damaged config may ask for more than there is. Missing and unknown tensors are not judged here.
+    The model is built on "meta", since a damaged config may ask for more memory than there is. Missing and unknown
+    tensors are not checked here.
     """
-    # Not at the top: where this module is imported first, it would bring in our model, which needs this module whole.
+    # Imported here: this import triggers that of our model (see auto_classes.py), which imports this module.
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     saved: dict[str, tuple[int, ...]] = {}
@@ -94,7 +96,7 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
     try:
         with torch.device("meta"):
             expected = model_class(copy.deepcopy(config)).state_dict()
-    except Exception as error:  # each architecture stumbles in its own way over sizes that cannot be
+    except Exception as error:  # each architecture raises its own for impossible sizes
         raise ValueError(
             f"{where}: config.json describes a model that cannot be built ({first_line(error)[:200]}). Restore the config.json "
             "that was written with the weights"
@@ -104,30 +106,27 @@ def _check_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig, 
 
 
 def check_finite(model: nn.Module, where: str) -> None:
-    """ValueError that names a tensor of a model that holds NaN or infinity."""
+    """Raise ValueError, naming the tensor, if the model holds NaN or infinity."""
     tensors = model.state_dict()
     if (name := not_finite(tensors.items())) is not None:
-        half = (
-            "; or its weights are too large for float16: load bfloat16" if tensors[name].dtype == torch.float16 else ""
-        )
+        half = "; or load bfloat16, if its weights exceed float16" if tensors[name].dtype == torch.float16 else ""
         raise ValueError(
-            f"{where}: the tensor {name} holds NaN or infinity: the model is damaged, copy it again or take an earlier "
-            f"checkpoint{half}"
+            f"{where}: the tensor {name} holds NaN or infinity: copy the model again, or take an earlier checkpoint{half}"
         )
 
 
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """The name of the first of named tensors that holds a number that is not finite."""
+    """The name of the first tensor that holds NaN or infinity, or None."""
     return next((name for name, tensor in tensors if not is_finite(tensor)), None)
 
 
 @contextmanager
 def naming_unwritable(folder: str | Path) -> Iterator[None]:
-    """A full disk, and whatever else ends the writing of a model in the block, as a ValueError that names the folder."""
+    """In the block, errors of writing a model, such as a full disk, become a ValueError that names the folder."""
     try:
         yield
     except Exception as error:
-        # A full disk: safetensors has a kind of its own for it, tokenizers raises a bare Exception.
+        # On a full disk, safetensors raises its own class and tokenizers a bare Exception.
         if not isinstance(error, (OSError, SafetensorError)) and type(error) is not Exception:
             raise
         raise ValueError(
@@ -137,18 +136,18 @@ def naming_unwritable(folder: str | Path) -> Iterator[None]:
 
 @contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """In the block, no warnings or tables of transformers, nor of what it imports when it saves; errors are raised.
+    """In the block, transformers and what it imports for saving print no warnings, tables or progress bars.
 
-    bars: leave those of loading and of downloads as they are; by default there are none either.
+    bars: leave progress bars as they are.
     """
     level, variable = logging.get_verbosity(), "DS_ACCELERATOR"
-    own = variable not in os.environ and not torch.accelerator.is_available()
+    added = variable not in os.environ and not torch.accelerator.is_available()
     hidden = not bars and logging.is_progress_bar_enabled()
     if hidden:
         logging.disable_progress_bar()
     logging.set_verbosity_error()
-    if own:
-        # Saving imports deepspeed, which without this warns on the standard output that it could find no accelerator.
+    if added:
+        # Saving imports deepspeed, which otherwise prints a warning that it finds no accelerator.
         os.environ[variable] = "cpu"
     try:
         yield
@@ -156,5 +155,5 @@ def quiet(bars: bool = False) -> Iterator[None]:
         logging.set_verbosity(level)
         if hidden:
             logging.enable_progress_bar()
-        if own:
+        if added:
             os.environ.pop(variable, None)

@@ -1,4 +1,4 @@
-"""The rows of video ids: where they start, what they are made of, what reaches them."""
+"""TokenAdapter: initial values, what the rows are computed from, gradients."""
 
 from larp_mllm.model.adapter import CodebookRows, TokenAdapter
 from larp_mllm.model.modeling import LarpMllmForCausalLM
@@ -12,43 +12,45 @@ from transformers import AutoModelForCausalLM
 HIDDEN, K, WIDTH = 64, 256, 8
 
 
-def start(kind: str = "codebook", scale: float = 0.02, head_scale: float = 0.05, mean: float = 0.0) -> TokenAdapter:
-    """An adapter beside a base whose rows have these standard deviations and this mean."""
+def initialized(
+    kind: str = "codebook", scale: float = 0.02, head_scale: float = 0.05, mean: float = 0.0
+) -> TokenAdapter:
+    """An adapter for a base whose rows have these standard deviations and this mean."""
     torch.manual_seed(0)
     adapter = TokenAdapter(K, WIDTH, HIDDEN, kind)
     codebook = F.normalize(torch.randn(K, WIDTH), dim=-1)
-    adapter.start(codebook, mean + scale * torch.randn(500, HIDDEN), mean + head_scale * torch.randn(500, HIDDEN))
+    adapter.initialize(codebook, mean + scale * torch.randn(500, HIDDEN), mean + head_scale * torch.randn(500, HIDDEN))
     return adapter
 
 
-def around_mean(rows: torch.Tensor) -> float:
+def centred_norm(rows: torch.Tensor) -> float:
     return (rows - rows.mean(0)).norm(dim=-1).mean().item()
 
 
 @pytest.mark.parametrize("kind", ["codebook", "free"])
 @pytest.mark.parametrize("scale, head_scale", [(0.02, 0.02), (1.0, 0.02), (0.006, 3.0)])
-def test_rows_start_at_the_size_of_the_base_models_own(kind, scale, head_scale):
-    adapter = start(kind, scale, head_scale)
+def test_rows_are_initialised_to_the_norm_of_the_base_models(kind, scale, head_scale):
+    adapter = initialized(kind, scale, head_scale)
     for rows, of_base in ((adapter.input_rows()[2:], scale), (adapter.code_rows(), head_scale)):
-        assert around_mean(rows) == pytest.approx(of_base * HIDDEN**0.5, rel=0.05)
+        assert centred_norm(rows) == pytest.approx(of_base * HIDDEN**0.5, rel=0.05)
     assert adapter.input_rows()[2:].mean(0).norm() < 0.15 * scale * HIDDEN**0.5
     for rows, of_base in ((adapter.input_rows()[:2], scale), (adapter.control_rows(), head_scale)):
         assert rows.norm(dim=-1).mean().item() == pytest.approx(of_base * HIDDEN**0.5, rel=0.3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_start_at_the_size_of_the_rows_of_every_family(family):
+def test_rows_are_initialised_to_the_norm_of_every_family(family):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(FAMILIES[family]())
     with torch.no_grad():
         base.get_output_embeddings().weight.mul_(1.5)
     adapter = LarpMllmForCausalLM.from_base(base, 0, torch.randn(K, WIDTH), 4).adapter
     for rows, table in ((adapter.input_rows()[2:], base.get_input_embeddings()), (adapter.code_rows(), base.lm_head)):
-        assert around_mean(rows) == pytest.approx(table.weight.norm(dim=-1).mean().item(), rel=0.03)
+        assert centred_norm(rows) == pytest.approx(table.weight.norm(dim=-1).mean().item(), rel=0.03)
 
 
-def test_codebook_rows_are_the_mlp_of_the_codebook_and_a_residual_that_starts_at_zero():
-    adapter = start()
+def test_codebook_rows_are_the_mlp_of_the_codebook_plus_a_residual_of_zero():
+    adapter = initialized()
     assert not adapter.code_input.residual.weight.any() and not adapter.code_output.residual.weight.any()
     with torch.no_grad():
         adapter.code_input.residual.weight[3] = 1.0
@@ -57,25 +59,24 @@ def test_codebook_rows_are_the_mlp_of_the_codebook_and_a_residual_that_starts_at
     assert torch.equal(adapter.input_rows()[2 + 4], mlp[4])
 
 
-def test_head_rows_have_a_projection_of_their_own_without_a_part_in_common():
-    adapter = start()
+def test_head_rows_have_their_own_projection_without_an_offset():
+    adapter = initialized()
     assert not torch.allclose(adapter.code_output.mlp[0].weight, adapter.code_input.mlp[0].weight)
     assert adapter.code_input.mlp[2].bias is not None and adapter.code_output.mlp[2].bias is None
 
 
-def test_near_codes_start_near_and_all_start_different():
-    adapter = start()
+def test_similar_codes_have_similar_initial_rows_and_all_differ():
+    adapter = initialized()
     codes = torch.cdist(adapter.codebook, adapter.codebook)
     for rows in (adapter.input_rows()[2:], adapter.code_rows()):
         distances = torch.cdist(rows, rows)
-        apart = ~torch.eye(K, dtype=torch.bool)
-        together = torch.stack([codes[apart], distances[apart]])
-        assert torch.corrcoef(together)[0, 1] > 0.8
-        assert distances[apart].min() > 0
+        pairs = ~torch.eye(K, dtype=torch.bool)
+        assert torch.corrcoef(torch.stack([codes[pairs], distances[pairs]]))[0, 1] > 0.8
+        assert distances[pairs].min() > 0
 
 
-def test_free_rows_start_around_the_mean_row_of_the_base_model():
-    adapter = start("free", scale=0.02, mean=1.0)
+def test_free_rows_are_initialised_around_the_mean_row_of_the_base():
+    adapter = initialized("free", scale=0.02, mean=1.0)
     for rows, spread in ((adapter.code_input.rows.weight, 0.02), (adapter.code_output.rows.weight, 0.05)):
         torch.testing.assert_close(rows.detach().mean(0), torch.ones(HIDDEN), rtol=0, atol=0.02)
         assert rows.std(0).mean().item() == pytest.approx(spread, rel=0.05)
@@ -84,7 +85,7 @@ def test_free_rows_start_around_the_mean_row_of_the_base_model():
 
 @pytest.mark.parametrize("kind", ["codebook", "free"])
 def test_gradients_reach_every_parameter(kind):
-    adapter = start(kind)
+    adapter = initialized(kind)
     hidden = torch.randn(3, HIDDEN)
     (adapter.input_rows().square().sum() + (hidden @ adapter.code_rows().T).logsumexp(-1).sum()).backward()
     (hidden @ adapter.control_rows().T).square().sum().backward()
@@ -93,6 +94,6 @@ def test_gradients_reach_every_parameter(kind):
 
 def test_a_codebook_of_another_shape_and_an_unknown_kind_are_refused():
     with pytest.raises(ValueError, match=r"codebook \(256, 8\), got \(256, 9\)"):
-        start().start(torch.zeros(K, 9), torch.zeros(5, HIDDEN), torch.zeros(5, HIDDEN))
+        initialized().initialize(torch.zeros(K, 9), torch.zeros(5, HIDDEN), torch.zeros(5, HIDDEN))
     with pytest.raises(ValueError, match="adapter kind must be one of codebook, free, got 'codebok'"):
         TokenAdapter(K, WIDTH, HIDDEN, "codebok")

@@ -1,11 +1,11 @@
-"""`import larp_mllm` alone makes the Auto classes know its models, before or after transformers, and costs nothing."""
+"""`import larp_mllm` registers its models with the Auto classes, before or after transformers is imported."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
-from larp_mllm.model import auto_classes as registration
+from larp_mllm.model import auto_classes
 from larp_mllm.model.auto_classes import register
 from tests.larp_mllm.tiny import tiny_mllm
 
@@ -33,7 +33,7 @@ print(model(torch.tensor([[1, 2, config.text_size, config.text_size + 2]])).logi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_auto_classes_load_what_was_saved_in_any_order_of_imports(order, tmp_path):
+def test_the_auto_classes_load_a_saved_model_in_any_order_of_imports(order, tmp_path):
     mllm = tiny_mllm()
     mllm.save(tmp_path)
     command = [sys.executable, "-W", "error::UserWarning", "-c", ORDERS[order] + LOAD, str(tmp_path)]
@@ -47,10 +47,10 @@ def test_the_auto_classes_load_what_was_saved_in_any_order_of_imports(order, tmp
 
 @pytest.fixture
 def theirs_and_ours(tmp_path, monkeypatch):
-    """A module that stands for one of transformers, and one that stands for ours; returns the two files."""
+    """The files of a module that stands for one of transformers, and of one that stands for ours."""
     names = ("standin_of_transformers", "standin_of_ours")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registration, "_AFTER", {names[0]: names[1]})
+    monkeypatch.setattr(auto_classes, "_EXTENDS", {names[0]: names[1]})
     files = [tmp_path / f"{name}.py" for name in names]
     files[0].write_text("value = 1\n")
     files[1].write_text("import standin_of_transformers\nseen = standin_of_transformers.value\n")
@@ -59,7 +59,7 @@ def theirs_and_ours(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_ours_is_imported_when_theirs_was_executed(theirs_and_ours):
+def test_ours_is_imported_after_theirs(theirs_and_ours):
     register()
     assert "standin_of_ours" not in sys.modules
     import standin_of_transformers
@@ -68,7 +68,7 @@ def test_ours_is_imported_when_theirs_was_executed(theirs_and_ours):
     assert sys.modules["standin_of_ours"].seen == 1
 
 
-def test_ours_is_imported_at_once_if_theirs_is_there(theirs_and_ours):
+def test_ours_is_imported_at_once_if_theirs_is_loaded(theirs_and_ours):
     import standin_of_transformers  # noqa: F401
 
     sys.modules.pop("standin_of_ours", None)
@@ -76,7 +76,7 @@ def test_ours_is_imported_at_once_if_theirs_is_there(theirs_and_ours):
     assert sys.modules["standin_of_ours"].seen == 1
 
 
-def test_transformers_stays_usable_where_ours_cannot_be_imported(theirs_and_ours):
+def test_transformers_stays_usable_if_ours_cannot_be_imported(theirs_and_ours):
     theirs_and_ours[1].write_text("raise RuntimeError('no such luck')\n")
     register()
     with pytest.warns(UserWarning, match=r"standin_of_ours cannot be imported \(RuntimeError: no such luck\)"):

@@ -1,4 +1,4 @@
-"""Bases, and the errors of those that cannot be had."""
+"""Base models: loading, tiny ones, and the errors of those that cannot be used."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 
-def test_unreachable_base_fails_within_seconds_and_says_what_to_do(monkeypatch, tmp_path):
+def test_an_unreachable_base_fails_within_seconds_and_names_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
     with pytest.raises(BaseError, match=r"--base Qwen2-0.5B: Qwen/Qwen2-0.5B cannot be loaded: .*tiny-qwen2"):
@@ -27,7 +27,7 @@ def test_an_unknown_name_is_no_hub_name():
         load_base("Qwen2-0,5B")
 
 
-def test_a_folder_without_a_model(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(BaseError, match="cannot be loaded"):
         load_base(str(tmp_path))
 
@@ -48,7 +48,7 @@ def test_tiny_bases_take_their_size_from_the_options():
         load_base("tiny-llama", ["a cat"], width=15, heads=2)
 
 
-def test_the_tiny_tokenizer_writes_any_text_and_is_reproducible():
+def test_the_tiny_tokenizer_encodes_any_text_and_is_reproducible():
     captions = ["a red circle moving left", "a blue square moving up"]
     tokenizer = tiny_tokenizer(captions)
     for text in (captions[0], "Ein Mann fährt Rad 🚲"):
@@ -58,7 +58,7 @@ def test_the_tiny_tokenizer_writes_any_text_and_is_reproducible():
 
 @pytest.fixture
 def base(qwen, tmp_path):
-    """A folder with a base as transformers writes it."""
+    """A folder with a base, saved by transformers."""
     qwen.model.base.save_pretrained(tmp_path / "base")
     qwen.processor.tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
@@ -69,7 +69,7 @@ def change(folder, **fields):
     (folder / "config.json").write_text(json.dumps(config | fields))
 
 
-def test_a_base_can_be_had_in_another_dtype(base):
+def test_a_base_is_loaded_in_another_dtype(base):
     assert load_base(str(base))[0].dtype == torch.float32
     assert load_base(str(base), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
     assert load_base("tiny-llama", ["a cat"], 1, 16, 2, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
@@ -89,7 +89,7 @@ def test_pickled_weights_are_never_read(base):
         (base / name).unlink()
 
 
-def test_a_base_without_its_text_tokenizer(base):
+def test_a_base_without_its_text_tokenizer_is_refused(base):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (base / file).unlink()
     with pytest.raises(BaseError, match=r"text tokenizer"):
@@ -104,20 +104,20 @@ def test_a_base_without_its_text_tokenizer(base):
         ({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}, "a t5 is an encoder-decoder"),
     ],
 )
-def test_a_base_of_another_kind(base, fields, words):
+def test_a_base_of_another_architecture_is_refused(base, fields, words):
     change(base, **fields)
     with pytest.raises(BaseError, match=words):
         load_base(str(base))
 
 
-def test_a_model_with_video_vocabulary_is_no_base_and_neither_is_its_run(qwen, tmp_path):
+def test_a_model_with_video_vocabulary_and_its_run_are_no_bases(qwen, tmp_path):
     qwen.save(tmp_path / "model")
     for folder in (tmp_path, tmp_path / "model"):
         with pytest.raises(BaseError, match=r"has a video vocabulary already, and cannot be a base again: .*--resume"):
             load_base(str(folder))
 
 
-def test_a_base_whose_head_has_a_bias(base, tmp_path):
+def test_a_base_whose_head_has_a_bias_is_refused(base, tmp_path):
     config = PhiConfig(vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
     load_base(str(base))[1].save_pretrained(tmp_path / "phi")
@@ -125,7 +125,7 @@ def test_a_base_whose_head_has_a_bias(base, tmp_path):
         load_base(str(tmp_path / "phi"))
 
 
-def test_a_base_with_too_few_positions_for_a_video():
+def test_a_base_with_too_few_positions_for_a_video_is_refused():
     model, _ = load_base("tiny-llama", ["a cat"], 1, 16, 2)
     check_positions(model, 1021, "tiny-llama")
     with pytest.raises(
@@ -134,7 +134,7 @@ def test_a_base_with_too_few_positions_for_a_video():
         check_positions(model, 1022, "tiny-llama")
 
 
-def test_a_misspelt_alias_is_guessed():
+def test_an_error_suggests_the_nearest_alias():
     with pytest.raises(BaseError, match=r"Qwen2-05B: no such folder.*did you mean Qwen2-0.5B\? Give") as refused:
         load_base("Qwen2-05B")
     assert sum(alias in str(refused.value) for alias in ALIASES) <= 4  # not the whole list
@@ -149,7 +149,7 @@ def test_a_file_is_no_base(tmp_path):
 
 
 def rewrite(folder, change) -> None:
-    """Put other weights into a base's folder."""
+    """Change the weights in a base's folder."""
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -170,12 +170,12 @@ def poison(weights):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (rename, r"model\.norm\.weight is missing \(and model\.norm\.wait of its files has no place in it\)"),
+        (rename, r"model\.norm\.weight is missing \(and model\.norm\.wait of its files is unknown to the model\)"),
         (widen, r"model\.norm\.weight has shape \(33,\) in place of \(32,\)"),
         (poison, r"its tensor model\.layers\.1\.mlp\.down_proj\.weight holds NaN or infinity"),
     ],
 )
-def test_weights_that_are_not_whole_are_named_not_drawn_at_random(base, damage, words):
+def test_missing_and_damaged_weights_are_named_not_initialised_at_random(base, damage, words):
     assert "lm_head.weight" not in load_file(base / "model.safetensors")  # tied: not missing
     load_base(str(base))
     rewrite(base, damage)
@@ -206,7 +206,7 @@ def test_control_tokens_without_a_row_are_named(base):
         BaseError, match=rf"--base B: its embedding has {rows} rows, too few for '<\|turn\|>' \({rows}, chat"
     ):
         check_rows(model, tokenizer, "B")
-    tokenizer.chat_template = None  # then nothing writes it
+    tokenizer.chat_template = None  # then nothing inserts it
     check_rows(model, tokenizer)
     tokenizer.add_special_tokens({"eos_token": "<|over|>"})
     with pytest.raises(BaseError, match=r"'<\|over\|>' \(\d+, eos_token\).*resize_token_embeddings"):
@@ -216,7 +216,7 @@ def test_control_tokens_without_a_row_are_named(base):
 
 
 @pytest.mark.parametrize("error, words", [(404, "HTTP Error 404"), (401, "HTTP Error 401")])
-def test_what_the_hub_says_is_passed_on(monkeypatch, error, words):
+def test_errors_name_the_answer_of_the_hub(monkeypatch, error, words):
     def urlopen(request, timeout):
         raise urllib.error.HTTPError(request.full_url, error, "no", {}, None)
 

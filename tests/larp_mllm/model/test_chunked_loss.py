@@ -1,7 +1,7 @@
-"""The loss of a head in pieces: the same numbers and gradients as all logits at once, without them."""
+"""The chunked loss: the values and gradients of all logits at once, in less memory."""
 
-from larp_mllm.model import chunked_loss as heads
-from larp_mllm.model.chunked_loss import Head, score
+from larp_mllm.model import chunked_loss
+from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from tests.larp_mllm.families import FAMILIES
 
@@ -17,9 +17,9 @@ WIDTH, CLASSES, POSITIONS = 8, 50, 23
 
 
 class Subject:
-    """A head with a bias and two rows more, hidden states and targets, all the same each time."""
+    """A head with a bias and two further rows, hidden states and targets, from a fixed seed."""
 
-    def __init__(self, dtype=torch.float32, trained: bool = True, cut: bool = False):
+    def __init__(self, dtype=torch.float32, trained: bool = True, sharded: bool = False):
         torch.manual_seed(0)
         self.module = nn.Linear(WIDTH, CLASSES, dtype=dtype).requires_grad_(trained)
         self.rows = torch.randn(2, WIDTH, dtype=dtype, requires_grad=True)
@@ -28,14 +28,14 @@ class Subject:
         self.targets[0] = CLASSES + 1
         self.calls = 0
         trained_weights = [weight for weight in self.module.parameters() if weight.requires_grad]
-        self.head = Head(self.parts, (self.rows, *trained_weights), cut)
+        self.head = OutputHead(self.project, (self.rows, *trained_weights), sharded)
 
-    def parts(self, hidden):
+    def project(self, hidden):
         self.calls += 1
         return self.module(hidden), hidden @ self.rows.T
 
-    def plain(self, weight: float, z_loss: float):
-        logits = torch.cat(self.parts(self.hidden), dim=-1)
+    def reference(self, weight: float, z_loss: float):
+        logits = torch.cat(self.project(self.hidden), dim=-1)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nll = F.cross_entropy(logits, self.targets, reduction="sum")
         loss = weight * (nll + z_loss * logits.logsumexp(-1).square().sum())
@@ -49,14 +49,14 @@ class Subject:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("trained, cut", [(True, False), (False, False), (True, True), (False, True)])
-@pytest.mark.parametrize("pieces", [1, 4, 40])
-def test_loss_and_gradients_equal_those_of_all_logits_at_once(dtype, trained, cut, pieces):
-    subject = Subject(dtype, trained, cut)
-    ours = score(subject.head, subject.hidden, subject.targets, pieces, weight=0.7, z_loss=0.3)
+@pytest.mark.parametrize("trained, sharded", [(True, False), (False, False), (True, True), (False, True)])
+@pytest.mark.parametrize("num_chunks", [1, 4, 40])
+def test_loss_and_gradients_equal_those_of_all_logits_at_once(dtype, trained, sharded, num_chunks):
+    subject = Subject(dtype, trained, sharded)
+    ours = chunked_cross_entropy(subject.head, subject.hidden, subject.targets, num_chunks, weight=0.7, z_loss=0.3)
     (ours.loss / 5).backward()
     own = subject.gradients()
-    loss, nll, correct = subject.plain(0.7, 0.3)
+    loss, nll, correct = subject.reference(0.7, 0.3)
     (loss / 5).backward()
     exact = 1e-12 if dtype == torch.float64 else 1e-5
     torch.testing.assert_close((ours.loss, ours.nll), (loss, nll), rtol=exact, atol=exact)
@@ -67,22 +67,22 @@ def test_loss_and_gradients_equal_those_of_all_logits_at_once(dtype, trained, cu
             torch.testing.assert_close(mine, theirs, rtol=exact, atol=exact)
 
 
-def test_blocks_of_a_piece_change_nothing(monkeypatch):
-    whole = score((subject := Subject()).head, subject.hidden, subject.targets, 1, z_loss=0.1)
+def test_blocks_of_a_chunk_change_nothing(monkeypatch):
+    whole = chunked_cross_entropy((subject := Subject()).head, subject.hidden, subject.targets, 1, z_loss=0.1)
     whole.loss.backward()
     gradients = subject.gradients()
-    monkeypatch.setattr(heads, "_BLOCK", 3 * (CLASSES + 2))
-    blocks = score(subject.head, subject.hidden, subject.targets, 1, z_loss=0.1)
+    monkeypatch.setattr(chunked_loss, "_BLOCK", 3 * (CLASSES + 2))
+    blocks = chunked_cross_entropy(subject.head, subject.hidden, subject.targets, 1, z_loss=0.1)
     blocks.loss.backward()
     torch.testing.assert_close(blocks, whole)
     torch.testing.assert_close(subject.gradients(), gradients)
 
 
-def test_a_head_under_autocast_is_scored_in_float32():
+def test_the_loss_under_autocast_is_float32():
     subject = Subject()
     with torch.autocast("cpu", torch.bfloat16):
-        ours = score(subject.head, subject.hidden, subject.targets, 3)
-        loss, nll, _ = subject.plain(1.0, 0.0)
+        ours = chunked_cross_entropy(subject.head, subject.hidden, subject.targets, 3)
+        loss, nll, _ = subject.reference(1.0, 0.0)
     assert ours.loss.dtype == torch.float32
     torch.testing.assert_close((ours.loss, ours.nll), (loss, nll), rtol=1e-5, atol=1e-4)
     ours.loss.backward()
@@ -91,48 +91,48 @@ def test_a_head_under_autocast_is_scored_in_float32():
     torch.testing.assert_close(own, subject.gradients(), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("cut, times", [(False, 5), (True, 10)])
-def test_the_head_is_called_as_often_as_said_whatever_is_scored(cut, times):
-    # Sharded among ranks, it would wait for ever for a rank that calls it less often; there the backward pass counts.
+@pytest.mark.parametrize("sharded, times", [(False, 5), (True, 10)])
+def test_the_head_is_called_num_chunks_times_for_any_number_of_targets(sharded, times):
+    # With ZeRO-3 all ranks must call the head equally often; the backward pass calls it again.
     for count in (0, 3, POSITIONS):
-        subject = Subject(cut=cut)
-        score(subject.head, subject.hidden[:count], subject.targets[:count], 5).loss.backward()
+        subject = Subject(sharded=sharded)
+        chunked_cross_entropy(subject.head, subject.hidden[:count], subject.targets[:count], 5).loss.backward()
         assert subject.calls == times
         assert all(gradient is not None for gradient in subject.gradients())
 
 
-@pytest.mark.parametrize("cut", [False, True])
-def test_rows_learn_beside_a_frozen_head_and_hidden_states_without_a_gradient(cut):
-    subject = Subject(trained=False, cut=cut)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_control_rows_get_gradients_with_a_frozen_head_and_hidden_states_without_gradients(sharded):
+    subject = Subject(trained=False, sharded=sharded)
     subject.hidden.requires_grad_(False)
-    score(subject.head, subject.hidden, subject.targets, 3).loss.backward()
+    chunked_cross_entropy(subject.head, subject.hidden, subject.targets, 3).loss.backward()
     own = subject.rows.grad.clone()
     subject.rows.grad = None
-    subject.plain(1.0, 0.0)[0].backward()
+    subject.reference(1.0, 0.0)[0].backward()
     torch.testing.assert_close(own, subject.rows.grad)
 
 
-def test_nothing_is_differentiated_where_nobody_asks():
+def test_no_gradients_are_computed_under_no_grad():
     subject = Subject()
     with torch.no_grad():
-        ours = score(subject.head, subject.hidden, subject.targets, 4, weight=2.0, z_loss=0.1)
+        ours = chunked_cross_entropy(subject.head, subject.hidden, subject.targets, 4, weight=2.0, z_loss=0.1)
     assert not ours.loss.requires_grad
-    torch.testing.assert_close((ours.loss, ours.nll, ours.correct), subject.plain(2.0, 0.1))
+    torch.testing.assert_close((ours.loss, ours.nll, ours.correct), subject.reference(2.0, 0.1))
 
 
 @pytest.mark.parametrize("targets", ["first", "last"])
-def test_of_equal_logits_the_first_counts_as_the_likeliest(targets):
+def test_the_first_of_equal_logits_is_the_likeliest(targets):
     subject = Subject()
     nn.init.zeros_(subject.module.weight)
     nn.init.zeros_(subject.module.bias)
     subject.rows.data.zero_()
     subject.targets.fill_(0 if targets == "first" else CLASSES + 1)
-    correct = score(subject.head, subject.hidden, subject.targets, 2).correct
+    correct = chunked_cross_entropy(subject.head, subject.hidden, subject.targets, 2).correct
     assert int(correct) == (POSITIONS if targets == "first" else 0)
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that is made inside."""
+    """Records the number of elements of the largest tensor created inside."""
 
     def __init__(self):
         super().__init__()
@@ -160,12 +160,12 @@ def mixed_batch(model: LarpMllmForCausalLM, rows: int = 2, length: int = 24):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("cut", [True, False])
-def test_no_more_logits_are_made_than_a_chunk_holds(trained, cut):
-    # The logits of all 2 x 50 positions would be the largest tensor by far, the head's weights the largest otherwise.
+@pytest.mark.parametrize("sharded", [True, False])
+def test_logits_exist_for_one_chunk_at_a_time(trained, sharded):
+    # The logits of all 2 x 50 positions would be the largest tensor; in chunks it is the head's weight.
     model = tiny_model(vocab_size=1000)
     model.base.requires_grad_(trained)
-    if cut:
+    if sharded:
         model.base.get_output_embeddings().weight.ds_id = 0
     ids, labels = mixed_batch(model, length=50)
     with Largest() as largest:
@@ -177,12 +177,12 @@ def test_no_more_logits_are_made_than_a_chunk_holds(trained, cut):
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen2-untied"])
-@pytest.mark.parametrize("cut", [True, False])
-def test_chunks_change_neither_loss_nor_gradients_of_a_model(family, cut):
+@pytest.mark.parametrize("sharded", [True, False])
+def test_chunks_change_neither_loss_nor_gradients_of_a_model(family, sharded):
     found = []
     for chunk in (1024, 5):
         model = tiny_model(family).double()
-        if cut and chunk == 5:
+        if sharded and chunk == 5:
             model.base.get_output_embeddings().weight.ds_id = 0
         ids, labels = mixed_batch(model)
         out = model(ids, labels=labels, z_loss=1e-2, text_weight=0.5, head_chunk=chunk)

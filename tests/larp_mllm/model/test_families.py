@@ -1,4 +1,4 @@
-"""Every family of base models: text unharmed, records apart, gradients, round trips, generation."""
+"""Every family of base models: text logits unchanged, packed records separate, gradients, saving, generation."""
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from tests.larp_mllm.families import FAMILIES, VOCAB_SIZE
@@ -21,7 +21,7 @@ def model_of(family: str, adapter: str = "codebook") -> LarpMllmForCausalLM:
 
 
 def record(model: LarpMllmForCausalLM, seed: int, text: int) -> torch.Tensor:
-    """Ids of so much text, a video, and a word more."""
+    """Ids: so many of text, a video, and one more of text."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(0, VOCAB_SIZE, (text + 1,), generator=generator).tolist()
     codes = torch.randint(0, K, (N,), generator=generator).tolist()
@@ -51,23 +51,23 @@ def test_a_frozen_base_gives_its_own_text_logits_to_the_bit_before_and_after_tra
     "family, attention",
     [*((family, "sdpa") for family in FAMILIES), ("qwen2-tied", "eager"), ("mistral-sliding", "eager")],
 )
-def test_packed_records_do_not_see_each_other(family, attention):
+def test_packed_records_do_not_attend_to_each_other(family, attention):
     model = model_of(family)
     model.base.set_attn_implementation(attention)
     records = [record(model, seed, text) for seed, text in ((0, 3), (1, 9), (2, 6))]
     apart = torch.cat([model(one[None]).logits[0] for one in records])
     positions = torch.cat([torch.arange(len(one)) for one in records])
-    # Two rows: what is in one must not change where the records of the other begin.
+    # Two rows with different boundaries, which must not affect each other.
     rows = [torch.cat(records), torch.cat(records[::-1])]
-    places = [positions, torch.cat([torch.arange(len(one)) for one in records[::-1]])]
-    packed = model(torch.stack(rows), position_ids=torch.stack(places)).logits
+    position_ids = [positions, torch.cat([torch.arange(len(one)) for one in records[::-1]])]
+    packed = model(torch.stack(rows), position_ids=torch.stack(position_ids)).logits
     torch.testing.assert_close(packed[0], apart, rtol=1e-4, atol=1e-5)
-    crossing = model(rows[0][None]).logits[0]
-    assert (crossing - apart)[len(records[0]) :].abs().max() > 1e-3
+    unseparated = model(rows[0][None]).logits[0]
+    assert (unseparated - apart)[len(records[0]) :].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family, adapter", [*((family, "codebook") for family in FAMILIES), ("llama2", "free")])
-def test_what_is_saved_is_loaded(family, adapter, tmp_path):
+def test_a_saved_model_loads_unchanged(family, adapter, tmp_path):
     model = model_of(family, adapter)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -79,7 +79,7 @@ def test_what_is_saved_is_loaded(family, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_gives_the_same_gradients_and_they_reach_everything(family):
+def test_gradient_checkpointing_gives_the_same_gradients_for_every_parameter(family):
     found = []
     for checkpointing in (False, True):
         model = model_of(family).train()
@@ -101,6 +101,6 @@ def test_generation_with_a_cache_equals_generation_without(family):
     model = model_of(family)
     ids = torch.stack([record(model, seed, 4) for seed in range(2)])
     settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None)
-    written = [model.generate(ids, use_cache=cached, pad_token_id=0, **settings) for cached in (True, False)]
-    assert written[0].shape[1] == ids.shape[1] + 6
-    assert torch.equal(*written)
+    generated = [model.generate(ids, use_cache=cached, pad_token_id=0, **settings) for cached in (True, False)]
+    assert generated[0].shape[1] == ids.shape[1] + 6
+    assert torch.equal(*generated)

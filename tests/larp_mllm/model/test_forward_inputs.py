@@ -1,4 +1,4 @@
-"""The wrapper as transformers knows its models: options of forward, ids that are none, generate's records, resizing."""
+"""LarpMllmForCausalLM as a model of transformers: arguments of forward, ids out of range, outputs of generate, resizing."""
 
 import json
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(scope="module")
 def eager():
-    """A tiny model that can show its attention; ids 0 to 98 are text, 101 to 116 codes."""
+    """A tiny model that returns attentions; ids 0 to 98 are text, 99 and 100 controls, 101 to 116 codes."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(FAMILIES["llama2"](), attn_implementation="eager")
     return LarpMllmForCausalLM.from_base(base, 0, torch.randn(16, 4), 4).eval()
@@ -34,7 +34,7 @@ def eager():
         (lambda model: model.set_output_embeddings(torch.nn.Linear(32, 128)), r"head .* is \(99, 32\) and keeps"),
     ],
 )
-def test_the_rows_of_the_base_stay_as_many_as_they_are(eager, change, message):
+def test_the_base_cannot_be_resized(eager, change, message):
     before = {name: value.clone() for name, value in eager.state_dict().items()}
     with pytest.raises(ValueError, match=message):
         change(eager)
@@ -43,20 +43,20 @@ def test_the_rows_of_the_base_stay_as_many_as_they_are(eager, change, message):
     assert eager.config.text_config.vocab_size == 99
 
 
-def test_embedding_and_head_can_be_read_and_exchanged(eager):
+def test_embedding_and_head_can_be_read_and_replaced(eager):
     embedding, head = eager.get_input_embeddings(), eager.get_output_embeddings()
     assert eager.resize_token_embeddings() is eager.resize_token_embeddings(99) is embedding
-    other = torch.nn.Embedding(99, 32), torch.nn.Linear(32, 99, bias=False)
-    eager.set_input_embeddings(other[0])
-    eager.set_output_embeddings(other[1])
+    new = torch.nn.Embedding(99, 32), torch.nn.Linear(32, 99, bias=False)
+    eager.set_input_embeddings(new[0])
+    eager.set_output_embeddings(new[1])
     found = eager.base.get_input_embeddings(), eager.base.get_output_embeddings()
     eager.set_input_embeddings(embedding)
     eager.set_output_embeddings(head)
-    assert found == other
+    assert found == new
 
 
 @pytest.mark.parametrize("wrong", [-1, -101, 117, 10**9])
-def test_ids_and_labels_that_the_model_does_not_have_are_refused(eager, wrong):
+def test_ids_and_labels_out_of_range_are_refused(eager, wrong):
     good = torch.tensor([[5, 99, 116, 100]])
     bad = good.clone()
     bad[0, 2] = wrong
@@ -86,12 +86,12 @@ def test_ids_and_labels_that_the_model_does_not_have_are_refused(eager, wrong):
         ({"input_ids": torch.zeros(1, 2).long(), "foo": 3}, TypeError, "unexpected keyword argument 'foo'"),
     ],
 )
-def test_a_call_that_cannot_be_meant_is_refused(eager, options, kind, message):
+def test_contradictory_arguments_are_refused(eager, options, kind, message):
     with pytest.raises(kind, match=message):
         eager(**options)
 
 
-def test_forward_gives_what_transformers_models_give(eager):
+def test_forward_returns_what_models_of_transformers_return(eager):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     plain, theirs = eager(ids), eager.base(ids, output_hidden_states=True, output_attentions=True)
     assert plain.hidden_states is None and plain.attentions is None
@@ -106,7 +106,7 @@ def test_forward_gives_what_transformers_models_give(eager):
     assert torch.equal(eager(ids, labels=ids, return_dict=False)[0], eager(ids, labels=ids).loss)
     assert torch.equal(
         eager(ids, is_causal=True, num_items_in_batch=4).logits, plain.logits
-    )  # as Trainer and attention
+    )  # options that Trainer and attention pass
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_forward_gives_what_transformers_models_give(eager):
     ],
     ids=str,
 )
-def test_logits_are_given_where_they_are_wanted(eager, keep, rows, places):
+def test_logits_to_keep_selects_positions(eager, keep, rows, places):
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     ours, theirs = eager(ids, logits_to_keep=keep).logits, eager.base(ids).logits[rows, places]
     assert ours.shape == (*theirs.shape[:-1], 117)
@@ -129,13 +129,13 @@ def test_logits_are_given_where_they_are_wanted(eager, keep, rows, places):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generate_gives_scores_and_states_of_all_ids(eager, beams):
+def test_generate_returns_scores_and_states_of_all_ids(eager, beams):
     ids = torch.tensor([[5, 6, 7], [9, 99, 116]])
     kinds = dict.fromkeys(("output_scores", "output_logits", "output_hidden_states", "output_attentions"), True)
     settings = dict(do_sample=False, max_new_tokens=4, num_beams=beams, eos_token_id=None, pad_token_id=0)
-    # Codes at every second step: their scores lie behind those of the base's ids.
-    ban = list(range(101)), list(range(101, 117))
-    rule = [lambda so_far, scores: scores.index_fill(1, torch.tensor(ban[so_far.shape[1] % 2]), -torch.inf)]
+    # Codes at every second step: their scores follow those of the base's ids.
+    banned = list(range(101)), list(range(101, 117))
+    rule = [lambda so_far, scores: scores.index_fill(1, torch.tensor(banned[so_far.shape[1] % 2]), -torch.inf)]
     out = eager.generate(
         ids, attention_mask=ids * 0 + 1, return_dict_in_generate=True, logits_processor=rule, **kinds, **settings
     )
@@ -145,21 +145,21 @@ def test_generate_gives_scores_and_states_of_all_ids(eager, beams):
         out.sequences, out.scores, out.get("beam_indices"), normalize_logits=beams == 1
     )
     if beams == 1:
-        written = out.sequences[:, 3:]
+        generated = out.sequences[:, 3:]
         torch.testing.assert_close(
-            scores, torch.stack(out.scores, 1).log_softmax(-1).gather(2, written[..., None])[..., 0]
+            scores, torch.stack(out.scores, 1).log_softmax(-1).gather(2, generated[..., None])[..., 0]
         )
     else:
         torch.testing.assert_close(scores.mean(-1), out.sequences_scores)
 
 
-def test_a_config_says_how_large_the_model_is(eager, tmp_path):
+def test_a_config_has_the_sizes_of_the_whole_model(eager, tmp_path):
     config = eager.config
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (117, 32, 2)
     assert config.get_text_config().vocab_size == 99
     config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert not {"vocab_size", "hidden_size", "num_hidden_layers"} & written.keys()
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not {"vocab_size", "hidden_size", "num_hidden_layers"} & saved.keys()
     assert LarpMllmConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
     assert LarpMllmConfig().vocab_size == 0
     with pytest.raises(AttributeError):

@@ -1,4 +1,4 @@
-"""The wrapper: the base unharmed, the loss exact, the round trip, what is refused."""
+"""LarpMllmForCausalLM: the base unchanged, the loss, saving and loading, damaged checkpoints."""
 
 import json
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ def test_text_logits_are_bit_identical_to_the_base(base):
     assert torch.equal(logits[..., : language_model.config.vocab_size], before)
 
 
-def test_a_tokenizer_larger_than_the_base_never_gets_its_extra_ids(mllm):
+def test_ids_without_a_row_in_the_base_get_no_probability(mllm):
     base = mllm.model.base
     model = LarpMllmForCausalLM.from_base(base, base.config.vocab_size + 3, torch.randn(16, 4), 4)
     logits = model(torch.tensor([[1, 2]])).logits
@@ -47,15 +47,15 @@ def test_a_tokenizer_larger_than_the_base_never_gets_its_extra_ids(mllm):
     assert torch.isinf(logits[..., base.config.vocab_size : model.vocabulary.text_size]).all()
 
 
-def test_the_adapter_lies_where_the_base_does(mllm):
-    # "meta" stands for a GPU: numbers of two devices do not mix there either.
+def test_the_adapter_is_on_the_device_of_the_base(mllm):
+    # "meta" stands for a GPU: tensors of two devices do not mix.
     with torch.device("meta"):
         base, codebook = AutoModelForCausalLM.from_config(mllm.model.base.config), torch.randn(16, 4)
     model = LarpMllmForCausalLM.from_base(base, 0, codebook, 4)
     assert {one.device.type for one in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
-def test_loss_equals_the_plain_way(mllm):
+def test_loss_equals_the_cross_entropy_of_all_logits(mllm):
     model, v = mllm.model, mllm.model.vocabulary
     ids = mixed_ids(mllm)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(2)) < 0.3, IGNORE)
@@ -72,7 +72,7 @@ def test_loss_equals_the_plain_way(mllm):
     torch.testing.assert_close(weighted.loss, (video + 0.5 * text) / 10)
 
 
-def test_code_targets_never_meet_the_text_head(qwen):
+def test_no_text_logits_are_computed_for_code_targets(qwen):
     model, v = qwen.model, qwen.model.vocabulary
     seen = []
     hook = model.base.get_output_embeddings().register_forward_hook(lambda m, inputs, out: seen.append(out.numel()))
@@ -103,7 +103,7 @@ def test_unknown_adapter_is_refused():
         tiny_mllm(adapter="codebok")
 
 
-def test_a_model_goes_to_the_hub_as_the_files_that_load_it_again(qwen, tmp_path, monkeypatch):
+def test_a_model_pushed_to_the_hub_loads_again(qwen, tmp_path, monkeypatch):
     uploaded = tmp_path / "hub"
 
     def create_commit(operations, **_):
@@ -134,7 +134,7 @@ def test_a_model_goes_to_the_hub_as_the_files_that_load_it_again(qwen, tmp_path,
 
 @pytest.fixture
 def saved(qwen, tmp_path):
-    """A model folder, and a function that changes its config.json and its tensors."""
+    """A function that changes config.json and tensors of a model folder, and returns it."""
     qwen.save(tmp_path)
 
     def change(fields=(), text_fields=(), tensors=()):
@@ -186,18 +186,18 @@ def saved(qwen, tmp_path):
         ({"text_fields": {"model_type": "vit"}}, "says that the base is a vit, which is no causal language model"),
     ],
 )
-def test_a_model_that_is_not_whole_is_refused_in_one_line(saved, caplog, capfd, changes, message):
+def test_a_damaged_model_is_refused_in_one_line(saved, caplog, capfd, changes, message):
     folder = saved(**changes)
-    with caplog.at_level("INFO"), listening(caplog), pytest.raises(ValueError, match=message) as refused:
+    with caplog.at_level("INFO"), logs_of_transformers(caplog), pytest.raises(ValueError, match=message) as refused:
         LarpMllmForCausalLM.from_pretrained(folder)
-    assert "\n" not in str(refused.value) and not caplog.records  # transformers' tables and warnings included
+    assert "\n" not in str(refused.value) and not caplog.records  # no tables or warnings of transformers
     shown = capfd.readouterr()
     assert shown.out == "" and "LOAD REPORT" not in shown.err
 
 
 @contextmanager
-def listening(caplog):
-    """Let `caplog` hear what transformers logs."""
+def logs_of_transformers(caplog):
+    """Let `caplog` record the logs of transformers."""
     logging.add_handler(caplog.handler)
     yield
     logging.remove_handler(caplog.handler)
@@ -209,19 +209,20 @@ def test_pickled_weights_are_never_loaded(saved, tmp_path):
             return Path.touch, (tmp_path / "ran",)
 
     folder = saved()
-    (folder / "model.safetensors").rename(folder / "kept")
+    (folder / "model.safetensors").rename(folder / "hidden")
     torch.save({"adapter.codebook": Attack()}, folder / "pytorch_model.bin")
     index = {"weight_map": {"adapter.codebook": "pytorch_model.bin"}}
     for load in (LarpMllmForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained, Mllm.load):
         with pytest.raises(
-            ValueError, match=r"holds pickled weights \(pytorch_model.bin\).*: convert them to model.saf"
+            ValueError,
+            match=r"holds pickled weights \(pytorch_model.bin\).*: if you trust them, convert them to model.saf",
         ):
             load(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"names 'pytorch_model.bin', expected safetensors files"):
         LarpMllmForCausalLM.from_pretrained(folder)
-    (folder / "kept").rename(folder / "model.safetensors")
-    LarpMllmForCausalLM.from_pretrained(folder)  # of both, safetensors is read
+    (folder / "hidden").rename(folder / "model.safetensors")
+    LarpMllmForCausalLM.from_pretrained(folder)  # safetensors takes precedence
     assert not (tmp_path / "ran").exists()
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"an adapter of peft \(adapter_config.json\)"):
@@ -244,14 +245,14 @@ def test_pickled_weights_are_never_loaded(saved, tmp_path):
         ({"text_config": 3}, "config.json of a larp_mllm model: .*copy the model folder again"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused_when_it_is_loaded(qwen, fields, message):
+def test_an_invalid_config_is_refused_when_it_is_loaded(qwen, fields, message):
     good = qwen.model.config.to_dict()
     assert LarpMllmConfig.from_dict(good).vocabulary == qwen.model.vocabulary
     with pytest.raises(ValueError, match=message):
         LarpMllmConfig.from_dict(good | fields)
 
 
-def test_how_many_frames_continuation_was_trained_on_is_kept(qwen, tmp_path):
+def test_a_config_saves_the_number_of_given_frames(qwen, tmp_path):
     assert qwen.model.config.given_frames == 0
     LarpMllmConfig.from_dict(qwen.model.config.to_dict() | {"given_frames": 3}).save_pretrained(tmp_path)
     assert LarpMllmConfig.from_pretrained(tmp_path).given_frames == 3

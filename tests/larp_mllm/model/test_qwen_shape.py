@@ -1,4 +1,4 @@
-"""A few steps at the true shape of Qwen2-0.5B, random weights made here: align, then LoRA, in less memory than a laptop has."""
+"""A few training steps at the shape of Qwen2-0.5B with random weights: adapter, then LoRA, within 10 GB of memory."""
 
 import resource
 
@@ -37,12 +37,12 @@ def test_the_adapter_and_then_lora_learn_at_the_shape_of_qwen2():
     prepare(model, "lora", 8)
     assert steps(model, ids, 2, 1e-5) > 0
     assert not torch.equal(model(words).logits[..., :151_936], text)
-    # In kB: of 24 GB, most must be left to optimizer states and longer batches.
+    # In kB. The rest of 24 GB is for optimizer states and longer batches.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 10 * 2**20
 
 
 def steps(model: LarpMllmForCausalLM, ids: torch.Tensor, count: int, rate: float) -> float:
-    """Train so many steps of AdamW; returns by how much the loss fell."""
+    """Train `count` steps of AdamW; returns the decrease of the loss."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     losses = []
     for _ in range(count):

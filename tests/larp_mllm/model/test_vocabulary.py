@@ -8,7 +8,7 @@ import torch
 V = Vocabulary(text_size=100, codebook_size=8, tokens_per_video=3)
 
 
-def test_layout_starts_behind_the_larger_of_the_two_vocabularies():
+def test_video_ids_follow_the_larger_of_the_two_vocabularies():
     assert Vocabulary.for_base(151936, 151646, 8, 3).video_start == 151936
     assert Vocabulary.for_base(32000, 32003, 8, 3).video_start == 32003
     assert (V.video_start, V.video_end, V.first_code, V.size) == (100, 101, 102, 110)
