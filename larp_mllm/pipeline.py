@@ -1,4 +1,4 @@
-"""Mllm: a model and its processor together, and what they do: videos for texts, texts for videos, and both at once.
+"""Mllm: a model with its processor, for text to video, video to text, continuation and chat.
 
 Shapes: B videos, F frames of a video, N codes per video.
 """
@@ -14,7 +14,7 @@ from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_count, check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.answer import Answer
-from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, num_threads_for, positions
+from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import find_model
@@ -36,7 +36,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 
 
 class Mllm:
-    """A model and its processor, loaded together and checked against each other."""
+    """A language model with video vocabulary and its processor."""
 
     def __init__(self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor):
         self.model = model
@@ -44,25 +44,25 @@ class Mllm:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> "Mllm":
-        """Load a folder written by training (the run folder will do), see `find_model`.
+        """Load a model folder, a run folder of train_mllm.py, or a hub repository.
 
         Args:
-            folder: the folder.
+            folder: path or "owner/name", see `find_model`.
             device: by default the GPU if there is one.
-            dtype: of the language model's weights, "float32", "bfloat16" or "float16"; by default as they were saved.
-                The video tokenizer stays float32.
+            dtype: of the language model's weights: "float32", "bfloat16" or "float16"; by default as saved. The video
+                tokenizer stays float32.
 
-        ValueError if one of them is unfit.
+        Raises ValueError if the folder is no such model or damaged, for an absent device and for another dtype.
         """
         dtype, device, folder = check_dtype(dtype), choose_device(device), find_model(folder)
         with quiet():
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
-            # Here, not by .to(): that would round the frequencies of the rotary positions as well.
+            # Not with .to(), which would also round the rotary frequencies.
             model = LarpMllmForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
         return cls(model.to(device).eval(), processor)
 
     def save(self, folder: str | Path) -> None:
-        """Write a folder that `load` reads. ValueError, naming it, if it cannot be written."""
+        """Save a folder that `load` reads. Raises ValueError, naming the folder, if it cannot be written."""
         self._record_tokenizer()
         with naming_unwritable(folder), quiet():
             make_folder(folder)
@@ -72,9 +72,13 @@ class Mllm:
     def push_to_hub(
         self, repo: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> None:
-        """Upload model, text tokenizer and video tokenizer to a hub repository, "owner/name", which `load` then takes.
+        """Upload model, text tokenizer and video tokenizer to a hub repository, which `load` then takes.
 
-        private: of a new repository. token: by default that of the hub's login. revision: a branch.
+        Args:
+            repo: "owner/name"; created if it does not exist.
+            private: whether a new repository is private.
+            token: by default that of the hub's login.
+            revision: branch.
         """
         self._record_tokenizer()
         with quiet():
@@ -82,7 +86,7 @@ class Mllm:
         self.processor.push_to_hub(repo, private=private, token=token, revision=revision)
 
     def _record_tokenizer(self) -> None:
-        # Without it `load` could not tell that the codes mean what they should.
+        # `load` compares it with the hash of the video tokenizer in the folder.
         if not self.model.config.video_tokenizer_hash:
             self.model.config.video_tokenizer_hash = self.processor.video_tokenizer.weight_hash()
 
@@ -94,11 +98,17 @@ class Mllm:
         progress: ProgressCallback | None = None,
         preview_every: int = 0,
     ) -> list[Video]:
-        """num_videos videos for each prompt, prompt by prompt.
+        """Generate videos for texts.
 
-        The same seed and place in the list give the same video whatever `batch_size`. `progress` is called after each
-        code; with a nested video tokenizer it gets previews after each `preview_every` codes (0: none). ValueError for
-        prompts that are no text, for numbers below 1, and if a prompt exceeds the positions of the base.
+        Args:
+            prompts: texts.
+            num_videos: number of videos for each prompt.
+            sampling: see `VideoSampling`. The same seed and place in the result give the same video for any batch size.
+            progress: called after each code.
+            preview_every: with a nested video tokenizer, progress gets previews every so many codes; 0: none.
+
+        Returns a list of len(prompts) * num_videos videos, prompt by prompt. Raises ValueError for prompts that are no
+        text, counts below 1, and a prompt that exceeds the positions of the base.
         """
         check_prompts(prompts)
         check_count("num_videos", num_videos)
@@ -106,44 +116,51 @@ class Mllm:
         encoded = {text: self.processor.layout.prompt(self._encode_text(text)) for text in prompts}
         rows = [encoded[text] for text in texts]
         count = self.model.vocabulary.tokens_per_video
-        with self._progress(len(rows) * count, progress, preview_every) as told:
-            codes = self._draw(rows, sampling, told)
-        frames = [frames for part in codes.split(sampling.batch_size) for frames in self.processor.decode_videos(part)]
+        with self._code_progress(len(rows) * count, progress, preview_every) as code_progress:
+            codes = self._sample_codes(rows, sampling, code_progress)
+        videos = [
+            frames for batch in codes.split(sampling.batch_size) for frames in self.processor.decode_videos(batch)
+        ]
         return [
-            Video(pixels, self.model.config.fps, text, tuple(row))
-            for pixels, text, row in zip(frames, texts, codes.tolist(), strict=True)
+            Video(frames, self.model.config.fps, text, tuple(row))
+            for frames, text, row in zip(videos, texts, codes.tolist(), strict=True)
         ]
 
     def describe(
         self, videos: list, sampling: TextSampling = _CAPTION, progress: ProgressCallback | None = None
     ) -> list[str]:
-        """Captions of videos: files, Videos, uint8 frames (T, H, W, 3), or clips (3, T, H, W) in [0, 1].
+        """Generate a caption of at least one token for each video.
 
-        Of a longer video the frames around its middle are read; of a file every `frame_stride`-th. A caption has at
-        least one word piece. ValueError for what is no video, or has too few frames, and for more `max_new_tokens` than
-        the base has room for beside the video.
+        Args:
+            videos: files, Videos, uint8 frames (T, H, W, 3), or float clips (3, T, H, W) in [0, 1]. Of a longer video
+                the middle frames are read, of a file every `frame_stride`-th frame.
+            sampling: see `TextSampling`.
+            progress: called after each token.
+
+        Raises ValueError for other types, videos with too few frames, and more `max_new_tokens` than the positions of
+        the base leave after the video.
         """
         layout, model = self.processor.layout, self.model
-        room = positions(model) - len(layout.question([0] * layout.vocabulary.tokens_per_video))
-        if sampling.max_new_tokens > room:
+        left = max_positions(model) - len(layout.question([0] * layout.vocabulary.tokens_per_video))
+        if sampling.max_new_tokens > left:
             raise ValueError(
-                f"max_new_tokens is {sampling.max_new_tokens}; of the {positions(model)} positions of the base model the "
-                f"video leaves {room}: give at most that"
+                f"max_new_tokens is {sampling.max_new_tokens}; of the {max_positions(model)} positions of the base model "
+                f"the video leaves {left}: give at most that"
             )
         if not videos:
             return []
         codes = self.processor.encode_videos(videos)
         total = sampling.max_new_tokens * len(videos)
-        told = TextProgress(total, progress, self.processor.decode_text if len(videos) == 1 else lambda _: "")
+        text_progress = TextProgress(total, progress, self.processor.decode_text if len(videos) == 1 else lambda _: "")
         with num_threads_for(model, len(codes)):
             texts = decode_text(
                 model,
                 [layout.question(row) for row in codes],
                 sampling,
                 [] if layout.eos is None else [layout.eos],
-                lambda written: told(written[0], sum(map(len, written))),
+                lambda ids: text_progress(ids[0], sum(map(len, ids))),
             )
-        told(texts[0], sum(map(len, texts)), last=True)
+        text_progress(texts[0], sum(map(len, texts)), last=True)
         return [self.processor.decode_text(text) for text in texts]
 
     def continue_clips(
@@ -154,16 +171,24 @@ class Mllm:
         sampling: VideoSampling = _CONTINUATION,
         progress: ProgressCallback | None = None,
     ) -> LongClip:
-        """Let clips, float (B, 3, F, H, W) in [0, 1], go on until they have `total_frames` frames.
+        """Continue clips to `total_frames` frames, window by window, each from the last `given_frames` of the one before.
 
-        The frames at hand stay as they are, bit for bit; each window goes on from the last `given_frames` that the
-        model was trained on. `prompts`: a text for each clip, or none. Guidance acts against the unconditional prompt,
-        which knows neither text nor frames. ValueError for a model that was not trained on continuation, and for clips,
-        prompts and numbers that do not fit.
+        Args:
+            clips: float (B, 3, F, H, W) in [0, 1], of the video tokenizer's height and width. They are returned unchanged
+                as the first F frames.
+            total_frames: frames of the result, at least F.
+            prompts: a text for each clip, or None.
+            sampling: see `VideoSampling`. Guidance is against a prompt with neither text nor frames.
+            progress: called after each code.
+
+        Raises ValueError for a model that is not trained for continuation, and for clips, prompts and counts that do
+        not fit.
         """
         tokenizer, layout, given = self.processor.video_tokenizer, self.processor.layout, self.given_frames()
         if clips.ndim != 5 or clips.shape[2] < given:
-            raise ValueError(f"clips are {tuple(clips.shape)}: (B, 3, F, H, W) with at least the {given} given frames")
+            raise ValueError(
+                f"clips are {tuple(clips.shape)}: give (B, 3, F, H, W) with at least the {given} given frames"
+            )
         check_count("total_frames", total_frames, least=clips.shape[2])
         texts = [""] * len(clips) if prompts is None else prompts
         check_prompts(texts)
@@ -173,13 +198,14 @@ class Mllm:
         new = tokenizer.config.num_frames - given
         windows = math.ceil((total_frames - clips.shape[2]) / new)
 
-        with self._progress(windows * len(clips) * self.model.vocabulary.tokens_per_video, progress) as told:
+        codes_per_window = len(clips) * self.model.vocabulary.tokens_per_video
+        with self._code_progress(windows * codes_per_window, progress) as code_progress:
 
-            def write(codes: Tensor, seed: int) -> Tensor:
+            def sample_window(codes: Tensor, seed: int) -> Tensor:
                 rows = [layout.continuation(text, row) for text, row in zip(encoded, codes.tolist(), strict=True)]
-                return self._draw(rows, replace(sampling, seed=seed), told)
+                return self._sample_codes(rows, replace(sampling, seed=seed), code_progress)
 
-            return continue_windows(tokenizer, clips, total_frames, given, int(sampling.seed), write)
+            return continue_windows(tokenizer, clips, total_frames, given, int(sampling.seed), sample_window)
 
     def continue_video(
         self,
@@ -190,11 +216,20 @@ class Mllm:
         sampling: VideoSampling = _CONTINUATION,
         progress: ProgressCallback | None = None,
     ) -> list[Video]:
-        """num_videos ways in which a video (a file, a Video, frames or a clip) goes on for so many more `seconds`.
+        """Continue a video by new frames.
 
-        Each is the whole video: the frames at hand, in the video tokenizer's size (resized and cropped as in training),
-        then the new ones. Of a file every `frame_stride`-th frame counts, the last one among them, and its rate is the
-        file's / stride; a Video keeps its rate, arrays have the model's. ValueError as in `continue_clips`.
+        Args:
+            video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1]. Frames are resized
+                and cropped to the video tokenizer's size as in training. Of a file every `frame_stride`-th frame is
+                read, the last one included, at the file's rate / stride. Arrays have the model's rate.
+            seconds: duration of the new frames.
+            prompt: what the video shows; may be empty.
+            num_videos: number of continuations.
+            sampling: see `VideoSampling`.
+            progress: called after each code.
+
+        Returns `num_videos` Videos: the given frames, then new ones. Raises ValueError as `continue_clips`, and for
+        another type of video.
         """
         check_prompt(prompt)
         check_count("num_videos", num_videos)
@@ -207,14 +242,14 @@ class Mllm:
             stride = self.model.config.frame_stride if isinstance(video, (str, Path)) else 1
             raise ValueError(
                 f"{video if isinstance(video, (str, Path)) else 'the video'} has {len(frames)} frames"
-                f"{f' at stride {stride}' if stride > 1 else ''}, fewer than the {given} that the model goes on from: "
+                f"{f' at stride {stride}' if stride > 1 else ''}, fewer than the {given} that the model continues from: "
                 "give a longer one"
             )
         known = pixels_to_clip(frames[-given:])[None].expand(num_videos, -1, -1, -1, -1)
         total = given + max(1, round(seconds * fps))
         long = self.continue_clips(known, total, [prompt] * num_videos, sampling, progress)
-        new = [clip_to_frames(clip[:, given:]) for clip in long.frames]
-        return [Video(np.concatenate([frames, sampled]), fps, prompt, given=len(frames)) for sampled in new]
+        continuations = [clip_to_frames(clip[:, given:]) for clip in long.frames]
+        return [Video(np.concatenate([frames, new]), fps, prompt, given=len(frames)) for new in continuations]
 
     def chat(
         self,
@@ -224,40 +259,45 @@ class Mllm:
         max_videos: int = 4,
         progress: ProgressCallback | None = None,
     ) -> dict:
-        """The answer to a conversation, which may hold text and videos in any order.
+        """Answer a conversation with text and videos in any order.
 
-        messages: `{"role": "user", "content": "..."}`, or as content a list of `{"type": "text", "text": "..."}` and
-        `{"type": "video", "video": ...}` with a file (and "start", the seconds to begin at, else its middle is shown), a
-        Video or an array. Returned is such a message, of the role assistant, its videos as Videos, its text empty if the
-        model says nothing: append it to `messages` to go on. It ends where the model ends it, after
-        `max_new_tokens`, or where the positions of the base do; a video is begun only where all of it has room, and at
-        most `max_videos` times. ValueError for messages that do not fit, before anything is sampled.
+        Args:
+            messages: `{"role": "user", "content": "..."}`; or as content a list of `{"type": "text", "text": "..."}` and
+                `{"type": "video", "video": ...}` with a file, a Video or an array. A file's "start" is where to begin
+                reading, in seconds; by default its middle frames are read.
+            video_sampling, text_sampling: see `VideoSampling` and `TextSampling`.
+            max_videos: the largest number of videos.
+            progress: called after each id.
+
+        Returns a message of the role assistant, whose videos are Videos; append it to `messages` to continue. Its text
+        is empty if the model answers nothing. The answer ends where the model ends it, after `max_new_tokens`, or at the
+        last position of the base; a video begins only if all of it fits. Raises ValueError, before sampling, for
+        messages of another form, and for those that exceed the positions of the base.
         """
         check_count("max_videos", max_videos, least=0)
         processor, model, v = self.processor, self.model, self.model.vocabulary
         segments = chat_segments(messages, processor.tokenizer, processor.encode_text, self._codes_of, answer=True)
         prompt = encode(segments, processor.layout, framed=False).ids.tolist()
-        if len(prompt) >= positions(model):
+        if len(prompt) >= max_positions(model):
             raise ValueError(
                 f"messages: {len(prompt)} ids, and the answer needs at least one more, but the base model has "
-                f"{positions(model)} positions: leave out old messages or videos ({v.tokens_per_video + 2} ids each)"
+                f"{max_positions(model)} positions: leave out old messages or videos ({v.tokens_per_video + 2} ids each)"
             )
         answer = Answer(processor, model.config.fps, text_sampling.max_new_tokens, progress)
         with num_threads_for(model, 2 if video_sampling.guided else 1):
-            written = decode_answer(
+            for token_id in decode_answer(
                 *(model, prompt, processor.layout.prompt([]), video_sampling, text_sampling),
                 *(stop_ids(processor.tokenizer), max_videos),
-            )
-            for written_id in written:
-                answer.add(written_id)
+            ):
+                answer.append(token_id)
         return answer.message()
 
     def given_frames(self) -> int:
-        """How many frames a video goes on from; ValueError if the model was not trained on continuation."""
+        """The number of frames a continuation starts from. Raises ValueError if the model is not trained for continuation."""
         given = self.model.config.given_frames
         if given < 1:
             raise ValueError(
-                "this model was not trained to let videos go on (given_frames is 0 in its config): extract tokens with "
+                "this model is not trained for continuation (given_frames is 0 in its config): extract tokens with "
                 "training/extract_tokens.py --condition-frames 5, and train on them with the task continuation"
             )
         return given
@@ -265,48 +305,49 @@ class Mllm:
     def _encode_text(self, text: str) -> list[int]:
         return self.processor.encode_text(text.strip())
 
-    def _draw(self, rows: list[list[int]], sampling: VideoSampling, told: CodeProgress) -> Tensor:
-        """The codes after each prompt, int64 (B, N) on the CPU, sampled in batches."""
+    def _sample_codes(self, rows: list[list[int]], sampling: VideoSampling, progress: CodeProgress) -> Tensor:
+        """Sample the codes after each prompt in batches; int64 (B, N) on the CPU."""
         count, size = self.model.vocabulary.tokens_per_video, sampling.batch_size
-        batches, free = [torch.empty(0, count, dtype=torch.int64)], self.processor.layout.prompt([])
+        batches, unconditional = [torch.empty(0, count, dtype=torch.int64)], self.processor.layout.prompt([])
         with num_threads_for(self.model, min(len(rows), size) * (2 if sampling.guided else 1)):
             for first in range(0, len(rows), size):
                 batch = rows[first : first + size]
-                numbers = sampling.uniforms(first, len(batch), count).to(self.model.device)
+                uniforms = sampling.uniforms(first, len(batch), count).to(self.model.device)
 
-                def sample(logits: Tensor, index: int, numbers: Tensor = numbers) -> Tensor:
-                    return sampling.sample(logits, numbers[:, index])
+                def sample(logits: Tensor, index: int, uniforms: Tensor = uniforms) -> Tensor:
+                    return sampling.sample(logits, uniforms[:, index])
 
-                batches.append(decode_codes(self.model, batch, sample, free, sampling.guidance_scale, told).cpu())
+                codes = decode_codes(self.model, batch, sample, unconditional, sampling.guidance_scale, progress)
+                batches.append(codes.cpu())
         return torch.cat(batches)
 
-    def _progress(self, total: int, report: ProgressCallback | None, every: int = 0) -> CodeProgress:
+    def _code_progress(self, total: int, callback: ProgressCallback | None, preview_every: int = 0) -> CodeProgress:
         nested = self.processor.video_tokenizer.config.nested
 
         def preview(codes: Tensor) -> list[Video]:
             return [Video(frames, self.model.config.fps) for frames in self.processor.decode_videos(codes)]
 
-        return CodeProgress(total, report, preview if nested else None, every)
+        return CodeProgress(total, callback, preview if nested else None, preview_every)
 
     def _codes_of(self, part: dict) -> list[int]:
-        """The codes of a video in a message; those that a Video was made from, if they are of this tokenizer."""
+        """The codes of a video in a message; a Video's own codes, if they are of this video tokenizer."""
         video = self.processor.video_of(part)
-        if isinstance(video, Video) and self._made(video):
+        if isinstance(video, Video) and self._decodes_to(video):
             return list(video.codes)
         return self.processor.encode_videos([video])[0]
 
-    def _made(self, video: Video) -> bool:
-        """Whether the frames of a Video are what this video tokenizer makes of its codes."""
+    def _decodes_to(self, video: Video) -> bool:
+        """Whether this video tokenizer decodes the codes of a Video to its frames."""
         v, codes = self.model.vocabulary, video.codes
         if len(codes) != v.tokens_per_video or min(codes) < 0 or max(codes) >= v.codebook_size:
             return False
-        again = self.processor.decode_videos(torch.tensor([codes]))[0]
-        # Rounding may differ between batches; another tokenizer's codes would make quite another video.
-        return again.shape == video.frames.shape and int(np.abs(again.astype(int) - video.frames).max()) <= 1
+        frames = self.processor.decode_videos(torch.tensor([codes]))[0]
+        # Rounding differs between batches; the codes of another tokenizer give another video.
+        return frames.shape == video.frames.shape and int(np.abs(frames.astype(int) - video.frames).max()) <= 1
 
 
 def check_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """The torch dtype of a name; ValueError unless weights can have it."""
+    """The torch dtype of a name. Raises ValueError for a dtype that weights cannot have."""
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:

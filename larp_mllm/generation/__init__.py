@@ -1,1 +1,1 @@
-"""How a language model writes text and codes."""
+"""How a language model generates text and codes."""

@@ -1,6 +1,6 @@
-"""The loop that writes: prompts are read side by side into a cache, then one id after another is sampled and read.
+"""The decoding loop: prefill a batch of prompts into a key-value cache, then sample and append one id after another.
 
-Only the logits that are needed are computed: inside a video those of the codes, outside those of text and controls.
+Inside a video span only code logits are computed, outside only those of text and controls.
 
 Shapes: B videos, R rows (2 B with guidance), S prompt length, N codes per video, K codebook size, H hidden width, V ids
 of text and controls.
@@ -20,45 +20,44 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-_SMALL_STEP = 3e8  # multiplications in one step, below which one thread is best
+_SMALL_STEP = 3e8  # multiplications per step, below which one thread is fastest
 
 
 class DecodeState:
-    """Reads R rows of ids side by side; `hidden` (R, H) is what the model makes of the newest id of each row.
+    """The key-value cache of R rows of ids; `hidden` (R, H) holds the hidden state of the last id of each row.
 
     Args:
-        model: in eval mode, its weights unchanged while the state is used: the adapter's rows are computed once.
-        rows: the prompts, of any lengths of at least 1.
-        room: ids that will be read after the prompts, for which the cache is allocated at once; None: it grows.
-
-    Rows are padded on the left, which changes no logits but in the last bits.
+        model: in eval mode. Its weights must not change, since the adapter's rows are computed once.
+        rows: the prompts, of any lengths of at least 1. Left padding changes logits only in the last bits.
+        max_new_tokens: number of ids to append, for which the cache is allocated at once; None: it grows.
     """
 
-    def __init__(self, model: LarpMllmForCausalLM, rows: Sequence[Sequence[int]], room: int | None = None):
+    def __init__(self, model: LarpMllmForCausalLM, rows: Sequence[Sequence[int]], max_new_tokens: int | None = None):
         self.model, self.vocabulary = model, model.vocabulary
         self._inputs, self._codes = model.adapter.input_rows(), model.adapter.code_rows()
         longest, config = max(len(row) for row in rows), model.config.text_config
-        self._cache = (
-            DynamicCache(config=config) if room is None else StaticCache(config=config, max_cache_len=longest + room)
-        )
+        if max_new_tokens is None:
+            self._cache = DynamicCache(config=config)
+        else:
+            self._cache = StaticCache(config=config, max_cache_len=longest + max_new_tokens)
         ids, self._mask = _left_padded(rows, longest, model.device)
         self._positions = (self._mask.cumsum(-1) - 1).clamp_min(0)
-        self.hidden = self._pass(ids)
+        self.hidden = self._forward(ids)
 
     def append(self, ids: Tensor) -> None:
-        """Read one more id of each row, int64 (R,)."""
+        """Run the model on one more id of each row, int64 (R,)."""
         self._mask, self._positions = F.pad(self._mask, (0, 1), value=1), self._positions[:, -1:] + 1
-        self.hidden = self._pass(ids[:, None])
+        self.hidden = self._forward(ids[:, None])
 
     def code_logits(self) -> Tensor:
-        """float32 (R, K): which code may come next."""
+        """Logits of the next code, float32 (R, K)."""
         return (self.hidden @ self._codes.T).float()
 
     def text_logits(self) -> Tensor:
-        """float32 (R, V): which text id or control may come next."""
+        """Logits of the next text id or control, float32 (R, V)."""
         return self.model.text_logits(self.hidden).float()
 
-    def _pass(self, ids: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor) -> Tensor:
         return self.model.base.base_model(
             inputs_embeds=self._embed(ids),
             attention_mask=self._mask,
@@ -68,7 +67,7 @@ class DecodeState:
         ).last_hidden_state[:, -1]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        # LarpMllmForCausalLM.embed would compute the adapter's K rows at each step.
+        # LarpMllmForCausalLM.embed computes the adapter's rows at each call.
         is_text = self.vocabulary.is_text(ids)
         text = self.model.base.get_input_embeddings()(ids.masked_fill(~is_text, 0))
         video = F.embedding((ids - self.vocabulary.text_size).clamp_min(0), self._inputs)
@@ -82,28 +81,34 @@ def decode_codes(
     sample: Callable[[Tensor, int], Tensor],
     unconditional: Sequence[int] = (),
     guidance_scale: float = 1.0,
-    report: Callable[[Tensor, int], None] | None = None,
+    progress: Callable[[Tensor, int], None] | None = None,
 ) -> Tensor:
-    """Exactly N codes, int64 (B, N), after each of B prompts (ids that end in video_start), sampled from code logits.
+    """Sample exactly N codes after each of B prompts; returns int64 (B, N). No text logits are computed.
 
-    sample(logits (B, K) float32, index of the code) -> (B,) codes. With guidance_scale != 1 an `unconditional` prompt
-    runs beside each prompt in the same batch. report(codes (B, N), number sampled) is called after each index. No text
-    logits are computed. ValueError if the ids exceed the positions of the base.
+    Args:
+        model: in eval mode.
+        prompts: ids that end with video_start.
+        sample: code logits float32 (B, K) and the index of the code -> codes (B,).
+        unconditional: prompt for guidance, decoded in the same batch beside each prompt.
+        guidance_scale: 1 is off.
+        progress: called after each index with the codes (B, N) and the number sampled.
+
+    Raises ValueError if the ids exceed the positions of the base.
     """
     guided = guidance_scale != 1.0
     rows = [*prompts, *([unconditional] * len(prompts) if guided else [])]
     count = model.vocabulary.tokens_per_video
     longest = max(len(row) for row in rows)
-    check_length(longest + count, positions(model), "generate: the prompt and the video")
-    state = DecodeState(model, rows, room=count)
+    check_length(longest + count, max_positions(model), "generate: the prompt and the video")
+    state = DecodeState(model, rows, max_new_tokens=count)
     codes = torch.empty(len(prompts), count, dtype=torch.int64, device=model.device)
     for index in range(count):
         if index:
             state.append(model.vocabulary.code_to_id(codes[:, index - 1]).repeat(2 if guided else 1))
         logits = state.code_logits()
         codes[:, index] = sample(apply_guidance(logits, guidance_scale) if guided else logits, index)
-        if report is not None:
-            report(codes, index + 1)
+        if progress is not None:
+            progress(codes, index + 1)
     return codes
 
 
@@ -113,29 +118,37 @@ def decode_text(
     prompts: Sequence[Sequence[int]],
     sampling: TextSampling,
     stops: Sequence[int],
-    report: Callable[[list[list[int]]], None] | None = None,
+    progress: Callable[[list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
-    """Text ids after each of B prompts, at least one each, until an id of `stops` (left out) or `max_new_tokens`.
+    """Sample text ids after each of B prompts, at least one each.
 
-    report(texts so far) is called after each id. ValueError if the ids would exceed the positions of the base.
+    Args:
+        model: in eval mode.
+        prompts: ids, of any lengths.
+        sampling: a text has at most its `max_new_tokens` ids.
+        stops: ids that end a text; they are not returned.
+        progress: called after each id with the texts so far.
+
+    Raises ValueError if the ids could exceed the positions of the base.
     """
-    most = sampling.max_new_tokens
-    check_length(max(map(len, prompts)) + most, positions(model), "describe: the question and max_new_tokens")
-    uniforms = sampling.uniforms(0, len(prompts), most).to(model.device)
-    state, texts, going = DecodeState(model, prompts, room=most), [[] for _ in prompts], [True] * len(prompts)
-    for index in range(most):
+    count = sampling.max_new_tokens
+    check_length(max(map(len, prompts)) + count, max_positions(model), "describe: the question and max_new_tokens")
+    uniforms = sampling.uniforms(0, len(prompts), count).to(model.device)
+    state = DecodeState(model, prompts, max_new_tokens=count)
+    texts, unfinished = [[] for _ in prompts], [True] * len(prompts)
+    for index in range(count):
         logits = state.text_logits()
         logits[:, model.vocabulary.video_start :] = -torch.inf
         if index == 0:
             logits[:, list(stops)] = -torch.inf
         ids = sampling.sample(logits, uniforms[:, index])
-        for row, chosen in enumerate(ids.tolist()):
-            going[row] = going[row] and chosen not in stops
-            if going[row]:
-                texts[row].append(chosen)
-        if report is not None:
-            report(texts)
-        if not any(going) or index + 1 == most:
+        for row, token_id in enumerate(ids.tolist()):
+            unfinished[row] = unfinished[row] and token_id not in stops
+            if unfinished[row]:
+                texts[row].append(token_id)
+        if progress is not None:
+            progress(texts)
+        if not any(unfinished) or index + 1 == count:
             break
         state.append(ids)
     return texts
@@ -151,64 +164,64 @@ def decode_answer(
     stops: Sequence[int],
     max_videos: int,
 ) -> Iterator[int]:
-    """Yield the ids of one answer as they are sampled: text and whole video spans in any order, without the stop id.
+    """Yield the ids of one answer as they are sampled: text and whole video spans in any order.
 
-    It ends at an id of `stops`, after `max_new_tokens` samples of text (a video_start is one), or where the positions of
-    the base do. A video begins only while fewer than `max_videos` have, and where there is room for all of it; its
-    codes are guided against the `unconditional` prompt. Video number i takes the random numbers of row i.
+    The answer ends before an id of `stops`, after `max_new_tokens` samples of text (a video_start counts as one), or at
+    the last position of the base. A video begins only if fewer than `max_videos` have begun and all of it fits. Its
+    codes are guided against the `unconditional` prompt. The i-th video uses the random numbers of row i.
     """
-    v, room = model.vocabulary, positions(model) - len(prompt)
-    numbers = text.uniforms(0, 1, text.max_new_tokens).to(model.device)
+    v, left = model.vocabulary, max_positions(model) - len(prompt)
+    uniforms = text.uniforms(0, 1, text.max_new_tokens).to(model.device)
     state, videos = DecodeState(model, [prompt]), 0
     for index in range(text.max_new_tokens):
-        if room < 1:
+        if left < 1:
             return
         logits = state.text_logits()
         logits[:, v.video_end] = -torch.inf
-        if videos >= max_videos or room < v.tokens_per_video + 2:
+        if videos >= max_videos or left < v.tokens_per_video + 2:
             logits[:, v.video_start] = -torch.inf
-        chosen = text.sample(logits, numbers[:, index])
-        if (written := int(chosen)) in stops:
+        ids = text.sample(logits, uniforms[:, index])
+        if (token_id := int(ids)) in stops:
             return
-        yield written
-        room -= 1
-        state.append(chosen)
-        if written == v.video_start:
-            yield from _span(state, unconditional, video, videos)
-            videos, room = videos + 1, room - v.tokens_per_video - 1
-
-
-def _span(state: DecodeState, unconditional: Sequence[int], video: VideoSampling, number: int) -> Iterator[int]:
-    """Draw and read the codes and the video_end of a span that was begun."""
-    v, device = state.vocabulary, state.hidden.device
-    count = v.tokens_per_video
-    numbers = video.uniforms(number, 1, count).to(device)
-    free = DecodeState(state.model, [unconditional], room=count) if video.guided else None
-    for index in range(count):
-        logits = state.code_logits()
-        if free is not None:
-            logits = apply_guidance(torch.cat([logits, free.code_logits()]), video.guidance_scale)
-        ids = v.code_to_id(video.sample(logits, numbers[:, index]))
-        yield int(ids)
+        yield token_id
+        left -= 1
         state.append(ids)
-        if free is not None and index + 1 < count:
-            free.append(ids)
-    yield v.video_end
-    state.append(torch.tensor([v.video_end], device=device))
+        if token_id == v.video_start:
+            yield from _decode_span(state, unconditional, video, videos)
+            videos, left = videos + 1, left - v.tokens_per_video - 1
 
 
-def positions(model: LarpMllmForCausalLM) -> int:
-    """How many ids the base model can read."""
+def max_positions(model: LarpMllmForCausalLM) -> int:
+    """The number of positions of the base model."""
     return model.config.text_config.max_position_embeddings
 
 
 @contextmanager
 def num_threads_for(model: LarpMllmForCausalLM, rows: int) -> Iterator[None]:
-    """Let `rows` rows be written on the number of threads that suits the work."""
-    # Small steps on several threads mostly wait for one another: on a busy two-core machine 300 times as long as on one.
+    """In the block, torch uses the number of threads that suits decoding `rows` rows."""
+    # In small steps, threads mostly wait for each other: on a busy two-core machine 300 times as long as one thread.
     small = model.device.type == "cpu" and rows * model.num_parameters() < _SMALL_STEP
     with threads(1 if small else torch.get_num_threads()):
         yield
+
+
+def _decode_span(state: DecodeState, unconditional: Sequence[int], video: VideoSampling, row: int) -> Iterator[int]:
+    """Sample and append the codes and the video_end of a span after its video_start, with the random numbers of `row`."""
+    v, device = state.vocabulary, state.hidden.device
+    count = v.tokens_per_video
+    uniforms = video.uniforms(row, 1, count).to(device)
+    other = DecodeState(state.model, [unconditional], max_new_tokens=count) if video.guided else None
+    for index in range(count):
+        logits = state.code_logits()
+        if other is not None:
+            logits = apply_guidance(torch.cat([logits, other.code_logits()]), video.guidance_scale)
+        ids = v.code_to_id(video.sample(logits, uniforms[:, index]))
+        yield int(ids)
+        state.append(ids)
+        if other is not None and index + 1 < count:
+            other.append(ids)
+    yield v.video_end
+    state.append(torch.tensor([v.video_end], device=device))
 
 
 def _left_padded(rows: Sequence[Sequence[int]], longest: int, device) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Progress: what a caller is told while videos and text are written."""
+"""Progress of generation: what callbacks get, and the progress bar without one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,46 +15,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a call has come. An exception that the callback raises ends the call."""
+    """The state of a call, passed to a progress callback. An exception raised by the callback ends the call."""
 
     kind: Literal["codes", "text"]
-    """What was written last."""
+    """What was sampled last."""
     done: int
-    """Codes, or samples of text, so far, in all videos or texts of the call together."""
+    """Codes, or samples of text, so far, over all videos or texts of the call."""
     total: int
-    """How many there will be; of text, how many there may be at most; of the codes of a chat, in the videos begun."""
+    """Their number at the end. For text, the largest possible number; in a chat, the codes of the videos begun."""
     text: str = ""
-    """The text that was just written, where one text is: the pieces, one after another, are all of it."""
+    """The new piece of text. With a single text, all pieces joined are the text; with several, it is empty."""
     previews: "list[Video] | None" = None
-    """The videos that are being sampled as far as their codes go, where `preview_every` asks for them now and the video
-    tokenizer is nested; else None: without nesting only all codes make a video. In a chat: a video that is whole, with
-    its last code."""
+    """The unfinished videos, every `preview_every` codes with a nested video tokenizer; else None, since without nesting
+    only all codes together make a video. In a chat: the finished video, with its last code."""
 
 
 ProgressCallback = Callable[[Progress], None]
 
 
 class CodeProgress:
-    """Tells of codes that are sampled: the callback, or without one a bar that appears when there is something to wait for.
+    """Reports sampled codes to a callback, or without one on a progress bar that appears after two seconds.
 
     Args:
         total: codes of the whole call.
-        report: the callback, or None.
-        preview: codes (B, n) -> videos of them; None where there are no previews.
-        every: previews come after each so many codes of a video; 0: none.
+        callback: may be None.
+        preview: codes (B, n) -> unfinished videos; None: no previews.
+        preview_every: codes per video between previews; 0: none.
     """
 
     def __init__(
         self,
         total: int,
-        report: ProgressCallback | None,
+        callback: ProgressCallback | None,
         preview: Callable[[Tensor], "list[Video]"] | None = None,
-        every: int = 0,
+        preview_every: int = 0,
     ):
-        check_count("preview_every", every, least=0)
-        check_progress(report)
-        self.total, self.done, self.report, self.preview, self.every = total, 0, report, preview, every
-        self.bar = None if report else tqdm(total=total, desc="sampling codes", unit="code", delay=2, leave=False)
+        check_count("preview_every", preview_every, least=0)
+        check_progress(callback)
+        self.total, self.done, self.callback = total, 0, callback
+        self.preview, self.preview_every = preview, preview_every
+        self.bar = None if callback else tqdm(total=total, desc="sampling codes", unit="code", delay=2, leave=False)
 
     def __enter__(self) -> "CodeProgress":
         return self
@@ -64,33 +64,35 @@ class CodeProgress:
             self.bar.close()
 
     def __call__(self, codes: Tensor, sampled: int) -> None:
-        """Of codes (B, N), the first `sampled` of each row are there: one more than at the last call."""
+        """Report codes (B, N), of which the first `sampled` of each row are valid: one more than in the last call."""
         self.done += len(codes)
         if self.bar is not None:
             self.bar.update(len(codes))
             return
-        now = self.preview is not None and self.every and sampled % self.every == 0
-        self.report(
-            Progress("codes", self.done, self.total, previews=self.preview(codes[:, :sampled]) if now else None)
-        )
+        due = self.preview is not None and self.preview_every and sampled % self.preview_every == 0
+        previews = self.preview(codes[:, :sampled]) if due else None
+        self.callback(Progress("codes", self.done, self.total, previews=previews))
 
 
 class TextProgress:
-    """Tells of text as it is sampled, piece by piece; half a character waits for its other half.
+    """Reports text piece by piece to a callback; an incomplete character waits for its remaining bytes.
 
-    decode: text ids -> text, without white space at its ends.
+    Args:
+        total: the largest number of samples of text.
+        callback: may be None.
+        decode: text ids -> text without white space at its ends.
     """
 
-    def __init__(self, total: int, report: ProgressCallback | None, decode: Callable[[list[int]], str]):
-        check_progress(report)
-        self.total, self.report, self.decode, self.told = total, report, decode, ""
+    def __init__(self, total: int, callback: ProgressCallback | None, decode: Callable[[list[int]], str]):
+        check_progress(callback)
+        self.total, self.callback, self.decode, self.reported = total, callback, decode, ""
 
     def __call__(self, ids: list[int], done: int, last: bool = False) -> None:
-        """The ids of the present text so far; `last`: no more of them will come."""
-        if self.report is None:
+        """Report the ids of the current text so far; `last`: the text is complete."""
+        if self.callback is None:
             return
-        text = self.decode(ids)
-        piece = text[len(self.told) :] if text.startswith(self.told) and (last or not text.endswith("�")) else ""
-        self.told = "" if last else self.told + piece
+        text, reported = self.decode(ids), self.reported
+        piece = text[len(reported) :] if text.startswith(reported) and (last or not text.endswith("�")) else ""
+        self.reported = "" if last else reported + piece
         if piece or not last:
-            self.report(Progress("text", done, self.total, piece))
+            self.callback(Progress("text", done, self.total, piece))

@@ -1,4 +1,4 @@
-"""Chat templates as the families of base models have them, and a tokenizer of tests/larp_mllm/tokenizers.py for each."""
+"""The chat templates of families of base models, and a tokenizer of tests/larp_mllm/tokenizers.py for each."""
 
 from tests.larp_mllm import tokenizers
 
@@ -33,7 +33,7 @@ LLAMA3 = (
     "{{ content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# The system message goes into the last of the user's, behind everything said so far.
+# The system message is part of the last user message.
 MISTRAL = (
     "{% if messages[0]['role'] == 'system' %}{% set system_message = messages[0]['content'] %}"
     "{% set loop_messages = messages[1:] %}{% else %}{% set loop_messages = messages %}{% endif %}{{ bos_token }}"
@@ -44,7 +44,7 @@ MISTRAL = (
     "{{ '[INST] ' + message['content'] + '[/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# TinyLlama's and others: the words of the roles are plain text.
+# TinyLlama and others: role names are plain text.
 ZEPHYR = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}\n{% endif %}"

@@ -20,8 +20,8 @@ _LLAMA3 = dict(
     original_max_position_embeddings=32,
 )  # fmt: skip
 
-# As published: Qwen2-0.5B and Qwen2.5-0.5B are tied, their large ones are not; Llama 2 has as many key-value heads as
-# heads; Llama 3.2-1B is tied; Mistral 7B v0.1 slides over a window; SmolLM is a tied Llama with an odd number of heads.
+# As published: small Qwen2 and Qwen2.5 have tied heads, large ones untied; Llama 2 has as many key-value heads as heads;
+# Llama 3.2-1B is tied; Mistral 7B v0.1 has a sliding window; SmolLM is a tied Llama with an odd number of heads.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2-tied": _make(Qwen2Config, True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen2-untied": _make(Qwen2Config, False),

@@ -1,4 +1,4 @@
-"""A model and its processor together: loading, what is told while they write, and what they say of bad input."""
+"""Mllm: loading, saving to the hub, progress, previews, captions."""
 
 import larp_mllm.api
 from larp.data.clips import clip_to_frames
@@ -28,7 +28,7 @@ def folder(qwen, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def nested() -> Mllm:
-    """A model with a nested video tokenizer that paints."""
+    """A model with a nested video tokenizer, whose videos differ."""
     torch.manual_seed(0)
     small = dict(encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
     config = TokenizerConfig(
@@ -55,7 +55,7 @@ def test_the_language_model_gets_the_dtype_and_the_video_tokenizer_stays_float32
     assert isinstance(loaded.describe([video], TextSampling(max_new_tokens=3))[0], str)
 
 
-def test_options_of_loading_are_refused_before_it_and_for_a_loaded_model(qwen, monkeypatch):
+def test_bad_options_of_loading_are_refused_before_loading_and_for_a_loaded_model(qwen, monkeypatch):
     monkeypatch.setattr(larp_mllm.api, "find_model", lambda *_: pytest.fail("a model was looked for"))
     for wrong in ("int8", "float64", 3, torch.int64):
         with pytest.raises(ValueError, match=r"dtype is .*; choose one of float32, bfloat16, float16"):
@@ -73,7 +73,7 @@ def test_a_model_is_loaded_once_for_each_dtype(folder):
     assert larp_mllm.api.open_model(folder, "cpu", torch.bfloat16) is other
 
 
-def test_both_halves_are_uploaded_to_the_same_place(qwen, monkeypatch):
+def test_model_and_processor_are_pushed_to_the_same_repository(qwen, monkeypatch):
     seen = []
     for part in (LarpMllmForCausalLM, LarpMllmProcessor):
         monkeypatch.setattr(part, "push_to_hub", lambda self, repo, **options: seen.append((type(self), repo, options)))
@@ -83,44 +83,44 @@ def test_both_halves_are_uploaded_to_the_same_place(qwen, monkeypatch):
 
 
 def test_progress_counts_every_code_and_changes_nothing(qwen, capsys):
-    told: list[Progress] = []
+    steps: list[Progress] = []
     sampling = VideoSampling(seed=1, batch_size=2)
-    videos = qwen.generate(["a", "b", "c"], sampling=sampling, progress=told.append, preview_every=1)
-    assert [(one.kind, one.done, one.total) for one in told] == [
+    videos = qwen.generate(["a", "b", "c"], sampling=sampling, progress=steps.append, preview_every=1)
+    assert [(step.kind, step.done, step.total) for step in steps] == [
         ("codes", done, 12) for done in (2, 4, 6, 8, 9, 10, 11, 12)
     ]
-    assert all(one.previews is None for one in told)  # this video tokenizer is not nested
+    assert all(step.previews is None for step in steps)  # this video tokenizer is not nested
     assert [video.codes for video in videos] == [v.codes for v in qwen.generate(["a", "b", "c"], sampling=sampling)]
     assert capsys.readouterr() == ("", "")
 
 
-def test_previews_show_the_codes_so_far_where_the_video_tokenizer_is_nested(nested):
-    told: list[Progress] = []
-    videos = larp_mllm.generate(["a", "b"], model=nested, progress=told.append, preview_every=2)
-    assert [one.previews is not None for one in told] == [False, True, False, True]
+def test_previews_show_the_codes_so_far_with_a_nested_video_tokenizer(nested):
+    steps: list[Progress] = []
+    videos = larp_mllm.generate(["a", "b"], model=nested, progress=steps.append, preview_every=2)
+    assert [step.previews is not None for step in steps] == [False, True, False, True]
     codes = torch.tensor([video.codes for video in videos])
-    for number, shown in ((2, told[1].previews), (4, told[3].previews)):
+    for number, shown in ((2, steps[1].previews), (4, steps[3].previews)):
         clips = nested.processor.video_tokenizer.decode(codes[:, :number])
         for video, clip in zip(shown, clips, strict=True):
             assert np.array_equal(video.frames, clip_to_frames(clip)) and video.fps == 8
-    assert not np.array_equal(told[1].previews[0].frames, videos[0].frames)
+    assert not np.array_equal(steps[1].previews[0].frames, videos[0].frames)
     with pytest.raises(ValueError, match="preview_every"):
         larp_mllm.generate("a", model="nowhere", preview_every=-1)
 
 
-def test_progress_of_a_caption_is_the_caption_piece_by_piece(qwen):
+def test_progress_of_a_caption_gets_the_caption_piece_by_piece(qwen):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
-    told: list[Progress] = []
-    caption = larp_mllm.describe(frames, model=qwen, temperature=1.0, seed=4, max_new_tokens=12, progress=told.append)
-    assert "".join(one.text for one in told) == caption and sum(bool(one.text) for one in told) > 3
-    assert [one.done for one in told][:3] == [1, 2, 3] and {one.total for one in told} == {12}
+    steps: list[Progress] = []
+    caption = larp_mllm.describe(frames, model=qwen, temperature=1.0, seed=4, max_new_tokens=12, progress=steps.append)
+    assert "".join(step.text for step in steps) == caption and sum(bool(step.text) for step in steps) > 3
+    assert [step.done for step in steps][:3] == [1, 2, 3] and {step.total for step in steps} == {12}
 
 
 def test_progress_of_a_continuation_counts_the_codes_of_all_windows(qwen, monkeypatch):
     monkeypatch.setattr(qwen.model.config, "given_frames", 3)
-    told: list[Progress] = []
-    qwen.continue_clips(torch.rand(2, 3, 4, 16, 16), 6, progress=told.append)
-    assert [one.done for one in told] == list(range(2, 17, 2)) and {one.total for one in told} == {16}
+    steps: list[Progress] = []
+    qwen.continue_clips(torch.rand(2, 3, 4, 16, 16), 6, progress=steps.append)
+    assert [step.done for step in steps] == list(range(2, 17, 2)) and {step.total for step in steps} == {16}
 
 
 def test_a_callback_can_end_the_call(qwen):
@@ -134,7 +134,7 @@ def test_a_callback_can_end_the_call(qwen):
     assert torch.get_num_threads() == before
 
 
-def test_of_a_longer_file_the_frames_around_its_middle_are_read(qwen, tmp_path, monkeypatch):
+def test_the_middle_frames_of_a_longer_file_are_read(qwen, tmp_path, monkeypatch):
     frames = np.zeros((60, 16, 16, 3), np.uint8)
     frames[28:32] = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     write_video(tmp_path / "long.mkv", frames, 10, codec="ffv1", pixel_format="bgr0")
@@ -144,11 +144,11 @@ def test_of_a_longer_file_the_frames_around_its_middle_are_read(qwen, tmp_path, 
         qwen.describe([tmp_path / "short.mp4"])
 
 
-def test_no_videos_have_no_captions_and_no_prompts_no_videos(qwen):
+def test_empty_lists_give_empty_lists(qwen):
     assert qwen.describe([]) == [] and qwen.generate([]) == []
 
 
-def test_seeds_draw_other_captions_and_each_place_its_own(qwen):
+def test_captions_depend_on_the_seed_and_the_place_in_the_list(qwen):
     frames = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
     first = qwen.describe([frames, frames], TextSampling(temperature=1.0, max_new_tokens=8))
     assert (

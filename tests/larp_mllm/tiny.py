@@ -1,4 +1,4 @@
-"""Makers of tiny random models, for the tests of the plugin."""
+"""Builders of tiny random models and token caches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ N, K = 4, 16
 
 
 def tiny_video_tokenizer(seed: int = 0) -> LarpTokenizer:
-    """Clips of 4 frames of 16x16 pixels, 4 codes of 16."""
+    """A tokenizer of clips of 4 frames of 16x16 pixels: 4 codes of 16."""
     torch.manual_seed(seed)
     small = dict(encoder_width=16, encoder_depth=1, encoder_heads=2, decoder_width=16, decoder_depth=1, decoder_heads=2)
     config = TokenizerConfig(4, 16, 16, (2, 8, 8), None, N, K, 4, **small, prior=PriorConfig(enabled=False))
@@ -33,7 +33,7 @@ def tiny_video_tokenizer(seed: int = 0) -> LarpTokenizer:
 
 
 def tiny_mllm(base: str = "tiny-qwen2", adapter: str = "codebook") -> Mllm:
-    """A random base of two layers with its adapter and processor."""
+    """A random base of two layers with adapter and processor."""
     torch.manual_seed(0)
     video_tokenizer = tiny_video_tokenizer()
     language_model, text_tokenizer = load_base(base, CAPTIONS, layers=2, width=32, heads=2)
@@ -56,7 +56,7 @@ def tiny_cache(
     seed: int = 0,
     captions: Sequence[str] = CAPTIONS,
 ) -> Path:
-    """A token cache whose codes follow from the caption (or class), made without videos; returns its folder.
+    """A token cache whose codes depend on the caption (or class), built without videos; returns its folder.
 
     seed: of the video tokenizer.
     """
@@ -82,12 +82,12 @@ def tiny_cache(
 
 
 def open_cache(folder: Path, **options) -> TokenCache:
-    """`tiny_cache`, opened."""
+    """Build and open a `tiny_cache`."""
     return TokenCache.open(tiny_cache(folder, **options))
 
 
-def painting_mllm() -> Mllm:
-    """`tiny_mllm` with a video tokenizer that paints: an untrained one makes the same grey of all codes."""
+def colourful_mllm() -> Mllm:
+    """`tiny_mllm` whose videos differ: an untrained video tokenizer decodes all codes to the same grey."""
     mllm = tiny_mllm()
     head = mllm.processor.video_tokenizer.head
     generator = torch.Generator().manual_seed(0)
@@ -97,8 +97,8 @@ def painting_mllm() -> Mllm:
     return mllm
 
 
-def eager_for_videos(mllm: Mllm, monkeypatch, bonus: float = 4.0) -> None:
-    """Let a model begin videos often, which one of random weights hardly ever does."""
+def favour_videos(mllm: Mllm, monkeypatch, bonus: float = 4.0) -> None:
+    """Raise the logit of video_start by `bonus`: a model with random weights rarely begins a video."""
     plain, start = mllm.model.text_logits, mllm.model.vocabulary.video_start
 
     def text_logits(hidden: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import larp_mllm.api
 import larp_mllm.video
 from larp.data.video import probe, read_video, write_video
 from larp_mllm.cli import COMMANDS, main
-from tests.larp_mllm.tiny import eager_for_videos, painting_mllm
+from tests.larp_mllm.tiny import colourful_mllm, favour_videos
 
 import numpy as np
 import pytest
@@ -126,7 +126,7 @@ def test_what_the_disk_refuses_is_one_message(folder, monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def painter():
     """A model whose videos are not all grey, as if trained to go on from 3 of the 4 frames of a clip."""
-    mllm = painting_mllm()
+    mllm = colourful_mllm()
     mllm.model.config.given_frames = 3
     return mllm
 
@@ -183,7 +183,7 @@ def test_describe_draws_as_it_is_told(clip, capsys):
 
 
 def test_one_question_one_answer(clip, painter, monkeypatch, capsys):
-    eager_for_videos(painter, monkeypatch, bonus=1e4)
+    favour_videos(painter, monkeypatch, bonus=1e4)
     options = ["--max-new-tokens", "5", "--max-videos", "2", "-o", "out", "--scale", "2", "--text-temperature", "1"]
     main(["chat", "what is it?", "--video", "clip.mp4", *options])
     first, second, text = capsys.readouterr().out.splitlines()
