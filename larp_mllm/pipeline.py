@@ -23,7 +23,7 @@ from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import chat_segments, stop_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.sequence import encode
-from larp_mllm.processing.video_inputs import all_frames
+from larp_mllm.processing.video_inputs import read_whole_video
 from larp_mllm.video import Video
 
 import numpy as np
@@ -235,7 +235,7 @@ class Mllm:
         check_count("num_videos", num_videos)
         check_seconds(seconds)
         given, config = self.given_frames(), self.processor.video_tokenizer.config
-        frames, fps = all_frames(
+        frames, fps = read_whole_video(
             video, config.height, config.width, self.model.config.frame_stride, self.model.config.fps
         )
         if len(frames) < given:
@@ -276,8 +276,10 @@ class Mllm:
         """
         check_count("max_videos", max_videos, least=0)
         processor, model, v = self.processor, self.model, self.model.vocabulary
-        segments = chat_segments(messages, processor.tokenizer, processor.encode_text, self._codes_of, answer=True)
-        prompt = encode(segments, processor.layout, framed=False).ids.tolist()
+        segments = chat_segments(
+            messages, processor.tokenizer, processor.encode_text, self._codes_of, add_generation_prompt=True
+        )
+        prompt = encode(segments, processor.layout, add_special_tokens=False).ids.tolist()
         if len(prompt) >= max_positions(model):
             raise ValueError(
                 f"messages: {len(prompt)} ids, and the answer needs at least one more, but the base model has "

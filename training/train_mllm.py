@@ -61,7 +61,7 @@ from larp_mllm.locate import set_default_model
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.pipeline import Mllm
-from larp_mllm.processing.processor import LarpMllmProcessor, words_hash
+from larp_mllm.processing.processor import LarpMllmProcessor, text_tokenizer_hash
 from larp_mllm.processing.sequence import TokenSequence
 
 import torch
@@ -265,7 +265,7 @@ def identity(run: Run) -> dict:
         "adapter": config.adapter,
         "vocabulary": model.vocabulary.size,
         "video_tokenizer": model.video_tokenizer_hash[:16],
-        "text_tokenizer": words_hash(run.mllm.processor.tokenizer)[:16],
+        "text_tokenizer": text_tokenizer_hash(run.mllm.processor.tokenizer)[:16],
         **({"tiny": asdict(config.tiny)} if is_tiny(config.base) else {}),
         # Checkpoints leave out what is frozen.
         **({"start_from": config.start_from} if config.start_from is not None else {}),
@@ -401,7 +401,7 @@ def finish_run(run: Run, report: dict, text: dict) -> dict:
         "data": run.corpus.summary,
         "seed": config.seed,
         **({"resumed": run.resumed} if run.resumed else {}),
-        "text_tokenizer": words_hash(run.mllm.processor.tokenizer),
+        "text_tokenizer": text_tokenizer_hash(run.mllm.processor.tokenizer),
         "video_tokenizer": run.mllm.model.config.video_tokenizer_hash,
         "seconds": round(sum(told["seconds"].values()), 1),
         **environment_info(),

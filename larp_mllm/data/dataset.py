@@ -157,7 +157,7 @@ class CaptionedVideos:
             segments = continuation(self._ids(text), self.cache.conditions[row].tolist(), codes)
         else:
             segments = {"text_to_video": text_to_video, "video_to_text": video_to_text}[task](self._ids(text), codes)
-        return encode(segments, self.layout, framed=task != "chat")
+        return encode(segments, self.layout, add_special_tokens=task != "chat")
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._encoded:

@@ -100,7 +100,7 @@ class _Chat:
             return codes[part["video"]].tolist()
 
         segments = chat_segments(self.messages, processor.tokenizer, processor.encode_text, codes_of, self.name)
-        return encode(segments, processor.layout, framed=False)
+        return encode(segments, processor.layout, add_special_tokens=False)
 
 
 def open_records(

@@ -10,7 +10,7 @@ from larp_mllm.locate import find_model
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import not_finite
 from larp_mllm.pipeline import Mllm
-from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor, words_hash
+from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor, text_tokenizer_hash
 
 import torch
 from safetensors import safe_open
@@ -142,5 +142,5 @@ def _shape(mllm: Mllm) -> dict[str, Any]:
     return {
         "base": {name: getattr(config.text_config, name, None) for name in _BASE},
         **{name: getattr(config, name) for name in ("adapter", "codebook_size", "code_dim", "tokens_per_video")},
-        "text_tokenizer": words_hash(mllm.processor.tokenizer)[:16],
+        "text_tokenizer": text_tokenizer_hash(mllm.processor.tokenizer)[:16],
     }

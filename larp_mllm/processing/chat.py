@@ -1,8 +1,8 @@
-"""Chats <-> segments, through the text tokenizer's own chat template.
+"""Chats -> segments, through the text tokenizer's own chat template.
 
-The template is rendered around unguessable stand-ins, which are then cut out and replaced by the contents, encoded
-apart: what a user or a data set writes can never become a control token of the chat. A template therefore sees no
-contents: white space that it would take off them is taken off, but `<think>` blocks of earlier answers stay.
+The template is rendered with unguessable placeholders, which are then replaced by the contents, encoded separately. No
+content can therefore become a control token. The template does not see the contents: white space that it trims is
+trimmed here, but `<think>` blocks of earlier answers stay.
 """
 
 import re
@@ -16,24 +16,24 @@ from larp_mllm.processing.sequence import Segment
 
 ROLES = ("system", "user", "assistant")
 
-# For tokenizers without a chat template: those of base models, which were never taught to chat.
+# For tokenizers without a chat template, such as those of base models.
 DEFAULT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
-    # A line break as it is would go with the tag before it: transformers renders with trim_blocks.
+    # An expression, since transformers renders with trim_blocks, which removes a line break after a tag.
     "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
 _PART_KEYS = {"text": {"type", "text", "loss"}, "video": {"type", "video", "path", "start", "loss"}}
-# White space that no template writes itself: if it is gone after rendering, the template trims contents.
+# White space around the placeholders: if rendering removes it, the template trims contents.
 _EDGE = "\v"
 _SECRET = secrets.token_hex(16)
-_STAND_IN = re.compile(rf"X{_SECRET}N(\d+)X")
+_PLACEHOLDER = re.compile(rf"X{_SECRET}N(\d+)X")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A text (`text`) or video (`given`: the part as the message has it) of a message, and whether it is learned."""
+    """A text, or a video (`text` is None), of a message; `given`: the part as in the message; `loss`: whether it is a target."""
 
     text: str | None
     given: dict[str, Any]
@@ -46,79 +46,80 @@ def chat_segments(
     encode_text: Callable[[str], list[int]],
     codes_of: Callable[[dict], Iterable[int]],
     where: str = "messages",
-    answer: bool = False,
-    learned: bool = True,
-    thinking: bool = False,
+    add_generation_prompt: bool = False,
+    assistant_loss: bool = True,
+    enable_thinking: bool = False,
 ) -> list[Segment]:
-    """A chat -> segments; encode them with framed=False, since the template brings its own begin and end.
+    """A chat -> segments, for `encode` with add_special_tokens=False, since the template has its own.
 
     Args:
         messages: `{"role": "system"|"user"|"assistant", "content": text or parts}` in order; a part is `{"type": "text",
-            "text": ...}` or `{"type": "video", "video" or "path": ...}`. "loss": true or false, of a message or (which goes
-            before it) of a part, says whether that is learned. By default what the assistant says is; and with the last
-            part of its turn, the token that ends the turn.
-        tokenizer: of transformers; DEFAULT_TEMPLATE is used if it has no chat template.
+            "text": ...}` or `{"type": "video", "video" or "path": ...}`. A boolean "loss" of a part, else of its message,
+            says whether it is a target; by default the assistant's are. The token that ends a turn of the assistant is
+            a target if the last part is.
+        tokenizer: of transformers; without a chat template, DEFAULT_TEMPLATE is used.
         encode_text: text -> text ids, none of them a control token (LarpMllmProcessor.encode_text).
         codes_of: a part of type video -> its N codes.
-        where: what errors call the chat.
-        answer: end with what the template puts before an answer. Of such a chat nothing is learned.
-        learned: whether what the assistant says is, by default. Where it is not, the assistant may have said nothing, and
-            a turn end without a control token.
-        thinking: what the template is told as enable_thinking; those that do not know it ignore it.
+        where: name of the chat in errors.
+        add_generation_prompt: end with the template's beginning of an answer. The chat then has no targets.
+        assistant_loss: whether parts of the assistant are targets by default. If not, its messages may be empty, and its
+            turns may end without a control token.
+        enable_thinking: passed to the template.
 
-    Raises ValueError for messages of another form, a "loss" of what has nothing to learn or of a chat to be answered, and if
-    the template refuses them (some know no system role, or want user and assistant to take turns), leaves one out, repeats
-    one, or ends a learned turn without a control token.
+    Raises ValueError for messages of another form, a "loss" of an empty part or of a chat to be answered, and a template
+    that refuses the roles, omits or repeats a message, or ends a target turn without a control token.
     """
-    learned = learned and not answer
-    turns = chat_parts(messages, where, learned, empty_answers=not learned)
+    assistant_loss = assistant_loss and not add_generation_prompt
+    turns = chat_parts(messages, where, assistant_loss, allow_empty_answers=not assistant_loss)
     roles = [message["role"] for message in messages]
-    if answer:
-        _check_asks(messages, where)
-    rendered = _render(roles, tokenizer, where, answer, thinking)
+    if add_generation_prompt:
+        _check_answerable(messages, where)
+    rendered = _render(roles, tokenizer, where, add_generation_prompt, enable_thinking)
     pieces, controls = _Pieces(tokenizer, encode_text), control_ids(tokenizer)
     segments: list[Segment] = []
-    ends_learned = False
+    end_is_target = False
     for template, number in zip(rendered.pieces, [*rendered.order, None], strict=True):
         parts = [] if number is None else _trimmed(turns[number], rendered.trims[number])
-        # The base reads a word together with the space before it.
-        space = " " if template.endswith(" ") and (answer if number is None else parts) else ""
+        # Tokenizers encode a word together with the space before it.
+        space = " " if template.endswith(" ") and (add_generation_prompt if number is None else parts) else ""
         ids = pieces.template(template.removesuffix(space))
-        segments += _turn_end(ids, controls, where) if ends_learned else [Segment("text", ids, False)]
+        segments += _turn_end(ids, controls, where) if end_is_target else [Segment("text", ids, False)]
         for part in parts:
             if part.text is None:
                 segments.append(Segment("video", tuple(codes_of(part.given)), part.loss))
             else:
                 segments.append(Segment("text", pieces.content(space + part.text), part.loss))
             space = ""
-        ends_learned = bool(parts) and roles[number] == "assistant" and parts[-1].loss
+        end_is_target = bool(parts) and roles[number] == "assistant" and parts[-1].loss
     return [segment for segment in segments if segment.content]
 
 
-def chat_parts(messages: Any, where: str, learned: bool = True, empty_answers: bool = False) -> list[list[Part]]:
-    """Check messages, and give the texts and videos of each.
+def chat_parts(
+    messages: Any, where: str, assistant_loss: bool = True, allow_empty_answers: bool = False
+) -> list[list[Part]]:
+    """Check messages and return the texts and videos of each.
 
-    learned: whether what the assistant says is, by default. empty_answers: whether it may have said nothing.
-    Raises ValueError, naming `where` and the message.
+    assistant_loss: whether parts of the assistant are targets by default. allow_empty_answers: whether its messages may
+    be empty. Raises ValueError, naming `where` and the message.
     """
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError(
             f'{where}: "messages" must be a list of at least one {{"role", "content"}}, got {_brief(messages)}'
         )
     return [
-        _message_parts(message, learned, empty_answers, f"{where}: message {number}")
+        _message_parts(message, assistant_loss, allow_empty_answers, f"{where}: message {number}")
         for number, message in enumerate(messages, 1)
     ]
 
 
 def stop_ids(tokenizer) -> list[int]:
-    """The ids that end an assistant's turn: the one that the chat template puts after it, and the end of text."""
+    """The ids that end a turn of the assistant: the chat template's end of turn, and the end of text."""
     found = []
     try:
         after = _render(["user", "assistant"], tokenizer, "stop_ids", False).pieces[-1]
         controls = control_ids(tokenizer)
         found = [i for i in tokenizer(after, add_special_tokens=False)["input_ids"] if i in controls][:1]
-    except ValueError:  # a template that cannot show the end of a turn; the end of text remains
+    except ValueError:  # the template refuses these roles; the end of text remains
         pass
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys(found + eos))
@@ -127,15 +128,15 @@ def stop_ids(tokenizer) -> list[int]:
 # Messages
 
 
-def _message_parts(message: Any, learned: bool, empty_answers: bool, where: str) -> list[Part]:
+def _message_parts(message: Any, assistant_loss: bool, allow_empty_answers: bool, where: str) -> list[Part]:
     if not isinstance(message, dict) or set(message) - {"loss"} != {"role", "content"}:
         raise ValueError(
-            f'{where} must be {{"role": ..., "content": ...}}, with "loss" or without, got {_brief(message)}'
+            f'{where} must be {{"role": ..., "content": ...}}, optionally with "loss", got {_brief(message)}'
         )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise ValueError(f"{where}: the role must be one of {', '.join(ROLES)}, got {_brief(role)}")
-    loss = check_loss(message, learned and role == "assistant", where)
+    loss = check_loss(message, assistant_loss and role == "assistant", where)
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list | tuple):
@@ -143,14 +144,14 @@ def _message_parts(message: Any, learned: bool, empty_answers: bool, where: str)
     parts = [_part(part, loss, f"{where}, part {number}") for number, part in enumerate(content, 1)]
     if message.get("loss") and not any(part.text != "" for part in parts):
         raise ValueError(f'{where} ({role}) is empty, and "loss": true has nothing to learn: leave it out')
-    # An empty system message means: without the one that the template would put.
-    may_be_empty = role == "system" or (role == "assistant" and empty_answers)
+    # An empty system message replaces the template's default one.
+    may_be_empty = role == "system" or (role == "assistant" and allow_empty_answers)
     if not may_be_empty and not any(part.text is None or part.text.strip() for part in parts):
         raise ValueError(f"{where} ({role}) is empty: give it a text or a video, or leave it out")
     return [part for part in parts if part.text != ""]
 
 
-def _part(part: Any, learned: bool, where: str) -> Part:
+def _part(part: Any, default_loss: bool, where: str) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "video"):
         raise ValueError(
@@ -159,7 +160,7 @@ def _part(part: Any, learned: bool, where: str) -> Part:
     if unknown := sorted(map(str, set(part) - _PART_KEYS[kind])):
         remedy = "download the video and name the file" if "url" in unknown else f"known are {_known(kind)}"
         raise ValueError(f"{where}: unknown key {unknown[0]!r} in a {kind} part: {remedy}")
-    loss = check_loss(part, learned, where)
+    loss = check_loss(part, default_loss, where)
     if kind == "text":
         text = check_text(part.get("text"), f"{where}: text")
         if part.get("loss") and not text:
@@ -170,8 +171,8 @@ def _part(part: Any, learned: bool, where: str) -> Part:
     return Part(None, part, loss)
 
 
-def _check_asks(messages: Any, where: str) -> None:
-    """ValueError unless the checked messages can be answered: the last is not the assistant's, and none has a "loss"."""
+def _check_answerable(messages: Any, where: str) -> None:
+    """Raise ValueError if the last of the checked messages is the assistant's, or one has a "loss"."""
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{where}: the last message is the assistant's, there is nothing to answer: add a user's")
     for number, message in enumerate(messages, 1):
@@ -183,7 +184,7 @@ def _check_asks(messages: Any, where: str) -> None:
 
 
 def check_loss(given: dict, default: bool, where: str) -> bool:
-    """The "loss" of a record, message or part, by default `default`; ValueError unless it is true or false."""
+    """The "loss" of a record, message or part, else `default`. Raises ValueError unless it is true or false."""
     loss = given.get("loss", default)
     if not isinstance(loss, bool):
         raise ValueError(f'{where}: "loss" must be true or false, got {_brief(loss)}')
@@ -191,7 +192,7 @@ def check_loss(given: dict, default: bool, where: str) -> bool:
 
 
 def check_text(text: Any, where: str) -> str:
-    """`text`, if it is one; ValueError for another type, or half a character, which no tokenizer can read."""
+    """`text`. Raises ValueError for another type and for a lone surrogate, which no tokenizer can encode."""
     if not isinstance(text, str):
         raise ValueError(f"{where} must be a text, got {_brief(text)}")
     try:
@@ -204,7 +205,7 @@ def check_text(text: Any, where: str) -> str:
 
 
 def _trimmed(parts: list[Part], trims: tuple[bool, bool]) -> list[Part]:
-    """The parts without the white space at either end that the template takes off."""
+    """The parts without the white space at both ends that the template trims."""
     texts = [part.text for part in parts]
     if trims[0] and texts and texts[0] is not None:
         texts[0] = texts[0].lstrip()
@@ -228,28 +229,34 @@ def _brief(value: Any) -> str:
 @dataclass(frozen=True)
 class _Rendered:
     pieces: list[str]
-    """What the template writes before, between and after the contents."""
+    """The template's own text before, between and after the contents."""
     order: list[int]
-    """Which message's content stands there; some templates move the system message."""
+    """The message of each content; some templates move the system message."""
     trims: dict[int, tuple[bool, bool]]
-    """For each message, whether white space before and after its content is taken off."""
+    """For each message, whether white space before and after its content is trimmed."""
 
 
-def _render(roles: list[str], tokenizer, where: str, answer: bool, thinking: bool = False) -> _Rendered:
+def _render(
+    roles: list[str], tokenizer, where: str, add_generation_prompt: bool, enable_thinking: bool = False
+) -> _Rendered:
     chat = [{"role": role, "content": f"{_EDGE}X{_SECRET}N{number}X{_EDGE}"} for number, role in enumerate(roles)]
-    own = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
-        # Thinking is off by default, as far as a template knows it: what is learned here is the answer.
+        # Thinking is off by default, since training targets are answers alone. Templates without it ignore the option.
         text = tokenizer.apply_chat_template(
-            chat, chat_template=own, tokenize=False, add_generation_prompt=answer, enable_thinking=thinking
+            chat,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            enable_thinking=enable_thinking,
         )
-    except Exception as error:  # jinja raises a family of its own, and templates whatever they like
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    except Exception as error:  # jinja and templates raise classes of their own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(
-            f"{where}: the chat template of the text tokenizer does not take the roles {', '.join(roles)}: {said}. Give the "
-            "roles that it knows in the order it wants, or set another chat_template"
+            f"{where}: the chat template of the text tokenizer does not take the roles {', '.join(roles)}: {reason}. Give "
+            "roles that it knows in the order it requires, or set another chat_template"
         ) from error
-    split = _STAND_IN.split(text)
+    split = _PLACEHOLDER.split(text)
     pieces, order = split[::2], [int(number) for number in split[1::2]]
     for number, role in enumerate(roles):
         if order.count(number) != 1:
@@ -265,7 +272,7 @@ def _render(roles: list[str], tokenizer, where: str, answer: bool, thinking: boo
 
 
 def _turn_end(ids: tuple[int, ...], controls: Collection[int], where: str) -> list[Segment]:
-    """What the template writes after a learned answer: learned up to the token that ends the turn."""
+    """The template's text after a target answer: a target up to the token that ends the turn."""
     end = next((place + 1 for place, id in enumerate(ids) if id in controls), None)
     if end is None:
         raise ValueError(
@@ -276,10 +283,10 @@ def _turn_end(ids: tuple[int, ...], controls: Collection[int], where: str) -> li
 
 
 class _Pieces:
-    """Encodes the pieces of a chat, so that they are the ids of the whole as far as the tokenizer allows.
+    """Encodes the pieces of a chat to the ids of the whole, as far as the tokenizer allows.
 
-    Tokenizers of the sentencepiece family put a space before every text that they are given, which only the first piece
-    of a chat should have: others are encoded after a line break, which is then taken off.
+    Tokenizers of the sentencepiece family put a space before every text, which only the first piece of a chat should
+    have. Other pieces are encoded after a line break, which is then removed.
     """
 
     def __init__(self, tokenizer, encode_text: Callable[[str], list[int]]):
@@ -289,11 +296,11 @@ class _Pieces:
         self._first = True
 
     def template(self, text: str) -> tuple[int, ...]:
-        """A piece of the template, in which control tokens are read as such."""
+        """Encode a piece of the template, with its control tokens."""
         return self._encode(self._template, text)
 
     def content(self, text: str) -> tuple[int, ...]:
-        """A piece that somebody wrote, in which there are none."""
+        """Encode a piece of content, without control tokens."""
         return self._encode(self._content, text)
 
     def _encode(self, encode: Callable[[str], list[int]], text: str) -> tuple[int, ...]:
@@ -301,7 +308,7 @@ class _Pieces:
             return ()
         first, self._first = self._first, False
         if self._spaced and not first:
-            head, whole = encode("\n"), encode("\n" + text)
-            if whole[: len(head)] == head:
-                return tuple(whole[len(head) :])
+            prefix, whole = encode("\n"), encode("\n" + text)
+            if whole[: len(prefix)] == prefix:
+                return tuple(whole[len(prefix) :])
         return tuple(encode(text))

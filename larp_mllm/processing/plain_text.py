@@ -1,4 +1,4 @@
-"""PlainText: what a user or a data set writes -> text ids, of which none is a control token, whatever is written."""
+"""PlainText: text of users and data sets -> text ids, none of them a control token."""
 
 import json
 import re
@@ -11,11 +11,11 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class PlainText:
-    """Encodes text with a tokenizer of transformers from which everything but text was taken out.
+    """Encodes text with a tokenizer of transformers so that no control token results.
 
-    transformers' own `split_special_tokens` does not do: tokens added as non-special are still matched, and entries of the
-    vocabulary such as `<s>` can still be merged from their letters. Of a tokenizer of the `tokenizers` library a copy
-    is made without them; the others are asked for text alone, and what they answer is checked.
+    `split_special_tokens` of transformers is not enough: it still matches tokens that were added as non-special, and
+    entries of the vocabulary such as `<s>` can be merged from their letters. A tokenizer of the `tokenizers` library is
+    copied without control tokens. Other tokenizers encode with `split_special_tokens`, and their ids are checked.
     """
 
     def __init__(self, tokenizer):
@@ -25,10 +25,9 @@ class PlainText:
         self._copy = None if backend is None else _without_controls(backend, self.controls)
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids, without begin or end ids. What the vocabulary cannot write becomes its unknown token, if it has one.
+        """Text -> ids, without begin and end ids. Characters outside the vocabulary become its unknown token, if it has one.
 
-        Raises ValueError for text that no encoding can hold, and if the tokenizer makes a control token of plain text
-        nevertheless.
+        Raises ValueError for lone surrogates, and if a tokenizer that cannot be copied returns a control token.
         """
         if not text:
             return []
@@ -51,9 +50,9 @@ class PlainText:
 
 
 def control_ids(tokenizer) -> set[int]:
-    """The ids that typed text must never become: special and added tokens, but for single characters and white space.
+    """The ids that text must never be encoded to: special and added tokens, except single characters and white space.
 
-    Runs of white space are added tokens of some bases and mean nothing but themselves.
+    Some bases add runs of white space as tokens, which are plain text.
     """
     added = {id for id, token in tokenizer.added_tokens_decoder.items() if not _is_harmless(token.content)}
     special = zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
@@ -67,9 +66,9 @@ def _is_harmless(content: str) -> bool:
 def _without_controls(backend: Tokenizer, controls: set[int]) -> Tokenizer:
     state = json.loads(backend.to_str())
     state["truncation"] = state["padding"] = None
-    # It puts begin and end tokens, which are not asked for here, and may name some that are gone.
+    # It adds begin and end tokens, and may name tokens that are renamed below.
     state["post_processor"] = None
-    # Control tokens keep their ids, but get names that nobody can type.
+    # Control tokens keep their ids, but get names that cannot be guessed.
     secret = secrets.token_hex(16)
     for token in state["added_tokens"]:
         if token["id"] in controls:
@@ -85,12 +84,14 @@ def _without_controls(backend: Tokenizer, controls: set[int]) -> Tokenizer:
     if model.get("unk_token") in renamed:
         model["unk_token"] = renamed[model["unk_token"]]
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if not _makes(merge, model, renamed)]
+        model["merges"] = [merge for merge in model["merges"] if not _yields_control(merge, model, renamed)]
     return Tokenizer.from_str(json.dumps(state))
 
 
-def _makes(merge: str | list[str], model: dict, renamed: dict[str, str]) -> bool:
-    """Whether a merge makes, or needs, a control token or (where bytes have tokens) the token of a byte."""
+def _yields_control(merge: str | list[str], model: dict, renamed: dict[str, str]) -> bool:
+    """Whether a merge yields or needs a control token, or yields the token of a byte."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
-    made = left + right.removeprefix(model.get("continuing_subword_prefix") or "")
-    return not renamed.keys().isdisjoint((left, right, made)) or bool(model.get("byte_fallback") and _BYTE.match(made))
+    merged = left + right.removeprefix(model.get("continuing_subword_prefix") or "")
+    return not renamed.keys().isdisjoint((left, right, merged)) or bool(
+        model.get("byte_fallback") and _BYTE.match(merged)
+    )

@@ -1,7 +1,7 @@
 """LarpMllmProcessor: text and videos -> ids, and ids -> text and videos.
 
-Text is encoded apart from everything else, and control and code ids are inserted as ids, never as strings: whatever a
-user types stays plain text, `<|video_start|>` and `<|im_end|>` included.
+Text is encoded separately, and control and code ids are inserted as ids, never as strings: typed text stays plain text,
+`<|video_start|>` and `<|im_end|>` included.
 """
 
 import json
@@ -10,16 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from larp.data.clips import clip_to_frames
+from larp.data.video import ShortVideoError, probe, read_video
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.checks import check_count, check_start, is_whole
 from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetched, read_config, upload
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
-from larp_mllm.processing.batching import Batching, batched, check_side, whole_numbers
+from larp_mllm.processing.batching import BatchOptions, batch_ids, check_side, to_id_list
+from larp_mllm.processing.chat import chat_segments
 from larp_mllm.processing.plain_text import PlainText
 from larp_mllm.processing.sequence import PLACEHOLDER, Layout, encode
-from larp_mllm.processing.tokenizer_checks import check_saved, check_tokenizers, load_text_tokenizer, words_hash
-from larp_mllm.processing.video_inputs import Videos, grouped, listed, to_clip, to_frames
+from larp_mllm.processing.tokenizer_checks import (
+    check_saved,
+    check_tokenizers,
+    load_text_tokenizer,
+    text_tokenizer_hash,
+)
+from larp_mllm.processing.video_inputs import VideoInput, as_list, group_videos, read_frames, to_clip
 
 import numpy as np
 import torch
@@ -28,26 +36,32 @@ from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerBase, P
 
 VIDEO_TOKENIZER = "video_tokenizer"
 PROCESSOR_CONFIG = "processor_config.json"
-# What AutoProcessor passes on, and what means nothing here: no code of a repository is ever run, whatever is trusted.
+# Options that AutoProcessor passes and that have no effect: no code of a repository is ever run.
 _FROM_AUTO = {"_from_auto", "trust_remote_code", "force_download", "config"}
-# Of transformers' apply_chat_template, and why not. A template takes other words than the messages' as its own, control
-# tokens included, so that these could not be kept plain text.
+# Unsupported options of transformers' apply_chat_template -> the remedy. Text other than the messages would become part
+# of the template, where control tokens are not plain text.
 _NO_CHAT_OPTIONS = {
     "continue_final_message": "an answer is a new message: ask with a user's message last and add_generation_prompt=True",
-    "tools": "their words would not stay plain text: describe them in a system message",
-    "documents": "their words would not stay plain text: put them into a message",
+    "tools": "their text would not stay plain text: describe them in a system message",
+    "documents": "their text would not stay plain text: put them into a message",
     "chat_template": "set processor.chat_template instead",
-    "return_assistant_tokens_mask": "training reads what is learned from records: larp_mllm.processing.chat.chat_segments",
+    "return_assistant_tokens_mask": "larp_mllm.processing.chat.chat_segments gives the targets of training",
 }
 
 
 class LarpMllmProcessor(ProcessorMixin):
-    """The base model's text tokenizer, the LARP tokenizer and the id layout that joins them.
+    """The base model's text tokenizer and the LARP tokenizer, joined by the id layout.
 
-    `frame_stride`: of a video file every so many-th frame is read. Rows are padded on the text tokenizer's own side, which
-    for many a base is the right; to generate from several at once pad them on the left (`padding_side="left"`).
-    `chat_template`: for the text tokenizer, in place of its own. Raises ValueError for what is no tokenizer or template,
-    and if the LARP tokenizer has another codebook or number of tokens than the layout.
+    Args:
+        tokenizer: text tokenizer of transformers. Its padding side is often the right: to generate from a batch, give
+            `padding_side="left"`.
+        video_tokenizer: LARP tokenizer.
+        vocabulary: id layout of the model.
+        frame_stride: step between the frames that are read from a video file.
+        chat_template: replaces that of the text tokenizer.
+
+    Raises ValueError for other types, and if the LARP tokenizer has another codebook size or number of tokens than the
+    layout.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -68,13 +82,13 @@ class LarpMllmProcessor(ProcessorMixin):
             if not isinstance(given, kind):
                 raise ValueError(f"the {what} must be a {kind.__name__}, got {type(given).__name__}: load it first")
         check_count("frame_stride", frame_stride)
-        own = (video_tokenizer.codebook_size, video_tokenizer.num_tokens)
-        if own != (vocabulary.codebook_size, vocabulary.tokens_per_video):
+        sizes = (video_tokenizer.codebook_size, video_tokenizer.num_tokens)
+        if sizes != (vocabulary.codebook_size, vocabulary.tokens_per_video):
             raise ValueError(
-                f"the video tokenizer has {own[0]} codes and {own[1]} tokens per video, the language model is made for "
+                f"the video tokenizer has {sizes[0]} codes and {sizes[1]} tokens per video, the language model expects "
                 f"{vocabulary.codebook_size} and {vocabulary.tokens_per_video}; use the tokenizer it was trained with"
             )
-        # First, since transformers sets the chat template before the tokenizer, which here holds it.
+        # Before super().__init__(), which sets the chat template, stored in the tokenizer here, first.
         self.tokenizer = tokenizer
         super().__init__(tokenizer, chat_template=tokenizer.chat_template if chat_template is None else chat_template)
         self.video_tokenizer = video_tokenizer
@@ -84,54 +98,58 @@ class LarpMllmProcessor(ProcessorMixin):
 
     @classmethod
     def get_attributes(cls) -> list[str]:
-        """What transformers keeps for a processor: the text tokenizer; the LARP tokenizer is none of its classes."""
+        """The attributes that transformers manages: not the LARP tokenizer, which is none of its classes."""
         return ["tokenizer"]
 
     @property
     def chat_template(self) -> str | dict[str, str] | None:
-        """That of the text tokenizer, which is saved with it; None: it has none, and chats are lines of "User: ..."."""
+        """The chat template of the text tokenizer, saved with it. None: chats are lines of "User: ..."."""
         return self.tokenizer.chat_template
 
     @chat_template.setter
     def chat_template(self, template: str | dict[str, str] | None) -> None:
         if template is not None and not isinstance(template, (str, dict)):
-            raise ValueError(f"chat_template must be a template, several by their names, or None, got {template!r}")
+            raise ValueError(f"chat_template must be a template, a dict of templates, or None, got {template!r}")
         self.tokenizer.chat_template = template
 
     @property
     def layout(self) -> Layout:
-        """The id layout with the base tokenizer's begin and end ids."""
+        """The id layout with the text tokenizer's begin and end ids."""
         return Layout(self.vocabulary, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
 
     def encode_text(self, text: str) -> list[int]:
-        """Plain text -> text ids, without begin or end ids; nothing in it is read as a special or added token."""
+        """Plain text -> text ids without begin and end ids; nothing in it becomes a special or added token."""
         if self._plain_text is None or self._plain_text.tokenizer is not self.tokenizer:
             self._plain_text = PlainText(self.tokenizer)
         return self._plain_text.encode(text)
 
     def decode_text(self, ids, skip_special_tokens: bool = True) -> str:
-        """Text ids -> text, special tokens and white space around it left out; or with both, as it was written."""
+        """Text ids -> text, by default without special tokens and without white space at both ends."""
         text = self.tokenizer.decode(
             list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text.strip() if skip_special_tokens else text
 
-    def encode_videos(self, videos: Sequence[Videos]) -> list[list[int]]:
-        """Videos -> their codes. Each: a file, a Video, uint8 (T, H, W, 3) frames, or a float clip (3, T, H, W) in [0, 1].
+    def encode_videos(self, videos: Sequence[VideoInput]) -> list[list[int]]:
+        """Videos -> their codes, N each.
 
-        Arrays and tensors alike; frames are resized and of a longer video the middle is read, a clip is taken as it is.
-        ValueError for other shapes, dtypes or ranges, and for clips of different shapes in one call.
+        A video is a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1], as array or tensor.
+        Frames are resized, and of a longer video the middle is taken; a clip is not changed. Raises ValueError for other
+        shapes, dtypes or ranges, and for clips of different shapes.
         """
         count = self.video_tokenizer.config.num_frames
-        clips = [to_clip(to_frames(video, count, self.frame_stride), self.video_tokenizer) for video in listed(videos)]
+        frames = [read_frames(video, count, self.frame_stride) for video in as_list(videos)]
+        clips = [to_clip(pixels, self.video_tokenizer) for pixels in frames]
         if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
             raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
         return self.video_tokenizer.encode(torch.stack(clips).to(device)).tolist() if clips else []
 
-    def video_of(self, part: dict[str, Any]) -> Videos:
-        """The video of a part of a message, `{"type": "video", "video" or "path": ...}`; of a file with "start" the frames
-        from so many seconds on, as in records. ValueError for another "start", and for one of what is no file.
+    def video_of(self, part: dict[str, Any]) -> VideoInput:
+        """The video of a part of a message, `{"type": "video", "video" or "path": ...}`.
+
+        Of a file with "start" (seconds), the frames from there on, uint8 (T, H, W, 3). Raises ValueError for a "start" out
+        of range, or of a video that is no file.
         """
         video = part["video"] if "video" in part else part["path"]
         start = check_start(part.get("start"), "a video part")
@@ -139,10 +157,8 @@ class LarpMllmProcessor(ProcessorMixin):
             return video
         if not isinstance(video, (str, Path)):
             raise ValueError(
-                f'a video part: "start" is for files, got a {type(video).__name__}: give the frames that are meant'
+                f'a video part: "start" is for files, got a {type(video).__name__}: give the frames from there on'
             )
-        from larp.data.video import ShortVideoError, probe, read_video
-
         try:
             first = round(start * probe(video).fps)
             return read_video(video, first, self.video_tokenizer.config.num_frames, self.frame_stride)[0]
@@ -150,50 +166,50 @@ class LarpMllmProcessor(ProcessorMixin):
             raise ShortVideoError(f'{error}: lower its "start" ({start:g})', error.frames) from error
 
     def decode_videos(self, codes: Tensor) -> list[np.ndarray]:
-        """codes int64 (B, N) -> B videos, uint8 (T, H, W, 3)."""
-        from larp.data.clips import clip_to_frames
-
+        """Codes int64 (B, N) -> B videos, uint8 (T, H, W, 3)."""
         device = next(self.video_tokenizer.parameters()).device
         return [clip_to_frames(clip) for clip in self.video_tokenizer.decode(codes.to(device)).cpu()]
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
-        videos: Sequence[Videos] | Sequence[Sequence[Videos]] | None = None,
+        videos: Sequence[VideoInput] | Sequence[Sequence[VideoInput]] | None = None,
         *,
         add_special_tokens: bool = True,
         open_video: bool = False,
-        **batching: Unpack[Batching],
+        **options: Unpack[BatchOptions],
     ) -> BatchFeature:
-        """`"before <video> after"` and one video for each `<video>` -> input_ids and attention_mask, lists or (B, S).
+        """`"before <video> after"` and a video for each `<video>` -> input_ids and attention_mask, lists or (B, S).
 
-        text: one, with its videos; or several, with a list of videos for each. add_special_tokens: put the base's begin
-        id first, where it has one. open_video: end with video_start, after which the model writes a video.
-        batching: return_tensors, padding, padding_side and max_length, see `larp_mllm.processing.batching.Batching`; nothing is ever cut.
-        ValueError, naming the text, if videos and placeholders differ in number.
+        Args:
+            text: a text with its videos, or several with a list of videos each.
+            videos: see `encode_videos`.
+            add_special_tokens: begin with the base's begin id, if it has one.
+            open_video: end with video_start, after which the model generates a video.
+            **options: return_tensors, padding, padding_side, max_length: see `BatchOptions`. Nothing is truncated.
+
+        Raises ValueError, naming the text, if the numbers of videos and placeholders differ.
         """
         if not isinstance(text, str) and not (
             isinstance(text, Sequence) and all(isinstance(content, str) for content in text)
         ):
-            raise ValueError(
-                f"text must be a str, or a list of them, with {PLACEHOLDER} where a video stands, got {text!r}"
-            )
+            raise ValueError(f"text must be a str or a list of them, with {PLACEHOLDER} for each video, got {text!r}")
         texts = [text] if isinstance(text, str) else list(text)
-        groups = grouped(videos, text)
+        groups = group_videos(videos, text)
         begin = [self.layout.bos] if add_special_tokens and self.layout.bos is not None else []
-        rows = []
+        sequences = []
         for number, (content, group) in enumerate(zip(texts, groups, strict=True)):
             where = "the text" if isinstance(text, str) else f"text {number}"
             ids = self._interleaved(content, group, where)
-            rows.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
-        return batched(rows, self.tokenizer, isinstance(text, str), **batching)
+            sequences.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
+        return batch_ids(sequences, self.tokenizer, isinstance(text, str), **options)
 
-    def _interleaved(self, text: str, videos: Sequence[Videos], where: str) -> list[int]:
+    def _interleaved(self, text: str, videos: Sequence[VideoInput], where: str) -> list[int]:
         pieces = text.split(PLACEHOLDER)
         if len(pieces) != len(videos) + 1:
             raise ValueError(
                 f"{where} has {len(pieces) - 1} {PLACEHOLDER} placeholders but {len(videos)} videos were given: "
-                f"write one {PLACEHOLDER} where each video stands"
+                f"write one {PLACEHOLDER} for each video"
             )
         ids = self.encode_text(pieces[0])
         for codes, piece in zip(self.encode_videos(videos), pieces[1:], strict=True):
@@ -210,17 +226,25 @@ class LarpMllmProcessor(ProcessorMixin):
         return_dict: bool = False,
         **options,
     ) -> Any:
-        """A chat, or several, in the text tokenizer's own template -> input_ids; with return_dict a BatchFeature.
+        """A chat, or several, in the text tokenizer's chat template -> input_ids.
 
-        messages: `{"role", "content"}`, content a str or parts `{"type": "text", "text"}` and `{"type": "video",
-        "video"}` (or "path"; with "start", see `video_of`). Contents are encoded apart from the template, so none can
-        speak for another role; it cannot read them, so that `<think>` blocks of earlier answers stay. enable_thinking: what
-        the template is told. Training tells it False, after which Qwen3's puts an empty `<think>` block before the answer.
-        tokenize=False: the text instead, for the eye, with `<video>` for videos. options: return_tensors, padding,
-        padding_side and max_length, see `larp_mllm.processing.batching.Batching`. Raises ValueError, naming the message, and for those
-        options of transformers that are not supported, tools and continue_final_message among them.
+        Contents are encoded separately from the template, so that none can imitate another role. The template does not
+        see them: `<think>` blocks of earlier answers stay.
+
+        Args:
+            messages: `{"role", "content"}`, content a str or parts `{"type": "text", "text"}` and `{"type": "video",
+                "video"}` (or "path"; with "start", see `video_of`).
+            add_generation_prompt: end with the template's beginning of an answer.
+            enable_thinking: passed to the template. Training passes False, for which Qwen3's puts an empty `<think>`
+                block before the answer.
+            tokenize: False returns text for display, with `<video>` for videos.
+            return_dict: return a BatchFeature.
+            **options: return_tensors, padding, padding_side, max_length: see `BatchOptions`.
+
+        Raises ValueError, naming the message, for other forms, and for unsupported options of transformers (tools,
+        continue_final_message, ...).
         """
-        batching = {name: options.pop(name) for name in Batching.__annotations__ if name in options}
+        batch_options = {name: options.pop(name) for name in BatchOptions.__annotations__ if name in options}
         for name, value in options.items():
             if value or name not in _NO_CHAT_OPTIONS:
                 raise ValueError(
@@ -228,45 +252,46 @@ class LarpMllmProcessor(ProcessorMixin):
                 )
         single = not messages or isinstance(messages[0], dict)
         chats = [messages] if single else messages
-        rows = [
+        sequences = [
             self._chat(chat, "messages" if single else f"chat {number}", add_generation_prompt, enable_thinking)
             for number, chat in enumerate(chats)
         ]
         if not tokenize:
-            texts = [self._shown(row) for row in rows]
+            texts = [self._displayed(ids) for ids in sequences]
             return texts[0] if single else texts
-        batch = batched(rows, self.tokenizer, single, **batching)
+        batch = batch_ids(sequences, self.tokenizer, single, **batch_options)
         return batch if return_dict else batch["input_ids"]
 
-    def _chat(self, messages: Sequence[dict], where: str, answer: bool, thinking: bool) -> list[int]:
-        from larp_mllm.processing.chat import chat_segments
-
+    def _chat(
+        self, messages: Sequence[dict], where: str, add_generation_prompt: bool, enable_thinking: bool
+    ) -> list[int]:
         def codes_of(part: dict) -> list[int]:
             return self.encode_videos([self.video_of(part)])[0]
 
         segments = chat_segments(
-            messages, self.tokenizer, self.encode_text, codes_of, where, answer, learned=False, thinking=thinking
+            *(messages, self.tokenizer, self.encode_text, codes_of, where, add_generation_prompt),
+            assistant_loss=False,
+            enable_thinking=enable_thinking,
         )
-        return encode(segments, self.layout, framed=False).ids.tolist()
+        return encode(segments, self.layout, add_special_tokens=False).ids.tolist()
 
-    def _shown(self, ids: list[int]) -> str:
-        read = self.tokenizer.decode
+    def _displayed(self, ids: list[int]) -> str:
         return "".join(
-            read(content, clean_up_tokenization_spaces=False) if kind == "text" else PLACEHOLDER
+            self.tokenizer.decode(content, clean_up_tokenization_spaces=False) if kind == "text" else PLACEHOLDER
             for kind, content in self.vocabulary.split(ids)
         )
 
     def decode(
         self, ids, skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
     ) -> list[str | np.ndarray]:
-        """ids -> texts and uint8 videos (T, H, W, 3) in order, empty texts left out. ValueError for a broken span.
+        """Ids -> texts and videos, uint8 (T, H, W, 3), in order, without empty texts.
 
-        skip_special_tokens: of the texts, see `decode_text`; videos come in either case. Spaces are never cleaned up:
-        ValueError for clean_up_tokenization_spaces=True.
+        skip_special_tokens applies to texts, see `decode_text`. Raises ValueError for a broken span, ids out of range and
+        clean_up_tokenization_spaces=True.
         """
         if clean_up_tokenization_spaces:
-            raise ValueError("clean_up_tokenization_spaces would change what was written: leave it out")
-        ids = whole_numbers(ids, self.vocabulary.size)
+            raise ValueError("clean_up_tokenization_spaces would change the text: leave it out")
+        ids = to_id_list(ids, self.vocabulary.size)
         contents = [
             self.decode_text(content, skip_special_tokens)
             if kind == "text"
@@ -275,25 +300,25 @@ class LarpMllmProcessor(ProcessorMixin):
         ]
         return [content for content in contents if not (isinstance(content, str) and not content)]
 
-    def batch_decode(self, rows, **options) -> list[list[str | np.ndarray]]:
-        """Rows of ids, a list or (B, S) -> `decode` of each, with its options. ValueError that names the row."""
+    def batch_decode(self, sequences, **options) -> list[list[str | np.ndarray]]:
+        """`decode` each sequence of ids, a list or (B, S), with its options. Raises ValueError that names the sequence."""
         decoded = []
-        for number, row in enumerate(rows):
+        for number, ids in enumerate(sequences):
             try:
-                decoded.append(self.decode(row, **options))
+                decoded.append(self.decode(ids, **options))
             except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
+                raise ValueError(f"sequence {number}: {error}") from error
         return decoded
 
     def to_dict(self) -> dict[str, Any]:
-        """What processor_config.json holds: the layout, and which tokenizers belong to it."""
+        """The contents of processor_config.json: the layout and the hashes of both tokenizers."""
         return {
             "processor_class": type(self).__name__,
             "text_size": self.vocabulary.text_size,
             "codebook_size": self.vocabulary.codebook_size,
             "tokens_per_video": self.vocabulary.tokens_per_video,
             "frame_stride": self.frame_stride,
-            "text_tokenizer_hash": words_hash(self.tokenizer),
+            "text_tokenizer_hash": text_tokenizer_hash(self.tokenizer),
             "video_tokenizer_hash": self.video_tokenizer.weight_hash(),
         }
 
@@ -307,9 +332,9 @@ class LarpMllmProcessor(ProcessorMixin):
         token: str | None = None,
         revision: str | None = None,
     ) -> None:
-        """Write the text tokenizer and processor_config.json into `folder`, the LARP tokenizer into its video_tokenizer/.
+        """Save the text tokenizer and processor_config.json in `folder`, the LARP tokenizer in its video_tokenizer/.
 
-        push_to_hub: upload them as well, to `repo_id` (default: the folder's name); the other options are for this alone.
+        push_to_hub: also upload them to `repo_id` (default: the folder's name), with the other options.
         """
         self.tokenizer.save_pretrained(folder)
         self.video_tokenizer.save_pretrained(Path(folder) / VIDEO_TOKENIZER)
@@ -321,7 +346,7 @@ class LarpMllmProcessor(ProcessorMixin):
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> str:
-        """Upload what `save_pretrained` writes to a hub repository, made if it does not exist; returns its address.
+        """Upload the files of `save_pretrained` to a hub repository, created if it does not exist; returns its URL.
 
         Raises ValueError if the hub cannot be reached or refuses.
         """
@@ -342,11 +367,11 @@ class LarpMllmProcessor(ProcessorMixin):
         padding_side: Literal["left", "right"] | None = None,
         **from_auto,
     ) -> "LarpMllmProcessor":
-        """Load what `save_pretrained` wrote, from a folder or a hub repository ("owner/name"), and check it.
+        """Load a processor from a folder or a hub repository ("owner/name").
 
-        If a model's config.json lies beside it, that one's layout counts. padding_side: of the text tokenizer, in place
-        of its own. Raises ValueError if the hub cannot be reached, or if the text tokenizer or the LARP tokenizer is not
-        the one the model was trained with.
+        The layout is read from config.json in a model folder, else from processor_config.json. padding_side replaces that
+        of the text tokenizer. Raises ValueError if the hub cannot be reached, and if the text tokenizer or the LARP
+        tokenizer is not the one the model was trained with.
         """
         if unknown := from_auto.keys() - _FROM_AUTO:
             raise ValueError(f"LarpMllmProcessor.from_pretrained knows no {', '.join(sorted(unknown))}: leave them out")
@@ -381,8 +406,8 @@ def _saved_layout(saved: dict, where: str) -> tuple[Vocabulary, int]:
     values = [saved.get(name) for name in names]
     if not all(map(is_whole, values)):
         raise ValueError(
-            f"{where} holds no processor of a language model with video vocabulary ({PROCESSOR_CONFIG} and config.json say "
-            "nothing of one): give the folder that training wrote, OUT/model"
+            f"{where} holds no processor of a language model with video vocabulary ({PROCESSOR_CONFIG} and config.json "
+            "describe none): give OUT/model of a training run"
         )
     return Vocabulary(*values[:3]), values[3]
 

@@ -1,4 +1,4 @@
-"""Whether a text tokenizer and a LARP tokenizer are those that a language model was trained with."""
+"""Checks that a text tokenizer and a LARP tokenizer are those that a language model was trained with."""
 
 import hashlib
 import json
@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 
 
 def load_text_tokenizer(folder: Path):
-    """The text tokenizer of a model folder; no code that lies there is run. ValueError if it cannot be loaded."""
+    """Load the text tokenizer of a model folder without running code in it. Raises ValueError if it is damaged."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise families of their own
+    except Exception as error:  # transformers and tokenizers raise classes of their own
         state = "is damaged" if (folder / "tokenizer.json").is_file() else "is missing"
         raise ValueError(
             f"{folder}: the text tokenizer cannot be loaded, tokenizer.json {state}: copy the model folder again, "
@@ -23,14 +23,14 @@ def load_text_tokenizer(folder: Path):
         ) from error
 
 
-def words_hash(tokenizer) -> str:
-    """SHA-256 (hex) of the words of a text tokenizer with their ids."""
-    words = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()
+def text_tokenizer_hash(tokenizer) -> str:
+    """SHA-256 (hex) of the vocabulary of a text tokenizer with its ids."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def check_tokenizers(config: LarpMllmConfig, tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
-    """ValueError unless both tokenizers are those that the config of a LarpMllmForCausalLM records."""
+    """Raise ValueError unless both tokenizers are those that the model's config records."""
     expected = max(config.text_config.vocab_size, len(tokenizer))
     if config.text_size != expected:
         raise ValueError(
@@ -47,11 +47,11 @@ def check_tokenizers(config: LarpMllmConfig, tokenizer, video_tokenizer: LarpTok
 
 
 def check_saved(saved: dict, tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
-    """ValueError unless both tokenizers are those that processor_config.json records."""
-    file, found = "processor_config.json", words_hash(tokenizer)
+    """Raise ValueError unless both tokenizers are those that processor_config.json records."""
+    file, found = "processor_config.json", text_tokenizer_hash(tokenizer)
     if found != _recorded(saved.get("text_tokenizer_hash"), "text_tokenizer_hash", found, where, file):
         raise ValueError(
-            f"{where}: the words of the text tokenizer are not those that {file} records; the tokenizer files are "
+            f"{where}: the vocabulary of the text tokenizer is not the one that {file} records; the tokenizer files are "
             "not those the model was trained with: restore them"
         )
     _check_hash(saved.get("video_tokenizer_hash"), video_tokenizer, where, file)
@@ -70,7 +70,7 @@ def _check_hash(recorded: object, video_tokenizer: LarpTokenizer, where: str, fi
 def _recorded(value: object, name: str, found: str, where: str, file: str) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError(
-            f"{where}: {file} does not record {name}, so that nothing shows whether the tokenizer is the one the model was "
-            f'trained with: copy the model folder again, or, if you know that it is, write "{name}": "{found}" into {file}'
+            f"{where}: {file} does not record {name}, so the tokenizer cannot be checked: copy the model folder again, or, if "
+            f'it is the one the model was trained with, write "{name}": "{found}" into {file}'
         )
     return value

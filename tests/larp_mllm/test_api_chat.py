@@ -31,8 +31,10 @@ def kinds(message: dict) -> list[str]:
 
 def prompt_of(mllm: Mllm, messages: list[dict]) -> list[int]:
     processor = mllm.processor
-    segments = chat_segments(messages, processor.tokenizer, processor.encode_text, mllm._codes_of, answer=True)
-    return encode(segments, processor.layout, framed=False).ids.tolist()
+    segments = chat_segments(
+        messages, processor.tokenizer, processor.encode_text, mllm._codes_of, add_generation_prompt=True
+    )
+    return encode(segments, processor.layout, add_special_tokens=False).ids.tolist()
 
 
 def test_an_answer_holds_text_and_videos_in_the_order_of_its_ids(colourful, monkeypatch):

@@ -1,4 +1,4 @@
-"""Makers of tiny text tokenizers, one of each kind that a base may have; trained here, without a network."""
+"""Builders of tiny text tokenizers, one of each kind that a base may have, trained without a network."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
-# What is typed often becomes words, "s>" and "<0x0" among them: the parts that control tokens could be merged from.
+# Frequent strings become entries, such as "s>" and "<0x0", from which control tokens could be merged.
 CORPUS = [
     "a person surfing on a wave", "a red circle moving left", "the man plays the violin", "two people play the piano",
     "s> s> s> /s> /s> unk> unk> INST] INST] im_start im_end |> <| <|im begin_of_text video_start code_5",
@@ -43,33 +43,33 @@ _LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 
 
 def qwen2(folder: Path) -> Qwen2Tokenizer:
-    """Byte-level BPE with an end-of-text token alone, as the base models have it."""
+    """Byte-level BPE with an end-of-text token only, as in base models."""
     return Qwen2Tokenizer(**_byte_level(["<|endoftext|>"]))
 
 
 def qwen2_chat(folder: Path) -> Qwen2Tokenizer:
-    """With the special tokens of chats."""
+    """Byte-level BPE with the special tokens of chats."""
     tokenizer = qwen2(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": CHAT})
     return tokenizer
 
 
 def qwen3(folder: Path) -> Qwen2Tokenizer:
-    """With tokens that are added, but not special."""
+    """Byte-level BPE with added tokens that are not special."""
     tokenizer = qwen2_chat(folder)
     tokenizer.add_tokens([AddedToken(content, special=False, normalized=False) for content in QWEN3])
     return tokenizer
 
 
 def smollm(folder: Path) -> GPT2Tokenizer:
-    """GPT-2's, the special tokens at the front of the vocabulary, as SmolLM's are."""
+    """GPT-2's tokenizer with the special tokens first in the vocabulary, as in SmolLM."""
     tokenizer = GPT2Tokenizer(**_byte_level(SMOLLM))
     tokenizer.add_special_tokens({"additional_special_tokens": SMOLLM[1:]})
     return tokenizer
 
 
 def llama3(folder: Path) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that takes whole words first (ignore_merges) and puts its begin token in front."""
+    """Byte-level BPE that matches whole words first (ignore_merges) and adds its begin token."""
     parts = _byte_level([])
     tokenizer = Tokenizer(models.BPE(vocab=parts["vocab"], merges=parts["merges"], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,21 +87,21 @@ def llama3(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def llama2(folder: Path, legacy: bool = False, controls: tuple[str, ...] = ()) -> LlamaTokenizer:
-    """A sentencepiece model with bytes for what it does not know, read from tokenizer.model."""
+    """A sentencepiece model with byte fallback, read from tokenizer.model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(_sentencepiece(controls))
     return LlamaTokenizer.from_pretrained(folder, legacy=legacy)
 
 
 def llama2_legacy(folder: Path) -> LlamaTokenizer:
-    """With the older rule for spaces beside special tokens."""
+    """Llama 2's with the legacy rule for spaces after special tokens."""
     return llama2(folder, legacy=True)
 
 
 def llama2_json(folder: Path) -> PreTrainedTokenizerFast:
-    """As published: a tokenizer.json with a normalizer, not a pre-tokenizer, and the class that AutoTokenizer chooses.
+    """Llama 2's as published: tokenizer.json with a normalizer and no pre-tokenizer, class chosen by AutoTokenizer.
 
-    Made by an older conversion, it merges control tokens and the tokens of bytes from their letters, too.
+    As in older conversions, merges of letters yield control tokens and tokens of bytes.
     """
     built = llama2(folder)
     state = json.loads(built.backend_tokenizer.to_str())
@@ -126,14 +126,14 @@ def llama2_json(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def mistral(folder: Path) -> LlamaTokenizer:
-    """Sentencepiece with control tokens of its own for instructions."""
+    """Sentencepiece with control tokens for instructions."""
     tokenizer = llama2(folder, controls=tuple(MISTRAL))
     tokenizer.add_special_tokens({"additional_special_tokens": MISTRAL})
     return tokenizer
 
 
 def sentencepiece_slow(folder: Path) -> GPTSw3Tokenizer:
-    """A tokenizer of transformers that asks the sentencepiece library itself."""
+    """A tokenizer of transformers that uses the sentencepiece library."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "spiece.model").write_bytes(_sentencepiece(()))
     special = dict(pad_token="<unk>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -143,12 +143,12 @@ def sentencepiece_slow(folder: Path) -> GPTSw3Tokenizer:
 
 
 def python_slow(folder: Path) -> ByT5Tokenizer:
-    """A tokenizer written in Python: bytes, and special tokens before them."""
+    """A tokenizer in Python: bytes after the special tokens."""
     return ByT5Tokenizer(extra_ids=4)
 
 
 def with_video_words(folder: Path) -> Qwen2Tokenizer:
-    """One that has tokens by the names that are ours already."""
+    """Byte-level BPE that already has tokens with the names of our control tokens."""
     tokenizer = qwen3(folder)
     tokenizer.add_tokens([AddedToken(content, special=True) for content in VIDEO])
     return tokenizer

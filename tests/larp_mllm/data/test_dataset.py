@@ -199,9 +199,9 @@ def test_chats_teach_the_answer_alone(qwen, tmp_path):
             processor.tokenizer,
             processor.encode_text,
             lambda part: part["video"],
-            answer=True,
+            add_generation_prompt=True,
         )
-        prompt = encode(question, processor.layout, framed=False).ids.tolist()
+        prompt = encode(question, processor.layout, add_special_tokens=False).ids.tolist()
         assert ids[: len(prompt)] == prompt
         assert set(labels[: len(prompt)]) == {IGNORE}
         learned = [label for label in labels if label != IGNORE]

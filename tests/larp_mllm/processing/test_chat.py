@@ -28,15 +28,16 @@ def chatml(tmp_path):
     return build("qwen2", tmp_path)
 
 
-def segments(messages, tokenizer, answer=False):
-    return chat_segments(messages, tokenizer, PlainText(tokenizer).encode, lambda part: CODES, "a.jsonl:3", answer)
+def segments(messages, tokenizer, add_generation_prompt=False):
+    encode_text = PlainText(tokenizer).encode
+    return chat_segments(messages, tokenizer, encode_text, lambda part: CODES, "a.jsonl:3", add_generation_prompt)
 
 
 def ids(found):
     return [id for segment in found for id in segment.content]
 
 
-def learned(found, tokenizer):
+def targets(found, tokenizer):
     return [tokenizer.decode(s.content) if s.kind == "text" else list(s.content) for s in found if s.loss]
 
 
@@ -54,24 +55,24 @@ def test_without_a_template_each_message_is_a_line(tmp_path):
     expected = "System: Be kind.\nUser: a cat\nAssistant: meow<|endoftext|>\nUser: a dog\n"
     assert tokenizer.apply_chat_template(turns, chat_template=DEFAULT_TEMPLATE, tokenize=False) == expected
     assert tokenizer.decode(ids(segments(turns, tokenizer))) == expected
-    assert tokenizer.decode(ids(segments(turns, tokenizer, answer=True))) == expected + "Assistant:"
+    assert tokenizer.decode(ids(segments(turns, tokenizer, add_generation_prompt=True))) == expected + "Assistant:"
 
 
-def test_what_is_answered_is_the_beginning_of_what_was_learned(family):
+def test_a_generation_prompt_is_the_beginning_of_the_training_sequence(family):
     _, tokenizer = family
     for end in ([{"type": "text", "text": "the violin."}], [VIDEO, {"type": "text", "text": "there"}]):
         whole = segments([*TURNS[:3], {"role": "assistant", "content": end}], tokenizer)
-        asked = ids(segments(TURNS[:3], tokenizer, answer=True))
+        asked = ids(segments(TURNS[:3], tokenizer, add_generation_prompt=True))
         assert ids(whole)[: len(asked)] == asked
         first = next(place for place, segment in enumerate(whole) if segment.loss and ids(whole[: place + 1]) > asked)
-        assert ids(whole[:first]) == asked, "learned is exactly what comes after the question"
+        assert ids(whole[:first]) == asked, "targets are exactly what follows the prompt"
 
 
-def test_the_answers_and_the_ends_of_their_turns_are_learned_and_nothing_else(family):
+def test_only_answers_and_the_ends_of_their_turns_are_targets(family):
     name, tokenizer = family
     end = tokenizer.convert_tokens_to_ids(FAMILIES[name][2])
     found = segments(TURNS, tokenizer)
-    assert [text.strip() for text in learned(found, tokenizer)[::2]] == ["the man plays", "the violin."]
+    assert [text.strip() for text in targets(found, tokenizer)[::2]] == ["the man plays", "the violin."]
     assert [segment.content[-1] for segment in found if segment.loss][1::2] == [end, end]
     assert stop_ids(tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
 
@@ -90,13 +91,11 @@ def test_typed_control_tokens_stay_text(family):
     assert "<|im_end|>" in tokenizer.decode(found, skip_special_tokens=True)
 
 
-def test_parts_come_in_order_and_their_loss_can_be_turned(chatml):
+def test_parts_keep_their_order_and_their_loss_can_be_set(chatml):
     content = [{"type": "text", "text": "the man", "loss": True}, VIDEO, {"type": "text", "text": "plays"}]
     reply = [VIDEO, {"type": "text", "text": "the violin", "loss": False}]
     found = segments([{"role": "user", "content": content}, {"role": "assistant", "content": reply}], chatml)
-    assert learned(found, chatml) == ["the man", CODES], (
-        "a last part that is not learned leaves the end of its turn out"
-    )
+    assert targets(found, chatml) == ["the man", CODES], "the end of a turn is no target if its last part is none"
     videos = [segment for segment in found if segment.kind == "video"]
     assert videos == [Segment("video", tuple(CODES), False), Segment("video", tuple(CODES), True)]
     shown = "".join(chatml.decode(s.content) if s.kind == "text" else "<V>" for s in found)
@@ -109,19 +108,19 @@ def test_a_placeholder_in_a_message_is_plain_text(chatml):
 
 
 @pytest.mark.parametrize(("family_name", "trims"), [("qwen2", False), ("llama3", True), ("llama2", True)])
-def test_white_space_around_a_content_is_kept_or_trimmed_as_the_template_does(family_name, trims, tmp_path):
+def test_white_space_around_a_content_is_trimmed_if_the_template_does(family_name, trims, tmp_path):
     tokenizer = build(family_name, tmp_path)
     found = segments([{"role": "user", "content": "  a  "}, {"role": "assistant", "content": "\n b\n"}], tokenizer)
-    assert learned(found, tokenizer)[0].strip(" ") == ("b" if trims else "\n b\n")
+    assert targets(found, tokenizer)[0].strip(" ") == ("b" if trims else "\n b\n")
 
 
-def test_a_default_system_message_is_the_templates_own_and_an_empty_one_takes_it_away(chatml):
+def test_an_empty_system_message_replaces_the_templates_default_one(chatml):
     assert "helpful assistant" in chatml.decode(ids(segments(TURNS, chatml)))
     found = segments([{"role": "system", "content": ""}, *TURNS], chatml)
     assert chatml.decode(ids(found)).startswith("<|im_start|>system\n<|im_end|>\n")
 
 
-def test_a_system_message_stands_where_the_template_puts_it(tmp_path):
+def test_a_system_message_is_where_the_template_puts_it(tmp_path):
     tokenizer = build("mistral", tmp_path)
     found = segments([{"role": "system", "content": "the piano"}, *TURNS[:3]], tokenizer)
     text = tokenizer.decode(ids(found))
@@ -129,7 +128,7 @@ def test_a_system_message_stands_where_the_template_puts_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("template", "roles", "said"),
+    ("template", "roles", "message"),
     [
         (
             LLAMA2.replace("bos_token + ", ""),
@@ -142,14 +141,14 @@ def test_a_system_message_stands_where_the_template_puts_it(tmp_path):
         ("{% for m in messages %}{{ m.content + '\n' }}{% endfor %}", ["user", "assistant"], "would never end"),
     ],
 )
-def test_what_a_template_refuses_is_an_error_that_names_the_record(chatml, template, roles, said):
+def test_errors_of_a_template_name_the_record(chatml, template, roles, message):
     chatml.chat_template = template
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         segments([{"role": role, "content": "a"} for role in roles], chatml)
 
 
 @pytest.mark.parametrize(
-    ("messages", "said"),
+    ("messages", "error"),
     [
         ([], "at least one"),
         ("hello", "must be a list"),
@@ -182,36 +181,36 @@ def test_what_a_template_refuses_is_an_error_that_names_the_record(chatml, templ
         ([{"role": "user", "content": "\ud800"}], r"half a character \(\\ud800\)"),
     ],
 )
-def test_bad_messages_are_errors_that_name_the_place(chatml, messages, said):
-    with pytest.raises(ValueError, match=said):
+def test_errors_of_messages_name_message_and_part(chatml, messages, error):
+    with pytest.raises(ValueError, match=error):
         segments(messages, chatml)
 
 
-def test_there_must_be_something_to_answer(chatml):
+def test_a_chat_that_ends_with_the_assistant_cannot_be_answered(chatml):
     with pytest.raises(ValueError, match="the last message is the assistant's"):
-        segments(TURNS, chatml, answer=True)
+        segments(TURNS, chatml, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("nothing", ["", " ", [], [{"type": "text", "text": ""}]])
-def test_in_a_chat_to_be_answered_the_assistant_may_have_said_nothing(chatml, nothing):
-    found = segments([TURNS[0], {"role": "assistant", "content": nothing}, TURNS[2]], chatml, answer=True)
+@pytest.mark.parametrize("empty", ["", " ", [], [{"type": "text", "text": ""}]])
+def test_earlier_answers_of_a_chat_to_be_answered_may_be_empty(chatml, empty):
+    found = segments([TURNS[0], {"role": "assistant", "content": empty}, TURNS[2]], chatml, add_generation_prompt=True)
     assert "<|im_start|>assistant\n<|im_end|>" in chatml.decode(ids(found)).replace(" ", "")
     with pytest.raises(ValueError, match=r"message 3 \(user\) is empty"):
-        segments([*TURNS[:2], {"role": "user", "content": nothing}], chatml, answer=True)
+        segments([*TURNS[:2], {"role": "user", "content": empty}], chatml, add_generation_prompt=True)
 
 
 def test_in_a_chat_to_be_answered_a_turn_may_end_without_a_control_token(chatml):
     chatml.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    found = segments(TURNS[:3], chatml, answer=True)
+    found = segments(TURNS[:3], chatml, add_generation_prompt=True)
     assert chatml.decode(ids(found)).startswith("user: a person surfing\nassistant: the man plays\nuser: two people?")
 
 
 @pytest.mark.parametrize("flagged", [{"loss": False}, {"content": [{"type": "text", "text": "a", "loss": True}]}])
-def test_of_a_chat_to_be_answered_nothing_is_learned_so_that_a_loss_is_refused(chatml, flagged):
+def test_a_loss_in_a_chat_to_be_answered_is_refused(chatml, flagged):
     with pytest.raises(ValueError, match=r'message 3 has a "loss", but nothing is learned .*leave it out'):
-        segments([*TURNS[:2], TURNS[2] | flagged], chatml, answer=True)
+        segments([*TURNS[:2], TURNS[2] | flagged], chatml, add_generation_prompt=True)
 
 
-def test_a_template_that_cannot_show_the_end_of_a_turn_leaves_the_end_of_text(chatml):
+def test_stop_ids_are_the_end_of_text_if_the_template_fails(chatml):
     chatml.chat_template = "{{ raise_exception('no') }}"
     assert stop_ids(chatml) == [chatml.eos_token_id]

@@ -1,4 +1,4 @@
-"""Typed text stays text; videos and text go there and back; the tokenizers are checked."""
+"""LarpMllmProcessor: plain text, round trips, batches, video inputs, saving, checks of the tokenizers."""
 
 import json
 import shutil
@@ -40,7 +40,7 @@ def test_tokens_added_as_non_special_stay_text():
     assert tokenizer.decode(ids) == TYPED + "<|im_end|>x"
 
 
-def test_text_and_videos_there_and_back(qwen):
+def test_text_and_videos_survive_encoding_and_decoding(qwen):
     processor = qwen.processor
     clip = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     ids = processor("before <video> after", [clip])["input_ids"]
@@ -60,7 +60,7 @@ def test_frames_of_another_size_are_resized_and_short_videos_refused(qwen):
         qwen.processor.encode_videos([frames[:3]])
 
 
-def test_arrays_and_tensors_say_the_same(qwen):
+def test_arrays_and_tensors_give_the_same_codes(qwen):
     encode = qwen.processor.encode_videos
     clip = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert encode([clip.numpy()]) == encode([clip.numpy().astype(np.float64)]) == encode([clip])
@@ -84,12 +84,12 @@ FRAMES = np.zeros((4, 16, 16, 3))
         (3, "got 3"),
     ],
 )
-def test_what_is_neither_frames_nor_a_clip_is_refused(qwen, wrong, found):
+def test_inputs_that_are_no_video_are_refused(qwen, wrong, found):
     with pytest.raises(ValueError, match=rf"uint8 frames \(T, H, W, 3\).*float clip \(3, T, H, W\).*{found}"):
         qwen.describe([wrong])
 
 
-def test_clips_of_another_range_size_or_mixture_are_refused(qwen):
+def test_clips_of_another_range_or_size_are_refused(qwen):
     clip = np.full((3, 4, 16, 16), 0.5, np.float32)
     for wrong, words in ((clip * 255, r"in \[0, 1\]"), (clip * np.nan, "nan"), (clip[..., :8], r"16, 16\), got shape")):
         with pytest.raises(ValueError, match=words):
@@ -98,7 +98,7 @@ def test_clips_of_another_range_size_or_mixture_are_refused(qwen):
         qwen.processor.encode_videos([clip, clip[:, :2]])
 
 
-def test_more_videos_than_placeholders(qwen):
+def test_more_videos_than_placeholders_are_refused(qwen):
     with pytest.raises(ValueError, match="0 <video> placeholders but 1 videos"):
         qwen.processor("no placeholder", [torch.rand(3, 4, 16, 16)])
 
@@ -117,9 +117,9 @@ def test_saved_tokenizers_are_checked_at_load(qwen, tmp_path):
         LarpMllmProcessor.from_pretrained(tmp_path)
 
 
-def test_without_a_record_of_the_tokenizers_nothing_is_loaded(qwen, tmp_path):
+def test_a_missing_record_of_the_tokenizers_is_refused(qwen, tmp_path):
     qwen.save(tmp_path)
-    known = qwen.processor.video_tokenizer.weight_hash()
+    expected = qwen.processor.video_tokenizer.weight_hash()
     for name, key in (
         ("config.json", "video_tokenizer_hash"),
         ("processor_config.json", "video_tokenizer_hash"),
@@ -131,11 +131,11 @@ def test_without_a_record_of_the_tokenizers_nothing_is_loaded(qwen, tmp_path):
         with pytest.raises(ValueError, match=f'{name} does not record {key}, .*write "{key}": "{saved[key]}" into'):
             LarpMllmProcessor.from_pretrained(tmp_path)
         (tmp_path / name).write_text(whole)
-    assert saved["video_tokenizer_hash"] == known
-    (tmp_path / "processor_config.json").rename(tmp_path / "kept")
+    assert saved["video_tokenizer_hash"] == expected
+    (tmp_path / "processor_config.json").rename(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"processor_config.json is missing, .*copy the model folder again"):
         LarpMllmProcessor.from_pretrained(tmp_path)
-    (tmp_path / "kept").rename(tmp_path / "processor_config.json")
+    (tmp_path / "saved").rename(tmp_path / "processor_config.json")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"given_frames": 4}))
     with pytest.raises(ValueError, match="given_frames = 4, but a clip of the video tokenizer has 4 frames"):
@@ -150,24 +150,24 @@ def test_a_model_is_saved_with_the_record_of_its_video_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("ids, words", [
-    ([-1], r"id -1 is none of this model: its ids are 0 to \d+"),
-    ([10**6], "id 1000000 is none"),
-    ("abc", "one row of whole numbers, got 'abc'"),
-    (["1"], "one row of whole numbers"),
-    ([True], "one row of whole numbers"),
-    ([[1, 2]], "one row of whole numbers"),
-    (torch.rand(3), "one row of whole numbers"),
-    (5, "one row of whole numbers, got '5'"),
-    (None, "one row of whole numbers, got 'None'"),
+    ([-1], r"id -1 is out of range: the ids of this model are 0 to \d+"),
+    ([10**6], "id 1000000 is out of range"),
+    ("abc", "one sequence of whole numbers, got 'abc'"),
+    (["1"], "one sequence of whole numbers"),
+    ([True], "one sequence of whole numbers"),
+    ([[1, 2]], "one sequence of whole numbers"),
+    (torch.rand(3), "one sequence of whole numbers"),
+    (5, "one sequence of whole numbers, got '5'"),
+    (None, "one sequence of whole numbers, got 'None'"),
 ])  # fmt: skip
-def test_what_are_no_ids_is_not_decoded(qwen, ids, words):
+def test_bad_ids_are_refused_by_decode(qwen, ids, words):
     with pytest.raises(ValueError, match=words):
         qwen.processor.decode(ids)
-    with pytest.raises(ValueError, match=f"row 1: .*{words}"):
+    with pytest.raises(ValueError, match=f"sequence 1: .*{words}"):
         qwen.processor.batch_decode([[5], ids])
 
 
-def test_what_is_no_tokenizer_or_no_list_is_refused(qwen):
+def test_arguments_of_another_type_are_refused(qwen):
     text, clips, vocabulary = qwen.processor.tokenizer, qwen.processor.video_tokenizer, qwen.processor.vocabulary
     for arguments, words in (
         ((None, clips, vocabulary), "the text tokenizer must be a PreTrainedTokenizerBase, got NoneType"),
@@ -180,7 +180,7 @@ def test_what_is_no_tokenizer_or_no_list_is_refused(qwen):
             LarpMllmProcessor(*arguments)
     for videos in (3, "clip.mp4", Video(FRAMES.astype(np.uint8), 8.0)):
         for call in (qwen.describe, lambda videos: qwen.processor("<video>", videos)):
-            with pytest.raises(ValueError, match="videos must be a list of them, got "):
+            with pytest.raises(ValueError, match="videos must be a list, got "):
                 call(videos)
 
 
@@ -196,15 +196,15 @@ def test_a_text_tokenizer_that_has_grown_is_refused(qwen, tmp_path):
 CLIPS = torch.rand(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_texts_are_padded_on_the_side_of_the_tokenizer_or_the_one_asked_for(qwen):
+def test_texts_are_padded_on_the_tokenizers_side_or_on_padding_side(qwen):
     processor = qwen.processor
     texts, videos = ["a person surfing", "<video> b <video>"], [[], [CLIPS[0], CLIPS[1]]]
-    alone = [processor(text, group)["input_ids"] for text, group in zip(texts, videos, strict=True)]
-    assert processor(texts, videos)["input_ids"] == alone
+    single = [processor(text, group)["input_ids"] for text, group in zip(texts, videos, strict=True)]
+    assert processor(texts, videos)["input_ids"] == single
     for side in (None, "left", "right"):
         batch = processor(texts, videos, return_tensors="pt", padding=True, padding_side=side)
-        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(map(len, alone)))
-        for ids, mask, expected in zip(batch["input_ids"], batch["attention_mask"], alone, strict=True):
+        assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, max(map(len, single)))
+        for ids, mask, expected in zip(batch["input_ids"], batch["attention_mask"], single, strict=True):
             assert ids[mask.bool()].tolist() == expected
         first = (side or processor.tokenizer.padding_side) == "right"
         assert batch["attention_mask"][0, 0] == first and batch["attention_mask"][0, -1] == (not first)
@@ -237,42 +237,42 @@ def test_the_begin_id_and_an_opened_video(tmp_path):
     assert processor("a man", add_special_tokens=False)["input_ids"] == words
 
 
-def test_its_batches_are_what_generate_takes(qwen):
+def test_generate_takes_its_batches(qwen):
     batch = qwen.processor(
         ["a person surfing", "a"], return_tensors="pt", padding=True, padding_side="left", open_video=True
     )
     rules = [SpanRules(qwen.processor.vocabulary)]
     ids = qwen.model.generate(**batch, max_new_tokens=5, do_sample=False, logits_processor=LogitsProcessorList(rules))
     for row, text in zip(ids, ("a person surfing", "a"), strict=True):
-        (written, video) = qwen.processor.decode(row)
+        (content, video) = qwen.processor.decode(row)
         expected = qwen.generate([text], sampling=VideoSampling(guidance_scale=1.0, temperature=0.0))[0]
-        assert written == text and np.array_equal(video, expected.frames)
+        assert content == text and np.array_equal(video, expected.frames)
     assert [len(contents) for contents in qwen.processor.batch_decode(ids)] == [2, 2]
     ids[1, -2] = 0
-    with pytest.raises(ValueError, match="row 1: the video span at position"):
+    with pytest.raises(ValueError, match="sequence 1: the video span at position"):
         qwen.processor.batch_decode(ids)
 
 
-def test_nothing_is_cut_in_silence(qwen):
+def test_nothing_is_truncated(qwen):
     encode = qwen.processor
     alone, short = (encode(text)["input_ids"] for text in ("a person", "a"))
-    most = len(alone)
-    assert encode("a person", truncation=False, max_length=most)["input_ids"] == alone
-    assert encode(["a person", "a"], padding="longest", max_length=most)["attention_mask"][1].count(1) == len(short)
+    longest = len(alone)
+    assert encode("a person", truncation=False, max_length=longest)["input_ids"] == alone
+    assert encode(["a person", "a"], padding="longest", max_length=longest)["attention_mask"][1].count(1) == len(short)
     assert (
-        list(map(len, encode(["a person", "a"], padding="max_length", max_length=most + 3)["input_ids"]))
-        == [most + 3] * 2
+        list(map(len, encode(["a person", "a"], padding="max_length", max_length=longest + 3)["input_ids"]))
+        == [longest + 3] * 2
     )
     for words, call in {
-        "truncation is True, but nothing is cut": lambda: encode("a person", truncation=True),
-        f"row 1 has {most} ids, more than max_length = {most - 1}": lambda: encode(
-            ["a", "a person"], max_length=most - 1
+        "truncation is True, but nothing is truncated": lambda: encode("a person", truncation=True),
+        f"sequence 1 has {longest} ids, more than max_length = {longest - 1}": lambda: encode(
+            ["a", "a person"], max_length=longest - 1
         ),
         "max_length must be a whole number of at least 1": lambda: encode("a", max_length=0),
         'padding must be True, False, or "max_length" with a max_length, got .max_length': lambda: encode(
             "a", padding="max_length"
         ),
-        r"row 0 has \d+ ids, more than max_length = 2": lambda: encode.apply_chat_template(
+        r"sequence 0 has \d+ ids, more than max_length = 2": lambda: encode.apply_chat_template(
             [{"role": "user", "content": "a"}], max_length=2
         ),
     }.items():
@@ -280,18 +280,18 @@ def test_nothing_is_cut_in_silence(qwen):
             call()
 
 
-def test_control_tokens_are_left_out_of_decoded_text_unless_they_are_wanted(qwen):
+def test_control_tokens_are_decoded_only_without_skip_special_tokens(qwen):
     processor = qwen.processor
-    end, video = processor.tokenizer.eos_token, processor.vocabulary.span([0, 1, 2, 3])
-    ids = [*processor.encode_text("a "), processor.tokenizer.eos_token_id, *video]
+    end, span = processor.tokenizer.eos_token, processor.vocabulary.span([0, 1, 2, 3])
+    ids = [*processor.encode_text("a "), processor.tokenizer.eos_token_id, *span]
     for options, text in (
         ({}, "a"),
         ({"skip_special_tokens": True}, "a"),
         ({"skip_special_tokens": False}, f"a {end}"),
     ):
-        said, shown = processor.decode(ids, clean_up_tokenization_spaces=False, **options)
-        assert said == text == processor.batch_decode([ids], **options)[0][0] and shown.shape == (4, 16, 16, 3)
-    with pytest.raises(ValueError, match="clean_up_tokenization_spaces would change what was written"):
+        decoded, video = processor.decode(ids, clean_up_tokenization_spaces=False, **options)
+        assert decoded == text == processor.batch_decode([ids], **options)[0][0] and video.shape == (4, 16, 16, 3)
+    with pytest.raises(ValueError, match="clean_up_tokenization_spaces would change the text"):
         processor.decode(ids, clean_up_tokenization_spaces=True)
 
 
@@ -308,7 +308,7 @@ def test_files_are_read_with_the_stride_of_training(qwen, tmp_path):
     assert qwen.processor.encode_videos([Video(read, 8.0)]) == qwen.processor.encode_videos([read])
 
 
-def test_auto_processor_loads_it_with_and_without_the_model(qwen, tmp_path):
+def test_auto_processor_loads_a_folder_with_and_without_the_model(qwen, tmp_path):
     qwen.save(tmp_path / "whole")
     qwen.processor.save_pretrained(tmp_path / "alone")
     for folder in (tmp_path / "whole", tmp_path / "alone"):
@@ -333,7 +333,7 @@ def test_a_folder_without_a_processor_and_unknown_options_are_refused(qwen, tmp_
 
 
 class FakeHub:
-    """What HfApi does with a folder, into another folder."""
+    """An HfApi that uploads into a local folder."""
 
     refuses = False
 
@@ -352,7 +352,7 @@ class FakeHub:
         shutil.copytree(folder_path, self.folder)
 
 
-def test_an_upload_holds_the_video_tokenizer_too(qwen, tmp_path, monkeypatch):
+def test_an_upload_includes_the_video_tokenizer(qwen, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "folder", tmp_path / "hub", raising=False)
     address = qwen.processor.push_to_hub("owner/name", private=True, token="t", revision="v1")
@@ -360,9 +360,9 @@ def test_an_upload_holds_the_video_tokenizer_too(qwen, tmp_path, monkeypatch):
     again = LarpMllmProcessor.from_pretrained(tmp_path / "hub")
     assert again.encode_videos(CLIPS) == qwen.processor.encode_videos(CLIPS)
     monkeypatch.setattr(FakeHub, "folder", tmp_path / "again")
-    qwen.processor.save_pretrained(tmp_path / "kept", push_to_hub=False)
+    qwen.processor.save_pretrained(tmp_path / "saved", push_to_hub=False)
     assert not (tmp_path / "again").exists()
-    qwen.processor.save_pretrained(tmp_path / "kept", push_to_hub=True, repo_id="owner/name", revision="v2")
+    qwen.processor.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="owner/name", revision="v2")
     assert (tmp_path / "again/video_tokenizer/config.json").is_file() and FakeHub.branch == "v2"
     monkeypatch.setattr(FakeHub, "refuses", True)
     with pytest.raises(ValueError, match=r"owner/name could not be uploaded .*401.*hf auth"):

@@ -1,4 +1,4 @@
-"""Chats through the processor, as transformers' own processors take them: templates, options, what is not supported."""
+"""apply_chat_template of the processor: templates, options, unsupported options."""
 
 from larp_mllm.processing.processor import LarpMllmProcessor
 from tests.larp_mllm.chat_templates import QWEN3
@@ -12,7 +12,7 @@ PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor 
 ASKED = [{"role": "user", "content": "a circle"}]
 
 
-def test_chats_become_ids_and_can_be_shown(qwen):
+def test_chats_become_ids_or_text_for_display(qwen):
     chat = [
         {"role": "user", "content": [{"type": "video", "video": CLIPS[0]}, {"type": "text", "text": "What is it?"}]},
         {"role": "assistant", "content": "a red circle"},
@@ -38,7 +38,7 @@ def test_the_chat_template_is_that_of_the_text_tokenizer_and_is_saved_with_it(qw
     monkeypatch.setattr(qwen.processor, "chat_template", PLAIN)
     assert qwen.processor.tokenizer.chat_template == PLAIN
     assert apply(ASKED, tokenize=False) == "user: a circle\n" != before
-    # Nothing is learned of what is only encoded, so that no turn needs an end.
+    # Without targets, no turn needs an end token.
     answered = [*ASKED, {"role": "assistant", "content": "a"}]
     assert apply(answered, tokenize=False) == "user: a circle\nassistant: a\n"
     qwen.processor.save_pretrained(tmp_path)
@@ -53,7 +53,7 @@ def test_the_chat_template_is_that_of_the_text_tokenizer_and_is_saved_with_it(qw
         again.chat_template = 3
 
 
-def test_thinking_is_off_unless_it_is_asked_for(qwen, monkeypatch):
+def test_thinking_is_off_by_default(qwen, monkeypatch):
     monkeypatch.setattr(qwen.processor, "chat_template", QWEN3)
     options = dict(add_generation_prompt=True, tokenize=False)
     thinking = qwen.processor.apply_chat_template(ASKED, **options, enable_thinking=True)
@@ -61,7 +61,7 @@ def test_thinking_is_off_unless_it_is_asked_for(qwen, monkeypatch):
     assert qwen.processor.apply_chat_template(ASKED, **options) == thinking + "<think>\n\n</think>\n\n"
 
 
-def test_what_chats_do_not_support_is_said(qwen):
+def test_unsupported_options_are_refused_with_the_remedy(qwen):
     apply = qwen.processor.apply_chat_template
     assert apply(ASKED, tools=None, continue_final_message=False) == apply(ASKED)
     for option, words in {
