@@ -1,14 +1,14 @@
-"""Video as vocabulary: any Llama/Qwen-style language model of transformers reads and writes LARP tokens.
+"""Video vocabulary for Llama- and Qwen-style language models of transformers: they read and generate LARP codes.
 
     import larp_mllm
     larp_mllm.generate("a person surfing").save("surfing.mp4")
 
-Names are loaded when they are first used, so that `import larp_mllm` stays light.
+The names below are imported at first use, so that `import larp_mllm` stays light.
 """
 
 from importlib import import_module
 
-import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
+import larp  # noqa: F401  (before torch: it configures torch's threads)
 from larp_mllm.model.auto_classes import register
 
 _MODULES = {
@@ -16,6 +16,7 @@ _MODULES = {
     "describe": "api",
     "continue_video": "api",
     "chat": "api",
+    "set_default_model": "locate",
     "Mllm": "pipeline",
     "Video": "video",
     "VideoSampling": "generation.sampling",

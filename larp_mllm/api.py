@@ -1,7 +1,4 @@
-"""What `larp_mllm` offers at its top: generate, describe, continue_video and chat, with the model that is meant.
-
-Each says what is wrong with its arguments before a model is loaded, writes nothing, and prints nothing.
-"""
+"""generate, describe, continue_video and chat: they check their arguments, load a model and call it."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -12,14 +9,12 @@ from larp_mllm.generation.progress import ProgressCallback
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm, check_dtype
+from larp_mllm.processing.video_inputs import VideoInput
 from larp_mllm.video import Video
 
-import numpy as np
 import torch
-from torch import Tensor
 
 Model = str | Path | Mllm | None
-AnyVideo = str | Path | np.ndarray | Tensor | Video
 
 
 def generate(
@@ -38,22 +33,24 @@ def generate(
     progress: ProgressCallback | None = None,
     preview_every: int = 0,
 ) -> Video | list[Video]:
-    """Videos for a sentence: `larp_mllm.generate("a person surfing").save("surfing.mp4")`.
-
-    Returns a Video; a list of them, prompt by prompt, if `prompt` is a list or num_videos > 1.
+    """Generate videos for a text: `larp_mllm.generate("a person surfing").save("surfing.mp4")`.
 
     Args:
-        prompt: what the video shows; nothing in it is read as a control token.
-        num_videos: videos of each prompt.
-        guidance_scale, temperature, top_k, top_p, seed, batch_size: see `VideoSampling`, whose fields they are.
-        model: a folder, a hub name or a loaded Mllm; by default LARP_MLLM_MODEL, else the newest model trained here.
+        prompt: what the video shows, or a list of such texts. Nothing in it becomes a control token.
+        num_videos: number of videos for each prompt.
+        guidance_scale, temperature, top_k, top_p, seed, batch_size: see `VideoSampling`.
+        model: a folder, a hub name "owner/name" or a loaded `Mllm`; by default the environment variable LARP_MLLM_MODEL,
+            else the newest model trained on this machine.
         device: by default the GPU if there is one.
-        dtype: of the language model's weights, "float32", "bfloat16" or "float16"; by default as they were saved.
-        progress: called with a `Progress` after each code; without it a bar appears over what takes seconds.
-        preview_every: with a nested video tokenizer, progress shows the unfinished videos after each so many codes.
+        dtype: of the language model's weights: "float32", "bfloat16" or "float16"; by default as saved.
+        progress: called with a `Progress` after each code. Without it, a progress bar appears after two seconds.
+        preview_every: with a nested video tokenizer, progress gets the unfinished videos every so many codes; 0: never.
 
-    Raises ValueError for what is out of range, for a prompt too long for the model, and, naming the ways to choose one,
-    if there is no model.
+    Returns:
+        A Video; a list of them, prompt by prompt, if `prompt` is a list or num_videos > 1.
+
+    Raises:
+        ValueError: if an argument is out of range, the prompt is too long for the model, or there is no model.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
     check_prompts(prompts)
@@ -68,13 +65,13 @@ def generate(
         seed=seed,
         batch_size=batch_size,
     )
-    opened = open_model(model, device, dtype)
-    videos = opened.generate(prompts, num_videos, sampling, progress, preview_every)
+    mllm = open_model(model, device, dtype)
+    videos = mllm.generate(prompts, num_videos, sampling, progress, preview_every)
     return videos if prompts is prompt or num_videos != 1 else videos[0]
 
 
 def describe(
-    video: AnyVideo,
+    video: VideoInput,
     *,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -86,11 +83,20 @@ def describe(
     dtype: str | torch.dtype | None = None,
     progress: ProgressCallback | None = None,
 ) -> str:
-    """The caption that the model gives to a video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip
-    (3, T, H, W) in [0, 1] of the size that the model was trained on; other arrays are a ValueError.
+    """Generate a caption for a video.
 
-    Of a longer video the frames around its middle are read. temperature, top_k, top_p, max_new_tokens, seed: see
-    `TextSampling`, whose fields they are. progress is called after each word piece. The others as in `generate`.
+    Args:
+        video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1] of the size of the
+            training clips. Of a longer video the middle frames are read.
+        temperature, top_k, top_p, max_new_tokens, seed: see `TextSampling`.
+        model, device, dtype: see `generate`.
+        progress: called with a `Progress` after each token.
+
+    Returns:
+        The caption.
+
+    Raises:
+        ValueError: if an argument is out of range, the video cannot be read or has too few frames, or there is no model.
     """
     check_progress(progress)
     sampling = TextSampling(temperature=temperature, top_k=top_k, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
@@ -98,7 +104,7 @@ def describe(
 
 
 def continue_video(
-    video: AnyVideo,
+    video: VideoInput,
     seconds: float,
     *,
     prompt: str = "",
@@ -114,12 +120,23 @@ def continue_video(
     dtype: str | torch.dtype | None = None,
     progress: ProgressCallback | None = None,
 ) -> Video | list[Video]:
-    """A video that goes on for `seconds` more: the frames at hand, then new ones; a list if num_videos > 1.
+    """Continue a video by new frames.
 
-    video: as in `describe`; of a file every n-th frame counts, as in training. The result has the size of the clips that
-    the model was trained on, and its frames at hand are the given ones, resized and cropped to it. It is written
-    window by window, each from the last frames of the one before. prompt: what the video shows, if that helps. The
-    others as in `generate`. Raises ValueError for a model that was not trained on continuation, too.
+    Args:
+        video: as in `describe`. Of a file every n-th frame is read, as in training.
+        seconds: duration of the new frames, at most 3600.
+        prompt: what the video shows; may be empty.
+        num_videos: number of continuations.
+        guidance_scale, temperature, top_k, top_p, seed, batch_size: see `VideoSampling`.
+        model, device, dtype, progress: see `generate`.
+
+    Returns:
+        A Video of the size of the training clips: the given frames, resized and cropped, then the new ones, generated
+        window by window from the last frames of the window before. A list of them if num_videos > 1.
+
+    Raises:
+        ValueError: if an argument is out of range, the video cannot be read or has too few frames, there is no model, or
+            it is not trained for continuation.
     """
     check_prompt(prompt)
     check_count("num_videos", num_videos)
@@ -155,13 +172,24 @@ def chat(
     dtype: str | torch.dtype | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict:
-    """The model's answer to a conversation; it may hold text and videos in any order.
+    """Answer a conversation with text and videos in any order.
 
-    messages: `{"role": "user", "content": "..."}`, or as content a list of `{"type": "text", "text": "..."}` and
-    `{"type": "video", "video": file, Video or array}`, of a file with "start" from so many seconds on. Returned is a message
-    of the role assistant of that form, its videos as Videos: append it to `messages` to go on. `text_*` and
-    max_new_tokens are for its text, the others for its videos as in `generate`; it holds at most `max_videos`. progress
-    is called after each id, with the pieces of text as they come.
+    Args:
+        messages: `{"role": "user", "content": "..."}`; or as content a list of `{"type": "text", "text": "..."}` and
+            `{"type": "video", "video": ...}` with a video as in `describe`, of a file optionally with "start", in seconds.
+        text_temperature, text_top_k, text_top_p, max_new_tokens: of the text, see `TextSampling`.
+        guidance_scale, temperature, top_k, top_p: of the videos, see `VideoSampling`.
+        max_videos: the largest number of videos in the answer.
+        seed: of text and videos.
+        model, device, dtype: see `generate`.
+        progress: called with a `Progress` after each id, with each new piece of text.
+
+    Returns:
+        A message of the same form with the role assistant, whose videos are Videos. Append it to `messages` to continue.
+
+    Raises:
+        ValueError: if an argument is out of range, the messages have another form or are too long for the model, or there
+            is no model.
     """
     check_count("max_videos", max_videos, least=0)
     check_progress(progress)
@@ -173,20 +201,22 @@ def chat(
 
 
 def open_model(model: Model = None, device: str | None = None, dtype: str | torch.dtype | None = None) -> Mllm:
-    """The model that is meant, see `generate`; one that was opened lately is not loaded again."""
+    """The loaded model, see `generate`. The last two models stay in memory."""
     dtype = check_dtype(dtype)
     if isinstance(model, Mllm):
         if device is not None or dtype is not None:
-            raise ValueError("this model is loaded already: give device and dtype to Mllm.load, or the model's folder")
+            raise ValueError(
+                "this model is loaded already: pass device and dtype to Mllm.load, or give the model's folder"
+            )
         return model
     if model is not None and not isinstance(model, (str, Path)):
         raise ValueError(f"model must be a folder, a hub name or a loaded Mllm, got {model!r}")
     if device is not None:
         check_device(device)
     folder = find_model(model).resolve()
-    return _load_once(folder, (folder / "config.json").stat().st_mtime_ns, device, dtype)
+    return _load_cached(folder, (folder / "config.json").stat().st_mtime_ns, device, dtype)
 
 
 @lru_cache(maxsize=2)
-def _load_once(folder: Path, written: int, device: str | None, dtype: torch.dtype | None) -> Mllm:
+def _load_cached(folder: Path, modified_ns: int, device: str | None, dtype: torch.dtype | None) -> Mllm:
     return Mllm.load(folder, device, dtype)

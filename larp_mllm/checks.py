@@ -1,4 +1,4 @@
-"""What callers pass, checked before a model is loaded; light, so that a command refuses it at once."""
+"""Checks of arguments before a model is loaded. This module imports nothing heavy, so that commands fail at once."""
 
 import math
 from collections.abc import Sequence
@@ -7,19 +7,20 @@ from larp.config import check_count as check_count
 from larp.config import is_number
 from larp.config import is_whole as is_whole
 
-_LONGEST = 3600
-_LATEST = 1e8
-"""Seconds, about three years: beyond it a start is a mistake, and the number of its frame may be none."""
+# Seconds of a continuation at most.
+_MAX_SECONDS = 3600
+# Seconds (three years), so that the number of a frame fits an integer.
+_MAX_START = 1e8
 
 
 def check_seed(seed: int) -> None:
-    """ValueError unless `seed` is a whole number."""
+    """Raise ValueError unless `seed` is a whole number."""
     if not is_whole(seed):
         raise ValueError(f"seed must be a whole number, got {seed!r}")
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-    """ValueError unless `prompts` is a list of texts that can be encoded."""
+    """Raise ValueError unless `prompts` is a list of valid texts."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError(f"a prompt must be a str, several a list of them, got {prompts!r}")
     for prompt in prompts:
@@ -27,7 +28,7 @@ def check_prompts(prompts: Sequence[str]) -> None:
 
 
 def check_prompt(prompt: str) -> None:
-    """ValueError unless `prompt` is a text that can be encoded."""
+    """Raise ValueError unless `prompt` is a str without lone surrogates."""
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt must be a str, several a list of them, got {prompt!r}")
     try:
@@ -40,23 +41,25 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_seconds(seconds: float) -> None:
-    """ValueError unless `seconds` is a number above 0, and at most an hour: more would be sampled for days."""
+    """Raise ValueError unless `seconds` is a number above 0 and at most 3600, since more would take days."""
     if not (is_number(seconds) and 0 < seconds < math.inf):
         raise ValueError(f"seconds is {seconds!r}; it must be a finite number above 0")
-    if seconds > _LONGEST:
-        raise ValueError(f"seconds is {seconds:g}; at most {_LONGEST} are sampled at a time: go on from the result")
+    if seconds > _MAX_SECONDS:
+        raise ValueError(f"seconds is {seconds:g}; at most {_MAX_SECONDS} are sampled at a time: continue the result")
 
 
 def check_start(start: object, where: str) -> float | None:
-    """The "start" of a video as seconds; ValueError unless it is absent (None) or a number from 0 to 1e8."""
+    """The "start" of a video in seconds, or None. Raises ValueError for other types, and outside 0 to 1e8."""
     if start is None:
         return None
-    if not is_number(start) or not 0 <= start <= _LATEST:
-        raise ValueError(f'{where}: "start" must be a number of seconds from 0 to {_LATEST:g}, got {str(start)[:40]}')
+    if not is_number(start) or not 0 <= start <= _MAX_START:
+        raise ValueError(
+            f'{where}: "start" must be a number of seconds from 0 to {_MAX_START:g}, got {str(start)[:40]}'
+        )
     return float(start)
 
 
 def check_progress(progress: object) -> None:
-    """ValueError unless `progress` can be called, or is None."""
+    """Raise ValueError unless `progress` is callable or None."""
     if progress is not None and not callable(progress):
         raise ValueError(f"progress must be a function of a Progress, or None, got {progress!r}")

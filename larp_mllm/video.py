@@ -1,4 +1,4 @@
-"""Video: what generate returns, and whether it could be written to a file."""
+"""Video: frames and their rate, saved to files and displayed in notebooks."""
 
 import base64
 import html
@@ -11,35 +11,44 @@ from pathlib import Path
 
 from larp.data.clips import scale_frames
 from larp.data.contact_sheet import contact_sheet
-from larp.data.video import VideoError, write_video
+from larp.data.video import VideoError, VideoWriter, check_fps, write_video
+from larp.files import check_output
 from larp_mllm.checks import check_count, is_whole
 
 import numpy as np
 
-# What libx264 fits into, a GIF, and a contact sheet.
+# Containers of libx264, then GIF and contact sheet.
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp"),
     *(".gif", ".png"),
 )
-# Pixels: the longest side of a picture that `Video.save` writes; encoders hold no more.
+# Pixels of the longest side that `Video.save` writes: the limit of encoders.
 LARGEST_SIDE = 16384
+
+# Limits of what a notebook displays and stores: pixels, frames, bytes.
+_MIN_HEIGHT, _MAX_SIDE = 256, 512
+_MAX_FRAMES = 600
+_MAX_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A generated video: frames uint8 (T, H, W, 3), frames per second, and the prompt and codes it was made from.
+    """A video, displayed by notebooks.
 
-    The codes are those of one clip; a video of several windows has none. Of one that goes on, the first `given` frames
-    are those that it goes on from; contact sheets frame them in blue. The rate is any real number from 0.01 to 1000,
-    which files can hold, kept as a float. In a notebook it shows itself. ValueError for frames of another shape or dtype,
-    for none, for another rate, for codes that are no whole numbers, and for more given frames than there are.
+    Raises ValueError for frames of another shape or dtype, no frames, a rate out of range, codes that are no whole
+    numbers, and more given frames than frames.
     """
 
     frames: np.ndarray
+    """uint8 (T, H, W, 3)."""
     fps: float
+    """Frames per second, 0.01 to 1000."""
     prompt: str = ""
+    """The text that it was generated from."""
     codes: tuple[int, ...] = ()
+    """The codes that it was decoded from, if it is one clip; a continued video has none."""
     given: int = 0
+    """The number of first frames that a continuation was given; contact sheets frame them in blue."""
 
     def __post_init__(self):
         frames = self.frames
@@ -50,22 +59,22 @@ class Video:
             raise ValueError(f"frames are {frames.shape}: a video has at least one frame of one pixel")
         codes = self.codes.tolist() if hasattr(self.codes, "tolist") else self.codes
         if not isinstance(codes, Sequence) or not all(map(is_whole, codes)):
-            raise ValueError(
-                f"codes must be whole numbers, got {str(codes)[:60]!r}: leave them out, then the frames alone count"
-            )
+            raise ValueError(f"codes must be whole numbers, got {str(codes)[:60]!r}: leave them out")
         object.__setattr__(self, "codes", tuple(int(code) for code in codes))
         if not is_whole(self.given) or not 0 <= self.given <= len(frames):
-            raise ValueError(f"given is {self.given!r}; of {len(frames)} frames so many cannot have been there before")
-        from larp.data.video import check_fps
-
+            raise ValueError(f"given is {self.given!r}; of {len(frames)} frames it must be a whole number from 0 on")
         object.__setattr__(self, "fps", check_fps(self.fps))
 
     def save(self, path: str | Path, scale: int = 1) -> Path:
-        """Write the video by its suffix: .mp4 (or another container), .gif, or .png for a contact sheet of its frames.
+        """Save the video by suffix: .mp4 or another container, .gif, or .png for a contact sheet of its frames.
 
-        `scale` repeats each pixel that many times along both sides, so that tiny videos can be seen. Returns the path.
-        Raises ValueError for another suffix, a URL, and pictures of a side over 16384; larp.data.video.VideoError, a
-        ValueError too, if no encoder is at hand or the file cannot be written, and then nothing new is there.
+        Args:
+            path: name of the file.
+            scale: repeat each pixel so many times along both sides, to enlarge tiny videos.
+
+        Returns the path. Raises ValueError for another suffix, a URL, and a side above 16384 pixels;
+        larp.data.video.VideoError, a ValueError, if there is no encoder or the file cannot be written. After an error
+        there is no new file.
         """
         check_count("scale", scale)
         if not isinstance(path, (str, os.PathLike)):
@@ -81,21 +90,15 @@ class Video:
         if path.suffix.lower() == ".png":
             self._save_sheet(path, scale)
         else:
-            from larp.data.video import VideoWriter
-
             with VideoWriter(path, self.fps) as writer:
-                for frame in self.frames:  # one by one: scaled, all of them may not fit into memory
+                for frame in self.frames:  # one by one: all enlarged frames may not fit into memory
                     writer.write(frame.repeat(scale, axis=0).repeat(scale, axis=1)[None])
         return path
 
     def _save_sheet(self, path: Path, scale: int) -> None:
-        from larp.data.contact_sheet import contact_sheet
-        from larp.data.video import VideoError
-        from larp.files import check_output
-
         check_output(path)
         enlarged = {} if scale == 1 else {"cell": max(80, self.frames.shape[1] * scale)}
-        legend = f"(blue: the {self.given} frames at hand)" if self.given else ""
+        legend = f"(blue: the {self.given} given frames)" if self.given else ""
         caption = " ".join(text for text in (self.prompt, legend) if text)
         try:
             contact_sheet([self.frames], [caption], path, given=self.given, **enlarged)
@@ -103,9 +106,11 @@ class Video:
             raise VideoError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the video itself, see larp_mllm/video.py."""
-
-        return to_html(self)
+        """The video as HTML for notebooks, tiny frames enlarged, long videos cut with a note. Never raises."""
+        try:
+            return _figure(self)
+        except Exception as error:  # an error here would hide the value of the notebook's cell
+            return f"<pre>{html.escape(f'{self!r} cannot be displayed: {type(error).__name__}: {error}')}</pre>"
 
     def __repr__(self) -> str:
         count, height, width = self.frames.shape[:3]
@@ -115,37 +120,24 @@ class Video:
 
 
 def check_suffix(path: Path) -> None:
-    """ValueError unless `Video.save` can write a file with the suffix of `path`."""
+    """Raise ValueError unless `Video.save` supports the suffix of `path`."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{path}: no video can be written with the suffix {path.suffix!r}; choose one of {', '.join(SUFFIXES)}"
         )
 
 
-# A notebook keeps what it shows: a side of a picture, frames and bytes are bounded.
-_LEAST_HEIGHT, _LARGEST_SIDE = 256, 512
-_MOST_FRAMES = 600
-_MOST_BYTES = 4 * 2**20
-
-
-def to_html(video: "Video") -> str:
-    """The video as HTML that holds it, tiny pictures enlarged; longer ones are cut, with a note. Never raises."""
-    try:
-        return _figure(video)
-    except Exception as error:  # whatever it is, a cell's value must show as something
-        return f"<pre>{html.escape(f'{video!r} cannot be shown here: {type(error).__name__}: {error}')}</pre>"
-
-
-def _figure(video: "Video") -> str:
+def _figure(video: Video) -> str:
     count, height, width = video.frames.shape[:3]
-    shown = _sized(video.frames[:_MOST_FRAMES])
-    note = "" if count <= _MOST_FRAMES else f"; the first {_MOST_FRAMES} are shown, .save writes all"
+    displayed = _resized(video.frames[:_MAX_FRAMES])
+    note = "" if count <= _MAX_FRAMES else f"; the first {_MAX_FRAMES} are shown, .save writes all"
     size = f"{count} frames of {width}x{height} at {video.fps:g} fps{note}"
     caption = " · ".join(html.escape(text) for text in (video.prompt, size) if text)
-    return f"<figure style='margin:0'>{_picture(shown, video)}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure style='margin:0'>{_element(displayed, video)}<figcaption>{caption}</figcaption></figure>"
 
 
-def _picture(frames: np.ndarray, video: "Video") -> str:
+def _element(frames: np.ndarray, video: Video) -> str:
+    """The HTML element of the first format that can be encoded and is small enough: MP4, GIF, contact sheet."""
     side = f'width="{frames.shape[2]}" height="{frames.shape[1]}"'
     with tempfile.TemporaryDirectory() as folder:
         for name, media, element in (
@@ -157,25 +149,25 @@ def _picture(frames: np.ndarray, video: "Video") -> str:
                 write_video(path, frames, video.fps)
             except VideoError:  # no encoder; a GIF needs none
                 continue
-            if path.stat().st_size <= _MOST_BYTES:
-                return element.format(_data(path, media))
+            if path.stat().st_size <= _MAX_BYTES:
+                return element.format(_data_url(path, media))
         path = Path(folder, "x.png")
         contact_sheet([frames], [""], path, cell=160, given=video.given)
-        return f'<img src="{_data(path, "image/png")}">'
+        return f'<img src="{_data_url(path, "image/png")}">'
 
 
-def _data(path: Path, media: str) -> str:
+def _data_url(path: Path, media: str) -> str:
     return f"data:{media};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def _sized(frames: np.ndarray) -> np.ndarray:
-    """Each pixel repeated until a tiny video can be seen, or a large one made smaller; even sides, as MP4 wants them."""
+def _resized(frames: np.ndarray) -> np.ndarray:
+    """Tiny frames with each pixel repeated, large ones scaled down to even sides, which MP4 needs."""
     height, width = frames.shape[1:3]
     longest = max(height, width)
-    factor = min(math.ceil(_LEAST_HEIGHT / height), _LARGEST_SIDE // longest)
+    factor = min(math.ceil(_MIN_HEIGHT / height), _MAX_SIDE // longest)
     if factor > 1:
         return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-    if longest <= _LARGEST_SIDE:
+    if longest <= _MAX_SIDE:
         return frames
-    scale = _LARGEST_SIDE / longest
+    scale = _MAX_SIDE / longest
     return scale_frames(frames, *(max(2, 2 * round(side * scale / 2)) for side in (height, width)))

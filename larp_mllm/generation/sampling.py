@@ -1,6 +1,6 @@
-"""How videos and text are sampled: two sets of options that check themselves, and the samples that they mean.
+"""Sampling options of videos and of text, with the random numbers of a seed.
 
-Every random number belongs to a place in the list: the same seed and place give the same result whatever the batch.
+Each random number belongs to a place in the list of results: seed and place determine a result, for any batch size.
 """
 
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from larp_mllm.checks import check_count, check_seed
 
 from torch import Tensor
 
-# Text and videos of one seed must not be sampled with the same numbers.
+# Text and videos of the same seed get different random numbers.
 _TEXT_STREAM = 0x632BE59BD9B4E019
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoSampling(SamplingOptions):
-    """How codes are sampled; ValueError names the option that is out of range."""
+    """How codes are sampled. Raises ValueError for an option out of range."""
 
     guidance_scale: float = 2.0
-    """1 is off; more follows the prompt more closely: `unconditional + s * (conditional - unconditional)`."""
+    """Scale s of classifier-free guidance, `unconditional + s * (conditional - unconditional)`; 1 is off."""
     seed: int = 0
     """The same seed and place in the list give the same video."""
     batch_size: int = 64
-    """Videos that are sampled side by side; does not change them."""
+    """Videos that are sampled in one batch. Does not change the videos."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -34,25 +34,25 @@ class VideoSampling(SamplingOptions):
 
     @property
     def guided(self) -> bool:
-        """Whether an unconditional row runs beside each row."""
+        """Whether guidance is on, which needs an unconditional row for each row."""
         return self.guidance_scale != 1.0
 
     def uniforms(self, first_row: int, rows: int, count: int) -> Tensor:
-        """The random numbers of `count` codes of the rows from `first_row` on: float64 (rows, count) in [0, 1)."""
-        return row_uniforms(int(self.seed), first_row, rows, count)  # numpy's integers overflow where Python's do not
+        """The random numbers for `count` codes of rows first_row, first_row + 1, ...: float64 (rows, count) in [0, 1)."""
+        return row_uniforms(int(self.seed), first_row, rows, count)  # int(): numpy's integers overflow
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Code logits (B, K), already guided, and one number for each row (B,) -> codes int64 (B,)."""
+        """Code logits (B, K), after guidance, and a random number per row (B,) -> codes int64 (B,)."""
         return sample_logits(logits, self, uniform)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSampling(SamplingOptions):
-    """How text is sampled; ValueError names the option that is out of range."""
+    """How text is sampled. Raises ValueError for an option out of range."""
 
     temperature: float = 0.0
     max_new_tokens: int = 48
-    """Word pieces that are written at most, those of all texts of an answer together."""
+    """The largest number of sampled text ids, summed over all texts of an answer."""
     seed: int = 0
     """The same seed and place in the list give the same text."""
 
@@ -62,9 +62,9 @@ class TextSampling(SamplingOptions):
         check_seed(self.seed)
 
     def uniforms(self, first_row: int, rows: int, count: int) -> Tensor:
-        """The random numbers of `count` samples of the rows from `first_row` on: float64 (rows, count) in [0, 1)."""
+        """The random numbers for `count` samples of rows first_row, first_row + 1, ...: float64 (rows, count) in [0, 1)."""
         return row_uniforms(int(self.seed) ^ _TEXT_STREAM, first_row, rows, count)
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """Logits of text and controls (B, V) and one number for each row (B,) -> ids int64 (B,)."""
+        """Logits of text and controls (B, V) and a random number per row (B,) -> ids int64 (B,)."""
         return sample_logits(logits, self, uniform)

@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, first_line, is_hub_name, reach, read_config
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
@@ -188,7 +188,7 @@ def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Pre
     except Exception as error:
         if Path(source).is_dir() or isinstance(error, _UnusableBase):
             raise
-    reach(source)
+    check_reachable(source)
     return _from_source(source, trust_remote_code, dtype, local_files_only=False)
 
 

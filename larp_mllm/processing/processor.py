@@ -14,7 +14,7 @@ from larp.data.clips import clip_to_frames
 from larp.data.video import ShortVideoError, probe, read_video
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.checks import check_count, check_start, is_whole
-from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetched, read_config, upload
+from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetch_folder, read_config, upload
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
 from larp_mllm.processing.batching import BatchOptions, batch_ids, check_side, to_id_list
@@ -378,7 +378,7 @@ class LarpMllmProcessor(ProcessorMixin):
         if padding_side is not None:
             check_side(padding_side)
         where = str(folder)
-        folder = fetched(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
+        folder = fetch_folder(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
         saved = read_config(folder / PROCESSOR_CONFIG)
         if (read_config(folder / "config.json") or {}).get("model_type") == MODEL_TYPE:
             config = LarpMllmConfig.from_pretrained(folder)

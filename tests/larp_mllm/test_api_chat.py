@@ -44,7 +44,13 @@ def test_an_answer_holds_text_and_videos_in_the_order_of_its_ids(colourful, monk
     layout, v = colourful.processor.layout, colourful.model.vocabulary
     ids = list(
         decode_answer(
-            *(colourful.model, prompt_of(colourful, ASK), layout.prompt([]), VideoSampling(guidance_scale=2.0, seed=1), TEXT),
+            *(
+                colourful.model,
+                prompt_of(colourful, ASK),
+                layout.prompt([]),
+                VideoSampling(guidance_scale=2.0, seed=1),
+                TEXT,
+            ),
             *(stop_ids(colourful.processor.tokenizer), 2),
         )
     )
@@ -81,7 +87,12 @@ def test_an_answer_ends_at_the_last_position_and_a_video_begins_only_if_it_fits(
     length = len(prompt_of(colourful, ASK))
     for room, expected in ((6, ["video"]), (5, ["text"]), (13, ["video", "video", "text"])):
         monkeypatch.setattr(colourful.model.config.text_config, "max_position_embeddings", length + room)
-        assert kinds(colourful.chat(ASK, VideoSampling(guidance_scale=1.0), TextSampling(temperature=1.0, max_new_tokens=50))) == expected
+        assert (
+            kinds(
+                colourful.chat(ASK, VideoSampling(guidance_scale=1.0), TextSampling(temperature=1.0, max_new_tokens=50))
+            )
+            == expected
+        )
     monkeypatch.setattr(colourful.model.config.text_config, "max_position_embeddings", length)
     with pytest.raises(ValueError, match=rf"{length} ids, .* {length} positions: leave out .* \(6 ids each\)"):
         colourful.chat(ASK)

@@ -1,4 +1,4 @@
-"""Which folder is a model, and what is said of one that is not, or is damaged."""
+"""find_model: folders, runs, the default model, the hub, and errors for folders without a model."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ import pytest
 
 @pytest.fixture
 def run(qwen, tmp_path):
-    """A run folder as training leaves it: its own config.json beside model/."""
+    """A run folder of training: its own config.json beside model/."""
     folder = tmp_path / "run"
     qwen.save(folder / "model")
     (folder / "config.json").write_text(json.dumps({"recipe": None, "base": "tiny-qwen2"}))
@@ -24,7 +24,7 @@ def run(qwen, tmp_path):
 
 @pytest.fixture
 def pointer(monkeypatch, tmp_path):
-    """The path of a pointer in a home of its own."""
+    """The file that points to the default model, in a temporary home."""
     monkeypatch.setenv("LARP_MLLM_HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     return home() / "newest.json"
@@ -40,13 +40,13 @@ def test_a_run_folder_stands_for_its_model(qwen, run, monkeypatch):
 def test_models_of_another_kind_are_named(tmp_path):
     tiny_video_tokenizer().save_pretrained(tmp_path / "run" / "model")
     (tmp_path / "run" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds a larp-tokenizer.*Needed is .* model_type larp_mllm"):
+    with pytest.raises(ValueError, match=r"holds a larp-tokenizer; needed is .* model_type larp_mllm"):
         Mllm.load(tmp_path / "run" / "model")
     with pytest.raises(ValueError, match="holds a run that trained a larp-tokenizer"):
         Mllm.load(tmp_path / "run")
 
 
-def test_folders_without_a_model_are_told_apart(tmp_path):
+def test_errors_say_what_a_folder_without_a_model_holds(tmp_path):
     with pytest.raises(ValueError, match="there is no such folder"):
         find_model(tmp_path / "gone")
     with pytest.raises(ValueError, match=r"config\.json is missing"):
@@ -55,7 +55,7 @@ def test_folders_without_a_model_are_told_apart(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json has no model_type"):
         find_model(tmp_path)
     (tmp_path / "state").mkdir()
-    with pytest.raises(ValueError, match=r"has not written model yet \(go on with it with --resume\)"):
+    with pytest.raises(ValueError, match=r"has not written model yet \(continue it with --resume\)"):
         find_model(tmp_path)
     (tmp_path / "config.json").write_text('{"model_ty')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON.*copy the model folder again"):
@@ -86,7 +86,7 @@ def test_damaged_files_are_named(run):
         Mllm.load(run)
 
 
-def test_a_missing_video_tokenizer_is_not_sought_on_the_hub(run, monkeypatch):
+def test_a_missing_video_tokenizer_is_not_looked_up_on_the_hub(run, monkeypatch):
     shutil.rmtree(run / "model" / "video_tokenizer")
     monkeypatch.chdir(run)
     with pytest.raises(ValueError, match="video_tokenizer: no such folder"):
@@ -95,7 +95,7 @@ def test_a_missing_video_tokenizer_is_not_sought_on_the_hub(run, monkeypatch):
 
 @pytest.fixture
 def hub(run, monkeypatch):
-    """A hub with one repository, owner/name, in place of the real one; the calls that it got."""
+    """A hub with the one repository owner/name; returns the list of its calls."""
     calls = []
 
     def snapshot_download(name, **options):
@@ -107,7 +107,7 @@ def hub(run, monkeypatch):
         return str(run / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("larp_mllm.locate.reach", lambda name, token: None)
+    monkeypatch.setattr("larp_mllm.locate.check_reachable", lambda name, token: None)
     _snapshot.cache_clear()
     yield calls
     _snapshot.cache_clear()
@@ -118,22 +118,22 @@ def test_a_hub_name_is_fetched_once_without_pickle_or_code(qwen, run, hub, monke
     assert find_model("owner/name") == find_model() == run / "model"
     assert Mllm.load("owner/name", "cpu").generate(["surfing"])[0].codes == qwen.generate(["surfing"])[0].codes
     assert len(hub) == 1
-    wanted = hub[0][1]["allow_patterns"]
+    patterns = hub[0][1]["allow_patterns"]
     for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors", "chat_template.jinja"):
-        assert any(fnmatch(name, pattern) for pattern in wanted)
-    assert any(fnmatch("video_tokenizer/model.safetensors", pattern) for pattern in wanted)
+        assert any(fnmatch(name, pattern) for pattern in patterns)
+    assert any(fnmatch("video_tokenizer/model.safetensors", pattern) for pattern in patterns)
     for name in ("pytorch_model.bin", "modeling_other.py", "training_args.pt"):
-        assert not any(fnmatch(name, pattern) for pattern in wanted)
+        assert not any(fnmatch(name, pattern) for pattern in patterns)
 
 
-def test_a_hub_name_with_a_typo_says_so_and_names_the_ways(hub):
+def test_an_unknown_hub_name_is_refused_with_the_remedy(hub):
     with pytest.raises(
         ValueError, match=r"model=owner/nam is no folder here, and could not be fetched .*404.*LARP_MLLM_MODEL"
     ):
         find_model("owner/nam")
 
 
-def test_without_a_network_the_error_comes_at_once(monkeypatch):
+def test_without_a_network_the_error_comes_within_seconds(monkeypatch):
     _snapshot.cache_clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     started = time.monotonic()
@@ -142,7 +142,7 @@ def test_without_a_network_the_error_comes_at_once(monkeypatch):
     assert time.monotonic() - started < 10
 
 
-def test_a_mistyped_folder_is_not_sought_on_the_hub(hub, run, monkeypatch):
+def test_a_mistyped_folder_is_not_looked_up_on_the_hub(hub, run, monkeypatch):
     monkeypatch.chdir(run.parent)
     for folder in ("run/modle", "./owner/name", Path("owner/name")):
         with pytest.raises(ValueError, match="there is no such folder"):

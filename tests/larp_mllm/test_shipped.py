@@ -1,4 +1,4 @@
-"""The weights that come with the package: they load, belong to their description, and show real clips as they are."""
+"""The weights in the package: size, description, reconstruction of real clips."""
 
 from pathlib import Path
 
@@ -19,21 +19,21 @@ def tokenizer() -> LarpTokenizer:
     return LarpTokenizer.from_pretrained(SHIPPED / "tokenizer")
 
 
-def test_what_ships_is_small(tokenizer):
+def test_the_shipped_files_are_small(tokenizer):
     files = [path for path in SHIPPED.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 40e6
     assert not [path.name for path in files if path.suffix not in (".md", ".json", ".safetensors")]
     assert tokenizer.config.clip_shape == (16, 64, 64) and tokenizer.num_tokens == 256
 
 
-def test_real_clips_are_given_back(tokenizer, clips_root):
-    """Clips of the test list, whose groups no training saw: better than 20 dB each, which mean colours miss by far."""
+def test_real_clips_are_reconstructed(tokenizer, clips_root):
+    """Clips of the test list, not trained on: above 20 dB each, where the mean colour is below."""
     names = ("Surfing/v_Surfing_g01_c01", "Archery/v_Archery_g02_c02", "PlayingPiano/v_PlayingPiano_g03_c01")
     for name in names:
         frames, _ = read_video(clips_root / "ucf101/UCF-101" / f"{name}.mp4", 20, 16)
         clip = frames_to_clip(frames, 64, 64)[None]
         codes = tokenizer.encode(clip)
-        again = tokenizer.decode(codes)
-        flat = clip.mean(dim=(2, 3, 4), keepdim=True).expand_as(clip)
-        assert psnr(clip, again) > 20 > psnr(clip, flat), name
+        reconstruction = tokenizer.decode(codes)
+        mean_colour = clip.mean(dim=(2, 3, 4), keepdim=True).expand_as(clip)
+        assert psnr(clip, reconstruction) > 20 > psnr(clip, mean_colour), name
         assert torch.equal(codes, tokenizer.encode(clip)) and codes.unique().numel() > 64

@@ -1,4 +1,4 @@
-"""A Video in a notebook: the page holds something that plays, of bounded size, whatever the video is."""
+"""Video: checks, files of each suffix, and the display in notebooks."""
 
 import base64
 import io
@@ -7,8 +7,8 @@ from fractions import Fraction
 
 import larp.data.video
 from larp.data.video import VideoError, probe
-from larp_mllm import video as notebook
-from larp_mllm.video import Video
+from larp_mllm import video as module
+from larp_mllm.video import SUFFIXES, Video
 
 import av
 import numpy as np
@@ -21,8 +21,8 @@ def noise(count: int, height: int, width: int, fps: float = 8.0, prompt: str = "
     return Video(frames, fps, prompt)
 
 
-def held(html: str) -> tuple[str, bytes]:
-    """The media type and bytes of the one file that the HTML holds."""
+def embedded(html: str) -> tuple[str, bytes]:
+    """The media type and bytes of the one file in the HTML."""
     (found,) = re.findall(r'src="data:([a-z0-9/]+);base64,([A-Za-z0-9+/=]+)"', html)
     return found[0], base64.b64decode(found[1], validate=True)
 
@@ -33,56 +33,56 @@ def decoded(data: bytes) -> tuple[list[np.ndarray], float]:
         return frames, float(container.streams.video[0].average_rate)
 
 
-def test_a_notebook_gets_a_video_that_plays_and_can_be_seen():
+def test_a_notebook_displays_an_enlarged_video():
     video = noise(7, 16, 24, fps=6.0)
     html = video._repr_html_()
-    media, data = held(html)
+    media, data = embedded(html)
     frames, rate = decoded(data)
     assert media == "video/mp4" and "<video" in html and "controls" in html and "loop" in html
     assert len(frames) == 7 and rate == 6.0 and frames[0].shape == (256, 384, 3)
     assert 'width="384" height="256"' in html
-    # Each pixel became a square of its colour.
+    # Each pixel is now a square of its colour.
     small = np.stack(frames)[:, 8::16, 8::16].astype(int)
     assert np.abs(small - video.frames).mean() < 40
 
 
-@pytest.mark.parametrize("size, shown", [((100, 1000), (52, 512)), ((301, 201), (301, 201)), ((5, 3), (260, 156))])
-def test_large_videos_become_smaller_and_none_is_stretched(size, shown):
-    _, data = held(noise(2, *size)._repr_html_())
+@pytest.mark.parametrize("size, displayed", [((100, 1000), (52, 512)), ((301, 201), (301, 201)), ((5, 3), (260, 156))])
+def test_large_videos_are_scaled_down_and_none_is_stretched(size, displayed):
+    _, data = embedded(noise(2, *size)._repr_html_())
     height, width = decoded(data)[0][0].shape[:2]
-    assert (height, width) == tuple(side + side % 2 for side in shown)
+    assert (height, width) == tuple(side + side % 2 for side in displayed)
 
 
-def test_without_an_encoder_it_is_a_gif(monkeypatch):
-    def none(path, codec):
+def test_without_an_encoder_a_gif_is_displayed(monkeypatch):
+    def no_encoder(path, codec):
         raise VideoError("no encoder")
 
-    monkeypatch.setattr(larp.data.video, "check_encoder", none)
+    monkeypatch.setattr(larp.data.video, "check_encoder", no_encoder)
     html = noise(5, 16, 16)._repr_html_()
-    media, data = held(html)
+    media, data = embedded(html)
     assert media == "image/gif" and "<img" in html
     assert Image.open(io.BytesIO(data)).n_frames == 5
 
 
-def test_long_videos_are_cut_with_a_note_and_heavy_ones_become_a_sheet(monkeypatch):
-    monkeypatch.setattr(notebook, "_MOST_FRAMES", 4)
+def test_long_videos_are_cut_with_a_note_and_heavy_ones_become_a_contact_sheet(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_FRAMES", 4)
     html = noise(9, 16, 16)._repr_html_()
-    assert len(decoded(held(html)[1])[0]) == 4 and "the first 4 are shown, .save writes all" in html
-    monkeypatch.setattr(notebook, "_MOST_BYTES", 1000)
-    media, data = held(noise(9, 16, 16)._repr_html_())
+    assert len(decoded(embedded(html)[1])[0]) == 4 and "the first 4 are shown, .save writes all" in html
+    monkeypatch.setattr(module, "_MAX_BYTES", 1000)
+    media, data = embedded(noise(9, 16, 16)._repr_html_())
     assert media == "image/png" and Image.open(io.BytesIO(data)).width > 4 * 160
 
 
-def test_a_prompt_cannot_write_html():
+def test_a_prompt_is_escaped():
     html = noise(2, 16, 16, prompt="<script>alert('x')</script>")._repr_html_()
     assert "<script>" not in html and "&lt;script&gt;" in html
 
 
-def test_what_cannot_be_shown_says_so_and_raises_nothing(monkeypatch):
+def test_an_error_of_the_display_is_displayed_not_raised(monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(notebook, "write_video", full)
+    monkeypatch.setattr(module, "write_video", full)
     html = noise(2, 16, 16, prompt="<b>")._repr_html_()
     assert html.startswith("<pre>&lt;Video of") and "No space left on device" in html and "<b>" not in html
 
@@ -102,13 +102,13 @@ def test_what_cannot_be_shown_says_so_and_raises_nothing(monkeypatch):
         (np.zeros((2, 16, 16, 3), np.uint8), None, "fps is None"),
     ],
 )
-def test_what_is_no_video_is_refused_when_it_is_made(frames, fps, words):
+def test_bad_frames_and_rates_are_refused(frames, fps, words):
     with pytest.raises(ValueError, match=words):
         Video(frames, fps)
 
 
 @pytest.mark.parametrize("given", [-1, 3, 0.5, True])
-def test_only_as_many_frames_as_there_are_can_be_given(given):
+def test_a_bad_number_of_given_frames_is_refused(given):
     with pytest.raises(ValueError, match=f"given is {given}; of 2 frames"):
         Video(np.zeros((2, 16, 16, 3), np.uint8), 8.0, given=given)
 
@@ -135,7 +135,7 @@ def test_a_rate_of_any_kind_of_number_can_be_saved(tmp_path, fps):
     ("http://x/y.png", 1, "^http://x/y.png: URLs are not written to"),
     ("a\0.png", 1, "zero byte"),
 ])  # fmt: skip
-def test_what_cannot_be_saved_is_refused_before_a_file_is_there(tmp_path, monkeypatch, path, scale, words):
+def test_bad_arguments_of_save_leave_no_file(tmp_path, monkeypatch, path, scale, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=words):
         noise(2, 16, 24).save(path, scale)
@@ -143,18 +143,18 @@ def test_what_cannot_be_saved_is_refused_before_a_file_is_there(tmp_path, monkey
 
 
 @pytest.mark.parametrize("suffix", [".png", ".gif", ".mp4"])
-def test_a_full_disk_is_told_by_the_file_and_leaves_nothing(tmp_path, full_disk, suffix):
+def test_an_error_of_a_full_disk_names_the_file_and_leaves_none(tmp_path, full_disk, suffix):
     with full_disk(), pytest.raises(VideoError, match=rf"a{suffix}: cannot be written: File too large$"):
         noise(8, 96, 96).save(tmp_path / f"a{suffix}")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sheet_repeats_pixels_too(tmp_path):
+def test_a_contact_sheet_is_enlarged_by_scale(tmp_path):
     small, large = (Image.open(noise(2, 64, 64).save(tmp_path / f"{scale}.png", scale)) for scale in (1, 3))
     assert small.height < 64 + 40 and large.height > 3 * 64 and large.width > 2 * 3 * 64
 
 
-def test_the_sheet_of_a_video_that_goes_on_tells_what_was_at_hand(tmp_path):
+def test_a_contact_sheet_frames_the_given_frames_in_blue(tmp_path):
     def blue(video):
         pixels = np.asarray(Image.open(video.save(tmp_path / "a.png")).convert("RGB")).astype(int)
         return ((pixels == (0x2F, 0x6F, 0xDF)).all(-1)).sum()
@@ -163,5 +163,23 @@ def test_the_sheet_of_a_video_that_goes_on_tells_what_was_at_hand(tmp_path):
     assert blue(Video(dark, 8.0)) == 0 < blue(Video(dark, 8.0, given=2)) < blue(Video(dark, 8.0, given=4))
 
 
-def test_a_sheet_of_very_wide_pictures_is_bounded(tmp_path):
+def test_a_contact_sheet_of_very_wide_pictures_is_bounded(tmp_path):
     assert Image.open(noise(2, 2, 6000).save(tmp_path / "a.png")).width < 2 * 4096 + 20
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_videos_are_saved_by_suffix(qwen, tmp_path, suffix):
+    path = qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}", scale=2)
+    assert path.stat().st_size > 100
+    if suffix not in (".png", ".gif"):  # a GIF merges equal frames, which random weights give
+        info = probe(path)
+        assert (info.width, info.height, info.frames) == (32, 32, 4)
+    if suffix == ".mp4":
+        assert info.fps == 8.0
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".jpg", ".xyz", ""])
+def test_other_suffixes_are_refused(qwen, tmp_path, suffix):
+    with pytest.raises(ValueError, match=r"choose one of \.mp4"):
+        qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}")
+    assert not list(tmp_path.iterdir())

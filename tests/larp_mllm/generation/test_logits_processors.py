@@ -54,7 +54,9 @@ def test_captions_are_those_of_transformers_generate(mllm, temperature):
     layout, model = mllm.processor.layout, mllm.model
     text = TextSampling(temperature=temperature, top_k=40, max_new_tokens=9, seed=2)
     rows = [layout.question([code] * 4) for code in (3, 7)]
-    processors = logits_processors(model.vocabulary, VideoSampling(guidance_scale=1.0), text, prompt_length=6, max_videos=0)
+    processors = logits_processors(
+        model.vocabulary, VideoSampling(guidance_scale=1.0), text, prompt_length=6, max_videos=0
+    )
     generated = theirs(mllm, rows, 9, processors, eos_token_id=layout.eos)
     for ours, row in zip(decode_text(model, rows, text, [layout.eos]), generated, strict=True):
         assert row[: len(ours)] == ours and set(row[len(ours) :]) <= {layout.eos}
