@@ -116,7 +116,7 @@ def check_rows(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: 
     """
     rows = base.get_input_embeddings().num_embeddings
     inserted = {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
-    missing = {id: name for name, id in inserted.items() if id is not None and id >= rows}
+    missing = {id: token for token, id in inserted.items() if id is not None and id >= rows}
     for id in (id for id in _template_ids(tokenizer) if id >= rows):
         missing.setdefault(id, "chat template")
     if missing:

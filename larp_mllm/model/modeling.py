@@ -216,7 +216,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         head_chunk: int = 1024,
         **kwargs,
     ) -> LarpMllmOutput:
-        """One forward pass; with labels, the loss in nats instead of logits.
+        """Return logits (B, S, text_size + 2 + K), or with labels the loss in nats.
 
         loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch, with weight
         `text_weight` for text and 1 for codes. Text targets are scored among text and controls, code targets among codes.

@@ -88,7 +88,7 @@ class LarpMllmProcessor(ProcessorMixin):
                 f"the video tokenizer has {sizes[0]} codes and {sizes[1]} tokens per video, the language model expects "
                 f"{vocabulary.codebook_size} and {vocabulary.tokens_per_video}; use the tokenizer it was trained with"
             )
-        # Before super().__init__(), which sets the chat template, stored in the tokenizer here, first.
+        # First, since super().__init__() sets the chat template, which the tokenizer stores.
         self.tokenizer = tokenizer
         super().__init__(tokenizer, chat_template=tokenizer.chat_template if chat_template is None else chat_template)
         self.video_tokenizer = video_tokenizer
@@ -138,8 +138,9 @@ class LarpMllmProcessor(ProcessorMixin):
         shapes, dtypes or ranges, and for clips of different shapes.
         """
         count = self.video_tokenizer.config.num_frames
-        frames = [read_frames(video, count, self.frame_stride) for video in as_list(videos)]
-        clips = [to_clip(pixels, self.video_tokenizer) for pixels in frames]
+        clips = [
+            to_clip(read_frames(video, count, self.frame_stride), self.video_tokenizer) for video in as_list(videos)
+        ]
         if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:
             raise ValueError(f"all clips of one call must have one shape, got {sorted(shapes)}: encode them one by one")
         device = next(self.video_tokenizer.parameters()).device
