@@ -31,12 +31,17 @@ def check_prompt(prompt: str) -> None:
     """Raise ValueError unless `prompt` is a str without lone surrogates."""
     if not isinstance(prompt, str):
         raise ValueError(f"a prompt must be a str, several a list of them, got {prompt!r}")
+    check_encodable(prompt, f"the prompt {prompt[:80]!r}")
+
+
+def check_encodable(text: str, where: str) -> None:
+    """Raise ValueError, naming `where`, for a lone surrogate, which no encoding and no tokenizer can represent."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"the prompt {prompt!r} holds half a character (a lone surrogate) at position {error.start}: remove it, or "
-            "decode the text in its own encoding"
+            f"{where} holds half a character (the lone surrogate \\u{ord(text[error.start]):04x}) at position {error.start}: "
+            "remove it, or decode the text in its own encoding"
         ) from error
 
 

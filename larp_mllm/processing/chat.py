@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from larp_mllm.checks import check_encodable
 from larp_mllm.processing.plain_text import control_ids
 from larp_mllm.processing.sequence import Segment
 
@@ -195,12 +196,7 @@ def check_text(text: Any, where: str) -> str:
     """`text`. Raises ValueError for another type and for a lone surrogate, which no tokenizer can encode."""
     if not isinstance(text, str):
         raise ValueError(f"{where} must be a text, got {_brief(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} holds half a character (\\u{ord(text[error.start]):04x}): write it as UTF-8"
-        ) from None
+    check_encodable(text, where)
     return text
 
 

@@ -5,6 +5,8 @@ import re
 import secrets
 from typing import Any
 
+from larp_mllm.checks import check_encodable
+
 from tokenizers import Tokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -31,13 +33,7 @@ class PlainText:
         """
         if not text:
             return []
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text {text[:80]!r} holds half a character (a lone surrogate) at position {error.start}: remove it, or "
-                "decode the text in its own encoding"
-            ) from error
+        check_encodable(text, f"the text {text[:80]!r}")
         if self._copy is not None:
             return self._copy.encode(text, add_special_tokens=False).ids
         ids = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

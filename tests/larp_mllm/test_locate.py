@@ -30,7 +30,7 @@ def pointer(monkeypatch, tmp_path):
     return home() / "newest.json"
 
 
-def test_a_run_folder_stands_for_its_model(qwen, run, monkeypatch):
+def test_the_model_of_a_run_folder_is_found(qwen, run, monkeypatch):
     assert find_model(run) == find_model(run / "model") == run / "model"
     assert Mllm.load(run, "cpu").generate(["surfing"])[0].codes == qwen.generate(["surfing"])[0].codes
     monkeypatch.setenv("LARP_MLLM_MODEL", str(run))

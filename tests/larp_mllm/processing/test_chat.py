@@ -178,7 +178,7 @@ def test_errors_of_a_template_name_the_record(chatml, template, roles, message):
         ([{"role": "user", "content": [{"type": "video", "url": "x"}]}], "unknown key 'url'.*download"),
         ([{"role": "user", "content": [{"type": "video"}]}], 'either "video" or "path"'),
         ([{"role": "user", "content": [{"type": "video", "video": "a", "loss": 1}]}], '"loss" must be true or false'),
-        ([{"role": "user", "content": "\ud800"}], r"half a character \(\\ud800\)"),
+        ([{"role": "user", "content": "\ud800"}], r"half a character \(the lone surrogate \\ud800\) at position 0"),
     ],
 )
 def test_errors_of_messages_name_message_and_part(chatml, messages, error):
