@@ -3,8 +3,9 @@
 from functools import lru_cache
 from pathlib import Path
 
+from larp.config import check_count
 from larp.hub import check_device
-from larp_mllm.checks import check_count, check_progress, check_prompt, check_prompts, check_seconds
+from larp_mllm.checks import check_progress, check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.progress import ProgressCallback
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import find_model

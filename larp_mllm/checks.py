@@ -3,9 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from larp.config import check_count as check_count
-from larp.config import is_number
-from larp.config import is_whole as is_whole
+from larp.config import is_number, is_whole
 
 # Seconds of a continuation at most.
 _MAX_SECONDS = 3600

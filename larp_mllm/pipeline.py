@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from larp.config import check_count
 from larp.data.clips import clip_to_frames, pixels_to_clip
 from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
-from larp_mllm.checks import check_count, check_prompt, check_prompts, check_seconds
+from larp_mllm.checks import check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.answer import Answer
 from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress

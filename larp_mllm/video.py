@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from larp.config import check_count, is_whole
 from larp.data.clips import scale_frames
 from larp.data.contact_sheet import contact_sheet
 from larp.data.video import VideoError, VideoWriter, check_fps, write_video
 from larp.files import check_output
-from larp_mllm.checks import check_count, is_whole
 
 import numpy as np
 

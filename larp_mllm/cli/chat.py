@@ -58,8 +58,8 @@ def add(commands) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Answer the question, or one line after another until they end."""
+    from larp.config import check_count
     from larp.files import check_writable
-    from larp_mllm.checks import check_count
 
     if arguments.scale is not None:
         check_count("scale", arguments.scale)

@@ -111,8 +111,8 @@ def add_scale(parser: argparse.ArgumentParser) -> None:
 
 def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
     """ValueError unless the videos that the options of `add_videos_out` ask for can be written; for use before long work."""
+    from larp.config import check_count
     from larp.files import check_writable
-    from larp_mllm.checks import check_count
     from larp_mllm.video import check_suffix
 
     check_count("num_videos", arguments.num_videos)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from larp_mllm.checks import check_count, check_progress
+from larp.config import check_count
+from larp_mllm.checks import check_progress
 
 from torch import Tensor
 from tqdm import tqdm

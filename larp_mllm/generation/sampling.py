@@ -5,9 +5,10 @@ Each random number belongs to a place in the list of results: seed and place det
 
 from dataclasses import dataclass
 
+from larp.config import check_count
 from larp.sampling.options import SamplingOptions, check_guidance_scale
 from larp.sampling.sample import row_uniforms, sample_logits
-from larp_mllm.checks import check_count, check_seed
+from larp_mllm.checks import check_seed
 
 from torch import Tensor
 

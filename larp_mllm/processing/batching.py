@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, TypedDict
 
-from larp_mllm.checks import check_count, is_whole
+from larp.config import check_count, is_whole
 
 import numpy as np
 from torch import Tensor

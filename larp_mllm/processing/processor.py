@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
+from larp.config import check_count, is_whole
 from larp.data.clips import clip_to_frames
 from larp.data.video import ShortVideoError, probe, read_video
 from larp.models.tokenizer import LarpTokenizer
-from larp_mllm.checks import check_count, check_start, is_whole
+from larp_mllm.checks import check_start
 from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetch_folder, read_config, upload
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
