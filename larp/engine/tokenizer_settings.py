@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from larp.config import to_dict
 from larp.engine.adversary import AdversaryConfig
 from larp.engine.clock import check_minutes
 from larp.engine.optimizer import OptimizerConfig
@@ -143,6 +144,20 @@ class TrainTokenizerConfig:
     def resets_codes(self) -> bool:
         """Whether codes are ever given new places."""
         return bool(self.reset_codes_every or self.continuous)
+
+    @property
+    def identity(self) -> dict:
+        """What must be the same when a run is resumed, as plain values."""
+        adversary = to_dict(self.adversary) if self.loss.gan > 0 else {}
+        # The optimizer's parameter groups, and with them its state, are others where the prior has a rate of its own.
+        own_rate = {"prior_lr": "the prior's own"} if self.optimizer.prior_lr is not None else {}
+        return {
+            "model": to_dict(self.model),
+            "adversary": {name: value for name, value in adversary.items() if name != "lr"},
+            "optimizer": {"name": self.optimizer.name, **own_rate},
+            # What it has counted since the start cannot be made up for.
+            "resets_codes": self.resets_codes,
+        }
 
     @property
     def quantized_from(self) -> int:

@@ -14,7 +14,7 @@ from larp.data.token_cache import TokenCache
 from larp.data.video import probe
 from larp.engine.backend import EngineConfig, Ranks
 from larp.engine.checkpoint import newest_state
-from larp.engine.code_batches import CachedCodes
+from larp.engine.code_batches import SHARED, CachedCodes, open_data
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.metrics.code_prediction import predict_codes
@@ -26,7 +26,7 @@ from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
-from training.train_generator import SHARED, TrainGeneratorConfig, build_model, main, open_data, train
+from training.train_generator import TrainGeneratorConfig, build_model, main, train
 
 import pytest
 import torch

@@ -7,6 +7,7 @@ from pathlib import Path
 from larp.engine import clock
 from larp.hub import EMA
 from larp.metrics.lpips import Lpips
+from larp.metrics.validation import TokenizerValidation, quality
 from larp.models.tokenizer import LarpTokenizer
 from tests.training.test_train_tokenizer import TINY
 from training import train_tokenizer
@@ -91,15 +92,15 @@ def test_crops_train_on_varied_clips(recipe, tmp_path):
 def test_the_best_weights_are_kept(recipe, tmp_path, monkeypatch):
     out, figures = tmp_path / "run", iter([11.0, 13.0, 12.0])
     saved = []
-    real = train_tokenizer.validate
+    real = TokenizerValidation.reconstruct
 
-    def validate(trainer, model, *rest):
-        result = real(trainer, model, *rest)
+    def reconstruct(self, engine, model):
+        result = real(self, engine, model)
         result.metrics["psnr"] = next(figures)
         saved.append({name: value.clone() for name, value in model.state_dict().items()})
         return result
 
-    monkeypatch.setattr(train_tokenizer, "validate", validate)
+    monkeypatch.setattr(TokenizerValidation, "reconstruct", reconstruct)
     report = main(["--recipe", str(recipe), "--out", str(out), "--eval-every", "2", "--keep-best"])
     assert report["best"]["psnr"] == 13.0 and report["best"]["step"] == 4 and report["psnr"] == 12.0
     kept = LarpTokenizer.from_pretrained(out / "model").state_dict()
@@ -108,7 +109,6 @@ def test_the_best_weights_are_kept(recipe, tmp_path, monkeypatch):
 
 
 def test_figures_with_lpips_stand_above_those_without():
-    quality = train_tokenizer.quality
     assert quality({"psnr": 20.0}) < quality({"psnr": 21.0}) < quality({"psnr": 20.0, "lpips": 0.5})
     assert quality({"psnr": 25.0, "lpips": 0.3}) < quality({"psnr": 20.0, "lpips": 0.2})
     assert quality({"psnr": 25.0, "ema_psnr": 1.0}) < quality({"psnr": 2.0})
