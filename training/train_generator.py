@@ -76,7 +76,9 @@ class Trainer:
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` (by default the program's own) and return the report; ValueError for mistakes of the user."""
     argv = sys.argv[1:] if argv is None else argv
-    config, recipe = parse(TrainGeneratorConfig, argv, RECIPES, "train_generator.py")
+    config, recipe = parse(
+        TrainGeneratorConfig, argv, RECIPES, "train_generator.py", adjust=TrainGeneratorConfig.adjusted
+    )
     return train(config, recipe)
 
 

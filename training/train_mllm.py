@@ -44,7 +44,9 @@ RECIPES = Path(__file__).parent / "recipes"
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train as the command line says and return the report; ValueError for bad input."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    config, recipe = parse(TrainMllmConfig, argv, RECIPES, "train_mllm.py", default_recipe(argv))
+    config, recipe = parse(
+        TrainMllmConfig, argv, RECIPES, "train_mllm.py", default_recipe(argv), TrainMllmConfig.adjusted
+    )
     ranks = start(config.seed)
     try:
         return fit(config, recipe, ranks)

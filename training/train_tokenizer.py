@@ -94,7 +94,9 @@ class Trainer:
 def main(argv: list[str] | None = None) -> dict:
     """Parse the command line, train, save the model, and return the report; ValueError for mistakes of the user."""
     argv = sys.argv[1:] if argv is None else argv
-    config, recipe = parse(TrainTokenizerConfig, argv, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE)
+    config, recipe = parse(
+        TrainTokenizerConfig, argv, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE, TrainTokenizerConfig.adjusted
+    )
     ranks = backend.start(config.seed)
     check_run(config)  # before videos are rendered or listed
     if ranks.is_main and recipe == DEFAULT_RECIPE and config.data.startswith("shapes:"):

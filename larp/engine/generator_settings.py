@@ -1,13 +1,17 @@
 """The options of training/train_generator.py: the docstring under a field is its text in `--help`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.engine.settings import EngineConfig
 from larp.models.generator import Task
+
+DEFAULT_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -112,9 +116,18 @@ class TrainGeneratorConfig:
         """The given frames of a clip; 0 where the task has none."""
         return self.condition_frames if self.task == "frame-prediction" else 0
 
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainGeneratorConfig":
+        """This recipe for the length that was `typed`: a shorter run has a shorter warm-up."""
+        steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
+        if steps is not None and self.epochs is not None and "epochs" not in typed:
+            optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
+            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
+        config = shorten(self, ("optimizer.warmup",), steps, self.steps or DEFAULT_STEPS, typed)
+        return shorten(config, ("optimizer.warmup", "optimizer.warmup_epochs"), epochs, self.epochs, typed)
+
     def in_steps(self, clips: int) -> "TrainGeneratorConfig":
         """The same config with the length of the run in steps, for epochs of so many clips."""
         if self.steps is not None:
             return self
-        steps = 1000 if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
+        steps = DEFAULT_STEPS if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
         return replace(self, steps=steps, epochs=None)

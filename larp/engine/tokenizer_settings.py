@@ -1,17 +1,21 @@
 """The options of training/train_tokenizer.py: the docstring under a field is its text in `--help`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.config import to_dict
 from larp.engine.adversary import AdversaryConfig
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.schedules import ramp
 from larp.engine.settings import EngineConfig
 from larp.models.objective import LossConfig
 from larp.models.tokenizer_config import TokenizerConfig
+
+DEFAULT_STEPS = 150_000
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,21 @@ class TrainTokenizerConfig:
         if start is not None and not (0 < start < math.inf and 0 < self.temperature_ramp <= 1):
             raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
 
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainTokenizerConfig":
+        """This recipe for the length that was `typed`: a shorter run has a shorter warm-up, and its losses begin earlier."""
+        steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
+        if steps is not None and self.epochs is not None and "epochs" not in typed:
+            optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
+            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
+        counts = ("optimizer.warmup", "loss.lpips_start", "loss.gan_start")
+        config = shorten(self, counts, steps, self.steps or DEFAULT_STEPS, typed)
+        return shorten(config, (*counts, "optimizer.warmup_epochs"), epochs, self.epochs, typed)
+
     def in_steps(self, videos: int) -> "TrainTokenizerConfig":
         """The same config with the length of the run in steps, for a training set of so many videos."""
         steps = self.steps
         if steps is None:
-            steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+            steps = DEFAULT_STEPS if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
         if self.continuous and self.start_from is None and not round(self.continuous * steps):
             raise ValueError(
                 f"continuous = {self.continuous} of {steps} steps is less than one: train longer, or set it to 0"

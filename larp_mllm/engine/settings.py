@@ -1,11 +1,13 @@
 """The options of training/train_mllm.py: the docstring under a field is its text in `--help`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number
 from larp.engine.settings import EngineConfig
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.engine.samples import SamplingConfig
@@ -111,6 +113,11 @@ class TrainMllmConfig:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a positive number, got {self.fps}")
+
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainMllmConfig":
+        """This recipe for the lengths of the stages that were `typed`: a shorter stage has a shorter warm-up."""
+        config = shorten(self, ("align.warmup",), typed_number(typed, "align.steps"), self.align.steps, typed)
+        return shorten(config, ("joint.warmup",), typed_number(typed, "joint.steps"), self.joint.steps, typed)
 
     @property
     def token_folder(self) -> Path | None:
