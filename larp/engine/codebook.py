@@ -11,6 +11,8 @@ from larp.models.tokenizer import TokenizerOutput
 import torch
 import torch.nn.functional as F
 
+_RESETTER = "keeper"  # the name in checkpoints, which those of earlier versions have as well
+
 
 class CodebookTracker:
     """Counts the codes that a tokenizer samples, and resets unused ones to recent latents.
@@ -64,11 +66,11 @@ class CodebookTracker:
     def state_dict(self) -> dict:
         """Return what a checkpoint holds of the codes, the counts of all processes summed. Collective."""
         resetter = {} if self.resetter is None else self.resetter.state_dict()
-        return {"resetter": resetter, "counts": reduce_sum(self.counts).cpu()}
+        return {_RESETTER: resetter, "counts": reduce_sum(self.counts).cpu()}
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` returned; the first process takes the counts of all."""
         if self.engine.ranks.is_main:
             self.counts.copy_(state["counts"])
         if self.resetter is not None:
-            self.resetter.load_state_dict(state["resetter"])
+            self.resetter.load_state_dict(state[_RESETTER])

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from larp.engine import clock
+from larp.engine.checkpoint import newest_state
 from larp.hub import EMA
 from larp.metrics.lpips import Lpips
 from larp.metrics.validation import TokenizerValidation, quality
@@ -108,6 +109,30 @@ def test_the_best_weights_are_kept(recipe, tmp_path, monkeypatch):
     assert not all(torch.equal(kept[name], value) for name, value in saved[2].items())
 
 
+def test_a_run_killed_after_a_validation_goes_on_with_its_best_weights(recipe, tmp_path, monkeypatch):
+    """The checkpoint of a step holds the `best` of the validation at that step, so that no worse weights replace these later."""
+    out, figures = tmp_path / "run", iter([13.0, 12.0])
+    real = TokenizerValidation.reconstruct
+
+    def reconstruct(self, engine, model):
+        result = real(self, engine, model)
+        result.metrics["psnr"] = next(figures)
+        return result
+
+    monkeypatch.setattr(TokenizerValidation, "reconstruct", reconstruct)
+    options = ["--recipe", str(recipe), "--out", str(out), "--eval-every", "3", "--save-every", "3", "--keep-best"]
+    with monkeypatch.context() as patch:
+        killed = iter([False, True])  # before the checkpoint of step 6 is written
+        save = train_tokenizer.save_training
+        patch.setattr(train_tokenizer, "save_training", lambda *a, **k: (next(killed) and 1 / 0) or save(*a, **k))
+        with pytest.raises(ZeroDivisionError):
+            main(options)
+    state = newest_state(out)
+    assert (state.step, state.extra["best"]["step"], state.extra["best"]["psnr"]) == (3, 3, 13.0)
+    figures = iter([12.0])
+    assert main([*options, "--resume"])["best"]["step"] == 3
+
+
 def test_figures_with_lpips_stand_above_those_without():
     assert quality({"psnr": 20.0}) < quality({"psnr": 21.0}) < quality({"psnr": 20.0, "lpips": 0.5})
     assert quality({"psnr": 25.0, "lpips": 0.3}) < quality({"psnr": 20.0, "lpips": 0.2})
@@ -165,7 +190,7 @@ def test_mistakes_are_named(recipe, tmp_path, options, message, capsys):
 
 
 def test_a_loss_that_is_never_reached_is_noted(recipe, tmp_path, capsys):
-    options = ["--steps", "3", "--loss.lpips-start", "9", "--loss.lpips-frames", "17"]
+    options = ["--steps", "3", "--loss.gan-start", "3", "--loss.lpips-start", "9", "--loss.lpips-frames", "17"]
     main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), *options])
     said = capsys.readouterr().out
     assert "note: loss.gan_start = 3 is not reached in 3 steps: the run trains without loss.gan\n" in said
