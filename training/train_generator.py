@@ -135,7 +135,7 @@ def open_samples(
     shape: GeneratorConfig,
     ranks: Ranks,
 ) -> Samples | None:
-    """Make ready what is sampled on the way; None if nothing is, or its tokenizer is gone. It samples random numbers."""
+    """Make ready what is sampled on the way; None if nothing is, or its tokenizer is gone. Uses random numbers."""
     if config.sampling.clips == 0 or not (tokenizer := tokenizer or tokenizer_of(held_out, ranks)):
         return None
     sampling = config.sampling.resolve(GUIDANCE if config.dropped else 1.0)
@@ -144,7 +144,7 @@ def open_samples(
 
 def build_model(config: TrainGeneratorConfig, source: CachedCodes | LiveCodes) -> LarpGenerator:
     """Build the generator for the codes and classes of the training data."""
-    # Whatever was loaded and extracted before: the same seed begins with the same weights.
+    # The same seed begins with the same weights, whatever was loaded or extracted before.
     torch.manual_seed(config.seed)
     classes = source.classes if config.task == "class" else ()
     shape = GeneratorConfig.of_size(
@@ -154,7 +154,7 @@ def build_model(config: TrainGeneratorConfig, source: CachedCodes | LiveCodes) -
     )  # fmt: skip
     model = LarpGenerator(shape)
     if config.start_from is not None:
-        # Codes of a tokenizer that was trained on mean nearly the same.
+        # A tokenizer that was trained further has another hash, but nearly the same codes.
         take_weights(model, config.start_from, free=("dropout", "tokenizer_hash"))
     return model
 
@@ -177,7 +177,7 @@ def make_generator_engine(
 
 
 def loop(trainer: Trainer, log: RunLog) -> bool:
-    """Train to the end of the clock; False if asked to stop before, with all saved."""
+    """Train to the end of the clock; False if the run was asked to stop before. Collective."""
     config, engine, clock = trainer.config, trainer.engine, trainer.clock
     values: list[dict[str, Tensor]] = []
     while not clock.done:
@@ -196,7 +196,7 @@ def loop(trainer: Trainer, log: RunLog) -> bool:
             values = []
         log.progress(step)
         stop = backend.stop_requested()
-        # After the validation of the step, so that `best` and model/ belong together.
+        # After the validation of the step, whose `best` belongs to model/.
         if stop or last or clock.due(config.save_every):
             save_training(config, clock, trainer.engines, trainer.identity, extra=trainer.best)
         if stop and not last:
@@ -207,9 +207,9 @@ def loop(trainer: Trainer, log: RunLog) -> bool:
 def micro_batches(
     source: CachedCodes | LiveCodes, engine: Engine, config: TrainGeneratorConfig
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield this rank's (codes (b, N), condition) of the coming step, some of them without their condition.
+    """Yield this rank's (codes (b, N), condition) of the next step; some conditions are replaced by the unconditional one.
 
-    Rows, and the conditions that are dropped, depend on the seed and the position in the global batch only.
+    Rows, and which conditions are dropped, depend only on the seed and the position in the global batch.
     """
     step = engine.step_count
     for offset, codes, condition in source.step(step):
@@ -235,7 +235,7 @@ def train_step(engine: Engine, batches: Iterable[tuple[Tensor, Tensor]]) -> dict
 
 
 def mean_of(steps: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Return the means over steps and processes; read here alone, since a step that waits for its loss would keep a GPU idle."""
+    """Return the means over steps and processes. Reading every loss at its step instead would make a GPU wait. Collective."""
     columns = {name: torch.stack([values[name] for values in steps]).tolist() for name in steps[0]}
     return backend.reduce_mean({name: sum(column) / len(column) for name, column in columns.items()})
 
@@ -256,7 +256,7 @@ def validate(engine: Engine, cache: TokenCache, config: TrainGeneratorConfig) ->
 
 
 def bits(scores: dict[str, float]) -> float:
-    """How bad weights are: bits per held-out code, of the averaged ones where there are any; infinite before a validation."""
+    """Return bits per held-out code, of the averaged weights where there are any; infinity before a validation."""
     return scores.get("ema_bits_per_token", scores.get("bits_per_token", math.inf))
 
 
@@ -276,7 +276,7 @@ def save_model(engine: Engine, folder: Path) -> None:
 def finish(trainer: Trainer, report: dict, began: float) -> None:
     """Sample from the model that the run leaves, and write and print its report. Collective."""
     config, best, ranks = trainer.config, trainer.best, trainer.engine.ranks
-    # An average still lags behind where steps were few.
+    # After few steps the average is still behind the weights.
     variant = EMA if best.get("ema_bits_per_token", math.inf) < best["bits_per_token"] else None
     model = LarpGenerator.from_pretrained(config.out / "model", device=ranks.device, variant=variant)
     report["samples"] = trainer.samples and trainer.samples.write_gallery(model, config.out / "samples")

@@ -55,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def default_recipe(argv: Sequence[str]) -> str | None:
-    """mllm-shapes32, whose rates suit a base from scratch, unless the command line names a pretrained base."""
+    """Return mllm-shapes32, whose learning rates suit a base from scratch; None if the command line names a pretrained base."""
     named = re.search(r"--base[= ](\S+)", " ".join(argv))
     return "mllm-shapes32" if named is None or is_tiny(named[1]) else None
 
 
 def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
-    """The whole run: data, model, stages, evaluation, samples, report."""
-    logging.disable_progress_bar()  # over reading and writing weights: the run has one of its own
+    """Open data and model, train the stages, evaluate, and return the report; of a stopped run, where it stopped."""
+    logging.disable_progress_bar()  # of reading and writing weights
     check_run(config)
     plan = stages(config.align, config.joint)
     if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last, config.minutes))) is not None:
@@ -79,7 +79,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     run = StagedRun(config, ranks, plan, videos, corpus, mix, stage, Clock(plan[-1].last, config.minutes))
     text = {"data": corpus.held_out_text_name, "before": evaluate_text(mllm, corpus, config, ranks)}
     run.begin(mllm)
-    del mllm  # of which a later stage must not find a second copy in memory
+    del mllm  # so that a later stage has no second copy of the base in memory
     resume(run, {"recipe": recipe, **to_dict(config)})
     with open_log(config, ranks, run.clock, ("video_bits", "video_accuracy", "text_nll")) as log:
         log_setup(run, text, log)
@@ -93,7 +93,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
 
 
 def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm) -> Corpus:
-    """All data as sequences for this model."""
+    """Open all data as sequences of ids for this model."""
     return open_corpus(
         videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, tasks=config.tasks,
         records=config.records, data_root=config.data_root, allow_outside=config.allow_outside,
@@ -103,7 +103,7 @@ def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm) -> Corpus:
 
 
 def resume(run: StagedRun, options: dict) -> None:
-    """Open the run folder and go on from its newest checkpoint, where there is one."""
+    """Open the run folder, and with --resume go on from its newest checkpoint. Collective."""
     config = run.config
     state = open_training(config, options, run.clock, {"model": run.engine}, run.identity)
     if state is not None:
@@ -126,10 +126,10 @@ def log_setup(run: StagedRun, text: dict, log: RunLog) -> None:
 
 
 def loop(run: StagedRun, log: RunLog) -> bool:
-    """Train to the last step of the stage, which is always saved; True if asked to stop before the run's end.
+    """Train to the last step of the stage, which is always saved; True if the run was asked to stop before its end. Collective.
 
-    The position in the data is the step alone. Asked to stop at the last step of all, the run goes on to its end: what is
-    left takes little, and killed in it, `--resume` repeats that and trains nothing.
+    The step alone decides which data it trains on. A run that is asked to stop at its very last step goes on to evaluation
+    and report; if it is killed there, `--resume` repeats these and trains nothing.
     """
     config, engine, clock = run.config, run.engine, run.clock
     sums = torch.zeros(len(TALLY), dtype=torch.float64, device=run.ranks.device)
@@ -154,7 +154,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
 
 
 def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
-    """One optimizer step on a global batch, of which this rank takes its rows; returns the sums named in TALLY."""
+    """Train one step on a global batch, of which this rank takes its rows; return the sums named in TALLY, float64 (6,)."""
     parts = config.engine.accumulation
     rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.

@@ -8,14 +8,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
-from larp.data.listing import NoSplitError
 from larp.data.loader import ClipLoader
 from larp.data.resident import ResidentClips
 from larp.engine import backend
@@ -33,7 +32,7 @@ from larp.engine.tokenizer_settings import TrainTokenizerConfig
 from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.reconstruction import ValidationMetrics
-from larp.metrics.validation import TokenizerValidation, quality
+from larp.metrics.validation import TokenizerValidation, open_validation, quality
 from larp.metrics.weights import WeightsMissing
 from larp.models.noise import BatchNoise
 from larp.models.objective import tokenizer_loss
@@ -68,22 +67,17 @@ class Trainer:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """In the order in which they are saved: the tokenizer is the commit."""
+        """By name, in the order in which they are saved: the tokenizer last."""
         return ({"discriminator": self.adversary.engine} if self.adversary else {}) | {"tokenizer": self.tokenizer}
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds beside the engines. Collective."""
         adversary = self.adversary.state_dict() if self.adversary else {}
-        return {
-            "adversary": adversary,
-            **self.codes.state_dict(),
-            "best": self.best,
-            "quantizing": self.quantizing,
-        }
+        return {"adversary": adversary, "best": self.best, "quantizing": self.quantizing, **self.codes.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` returned, after the engines."""
-        # Runs of earlier versions kept neither.
+        # Checkpoints of earlier versions hold neither.
         self.quantizing = state.get("quantizing", self.tokenizer.step_count > self.config.quantized_from)
         self.best = state.get("best", {})
         if self.adversary is not None:
@@ -98,39 +92,25 @@ def main(argv: list[str] | None = None) -> dict:
         TrainTokenizerConfig, argv, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE, TrainTokenizerConfig.adjusted
     )
     ranks = backend.start(config.seed)
-    check_run(config)  # before videos are rendered or listed
-    if ranks.is_main and recipe == DEFAULT_RECIPE and config.data.startswith("shapes:"):
-        print(
-            f"recipe {recipe}: a tiny tokenizer on the built-in videos. For real data: "
-            "--recipe tokenizer-ucf64 --data ucf101:/path/to/UCF101 (recipes: training/recipes)"
-        )
-    train = open_videos(config.data, "train")
-    test = open_validation(config)
-    config = config.in_steps(len(train))
-    trainer = build(config, ranks, len(train))
-    report = fit(trainer, train, test)
-    if "stopped_at" not in report and ranks.is_main:
-        folder = config.out / "model" if config.keep_best else save_model(trainer)
-        if config.keep_best:
-            report["best"] = trainer.best
-        write_json(config.out / "report.json", report)
-        print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")
-    # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
-    backend.barrier()
-    backend.finish()
-    return report
+    try:
+        check_run(config)  # before videos are rendered or listed
+        if ranks.is_main and recipe == DEFAULT_RECIPE and config.data.startswith("shapes:"):
+            print(
+                f"recipe {recipe}: a tiny tokenizer on the built-in videos. For real data: "
+                "--recipe tokenizer-ucf64 --data ucf101:/path/to/UCF101 (recipes: training/recipes)"
+            )
+        train = open_videos(config.data, "train")
+        test = open_validation(config.eval_data or config.data, config.keep_best)
+        config = config.in_steps(len(train))
+        report = fit(build(config, ranks, len(train)), train, test)
+        # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
+        backend.barrier()
+        return report
+    finally:
+        backend.finish()
 
 
 # --------------------------------------------------------------------------------------------------------- data and model
-
-
-def open_validation(config: TrainTokenizerConfig) -> VideoSet:
-    """List the test split; with `keep_best` the validation split, if the data have one, since it chooses the weights."""
-    data = config.eval_data or config.data
-    if config.keep_best:
-        with suppress(NoSplitError):
-            return open_videos(data, "validation")
-    return open_videos(data, "test")
 
 
 def open_loader(config: TrainTokenizerConfig, train: VideoSet, shape: ClipShape, ranks: Ranks) -> ClipLoader:
@@ -144,7 +124,7 @@ def open_loader(config: TrainTokenizerConfig, train: VideoSet, shape: ClipShape,
 
 
 def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
-    """Make the models, optimizers and engines of a run on so many training videos."""
+    """Build models, optimizers and engines for a run on so many training videos."""
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     if config.start_from is not None:
@@ -170,7 +150,7 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
 
 
 def load_lpips() -> lpips.Lpips:
-    """LPIPS with its published weights; ValueError that names the files and the way out, since a run without is another run."""
+    """Load LPIPS with its published weights. ValueError if they are missing: training without LPIPS must be asked for."""
     try:
         return lpips.Lpips.load()
     except WeightsMissing as error:
@@ -181,9 +161,9 @@ def load_lpips() -> lpips.Lpips:
 
 
 def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
-    """Train to the end (or until told to stop), validating and saving on the way; return the report."""
-    config, c, clock = trainer.config, trainer.config.model, trainer.clock
-    shape = ClipShape(c.num_frames, c.height, c.width, config.stride)
+    """Train, save the model, and return the report, which also lies in the run folder; of a stopped run, where it stopped."""
+    config, clock = trainer.config, trainer.clock
+    shape = ClipShape(*config.model.clip_shape, config.stride)
     validation = TokenizerValidation(test, shape, config.eval_clips, config.workers, trainer.metrics)
     validation.check_readable()
     loader = open_loader(config, train, shape, trainer.ranks)
@@ -200,17 +180,24 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         skipped = sorted({tuple(entry) for entries in backend.gather_objects(loader.skipped) for entry in entries})
         for name, reason in skipped:
             log.say(f"skipped {name}: {reason}")
-    return report | {
+    report |= {
         "steps": clock.step,
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(time.process_time(), 1),
         "skipped_videos": len(skipped),
         "skipped_updates": trainer.tokenizer.skipped_count,
     }
+    if config.keep_best:
+        report["best"] = trainer.best
+    if trainer.ranks.is_main:
+        folder = config.out / "model" if config.keep_best else save_model(trainer)
+        write_json(config.out / "report.json", report)
+        print(f"wrote {folder}, {config.out / 'report.json'} and pictures in {config.out / 'samples'}")
+    return report
 
 
 def loop(trainer: Trainer, loader: ClipLoader, validation: TokenizerValidation, log: RunLog) -> dict | None:
-    """Train to the end of the clock and return the last validation; None if asked to stop before, with all saved."""
+    """Train to the end of the clock and return the figures of the last validation; None if the run was asked to stop before."""
     config, clock, report = trainer.config, trainer.clock, None
     batches = iter(loader)
     trainer.tokenizer.module.train()
@@ -226,17 +213,17 @@ def loop(trainer: Trainer, loader: ClipLoader, validation: TokenizerValidation, 
         stop = step % 10 == 0 and backend.stop_requested()
         if last or (clock.due(config.eval_every) and not stop):
             report = check(trainer, validation, log)
-        # After the validation of the step, so that `best` and model/ belong together.
+        # After the validation of the step, whose `best` belongs to model/.
         if stop or last or clock.due(config.save_every):
             save_training(config, clock, trainer.engines, config.identity, loader.state_dict(), trainer.state_dict())
         if stop and not last:
             return None
-    # A run that was resumed at its end has trained nothing, and validates again.
+    # A run that is resumed at its end trains nothing, and validates again.
     return check(trainer, validation, log) if report is None else report
 
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
-    """Run one step, of one global batch in micro batches, and return its losses by name (means over this process)."""
+    """Train one step, on one global batch in micro batches; return its losses by name, means over this process."""
     config, place = trainer.config, trainer.clock.position
     quantize = place >= config.quantized_from
     if quantize and config.quantized_from and not trainer.quantizing:
@@ -254,7 +241,7 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
 
 
 def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str, Tensor]:
-    """Train tokenizer and discriminator on one micro batch; return its losses by name."""
+    """Train tokenizer and discriminator on one micro batch; return its losses by name. quantize: with the quantizer."""
     config, engine, place = trainer.config, trainer.tokenizer, trainer.clock.position
     step = engine.step_count
     adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(place) else None
@@ -281,7 +268,10 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
 
 
 def check(trainer: Trainer, validation: TokenizerValidation, log: RunLog) -> dict[str, float]:
-    """Validate on the main process, and save the model if it is the best so far; return the figures, none elsewhere. Collective."""
+    """Validate on the main process, and with `keep_best` save the model if it is the best so far. Collective.
+
+    Returns the figures on the main process, and an empty dict on the others.
+    """
     figures: dict[str, float] = {}
     if trainer.ranks.is_main:
         step = trainer.clock.step
@@ -304,7 +294,7 @@ def save_model(trainer: Trainer) -> Path:
 
 
 def log_setup(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) -> None:
-    """Say what is about to be trained, and on what."""
+    """Log what is about to be trained, and on what."""
     model = trainer.tokenizer.module
     prior = sum(p.numel() for p in model.prior.parameters()) if model.prior is not None else 0
     epochs = trainer.config.steps * trainer.config.batch_size / len(train)

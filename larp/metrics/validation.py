@@ -1,10 +1,12 @@
 """The validation of a tokenizer in training: the same clips each time, by the weights of the moment and by their average."""
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from larp.data.clips import ClipShape
-from larp.data.datasets import VideoSet, evenly_spaced
+from larp.data.datasets import VideoSet, evenly_spaced, open_videos
+from larp.data.listing import NoSplitError
 from larp.data.loader import iterate_once
 from larp.engine.backend import Engine
 from larp.metrics.reconstruction import Reconstruction, ValidationMetrics, reconstruct
@@ -58,6 +60,14 @@ class TokenizerValidation:
         # Compiled blocks would be compiled again for each size of a validation batch.
         with engine.autocast(), torch.compiler.set_stance("force_eager"):
             return reconstruct(model, batches, device=engine.ranks.device, watch=self.metrics)
+
+
+def open_validation(data: str, chooses: bool) -> VideoSet:
+    """List the test videos of a data spec; if validation `chooses` the weights, those of the validation split, where there is one."""
+    if chooses:
+        with suppress(NoSplitError):
+            return open_videos(data, "validation")
+    return open_videos(data, "test")
 
 
 def quality(figures: dict[str, float]) -> tuple[bool, float]:
