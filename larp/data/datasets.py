@@ -67,13 +67,13 @@ def open_videos(spec: str, split: Split = "train") -> VideoSet:
     return sets[0] if len(sets) == 1 else _merge(sets, spec)
 
 
-# The grammar
-
-
 def evenly_spaced(items: Sequence[T], count: int) -> tuple[T, ...]:
     """Return `count` evenly spaced items, so that a set sorted by class shows every class; all of them if there are fewer."""
-    chosen = range(len(items)) if len(items) <= count else [i * len(items) // count for i in range(count)]
-    return tuple(items[i] for i in chosen)
+    count = min(count, len(items))
+    return tuple(items[i * len(items) // count] for i in range(count))
+
+
+# The grammar
 
 
 def split_specs(spec: str) -> list[str]:
