@@ -11,7 +11,7 @@ import difflib
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -315,13 +315,21 @@ def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(
-    cls: type[Config], argv: Sequence[str], recipes: Path, prog: str, default_recipe: str | None = None
+    cls: type[Config],
+    argv: Sequence[str],
+    recipes: Path,
+    prog: str,
+    default_recipe: str | None = None,
+    adjust: Callable[[Config, dict[str, str]], Config] | None = None,
 ) -> tuple[Config, str | None]:
     """Parse a command line into (a `cls`, the recipe's name or None): default < recipe < command line.
 
     `--recipe NAME` names a recipe in the folder `recipes` or the path of one; the default is `default_recipe`.
     `--local_rank`, which the deepspeed launcher adds, is ignored. Options of groups are written
     `--model.num-tokens 16`; hyphens and underscores are equivalent.
+
+    `adjust` is given the config of defaults and recipe, and the text of each typed option ({"model.num_tokens": "16"}).
+    It returns the config from which the options that were not typed are taken.
 
     An invalid value on the command line ends the program with a message (exit code 2), `--help` with exit code 0.
     Raises ConfigError for an invalid recipe.
@@ -332,6 +340,8 @@ def parse(
     rest, _ = _take_option(rest, ("--local_rank", "--local-rank"))
     recipe = recipe or default_recipe
     start = _start_config(cls, recipe, recipes)
+    if adjust is not None:
+        start = adjust(start, _typed(rest))
     available = ", ".join(sorted(path.stem for path in recipes.glob("*.toml"))) or "none"
     used = f" The values below are those of the recipe '{recipe}'." if recipe else ""
     summary = (
@@ -351,6 +361,16 @@ def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Confi
         where = str(path)
         converted = _merge(converted, _convert_group(cls, values, where, prefix=""))
     return _build(cls, converted, dataclasses.MISSING, where, prefix="")
+
+
+def _typed(argv: Sequence[str]) -> dict[str, str]:
+    """Return the text of each typed option by its name with underscores; "" if it has none. The last one wins."""
+    typed = {}
+    for item, following in zip(argv, [*argv, "--"][1:], strict=True):
+        if item.startswith("--"):
+            name, equals, attached = item.removeprefix("--").partition("=")
+            typed[name.replace("-", "_")] = attached if equals else "" if following.startswith("--") else following
+    return typed
 
 
 def _take_option(argv: list[str], names: Sequence[str]) -> tuple[list[str], str | None]:

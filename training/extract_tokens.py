@@ -37,21 +37,20 @@ class ExtractTokensConfig:
     out: Path = Path("runs/tokens")
     """Folder of the cache."""
     windows: int = 1
-    """Clips of a video at most; they never overlap and are evenly spaced, one lies in the middle."""
+    """Most clips of a video. They never overlap and are evenly spaced; one lies in the middle."""
     hop: int | None = None
-    """Frames of a video from the start of one clip to the start of the next, the first at frame 0, in place of even spacing."""
+    """Frames from the start of one clip to the start of the next, the first at frame 0, in place of even spacing."""
     stride: int = 1
     """Every n-th frame of a video is a frame of a clip."""
     flips: bool = False
     """Encode every clip mirrored as well; the language model is taught captions with left and right changed where these are
     directions, by a rule that knows the usual phrases."""
     condition_frames: int = 0
-    """For frame prediction: how many first frames of a clip are given, 1 to T - 1 (the paper: 5); their codes are stored
-    beside."""
+    """For frame prediction: number of given frames at the start of a clip, 1 to T - 1 (5 in the paper). Their codes are stored as well."""
     batch_size: int | None = None
-    """Clips in one pass of the tokenizer; by default 16, and 64 on a GPU."""
+    """Clips in one pass of the tokenizer; by default 16 on a CPU and 64 on a GPU."""
     workers: int = 2
-    """Threads that decode videos, for each process; 0: none, decoding and encoding take turns."""
+    """Threads of each process that decode videos; with 0, decoding and encoding take turns."""
 
 
 def main(argv: list[str] | None = None) -> TokenCache:
@@ -95,7 +94,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
 
 
 def report(cache: TokenCache, folder: Path) -> None:
-    """Print what a cache holds, and which videos are missing from it and why."""
+    """Print what a cache holds, and which videos were skipped and why."""
     used = len(cache.codes.unique())
     print(f"{folder}: {len(cache)} clips of {len(set(cache.names))} videos, {cache.num_tokens} codes each; ", end="")
     print(f"{used} of {cache.codebook_size} codes are in use; {cache.frame_rate(math.nan):g} frames per second")

@@ -2,7 +2,7 @@
 
     make quickstart            (or: python training/quickstart.py [--out runs/quickstart] [--prompt "..."])
 
-Runs the commands that a user would type, and says them. A stage that finished is not run again: `make quickstart` after an
+Prints and runs the commands that a user would type. A stage that has finished is not run again: `make quickstart` after an
 interruption goes on where it stopped. --fresh starts anew.
 """
 
@@ -25,7 +25,7 @@ PROMPT = "a red circle moving left"
 
 
 def main() -> None:
-    """Run the stages, then say what came of them."""
+    """Run the stages, then print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
     parser.add_argument("--prompt", default=PROMPT, help="what to generate at the end")
@@ -95,7 +95,7 @@ def typed(prompt: str, model: Path, video: Path, sheet: Path) -> str:
 
 
 class Stages:
-    """Runs commands one after the other, remembers which ended well and how many seconds each took."""
+    """Runs commands one after the other, and records which succeeded and the seconds that each took."""
 
     def __init__(self, out: Path):
         self.file = out / "stages.json"
@@ -103,7 +103,7 @@ class Stages:
         self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
     def run(self, name: str, command: list, always: bool = False) -> None:
-        """Run a stage unless it is done; on failure say how to go on and end with its exit status."""
+        """Run a stage unless it is done; if it fails, say how to go on and exit with its status."""
         if name in self.seconds and not always:
             print(f"== {name}: done before, in {self.seconds[name]:.0f} s")
             return

@@ -17,9 +17,10 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from larp.data import shapes
 from larp.data.kinetics import read_kinetics
@@ -49,6 +50,8 @@ _SPLITS = ("train", "validation", "test")
 _UCF101 = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}
 """Videos of the published train and test lists, by fold."""
 
+T = TypeVar("T")
+
 
 def open_videos(spec: str, split: Split = "train") -> VideoSet:
     """List the videos of a spec that belong to a split; labels mean the same class in every split.
@@ -62,6 +65,12 @@ def open_videos(spec: str, split: Split = "train") -> VideoSet:
         raise DataError(f"unknown split {split!r}; choose train, test or all, or validation where the data have it")
     sets = [_open_one(part, split) for part in split_specs(spec)]
     return sets[0] if len(sets) == 1 else _merge(sets, spec)
+
+
+def evenly_spaced(items: Sequence[T], count: int) -> tuple[T, ...]:
+    """Return `count` evenly spaced items, so that a set sorted by class shows every class; all of them if there are fewer."""
+    count = min(count, len(items))
+    return tuple(items[i * len(items) // count] for i in range(count))
 
 
 # The grammar

@@ -3,12 +3,13 @@
 Shapes: B batch, T frames, H, W pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from larp.engine import backend
-from larp.engine.backend import Engine
+from larp.engine.backend import Engine, Ranks
+from larp.engine.settings import EngineConfig
 from larp.models.discriminator import Discriminator, DiscriminatorConfig
 from larp.models.losses import (
     LeCam,
@@ -112,3 +113,26 @@ class Adversary:
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Take up a `state_dict`."""
         self.lecam.real, self.lecam.fake = state["lecam_real"], state["lecam_fake"]
+
+
+def open_adversary(
+    config: AdversaryConfig,
+    weights: LossConfig,
+    model: TokenizerConfig,
+    lr_factor: Callable[[int], float],
+    engine: EngineConfig,
+    batch_size: int,
+    ranks: Ranks,
+) -> Adversary | None:
+    """Build the discriminator for the clips of a tokenizer in its engine; None if its loss has no weight.
+
+    lr_factor: factor on its learning rate at each of its own steps. engine, batch_size, ranks: as for the tokenizer.
+    """
+    if weights.gan == 0:
+        return None
+    discriminator = Discriminator(config.discriminator(model)).to(ranks.device)
+    optimizer = torch.optim.Adam(discriminator.parameters(), lr=config.lr, betas=(0.5, 0.9))
+    made = backend.make_engine(
+        discriminator, optimizer, lr_factor, engine, batch_size, ranks, name="discriminator", max_zero_stage=2
+    )
+    return Adversary(made, weights)

@@ -1,4 +1,4 @@
-"""Where a run stands on its schedules: by steps, or by the share of its minutes that has passed.
+"""The position of a run on its schedules: by steps, or by the share of its minutes that has passed.
 
     clock = Clock(steps=3600, minutes=10)
     while not clock.done:
@@ -7,8 +7,8 @@
         if clock.due(1200):       # after every 1200 steps of the schedule: here every 200 seconds
             ...
 
-A recipe is written in steps. With `minutes` the same recipe keeps its shape: what it does at step 900 of 3600 is done after a
-quarter of the time, however many steps the machine has made by then.
+A recipe is written in steps. With `minutes` it keeps its shape: what it does at step 900 of 3600 is done after a quarter of the time,
+however many steps the machine has done by then.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from larp.engine import distributed as ranks
 
 
 class Clock:
-    """The length of a run and the place reached, the same on all ranks.
+    """The length of a run and the position that it has reached, the same on all ranks.
 
     Args:
         steps: length of the schedules; without minutes, of the run itself.
-        minutes: length of the run in time, validation and saving on the way included; None counts steps.
+        minutes: length of the run in time, including validation and saving between steps; None counts steps.
 
-    step: steps done. position: place on the schedule, in steps of the schedule: `step` itself without minutes. before: the same
-    before the last step.
+    step: steps done. position: on the schedule, in steps of the schedule; without minutes it is `step`. before: the position before
+    the last step.
     Raises ValueError for minutes that are not positive and finite.
     """
 
@@ -43,7 +43,7 @@ class Clock:
     def start(self, step: int = 0, elapsed: float = 0.0) -> None:
         """Begin to count, or go on after so many steps and seconds.
 
-        What was before it (reading data, building) costs no time, and neither does the first step, in which models are compiled.
+        The time before this call is not counted, and neither is the first step, in which models are compiled.
         """
         self.step, self._elapsed, self._since, self._first = step, elapsed, time.monotonic(), True
         self.position = self._place()
@@ -51,26 +51,26 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, those before a resumption included."""
+        """Seconds since the start, including those before the run was resumed."""
         return self._elapsed + time.monotonic() - self._since
 
     @property
     def total(self) -> int | None:
-        """Steps of the run; None where its minutes decide."""
+        """Steps of the run; None if its length is in minutes."""
         return self.steps if self.minutes is None else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What a line of the log says of a run in minutes: the place on the schedule, and the minutes so far."""
+        """For the log of a run in minutes: the position on the schedule ("place"), and the minutes so far; else empty."""
         return {} if self.minutes is None else {"place": self.position, "minutes": self.elapsed / 60}
 
     @property
     def done(self) -> bool:
-        """Whether the run has its length."""
+        """Whether the end of the run is reached."""
         return self.position >= self.steps
 
     def advance(self) -> None:
-        """Count a step. Collective where the run has minutes: the first rank's time holds."""
+        """Count a step. Collective if the run has minutes: the time of the first rank counts."""
         self.step += 1
         if self._first:
             self._since, self._first = time.monotonic(), False
@@ -81,9 +81,9 @@ class Clock:
         return self.position // every > self.before // every
 
     def on_schedule(self, factor: Callable[[float], float], first: int = 0) -> Callable[[int], float]:
-        """Return a function of the step, such as a learning-rate factor, that is read at the place on the schedule.
+        """Return `factor`, such as a learning-rate factor, as a function of the step that is evaluated at the position of the clock.
 
-        first: the place that the function counts from, where a run has stages.
+        first: position at which the stage of the factor begins.
         """
         return factor if self.minutes is None else lambda _: factor(max(0.0, self.position - first))
 

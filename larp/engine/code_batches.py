@@ -1,5 +1,7 @@
 """What a generator trains on, step by step: rows of a token cache, or clips that are encoded as they are needed.
 
+`open_data` makes either from the options of training/train_generator.py.
+
 Both know from the number of a step which clips belong to it, so that a resumed run goes on with the same ones.
 
 Shapes: b clips of a micro batch, N codes of a clip.
@@ -9,13 +11,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from larp.data.clips import ClipShape
-from larp.data.datasets import VideoSet
-from larp.data.extraction import live_batches
+from larp.data.datasets import VideoSet, open_videos
+from larp.data.extraction import extract_tokens, live_batches
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import TokenCache, batch_rows, token_key
-from larp.engine.distributed import Ranks
+from larp.engine.distributed import Ranks, barrier
+from larp.engine.generator_settings import TrainGeneratorConfig
+from larp.engine.settings import micro_batch
+from larp.models.tokenizer import LarpTokenizer
 
 from torch import Tensor
+
+SHARED = ("tokenizer", "num_tokens", "codebook_size", "frames", "stride", "condition_frames", "code_version")
+"""What of the training data's key the held-out clips must share."""
 
 
 class CodeBatch(NamedTuple):
@@ -126,3 +134,86 @@ class LiveCodes:
         for row in range(0, loader.rank_rows, loader.micro_batch):
             # Cloned, because what comes out of the tokenizer's inference mode cannot take part in a gradient.
             yield CodeBatch(loader.rank_offset + row, *(part.clone() for part in next(self._batches)))
+
+
+def open_data(
+    config: TrainGeneratorConfig, ranks: Ranks
+) -> tuple[CachedCodes | LiveCodes, TokenCache, LarpTokenizer | None]:
+    """Return what to train and to validate on, extracted first if need be, and the tokenizer where that needed it. Collective.
+
+    Raises ValueError if the two do not fit together, or lack what the task needs.
+    """
+    micro = micro_batch(config.batch_size, config.engine.accumulation, ranks)
+    sizes = (config.task, config.batch_size, micro, config.seed, ranks)
+    opened = _open_videos if config.tokens is None else _open_cache
+    source, tokenizer, held_out = opened(config, sizes, ranks)
+    if held_out is None:
+        held_out = TokenCache.open(config.eval_tokens, {name: source.key[name] for name in SHARED})
+    held_out.require(config.task, str(config.eval_tokens or config.eval_data or config.data), source.classes)
+    return source, held_out, tokenizer
+
+
+def _open_cache(
+    config: TrainGeneratorConfig, sizes: tuple, ranks: Ranks
+) -> tuple[CachedCodes, LarpTokenizer | None, TokenCache | None]:
+    """The clips of a token cache, the tokenizer where it is named, and what is held out of the cache, if anything."""
+    if config.eval_tokens is not None and config.eval_tokens.resolve() == config.tokens.resolve():
+        raise ValueError(
+            f"eval_tokens {config.eval_tokens} is the same cache as tokens {config.tokens}, so nothing would be held out:"
+            " give --eval-tokens another, or leave it out"
+        )
+    cache, held_out = TokenCache.open(config.tokens), None
+    tokenizer = cache.load_tokenizer(config.tokenizer, ranks.device) if config.tokenizer else None
+    if config.eval_tokens is None:
+        cache, held_out = cache.hold_out()
+    cache.require(config.task, str(config.tokens))
+    return CachedCodes(cache, *sizes), tokenizer, held_out
+
+
+def _open_videos(
+    config: TrainGeneratorConfig, sizes: tuple, ranks: Ranks
+) -> tuple[CachedCodes | LiveCodes, LarpTokenizer, TokenCache | None]:
+    """The clips of videos, extracted now or encoded at every step, their tokenizer, and held-out ones unless there is a cache."""
+    if not (config.tokenizer and config.data):
+        raise ValueError(
+            "nothing to train on: give --tokens DIR (made by training/extract_tokens.py), or --tokenizer and --data"
+            " to extract tokens first (or, with --live, at every step), for example --tokenizer runs/tokenizer/model"
+            " --data shapes:"
+        )
+    tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device)
+    if config.live:
+        source = LiveCodes(
+            tokenizer, _open_split(config.data, "train", ranks), *sizes, stride=config.stride,
+            flips=config.flips, condition_frames=config.given_frames, workers=config.workers,
+        )  # fmt: skip
+    else:
+        cache = _extract_split(config, tokenizer, config.data, "train", ranks)
+        cache.require(config.task, config.data)
+        source = CachedCodes(cache, *sizes)
+    if config.eval_tokens is not None:
+        return source, tokenizer, None
+    return source, tokenizer, _extract_split(config, tokenizer, config.eval_data or config.data, "test", ranks)
+
+
+def _open_split(data: str, split: str, ranks: Ranks) -> VideoSet:
+    """List the videos of one split of a data spec, and say what is missing."""
+    videos = open_videos(data, split)
+    for note in videos.notes if ranks.is_main else ():
+        print(note)
+    return videos
+
+
+def _extract_split(
+    config: TrainGeneratorConfig, tokenizer: LarpTokenizer, data: str, split: str, ranks: Ranks
+) -> TokenCache:
+    """Extract the tokens of one split of a data spec into the run folder."""
+    folder = config.out / f"tokens-{split}"
+    if ranks.is_main:
+        print(f"tokens of {data} ({split}) go to {folder}; give --tokens to use a cache that is there already")
+    train = split == "train"
+    return extract_tokens(
+        tokenizer, _open_split(data, split, ranks), split, folder,
+        stride=config.stride, windows=config.windows if train else 1, flips=config.flips and train,
+        condition_frames=config.given_frames, workers=config.workers, tokenizer_name=config.tokenizer,
+        rank=ranks.rank, world_size=ranks.world_size, barrier=barrier,
+    )  # fmt: skip

@@ -1,13 +1,17 @@
 """The options of training/train_generator.py: the docstring under a field is its text in `--help`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.engine.settings import EngineConfig
 from larp.models.generator import Task
+
+DEFAULT_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class TrainGeneratorConfig:
     """Train the autoregressive generator on codes."""
 
     task: Task = "class"
-    """class: clips of a class. frame-prediction: clips that go on from given frames."""
+    """class: clips of a class. frame-prediction: clips that continue given frames."""
     tokens: Path | None = None
     """Token cache to train on (training/extract_tokens.py); without it, `tokenizer` and `data` make one in `out`."""
     eval_tokens: Path | None = None
@@ -27,16 +31,16 @@ class TrainGeneratorConfig:
     eval_data: str | None = None
     """Data spec to validate on (its test split); by default that of `data`."""
     live: bool = False
-    """Encode clips of `data` at every step, at random places of the videos, in place of a token cache: other clips in every epoch, for
-    the tokenizer's time. Held-out clips are extracted all the same."""
+    """Encode clips at random places of the videos of `data` at every step, in place of a token cache. Each epoch then has other clips, and
+    each step also takes the time of the tokenizer. Held-out clips are extracted in either case."""
     stride: int = 1
     """When extracting or live: every n-th frame of a video is a frame of the clip."""
     windows: int = 1
-    """When extracting: clips of a video at most."""
+    """When extracting: most clips of a video."""
     flips: bool = False
-    """When extracting: every clip mirrored as well. Live: half of the clips mirrored."""
+    """When extracting: add every clip mirrored. Live: mirror half of the clips."""
     condition_frames: int = 5
-    """When extracting or live, for frame prediction: given frames."""
+    """When extracting or live, for frame prediction: number of given frames."""
     workers: int = 2
     """When extracting or live: threads that decode videos, for each process."""
     out: Path = Path("runs/generator")
@@ -45,21 +49,20 @@ class TrainGeneratorConfig:
     """A row of larp.models.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
     dropout: float = 0.1
     condition_dropout: float | None = None
-    """Share of training clips that are shown without their class or given frames, which guidance needs. By default 0.1 for classes and,
-    as in the paper, 0 for frame prediction, which then has no guidance."""
+    """Share of training clips without their class or given frames, which guidance needs. By default 0.1 for classes and, as in the
+    paper, 0 for frame prediction, which then has no guidance."""
     ema: float = 0.0
-    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count.
-    0: none."""
+    """Decay of an exponential moving average of the weights, saved as model.ema.safetensors; 0 is off. It averages about the last
+    1 / (1 - ema) steps."""
     steps: int | None = None
-    """Optimizer steps; 1000 where `epochs` does not say it."""
+    """Optimizer steps; by default 1000, unless `epochs` is given."""
     epochs: float | None = None
-    """The length of the run in passes over the clips of the cache (live: over the videos), in place of `steps`."""
+    """Length of the run in passes over the clips of the cache (live: over the videos), in place of `steps`."""
     minutes: float | None = None
-    """The length of the run in time. `steps` or `epochs` are then no length, but the scale of its schedules: what a recipe does at half
-    of its steps is done after half of the time, however many steps the machine makes. Not counted: the start, the first step, the last
-    validation, saving and samples at the end."""
+    """Length of the run in minutes. `steps` or `epochs` are then the scale of the schedules: what a recipe does at half of its steps is
+    done after half of the time. Not counted: the start, the first step, the last validation, and what is written at the end."""
     start_from: str | None = None
-    """Folder or hub name of a generator of the same shape whose weights (averaged ones, where it has them) the run begins with."""
+    """Folder or hub name of a generator of the same shape to begin with: its averaged weights, where it has them."""
     batch_size: int = 64
     """Clips in a step, over all processes."""
     eval_every: int = 100
@@ -68,12 +71,12 @@ class TrainGeneratorConfig:
     """Steps between checkpoints to resume from."""
     keep_best: bool = True
     """model/ holds the weights of the best validation rather than the last ones: by the bits of held-out codes, of the averaged weights
-    where there are any."""
+    with `ema`."""
     seed: int = 0
     resume: bool = False
     """Go on from the newest checkpoint of the run folder."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    """Project of Weights & Biases to log to (pip install 'larp-mllm[wandb]')."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig("adamw", lr=6e-4, weight_decay=0.05, warmup=50)
@@ -102,19 +105,28 @@ class TrainGeneratorConfig:
 
     @property
     def dropped(self) -> float:
-        """The share of clips without a condition, which may be left to the task."""
+        """The share of clips without a condition: `condition_dropout`, or what the task has by default."""
         if self.condition_dropout is not None:
             return self.condition_dropout
         return 0.1 if self.task == "class" else 0.0
 
     @property
     def given_frames(self) -> int:
-        """The given frames of a clip; 0 where the task has none."""
+        """The number of given frames of a clip; 0 where the task has none."""
         return self.condition_frames if self.task == "frame-prediction" else 0
 
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainGeneratorConfig":
+        """Return this recipe for the length that was `typed`: in a shorter run, the warm-up is shorter in proportion."""
+        steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
+        if steps is not None and self.epochs is not None and "epochs" not in typed:
+            optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
+            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
+        config = shorten(self, ("optimizer.warmup",), steps, self.steps or DEFAULT_STEPS, typed)
+        return shorten(config, ("optimizer.warmup", "optimizer.warmup_epochs"), epochs, self.epochs, typed)
+
     def in_steps(self, clips: int) -> "TrainGeneratorConfig":
-        """The same config with the length of the run in steps, for epochs of so many clips."""
+        """Return the config with the length of the run in steps, for epochs of so many clips."""
         if self.steps is not None:
             return self
-        steps = 1000 if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
+        steps = DEFAULT_STEPS if self.epochs is None else max(1, round(self.epochs * clips / self.batch_size))
         return replace(self, steps=steps, epochs=None)

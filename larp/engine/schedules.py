@@ -16,12 +16,12 @@ def lr_factor(
     milestones: Sequence[float] = (0.5, 0.75),
     gamma: float | None = None,
 ) -> Callable[[int], float]:
-    """The factor in (0, 1] on the learning rate of step 0, 1, ... total - 1: linear warm-up over `warmup` steps, then
-    `name`.
+    """Return the factor in (0, 1] on the learning rate at step 0, 1, ... total - 1: linear warm-up over `warmup` steps, then
+    the schedule `name`.
 
-    "cosine" falls along half a cosine to `final` at the last step; "step" is multiplied by `gamma` at each of the
-    `milestones` (shares of the run; without a gamma by what leads to `final` at the last of them); "constant" stays at 1.
-    Steps beyond the end keep the last factor. Raises ValueError for an unknown name, a warm-up that is not shorter than
+    "cosine" falls along half a cosine to `final` at the last step. "step" is multiplied by `gamma` at each of the `milestones`,
+    which are shares of the run; without a gamma, by what gives `final` after the last of them. "constant" stays at 1. Steps
+    beyond the end have the last factor. Raises ValueError for an unknown name, a warm-up that is not shorter than
     the run, a `final` outside [0, 1], milestones that do not rise within (0, 1), or a gamma outside (0, 1].
     """
     if name not in SCHEDULES:
@@ -62,8 +62,9 @@ def _check_milestones(milestones: Sequence[float]) -> Sequence[float]:
 
 
 def ramp(step: int, total: int, fraction: float, peak: float) -> float:
-    """Rise linearly from 0 at step 0 to `peak` after `fraction` of `total` steps, then stay (LARP's scheduled
-    sampling: 0.3, 0.5).
+    """Return a value that rises linearly from 0 at step 0 to `peak` after `fraction` of `total` steps, and then stays.
+
+    LARP's scheduled sampling has fraction 0.3 and peak 0.5.
     """
     length = fraction * total
     return peak if step >= length else peak * step / length

@@ -1,16 +1,21 @@
 """The options of training/train_tokenizer.py: the docstring under a field is its text in `--help`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from larp.config import to_dict
 from larp.engine.adversary import AdversaryConfig
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.schedules import ramp
 from larp.engine.settings import EngineConfig
 from larp.models.objective import LossConfig
 from larp.models.tokenizer_config import TokenizerConfig
+
+DEFAULT_STEPS = 150_000
 
 
 @dataclass(frozen=True)
@@ -26,58 +31,57 @@ class TrainTokenizerConfig:
     resume: bool = False
     """Go on from the newest checkpoint in `out`."""
     steps: int | None = None
-    """Optimizer steps; 150,000 where `epochs` does not say it."""
+    """Optimizer steps; by default 150,000, unless `epochs` is given."""
     epochs: float | None = None
-    """The length of the run in passes over the training videos, in place of `steps`."""
+    """Length of the run in passes over the training videos, in place of `steps`."""
     minutes: float | None = None
-    """The length of the run in time. `steps` is then the scale of its schedules: what a recipe does at half of its steps is done
-    after half of the time, however many steps the machine makes. Not counted: the start, the first step, the last
-    validation, saving and pictures at the end."""
+    """Length of the run in minutes. `steps` is then the scale of the schedules: what a recipe does at half of its steps is done after
+    half of the time. Not counted: the start, the first step, the last validation, and what is written at the end."""
     start_from: str | None = None
-    """Folder or hub name of a tokenizer of the same shape whose weights (averaged ones, where it has them) the run begins with."""
+    """Folder or hub name of a tokenizer of the same shape to begin with: its averaged weights, where it has them."""
     batch_size: int = 128
     """Clips of one step over all processes."""
     seed: int = 0
     ema: float = 0.0
-    """Decay of an average of the weights, saved beside them as model.ema.safetensors: about the last 1 / (1 - ema) steps count,
-    which should be much less than the run. 0: none."""
+    """Decay of an exponential moving average of the weights, saved as model.ema.safetensors; 0 is off. It averages about the last
+    1 / (1 - ema) steps, which should be much fewer than those of the run."""
     continuous: float = 0.0
-    """Share of the run that starts without quantisation (small budgets need it)."""
+    """Share of the run, at its start, that trains without quantisation; short trainings need it."""
     reset_codes_every: int = 0
-    """Give codes unused for so many steps new places among recent latents; 0 is off."""
+    """Reset codes that were unused for so many steps to recent latents; 0 is off."""
     temperature_start: float | None = None
-    """Temperature of the stochastic codes at the first quantised step, from where it falls or rises to model.temperature; None: fixed."""
+    """Temperature of the stochastic quantizer at its first step, from which it changes to model.temperature; None: always that."""
     temperature_ramp: float = 0.5
-    """Share of the quantised steps over which it does, by a constant factor a step."""
+    """Share of the quantised steps over which the temperature changes, by a constant factor a step."""
     prefix_share: float = 0.5
-    """Share of the clips of which a random prefix of the codes is kept (model.nested only)."""
+    """Share of the clips that are decoded from a random prefix of their codes (model.nested only)."""
     prefix_shortest: int = 1
-    """Shortest such prefix; lengths are uniform up to num_tokens."""
+    """Shortest such prefix; lengths are uniform from it to num_tokens."""
     mix_peak: float = 0.5
-    """Scheduled-sampling share of the prior after its ramp."""
+    """Share of the prior's inputs that it samples itself (scheduled sampling), after a linear ramp."""
     mix_ramp: float = 0.3
-    """Share of the run over which it rises."""
+    """Share of the run that the ramp takes."""
     stride: int = 1
-    """Take every so many frames of a video."""
+    """Every n-th frame of a video is a frame of the clip."""
     flip: bool = False
     """Mirror half of the clips."""
     crop: bool = False
-    """Vary the clips: random squares of the frame, 0.76 to 1 of its side, every first to third frame, colours, some backwards. All videos are
+    """Augment the clips: random squares of 0.76 to 1 of the frame's side, strides 1 to 3, colours, some played backwards. All videos are
     decoded once and kept in the memory of the device."""
     in_memory: bool = False
-    """Decode all videos once, at the clip's size, before training."""
+    """Decode all videos once, at the size of a clip, before training."""
     workers: int = 2
-    """Threads that decode ahead; unused in memory."""
+    """Threads that decode videos ahead; with in_memory and crop only those of validation."""
     log_every: int = 20
     eval_every: int = 1000
     eval_clips: int = 256
-    """Clips of the validation set that are used."""
+    """Evenly spaced clips of the validation set that are used."""
     save_every: int = 1000
     keep_best: bool = False
-    """model/ holds the weights of the best validation rather than the last ones: by LPIPS where it is at hand, else by PSNR, of the
-    averaged weights where there are any."""
+    """model/ holds the weights of the best validation rather than the last ones: by LPIPS where its weights are there, else by PSNR;
+    of the averaged weights with `ema`."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    """Project of Weights & Biases to log to (pip install 'larp-mllm[wandb]')."""
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig("adam", 1e-4, betas=(0.5, 0.9)))
@@ -119,11 +123,21 @@ class TrainTokenizerConfig:
         if start is not None and not (0 < start < math.inf and 0 < self.temperature_ramp <= 1):
             raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
 
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainTokenizerConfig":
+        """Return this recipe for the length that was `typed`: in a shorter run, warm-up and starts of losses are earlier in proportion."""
+        steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
+        if steps is not None and self.epochs is not None and "epochs" not in typed:
+            optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
+            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
+        counts = ("optimizer.warmup", "loss.lpips_start", "loss.gan_start")
+        config = shorten(self, counts, steps, self.steps or DEFAULT_STEPS, typed)
+        return shorten(config, (*counts, "optimizer.warmup_epochs"), epochs, self.epochs, typed)
+
     def in_steps(self, videos: int) -> "TrainTokenizerConfig":
-        """The same config with the length of the run in steps, for a training set of so many videos."""
+        """Return the config with the length of the run in steps, for a training set of so many videos; ValueError if it is too short."""
         steps = self.steps
         if steps is None:
-            steps = 150_000 if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
+            steps = DEFAULT_STEPS if self.epochs is None else max(1, round(self.epochs * videos / self.batch_size))
         if self.continuous and self.start_from is None and not round(self.continuous * steps):
             raise ValueError(
                 f"continuous = {self.continuous} of {steps} steps is less than one: train longer, or set it to 0"
@@ -132,7 +146,7 @@ class TrainTokenizerConfig:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A line for each loss that has weight but no step of the run, as after a shorter --steps; of a config `in_steps`."""
+        """A line for each loss that has a weight but starts after the end of the run; of a config `in_steps`."""
         return tuple(
             f"note: loss.{name}_start = {start} is not reached in {self.steps} steps: the run trains without loss.{name}"
             for name, start in (("lpips", self.loss.lpips_start), ("gan", self.loss.gan_start))
@@ -141,16 +155,30 @@ class TrainTokenizerConfig:
 
     @property
     def resets_codes(self) -> bool:
-        """Whether codes are ever given new places."""
+        """Whether codes are ever reset."""
         return bool(self.reset_codes_every or self.continuous)
 
     @property
+    def identity(self) -> dict:
+        """What must be the same when a run is resumed, as plain values."""
+        adversary = to_dict(self.adversary) if self.loss.gan > 0 else {}
+        # The optimizer's parameter groups, and with them its state, are others where the prior has a rate of its own.
+        own_rate = {"prior_lr": "the prior's own"} if self.optimizer.prior_lr is not None else {}
+        return {
+            "model": to_dict(self.model),
+            "adversary": {name: value for name, value in adversary.items() if name != "lr"},
+            "optimizer": {"name": self.optimizer.name, **own_rate},
+            # A checkpoint without the resetter's counts cannot supply them.
+            "resets_codes": self.resets_codes,
+        }
+
+    @property
     def quantized_from(self) -> int:
-        """The first step with the quantizer; trained weights need no start without."""
+        """The first step with the quantizer: 0 with `start_from`, since trained weights need no continuous start."""
         return 0 if self.start_from is not None else round(self.continuous * self.steps)
 
     def temperature(self, step: float) -> float:
-        """The temperature of the codes sampled at a place on the schedule."""
+        """Return the temperature of the quantizer at a place on the schedule, in steps."""
         start, end = self.temperature_start or self.model.temperature, self.model.temperature
         done = ramp(max(0, step - self.quantized_from), self.steps - self.quantized_from, self.temperature_ramp, 1.0)
         return start * (end / start) ** done

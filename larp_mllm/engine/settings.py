@@ -1,11 +1,13 @@
 """The options of training/train_mllm.py: the docstring under a field is its text in `--help`."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from larp.engine.clock import check_minutes
+from larp.engine.lengths import shorten, typed_number
 from larp.engine.settings import EngineConfig
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.engine.samples import SamplingConfig
@@ -17,7 +19,7 @@ TOKENS = Path("runs/tokens")
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """The size of the bases tiny-qwen2 and tiny-llama; others have their own."""
+    """The size of the bases tiny-qwen2 and tiny-llama."""
 
     layers: int = 4
     width: int = 192
@@ -53,41 +55,41 @@ class TrainMllmConfig:
     out: Path = Path("runs/mllm")
     """Run folder."""
     minutes: float | None = None
-    """The length of the run in time, shared out to the stages in proportion to their steps. The steps are then no length, but the scale
-    of the schedules: what a recipe does at half of them is done after half of the time, however many steps the machine makes. Not
-    counted: the start and the first step of each stage, the last validation, saving and samples at the end."""
+    """Length of the run in minutes, divided among the stages in proportion to their steps. The steps are then the scale of the
+    schedules: what a recipe does at half of them is done after half of the time. Not counted: the start and the first step of each
+    stage, the evaluation, and what is written at the end."""
     start_from: str | None = None
-    """Folder or hub name of a trained model of the same shape and vocabulary whose weights the run begins with."""
+    """Folder or hub name of a trained model of the same shape and vocabulary to begin with."""
     adapter: Literal["codebook", "free"] = "codebook"
-    """Video rows made from the codebook, or free rows (the baseline)."""
+    """Embeddings of video ids: computed from the codebook, or free parameters (the baseline)."""
     batch_size: int = 64
     """Records per optimizer step, all ranks together."""
     sequence_length: int | None = None
-    """Records are packed into rows of so many ids, which changes speed alone, and text is cut into pieces of so many, 16 at
-    least; by default rows as long as the longest record of a step, and pieces of 512 ids."""
+    """Ids of a row into which records are packed, which changes only the speed, and of a piece of text, at least 16. By default rows are
+    as long as the longest record of a step, and pieces have 512 ids."""
     weight_decay: float = 0.01
     """Of matrices; norms, biases and embeddings have none."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """How the learning rates fall within each stage."""
+    """Schedule of the learning rates within each stage."""
     final_lr: float = 0.02
     """The last learning rate of a stage as a fraction of the first."""
     text_weight: float = 1.0
     """Weight of a text target against a video target in the loss."""
     z_loss: float = 0.0
-    """Weight of the squared log of the softmax's sum, which keeps logits from drifting; 1e-4 is usual, 0 is off."""
+    """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual, 0 is off."""
     head_chunk: int = 1024
-    """Positions whose logits exist at a time: fewer take less memory."""
+    """Positions whose logits are computed at a time; fewer take less memory."""
     fps: float | None = None
     """Frames per second of the generated videos; by default those of the token cache, else 8."""
     eval_videos: int = 256
-    """Held-out videos, records and pieces of text that are scored at most, of each; they are spread evenly."""
+    """Most held-out videos, records and pieces of text that are evaluated, each; they are evenly spaced."""
     log_every: int = 10
     save_every: int = 500
     seed: int = 0
     resume: bool = False
-    """Go on with the run in `out`."""
+    """Go on from the newest checkpoint in `out`."""
     wandb: str | None = None
-    """Project of Weights & Biases that gets the metrics as well (pip install 'larp-mllm[wandb]')."""
+    """Project of Weights & Biases to log to (pip install 'larp-mllm[wandb]')."""
     align: AlignConfig = field(default_factory=AlignConfig)
     joint: JointConfig = field(default_factory=JointConfig)
     tasks: Tasks = field(default_factory=Tasks)
@@ -111,6 +113,11 @@ class TrainMllmConfig:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a positive number, got {self.fps}")
+
+    def adjusted(self, typed: Mapping[str, str]) -> "TrainMllmConfig":
+        """Return this recipe for the lengths of stages that were `typed`: in a shorter stage, the warm-up is shorter in proportion."""
+        config = shorten(self, ("align.warmup",), typed_number(typed, "align.steps"), self.align.steps, typed)
+        return shorten(config, ("joint.warmup",), typed_number(typed, "joint.steps"), self.joint.steps, typed)
 
     @property
     def token_folder(self) -> Path | None:

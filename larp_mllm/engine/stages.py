@@ -3,7 +3,7 @@
     plan = stages(AlignConfig(), JointConfig())     # one after the other; 0 steps leave a stage out
     stage = stage_at(plan, step)                    # steps are counted over both
 
-What goes from one to the next is a file, the adapter's whole weights: it is the same whatever ZeRO stage cut them up.
+The weights of the adapter go from one stage to the next as a file, which is the same at every ZeRO stage.
 """
 
 import os
@@ -40,18 +40,18 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class JointConfig:
-    """The stage in which the language model learns as well."""
+    """The stage in which the language model is trained as well."""
 
     steps: int = 2000
     """0 leaves the stage out."""
     method: Method = "lora"
-    """Low-rank updates beside the projections of the language model (LoRA), which are folded in at the end, or all its weights."""
+    """What of the language model is trained: low-rank updates of its projections (LoRA), merged at the end, or all weights."""
     adapter_lr: float = 5e-4
     llm_lr: float | None = None
     """Learning rate of the language model; by default 1e-4 for LoRA and 2e-5 for all weights."""
     lora_rank: int = 32
     lora_alpha: int | None = None
-    """The updates count lora_alpha / lora_rank times; by default twice."""
+    """The updates are scaled by lora_alpha / lora_rank, by default 2."""
     warmup: int | None = None
     """Steps over which the rates rise; by default a tenth of the stage, at most 50."""
 
@@ -64,7 +64,7 @@ class JointConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: what it trains, from global step `first` on, for `steps` steps (of the schedule, in a run in minutes)."""
+    """One stage of a run: what it trains, from global step `first` on, for `steps` steps; of the schedule, in a run in minutes."""
 
     name: Literal["align", "joint"]
     first: int
@@ -100,7 +100,7 @@ class Stage:
 
 
 def stages(align: AlignConfig, joint: JointConfig) -> list[Stage]:
-    """The stages that have steps, in order; ValueError if none has."""
+    """Return the stages that have steps, in order; ValueError if none has."""
     llm_lr = _LLM_LR[joint.method] if joint.llm_lr is None else joint.llm_lr
     both = [
         Stage("align", 0, align.steps, "adapter", align.adapter_lr, 0.0, _warmup(align)),
@@ -116,9 +116,9 @@ def stages(align: AlignConfig, joint: JointConfig) -> list[Stage]:
 
 
 def stage_at(plan: Sequence[Stage], step: int, name: str | None = None) -> Stage:
-    """The stage that wrote a checkpoint at this global step: the border belongs to the stage that ends there.
+    """Return the stage that wrote a checkpoint at this global step; the last step of a stage belongs to it.
 
-    name: the stage that the checkpoint names, which holds where the stages of a run end with its minutes.
+    name: the stage that the checkpoint names, which decides in a run in minutes.
     """
     if name is not None:
         return next((stage for stage in plan if stage.name == name), plan[-1])
@@ -126,7 +126,7 @@ def stage_at(plan: Sequence[Stage], step: int, name: str | None = None) -> Stage
 
 
 def save_adapter(model: LarpMllmForCausalLM, folder: Path, zero_stage: int, is_main: bool) -> None:
-    """Write the adapter's whole weights into a run folder; the file is whole or not there. Collective."""
+    """Write the unsharded weights of the adapter into a run folder; the file is whole or absent. Collective."""
     with whole(model.adapter, zero_stage):
         if is_main:
             path = folder / ADAPTER_FILE
@@ -139,7 +139,7 @@ def save_adapter(model: LarpMllmForCausalLM, folder: Path, zero_stage: int, is_m
 
 
 def load_adapter(model: LarpMllmForCausalLM, folder: Path) -> None:
-    """Put what `save_adapter` wrote into a fresh model; ValueError if it is not there or does not fit."""
+    """Load what `save_adapter` wrote into a new model; ValueError if it is missing or does not fit."""
     path = folder / ADAPTER_FILE
     try:
         model.adapter.load_state_dict(load_file(path, device=str(model.device)))

@@ -4,6 +4,7 @@ Data are tensors, a function of the step: nothing is decoded. The device is what
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from larp.engine import backend
-from larp.engine import checkpoint as state
 from larp.engine.adversary import AdversaryConfig
 from larp.engine.backend import EngineConfig, make_engine
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
+from larp.engine.run import open_training, save_training
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.layers import compile_blocks
 from larp.models.noise import BatchNoise
@@ -216,21 +217,18 @@ def resume(out: Path, kill_at: int | None, going_on: bool) -> dict:
     ranks = backend.start(0)
     config = tokenizer_config(out, EngineConfig(), steps=6, reset_codes_every=2)
     trainer = train_tokenizer.build(config, ranks, 64)
-    identity = train_tokenizer.identity(config)
-    saved = state.open_run(out, {}, going_on, config.steps, trainer.engines, identity)
+    config = dataclasses.replace(config, resume=going_on)
+    saved = open_training(config, {}, trainer.clock, trainer.engines, config.identity)
     if saved is not None:
-        state.load_state(trainer.engines, saved, identity)
-        train_tokenizer.restore(trainer, saved.extra)
+        trainer.load_state_dict(saved.extra)
     trainer.tokenizer.module.train()
-    began = trainer.tokenizer.step_count
-    trainer.clock.start(began)
+    began = trainer.clock.step
     with sdpa_kernel(SDPBackend.MATH):
         for step in range(began, config.steps):
             train_tokenizer.train_step(trainer, iter([clip_of(step)]))
             trainer.clock.advance()
             if step + 1 == 3:
-                extra = train_tokenizer.keep_extra(trainer)
-                state.save_state(trainer.engines, out, step + 1, {}, extra, model=identity)
+                save_training(config, trainer.clock, trainer.engines, config.identity, extra=trainer.state_dict())
             if step + 1 == kill_at:
                 torch.save({}, out / "reached")
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -1,5 +1,6 @@
 """Defaults, recipes and command lines: precedence and error messages."""
 
+import dataclasses
 import json
 import signal
 import sys
@@ -95,6 +96,21 @@ def test_default_then_recipe_then_command_line(recipes):
     config, _ = run(["--recipe=base", "--steps", "9", "--model.num-tokens", "3", "--local_rank", "1"], recipes, "tiny")
     assert (config.steps, config.model.num_tokens, config.model.patch_size) == (9, 3, (2, 4, 4))
     assert run([], recipes, "tiny")[1] == "tiny"
+
+
+def test_options_that_were_not_typed_may_follow_those_that_were(recipes):
+    seen = {}
+
+    def adjust(config, typed):
+        seen.update(typed)
+        return dataclasses.replace(config, learning_rate=config.steps * 1.0)
+
+    argv = ["--steps=4", "--resume", "--model.num-tokens", "3", "--model.num_tokens", "9", "--data", "here"]
+    config, _ = parse(Config, ["--recipe", "tiny", *argv], recipes, "train.py", adjust=adjust)
+    assert seen == {"steps": "4", "resume": "", "model.num_tokens": "9", "data": "here"}
+    assert (config.steps, config.learning_rate, config.model.num_tokens) == (4, 7.0, 9)
+    argv += ["--learning-rate", "3"]
+    assert parse(Config, argv, recipes, "train.py", adjust=adjust)[0].learning_rate == 3.0
 
 
 def test_a_recipe_merges_groups_key_by_key(recipes):

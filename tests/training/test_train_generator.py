@@ -14,7 +14,7 @@ from larp.data.token_cache import TokenCache
 from larp.data.video import probe
 from larp.engine.backend import EngineConfig, Ranks
 from larp.engine.checkpoint import newest_state
-from larp.engine.code_batches import CachedCodes
+from larp.engine.code_batches import SHARED, CachedCodes, open_data
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.metrics.code_prediction import predict_codes
@@ -24,9 +24,10 @@ from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
 from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
+from training import train_generator
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
-from training.train_generator import SHARED, TrainGeneratorConfig, build_model, main, open_data, train
+from training.train_generator import TrainGeneratorConfig, build_model, main, train
 
 import pytest
 import torch
@@ -391,7 +392,7 @@ def test_a_run_in_minutes_keeps_the_shape_of_its_schedule(home, tmp_path, monkey
     asked = iter(range(1000))
     monkeypatch.setattr("training.train_generator.backend.stop_requested", lambda: next(asked) >= 4)
     report = train(timed)
-    assert not report["finished"] and report["steps"] == 5
+    assert not report["finished"] and report["steps"] == report["stopped_at"] == 5
     monkeypatch.undo()
     elapsed = newest_state(tmp_path).loader_state["elapsed"]
     report = train(dataclasses.replace(timed, resume=True))
@@ -406,6 +407,26 @@ def test_a_run_in_minutes_keeps_the_shape_of_its_schedule(home, tmp_path, monkey
     assert judged[-1] == 100 and 50 <= judged[0] < 100 and len(judged) == 2
     steps = report["steps"]
     assert train(dataclasses.replace(timed, resume=True))["steps"] == steps, "it has its length"
+
+
+def test_a_run_killed_after_a_validation_goes_on_with_its_best_weights(home, tmp_path, monkeypatch):
+    config = tiny_run(home, tmp_path, save_every=3, eval_every=3)
+    scores = iter([3.0, 4.0])
+    monkeypatch.setattr(
+        train_generator,
+        "validate",
+        lambda *_: dict.fromkeys(("bits_per_token", "bits_per_clip", "top1", "top5"), next(scores)),
+    )
+    with monkeypatch.context() as patch:
+        killed = iter([False, True])  # before the checkpoint of step 6 is written
+        save = train_generator.save_training
+        patch.setattr(train_generator, "save_training", lambda *a, **k: (next(killed) and 1 / 0) or save(*a, **k))
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    state = newest_state(tmp_path)
+    assert (state.step, state.extra["best_step"], state.extra["bits_per_token"]) == (3, 3, 3.0)
+    scores = iter([4.0])
+    assert train(dataclasses.replace(config, resume=True))["best_step"] == 3
 
 
 def test_a_run_begins_with_trained_weights_of_the_same_shape(home, finished, tmp_path):

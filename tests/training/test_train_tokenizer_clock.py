@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 from larp.engine import clock
+from larp.engine.checkpoint import newest_state
 from larp.hub import EMA
 from larp.metrics.lpips import Lpips
+from larp.metrics.validation import TokenizerValidation, quality
 from larp.models.tokenizer import LarpTokenizer
 from tests.training.test_train_tokenizer import TINY
 from training import train_tokenizer
@@ -91,15 +93,15 @@ def test_crops_train_on_varied_clips(recipe, tmp_path):
 def test_the_best_weights_are_kept(recipe, tmp_path, monkeypatch):
     out, figures = tmp_path / "run", iter([11.0, 13.0, 12.0])
     saved = []
-    real = train_tokenizer.validate
+    real = TokenizerValidation.reconstruct
 
-    def validate(trainer, model, *rest):
-        result = real(trainer, model, *rest)
+    def reconstruct(self, engine, model):
+        result = real(self, engine, model)
         result.metrics["psnr"] = next(figures)
         saved.append({name: value.clone() for name, value in model.state_dict().items()})
         return result
 
-    monkeypatch.setattr(train_tokenizer, "validate", validate)
+    monkeypatch.setattr(TokenizerValidation, "reconstruct", reconstruct)
     report = main(["--recipe", str(recipe), "--out", str(out), "--eval-every", "2", "--keep-best"])
     assert report["best"]["psnr"] == 13.0 and report["best"]["step"] == 4 and report["psnr"] == 12.0
     kept = LarpTokenizer.from_pretrained(out / "model").state_dict()
@@ -107,8 +109,31 @@ def test_the_best_weights_are_kept(recipe, tmp_path, monkeypatch):
     assert not all(torch.equal(kept[name], value) for name, value in saved[2].items())
 
 
+def test_a_run_killed_after_a_validation_goes_on_with_its_best_weights(recipe, tmp_path, monkeypatch):
+    """The checkpoint of a step holds the `best` of the validation at that step, so that no worse weights replace these later."""
+    out, figures = tmp_path / "run", iter([13.0, 12.0])
+    real = TokenizerValidation.reconstruct
+
+    def reconstruct(self, engine, model):
+        result = real(self, engine, model)
+        result.metrics["psnr"] = next(figures)
+        return result
+
+    monkeypatch.setattr(TokenizerValidation, "reconstruct", reconstruct)
+    options = ["--recipe", str(recipe), "--out", str(out), "--eval-every", "3", "--save-every", "3", "--keep-best"]
+    with monkeypatch.context() as patch:
+        killed = iter([False, True])  # before the checkpoint of step 6 is written
+        save = train_tokenizer.save_training
+        patch.setattr(train_tokenizer, "save_training", lambda *a, **k: (next(killed) and 1 / 0) or save(*a, **k))
+        with pytest.raises(ZeroDivisionError):
+            main(options)
+    state = newest_state(out)
+    assert (state.step, state.extra["best"]["step"], state.extra["best"]["psnr"]) == (3, 3, 13.0)
+    figures = iter([12.0])
+    assert main([*options, "--resume"])["best"]["step"] == 3
+
+
 def test_figures_with_lpips_stand_above_those_without():
-    quality = train_tokenizer.quality
     assert quality({"psnr": 20.0}) < quality({"psnr": 21.0}) < quality({"psnr": 20.0, "lpips": 0.5})
     assert quality({"psnr": 25.0, "lpips": 0.3}) < quality({"psnr": 20.0, "lpips": 0.2})
     assert quality({"psnr": 25.0, "ema_psnr": 1.0}) < quality({"psnr": 2.0})
@@ -165,7 +190,7 @@ def test_mistakes_are_named(recipe, tmp_path, options, message, capsys):
 
 
 def test_a_loss_that_is_never_reached_is_noted(recipe, tmp_path, capsys):
-    options = ["--steps", "3", "--loss.lpips-start", "9", "--loss.lpips-frames", "17"]
+    options = ["--steps", "3", "--loss.gan-start", "3", "--loss.lpips-start", "9", "--loss.lpips-frames", "17"]
     main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), *options])
     said = capsys.readouterr().out
     assert "note: loss.gan_start = 3 is not reached in 3 steps: the run trains without loss.gan\n" in said

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from larp.data.datasets import DataError, NoSplitError, humanize, open_videos
+from larp.data.datasets import DataError, NoSplitError, evenly_spaced, humanize, open_videos
 from larp.data.video import write_video
 
 import numpy as np
@@ -260,3 +260,9 @@ def test_real_clips(clips_root):
     assert len(open_videos(f"ucf101:{clips_root / 'ucf101_original'}", "test")) == 18
     captioned = open_videos(str(clips_root / "captioned" / "captions.jsonl"), "all")
     assert len(captioned) == 100 and all(item.caption for item in captioned.items)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, "a"), (2, "ad"), (4, "abde"), (6, "abcdef"), (9, "abcdef")])
+def test_evenly_spaced_items_come_from_all_over_a_set(count, chosen):
+    assert "".join(evenly_spaced("abcdef", count)) == chosen
+    assert evenly_spaced((), count) == ()

@@ -207,7 +207,10 @@ def test_bad_options_are_named(folder, capsys, options, words):
 def test_a_batch_has_a_window_at_least(tokenized, capsys, command, size):
     before = sorted(tokenized.rglob("*"))
     said = refused(capsys, *command.split(), "--tokenizer", "t", "--batch-size", size)
-    assert f"batch_size must be a whole number of at least 1, got {size}" in said and sorted(tokenized.rglob("*")) == before
+    assert (
+        f"batch_size must be a whole number of at least 1, got {size}" in said
+        and sorted(tokenized.rglob("*")) == before
+    )
 
 
 def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsys):

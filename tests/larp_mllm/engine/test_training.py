@@ -18,6 +18,7 @@ from larp.engine.backend import Ranks
 from larp.engine.checkpoint import newest_state
 from larp.engine.log import read_metrics as metrics
 from larp_mllm.data.dataset import CaptionedVideos, Tasks, TrainingMix
+from larp_mllm.engine import results, staged_run
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.generation.sampling import VideoSampling
@@ -156,12 +157,22 @@ def test_wherever_it_is_stopped_a_run_goes_on_to_the_same_weights(base, train, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["0", pytest.param("3", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", ["train_step", "save_adapter", "load_adapter", "write_current"])
-def test_wherever_it_is_killed_a_run_goes_on_to_the_same_weights(base, train, tmp_path, monkeypatch, name, zero):
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (train_mllm, "train_step"),
+        (staged_run, "save_adapter"),
+        (staged_run, "load_adapter"),
+        (results, "write_current"),
+    ],
+)
+def test_wherever_it_is_killed_a_run_goes_on_to_the_same_weights(
+    base, train, tmp_path, monkeypatch, module, name, zero
+):
     """As by kill -9: nothing is saved on the way out, and the run goes on from its last checkpoint."""
     options = ("--base", str(base), *STAGES, "--engine.zero-stage", zero)
     train(tmp_path / "whole", *options)
-    real = getattr(train_mllm, name)
+    real = getattr(module, name)
 
     def dies(*arguments):
         # In training: after step 5 of 7, the checkpoints being those of steps 3 and 4.
@@ -170,7 +181,7 @@ def test_wherever_it_is_killed_a_run_goes_on_to_the_same_weights(base, train, tm
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_mllm, name, dies)
+        patch.setattr(module, name, dies)
         with pytest.raises(ZeroDivisionError):
             train(tmp_path / "cut", *options)
     train(tmp_path / "cut", *options, "--resume")
@@ -206,7 +217,7 @@ def test_killed_after_the_last_step_a_run_repeats_nothing_and_ended_it_stays_as_
     options = ("--joint.steps", "3", "--save-every", "2", "--log-every", "10")
     train(tmp_path / "whole", *options)
     with monkeypatch.context() as patch:
-        patch.setattr(train_mllm, "write_current", lambda *_: 1 / 0)
+        patch.setattr(results, "write_current", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(tmp_path / "cut", *options)
     monkeypatch.setattr(train_mllm, "train_step", lambda *_: pytest.fail("trained again"))
@@ -251,7 +262,7 @@ def test_asked_to_stop_at_the_last_step_a_run_ends_in_full(train, tmp_path, monk
 def test_what_fails_after_training_does_not_lose_the_model(train, tmp_path, monkeypatch):
     for name in ("evaluate", "write_samples"):
         with monkeypatch.context() as patch:
-            patch.setattr(train_mllm, name, lambda *_, **__: 1 / 0)
+            patch.setattr(results, name, lambda *_, **__: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 train(tmp_path / name, "--joint.steps", "2")
         assert find_model() == (tmp_path / name / "model").resolve()
@@ -264,13 +275,13 @@ def test_a_model_that_is_no_number_is_written_but_not_the_one_that_generate_find
     train(tmp_path / "good", *run)
     with pytest.raises(FloatingPointError, match=r"far/model is written, but of no use: its \S+ is not finite"):
         train(tmp_path / "far", *run, "--joint.llm-lr", "1e30", "--joint.adapter-lr", "1e30")
-    real = train_mllm.write_current
+    real = results.write_current
 
     def poisoned(run, folder):
         run.mllm.model.base.get_input_embeddings().weight.data[5, 3] = math.nan
         real(run, folder)
 
-    monkeypatch.setattr(train_mllm, "write_current", poisoned)
+    monkeypatch.setattr(results, "write_current", poisoned)
     with pytest.raises(FloatingPointError, match=r"its base\.model\.embed_tokens\.weight is not finite"):
         train(tmp_path / "poisoned", *run)
     assert find_model() == (tmp_path / "good/model").resolve()
@@ -457,8 +468,8 @@ def test_two_processes_train_to_the_losses_of_one(base, cache, prose, train, tmp
 
 def test_free_rows_are_the_baseline_and_other_options_are_taken(train, tmp_path, monkeypatch):
     given = {}
-    real = train_mllm.load_base
-    monkeypatch.setattr(train_mllm, "load_base", lambda *a, **k: given.update(k) or real(*a, **k))
+    real = staged_run.load_base
+    monkeypatch.setattr(staged_run, "load_base", lambda *a, **k: given.update(k) or real(*a, **k))
     options = (
         "--joint.steps",
         "3",
@@ -702,7 +713,8 @@ def test_a_run_in_minutes_that_is_stopped_in_its_second_stage_goes_on_there(base
     # The steps of the schedule say nothing of the stage: the second one begins at the third step or so.
     options = ("--base", str(base), "--align.steps", "1000", "--joint.steps", "1000", "--minutes", "0.04")
     entered = []
-    monkeypatch.setattr(train_mllm, "next_stage", lambda run, own=train_mllm.next_stage: (own(run), entered.append(1)))
+    own = staged_run.StagedRun.next_stage
+    monkeypatch.setattr(staged_run.StagedRun, "next_stage", lambda run: (own(run), entered.append(1)))
     monkeypatch.setattr(train_mllm, "stop_requested", lambda: bool(entered))
     stopped = train(tmp_path / "run", *options)
     assert newest_state(tmp_path / "run").loader_state["stage"] == "joint" and "stopped_at" in stopped

@@ -1,0 +1,76 @@
+"""The codes of a tokenizer in training: how many are in use, and new places for those that are not, alike in every process.
+
+Shapes: B clips, N codes of a clip, K codebook size, d length of a code.
+"""
+
+from larp.engine.backend import Engine
+from larp.engine.distributed import gather, reduce_sum
+from larp.models.quantizer import CodebookResetter, add_counts, usage_of_counts
+from larp.models.tokenizer import TokenizerOutput
+
+import torch
+import torch.nn.functional as F
+
+_RESETTER = "keeper"  # the name in checkpoints, which those of earlier versions have as well
+
+
+class CodebookTracker:
+    """Counts the codes that a tokenizer samples, and resets unused ones to recent latents.
+
+    Args:
+        engine: of the `LarpTokenizer`, at zero_stage 0 to 2.
+        resets: whether codes will be reset; latents are kept for that.
+        seed: of the places that codes get.
+    """
+
+    def __init__(self, engine: Engine, resets: bool, seed: int):
+        self.engine, self.seed = engine, seed
+        size = engine.module.config.codebook_size
+        self.resetter = CodebookResetter(size) if resets else None
+        # Of this process, since the last `usage`.
+        self.counts = torch.zeros(size, dtype=torch.int64, device=engine.ranks.device)
+
+    def observe(self, out: TokenizerOutput) -> None:
+        """Count the codes of a micro batch, and show the resetter the latents and codes of all processes. Collective."""
+        codes = None if out.quantized is None else out.quantized.codes
+        if codes is not None:
+            add_counts(self.counts, codes)
+        if self.resetter is not None:
+            latents = gather(F.normalize(out.latents.detach().float(), dim=-1))
+            self.resetter.observe(latents, None if codes is None else gather(codes))
+
+    def usage(self) -> dict[str, float]:
+        """Return the share of the codebook in use and the perplexity of all codes since the last call. Collective.
+
+        Empty if there were none, as before the first step with the quantizer.
+        """
+        counts = reduce_sum(self.counts)
+        self.counts.zero_()
+        return usage_of_counts(counts) if counts.sum() else {}
+
+    def reset(self, all_codes: bool) -> None:
+        """Reset all codes to the centres of recent latents, or those unused since the last reset to some of these latents."""
+        quantizer, average = self.engine.module.quantizer, self.engine.average
+        seed = self.seed + self.engine.step_count
+        moved = torch.arange(len(self.counts)) if all_codes else self.resetter.idle()
+        if all_codes:
+            renewed = self.resetter.cluster(seed=seed)
+        else:
+            renewed = self.resetter.resample(quantizer.codebook(), moved, seed)
+        self.engine.overwrite(quantizer.embedding.weight, renewed)
+        if average is not None:
+            # A code in a new place is another code: the average of the two places would be neither.
+            table = average.module.quantizer.embedding.weight
+            table[moved] = renewed[moved].to(table)
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint holds of the codes, the counts of all processes summed. Collective."""
+        resetter = {} if self.resetter is None else self.resetter.state_dict()
+        return {_RESETTER: resetter, "counts": reduce_sum(self.counts).cpu()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Load what `state_dict` returned; the first process takes the counts of all."""
+        if self.engine.ranks.is_main:
+            self.counts.copy_(state["counts"])
+        if self.resetter is not None:
+            self.resetter.load_state_dict(state[_RESETTER])

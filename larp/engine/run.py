@@ -1,0 +1,100 @@
+"""What every training script does around its loop: check the options, open or resume the run folder, log, save, stop.
+
+    check_run(config)
+    ...                                                    # build data, models and engines
+    saved = open_training(config, to_dict(config), clock, engines, identity)
+    with open_log(config, ranks, clock, ("loss",)) as log:
+        while not clock.done:
+            losses = train_step(...)
+            clock.advance()
+            log.metrics(clock.step, losses | step_metrics(engine, clock))
+            if clock.due(config.save_every):
+                save_training(config, clock, engines, identity)
+
+The loop itself belongs to the script: what a step is, when it validates, and what its checkpoints hold.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from larp.config import to_dict
+from larp.engine.backend import Engine, Ranks
+from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, save_state
+from larp.engine.clock import Clock
+from larp.engine.log import RunLog, check_wandb
+
+
+class RunConfig(Protocol):
+    """The options that the configs of all trainings have."""
+
+    out: Path
+    resume: bool
+    wandb: str | None
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise ValueError for a run folder that cannot be used or a logger that is not installed. Collective.
+
+    To be called first: nothing is written, and no data or model is needed.
+    """
+    check_folder(config.out, config.resume)
+    check_wandb(config.wandb)
+
+
+def open_training(
+    config: RunConfig,
+    options: Mapping[str, Any],
+    clock: Clock,
+    engines: Mapping[str, Engine],
+    identity: Mapping[str, Any],
+) -> SavedState | None:
+    """Open the run folder, load the newest checkpoint into the engines with `resume`, and start the clock. Collective.
+
+    Called when all that can fail for a mistake of the user is done, so that such a mistake leaves no run folder behind.
+
+    Args:
+        options: for config.json, as plain values.
+        engines: by name, in the order in which they are saved.
+        identity: what a checkpoint must agree in to be resumed, as plain values.
+
+    Returns the checkpoint, whose `loader_state` and `extra` the caller loads; None for a run that begins.
+    """
+    saved = open_run(config.out, options, config.resume, clock.total, engines, identity)
+    if saved is None:
+        clock.start()
+        return None
+    load_state(engines, saved, identity)
+    # Tokenizer runs that began before 2026-11-27 hold it in `extra`.
+    elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))
+    clock.start(saved.step, elapsed)
+    return saved
+
+
+def open_log(config: RunConfig, ranks: Ranks, clock: Clock, show: Sequence[str]) -> RunLog:
+    """Return the log of a run, from the step that the clock is at; `show` names the metrics behind the progress bar."""
+    return RunLog(config.out, ranks, clock.total, clock.step, show, config.wandb, to_dict(config))
+
+
+def step_metrics(engine: Engine, clock: Clock) -> dict[str, float]:
+    """Return what the log holds of a step in every training: learning rates, gradient norm, place on the schedule."""
+    return {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0, **clock.metrics}
+
+
+def save_training(
+    config: RunConfig,
+    clock: Clock,
+    engines: Mapping[str, Engine],
+    identity: Mapping[str, Any],
+    loader_state: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a checkpoint that `open_training` resumes; see `save_state` for loader_state and extra. Collective."""
+    loader = {**(loader_state or {}), "elapsed": clock.elapsed}
+    save_state(engines, config.out, clock.step, loader, extra, model=identity)
+
+
+def stopped(config: RunConfig, step: int, log: RunLog) -> dict[str, int]:
+    """Say how to go on with a run that was asked to stop and has saved; return its report for `run_script`."""
+    log.say(f"stopped at step {step}, saved; go on with --resume --out {config.out}")
+    return {"stopped_at": step}
