@@ -43,8 +43,7 @@ class ExtractTokensConfig:
     stride: int = 1
     """Every n-th frame of a video is a frame of a clip."""
     flips: bool = False
-    """Encode every clip mirrored as well; the language model is taught captions with left and right changed where these are
-    directions, by a rule that knows the usual phrases."""
+    """Encode every clip mirrored as well; the language model skips a mirrored clip whose caption says left or right."""
     condition_frames: int = 0
     """For frame prediction: number of given frames at the start of a clip, 1 to T - 1 (5 in the paper). Their codes are stored as well."""
     batch_size: int | None = None

@@ -1,6 +1,7 @@
 """Token caches, records and text -> token sequences of mixed tasks; what is sampled follows from (seed, step)."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from dataclasses import dataclass
 from larp.data.datasets import humanize
 from larp.data.token_cache import TokenCache, batch_rows
 from larp.models.noise import BatchNoise
-from larp_mllm.data.mirroring import mirrored
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.processing.chat import chat_segments
@@ -56,6 +56,8 @@ def sample_dialogue(uniform: float) -> int:
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
 TASKS = (*VIDEO_TASKS, "interleaved", "text")
+
+_DIRECTION = re.compile(r"\b(?:left|right)(?:most|wards?)?\b", re.IGNORECASE)
 
 Draw = tuple[int, str, str, int]
 """What `CaptionedVideos.sequence` takes: row, text, task, form of a dialogue."""
@@ -110,11 +112,11 @@ class CaptionedVideos:
         positions: int,
         tokenizer=None,
     ):
-        self.cache = cache
+        self.cache = drop_mirrored_directions(cache)
         self.layout = layout
         self.positions = positions
         self.tokenizer = tokenizer
-        self.phrases = caption_phrases(cache)
+        self.phrases = caption_phrases(self.cache)
         self._encode_text = encode_text
         self._encoded: dict[str, list[int]] = {}
 
@@ -273,7 +275,7 @@ class TrainingMix:
 
 
 def caption_phrases(cache: TokenCache) -> list[tuple[str, ...]]:
-    """For each row the texts it may be called by: its caption, or the phrasings of its class; mirrored clips say so.
+    """For each row the texts it may be called by: its caption, or the phrasings of its class.
 
     Raises ValueError that names the first video without either.
     """
@@ -289,8 +291,14 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
             "from a manifest with a caption or label column"
         )
     # A data set with classes calls its videos by their class; only a caption of its own says more.
-    texts = tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
-    return tuple(mirrored(text) for text in texts) if cache.flipped[row] else texts
+    return tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
+
+
+def drop_mirrored_directions(cache: TokenCache) -> TokenCache:
+    """Return the cache without the mirrored rows whose text says left or right: they show the opposite direction."""
+    mirrored = cache.flipped.tolist()
+    wrong = [mirrored[row] and any(map(_DIRECTION.search, _phrases(cache, row))) for row in range(len(cache))]
+    return cache.select((~torch.tensor(wrong)).nonzero()[:, 0]) if any(wrong) else cache
 
 
 def _most_ids(text: str) -> int:

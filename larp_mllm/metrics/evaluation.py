@@ -16,7 +16,7 @@ from larp.data.token_cache import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
 from larp.metrics.clipsets import RealClips, skipped_entries
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
-from larp_mllm.data.dataset import PHRASINGS, caption_phrases
+from larp_mllm.data.dataset import PHRASINGS, caption_phrases, drop_mirrored_directions
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.metrics.figures import caption_figures, clustered_mean, code_bits, frequency_bits
 from larp_mllm.pipeline import Mllm
@@ -39,6 +39,7 @@ def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch
     "all_phrasings", "without_text" and "text_saves" (without - first), each {"mean", "interval_95"} over the videos;
     "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
     """
+    cache = drop_mirrored_directions(cache)
     phrases = caption_phrases(cache)
     prompts = {text: _prompt(mllm, text) for text in {"", *(text for row in phrases for text in row)}}
 

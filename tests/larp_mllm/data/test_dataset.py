@@ -13,6 +13,7 @@ from larp_mllm.data.dataset import (
     TrainingMix,
     caption_phrases,
     dialogue,
+    drop_mirrored_directions,
     evaluation_rows,
     sample_dialogue,
 )
@@ -178,12 +179,21 @@ def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_pa
     assert texts == {phrasing.format(name) for phrasing in PHRASINGS for name in ("surfing", "horse riding")}
 
 
-def test_mirrored_clips_have_mirrored_captions(tmp_path):
-    cache = open_cache(tmp_path)
+def test_mirrored_clips_whose_caption_says_left_or_right_are_left_out(qwen, tmp_path):
+    captions = ["a car turns left", "a car stops", "Right-handed players", "a bright leftover"]
+    cache = open_cache(tmp_path, rows=8, captions=captions)
+    cache = dataclasses.replace(cache, flipped=torch.arange(8) >= 4)
+    data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
+    assert data.cache.names == tuple(f"video{number}" for number in (0, 1, 2, 3, 5, 7))
+    assert [texts[0] for texts in data.phrases] == [*captions, captions[1], captions[3]]
+    assert data.cache.flipped.tolist() == [False] * 4 + [True] * 2
+    assert torch.equal(data.cache.codes, cache.codes[[0, 1, 2, 3, 5, 7]])
+
+
+def test_mirrored_clips_of_classes_are_all_used(tmp_path):
+    cache = open_cache(tmp_path, classes=("Surfing", "HorseRiding"))
     cache = dataclasses.replace(cache, flipped=torch.ones_like(cache.flipped))
-    assert caption_phrases(cache)[0] == ("a red circle moving right",)
-    cache = dataclasses.replace(cache, captions=("a man left the room", *cache.captions[1:]))
-    assert caption_phrases(cache)[0] == ("a man left the room",)
+    assert drop_mirrored_directions(cache) is cache
 
 
 def test_chats_teach_the_answer_alone(qwen, tmp_path):
