@@ -22,7 +22,7 @@ from larp.engine.log import RunLog
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
 from larp.engine.signals import run_script
 from larp_mllm.data.collate import pack
-from larp_mllm.data.corpus import Corpus, Videos, open_corpus, open_videos
+from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
 from larp_mllm.engine.report import ended, going_on, nothing_to_do, summary
 from larp_mllm.engine.results import evaluate_text, finish_run, sample_on_the_way
@@ -69,7 +69,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
         if ranks.is_main:
             print("\n".join([nothing_to_do(config.out, report), *summary(report)]))
         return report
-    videos = open_videos(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
+    videos = open_token_caches(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
     corpus = open_data(config, videos, mllm)
     mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text)
@@ -92,7 +92,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     return finish_run(run, recipe, text)
 
 
-def open_data(config: TrainMllmConfig, videos: Videos, mllm: Mllm) -> Corpus:
+def open_data(config: TrainMllmConfig, videos: TokenCaches, mllm: Mllm) -> Corpus:
     """Open all data as sequences of ids for this model."""
     return open_corpus(
         videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, tasks=config.tasks,

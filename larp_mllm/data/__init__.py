@@ -1,1 +1,1 @@
-"""What a language model is trained on: token caches, records and text as token sequences, mixed and packed."""
+"""Training data of a language model: token caches, records and text as token sequences, mixed and packed."""

@@ -1,4 +1,4 @@
-"""Token sequences of different lengths -> rows that hold several of them -> one batch."""
+"""Packing of token sequences of different lengths into rows, and rows into a batch."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,13 @@ from torch import Tensor
 
 
 def pack(sequences: Sequence[TokenSequence], length: int | None = None, multiple: int = 1) -> list[list[TokenSequence]]:
-    """Put sequences into rows of at most `length` ids, longest first, each into the first row with room.
+    """Pack sequences into rows of at most `length` ids: longest first, each into the first row with room.
 
-    A function of its arguments only. length None: the longest sequence. The number of rows is a multiple of `multiple`,
-    filled up with empty rows, so that every rank and micro batch gets as many. Raises ValueError, with the lengths, if a
-    sequence is longer than a row: nothing is truncated.
+    Args:
+        length: by default that of the longest sequence.
+        multiple: empty rows are added up to a multiple of this, so that all ranks and micro batches get equally many.
+
+    Raises ValueError if a sequence is longer than a row: nothing is truncated.
     """
     sizes = [len(sequence.ids) for sequence in sequences]
     longest = max(sizes, default=0)
@@ -39,11 +41,11 @@ def pack(sequences: Sequence[TokenSequence], length: int | None = None, multiple
 
 
 def collate(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> dict[str, Tensor]:
-    """Rows of sequences -> input_ids, labels and position_ids, int64 (B, width).
+    """Return input_ids, labels and position_ids, int64 (B, width), of rows of sequences.
 
-    Positions restart at each sequence, from which the model knows that attention must not cross; the first label of
-    each is -100, so that none is predicted from the one before. Rows are padded on the right with id 0 and label -100
-    to `width`, by default the longest row. Raises ValueError if a row is longer than `width`.
+    Positions restart at each sequence, which tells the model not to attend across sequences. The first label of each
+    sequence is -100: no id is predicted from another sequence. Rows are padded on the right with id 0 and label -100 to
+    `width`, by default the longest row. Raises ValueError if a row is longer than `width`.
     """
     longest = max((sum(len(sequence.ids) for sequence in row) for row in rows), default=0)
     width = max(longest, 1) if width is None else width
@@ -61,7 +63,7 @@ def collate(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -
             labels[number, begin + 1 : end] = sequence.labels[1:]
             position_ids[number, begin:end] = torch.arange(end - begin)
             begin = end
-        # Causal attention sees no padding that follows. Where no row is packed, counting on spares the model a mask.
+        # Causal attention does not see padding on the right. Unpacked rows keep counting: the model then needs no mask.
         if packed:
             position_ids[number, begin:] = torch.arange(width - begin)
     return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}

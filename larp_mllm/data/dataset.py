@@ -1,4 +1,7 @@
-"""Token caches, records and text -> token sequences of mixed tasks; what is sampled follows from (seed, step)."""
+"""Token caches, records and text as token sequences of several tasks, mixed by weight.
+
+What a batch holds is a function of (seed, step). Sequences have S ids, int64.
+"""
 
 import math
 import re
@@ -24,55 +27,33 @@ from larp_mllm.processing.sequence import (
 
 import torch
 
-# A caption stands behind a colon or alone, so that "surfing" fits as well as "a person surfing".
-WISHES = ("{}", "Show me a video: {}", "Make a short video of this: {}", "Please draw me a clip. It shows: {}")
-QUESTIONS = ("What does this video show?", "Describe this video.", "What is happening here?")
-
-DIALOGUES = len(WISHES) + len(QUESTIONS)
-"""How many forms a chat about one video has."""
-
-
-def dialogue(number: int, caption: str, video: object) -> list[dict]:
-    """Form `number`, 0 to DIALOGUES - 1, of a chat about a video: messages as in `larp_mllm.processing.chat.chat_segments`."""
-    shown = [{"type": "video", "video": video}]
-    if number < len(WISHES):
-        return [
-            {"role": "user", "content": WISHES[number].format(caption)},
-            {"role": "assistant", "content": shown},
-        ]
-    question = {"type": "text", "text": QUESTIONS[number - len(WISHES)]}
-    return [{"role": "user", "content": [*shown, question]}, {"role": "assistant", "content": caption}]
-
-
-def sample_dialogue(uniform: float) -> int:
-    """The form that a number in [0, 1) stands for: wishes and questions are equally frequent."""
-    wishes, questions = len(WISHES), len(QUESTIONS)
-    if uniform < 0.5:
-        return int(2 * uniform * wishes)
-    return wishes + int((2 * uniform - 1) * questions)
-
-
-# Class names are actions more often than things, and a prompt comes in any of these forms.
-PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
 TASKS = (*VIDEO_TASKS, "interleaved", "text")
 
+# Class names are more often actions than things, and users phrase prompts in any of these ways.
+PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
+# The caption comes after a colon or alone, so that "surfing" fits as well as "a person surfing".
+REQUESTS = ("{}", "Show me a video: {}", "Make a short video of this: {}", "Please draw me a clip. It shows: {}")
+QUESTIONS = ("What does this video show?", "Describe this video.", "What is happening here?")
+NUM_DIALOGUES = len(REQUESTS) + len(QUESTIONS)
+"""Number of forms of a chat about one video."""
+
 _DIRECTION = re.compile(r"\b(?:left|right)(?:most|wards?)?\b", re.IGNORECASE)
 
-Draw = tuple[int, str, str, int]
-"""What `CaptionedVideos.sequence` takes: row, text, task, form of a dialogue."""
+Candidate = tuple[int, str, str, int]
+"""The arguments of `CaptionedVideos.sequence`: row, text, task, form of a dialogue."""
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """How often each task is sampled, by weight; tasks without data fall away."""
+    """How often each task is sampled, by weight; tasks without data are left out."""
 
     text_to_video: float = 0.6
-    """A caption is given, its video learned."""
+    """A caption is given, its video is learned."""
     video_to_text: float = 0.2
-    """A video is given, its caption learned."""
+    """A video is given, its caption is learned."""
     chat: float = 0.1
-    """A captioned video as a chat in the base's own template: a wish and its video, or a video, a question and the answer."""
+    """A captioned video as a chat in the base's own template: a request and its video, or a video, a question and the answer."""
     continuation: float = 0.2
     """The first frames of a clip are given, the clip is learned; needs a token cache with --condition-frames."""
     interleaved: float = 0.2
@@ -80,9 +61,9 @@ class Tasks:
     text: float = 0.2
     """Text alone, so that the language model keeps what it knows."""
     caption_dropout: float = 0.1
-    """How often text-to-video is learned without its caption, which guidance needs; in [0, 1)."""
+    """Probability that text-to-video is learned without its caption, which guidance needs; in [0, 1)."""
     continuation_text: float = 0.5
-    """How often continuation is learned with the caption before the frames; in [0, 1]."""
+    """Probability that continuation is learned with the caption before the frames; in [0, 1]."""
 
     def __post_init__(self):
         weights = {task: getattr(self, task) for task in TASKS}
@@ -96,12 +77,85 @@ class Tasks:
             raise ValueError(f"continuation_text must lie in [0, 1], got {self.continuation_text}")
 
 
-class CaptionedVideos:
-    """The rows of a token cache as training sequences.
+class TrainingMix:
+    """Training sequences of all tasks that have a weight and data.
 
-    encode_text: text -> text ids (LarpMllmProcessor.encode_text). positions: of the base model. tokenizer: the text
-    tokenizer, by whose template chats are written; without it there are none. Raises ValueError if a video has neither a
-    caption nor a class.
+    Args:
+        tasks: weights and rates.
+        videos: data of the tasks in VIDEO_TASKS, or None.
+        records: data of the task interleaved, or None.
+        text: data of the task text, or None.
+
+    Raises ValueError if no task has both a weight and data.
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        videos: "CaptionedVideos | None" = None,
+        records: RecordSet | None = None,
+        text: TextSet | None = None,
+    ):
+        self.tasks, self.videos = tasks, videos
+        self._sources = {task: (0, videos) for task in (videos.tasks if videos else ())}
+        self._sources |= {"interleaved": (1, records)} if records else {}
+        self._sources |= {"text": (2, text)} if text else {}
+        weights = {task: getattr(tasks, task) for task in TASKS if task in self._sources and getattr(tasks, task) > 0}
+        if not weights:
+            raise ValueError(
+                f"nothing to train on: there are data for {', '.join(self._sources) or 'no task'}, but weights only for "
+                f"{_listed({task: getattr(tasks, task) for task in TASKS if getattr(tasks, task) > 0})}. Give --tokens, "
+                "--records or --text, or raise a --tasks weight"
+            )
+        self.shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
+        """The fraction of the sequences that each task gets; they sum to 1."""
+
+    def batch(self, step: int, global_batch: int, seed: int) -> list[TokenSequence]:
+        """Return the sequences of one training step of all ranks; they do not depend on the number of ranks.
+
+        Each place of the batch samples a task and takes a row of that task's source. The rows of a source are shuffled
+        anew in each epoch.
+        """
+        uniforms = BatchNoise(seed, step, global_batch).uniform(3).tolist()
+        rows: dict[int, list[int]] = {}
+        sequences = []
+        for place, (for_task, for_phrase, for_text) in enumerate(uniforms):
+            task = self._task(for_task)
+            number, source = self._sources[task]
+            if number not in rows:
+                rows[number] = batch_rows(len(source), step, global_batch, seed + number).tolist()
+            row = rows[number][place]
+            sequences.append(self._video(row, task, for_phrase, for_text) if task in VIDEO_TASKS else source[row])
+        return sequences
+
+    def _task(self, uniform: float) -> str:
+        for task, share in self.shares.items():
+            if uniform < share:
+                return task
+            uniform -= share
+        return next(reversed(self.shares))  # the shares may sum to slightly less than 1
+
+    def _video(self, row: int, task: str, for_phrase: float, for_text: float) -> TokenSequence:
+        phrases = self.videos.phrases[row]
+        without_text = {
+            "text_to_video": for_text < self.tasks.caption_dropout,
+            "continuation": for_text >= self.tasks.continuation_text,
+        }.get(task)
+        form = sample_dialogue(for_text) if task == "chat" else 0
+        return self.videos.sequence(row, "" if without_text else phrases[int(for_phrase * len(phrases))], task, form)
+
+
+class CaptionedVideos:
+    """The rows of a token cache as token sequences; mirrored rows whose caption names a direction are left out.
+
+    Args:
+        cache: codes, with a caption or a class for each video.
+        layout: of the ids.
+        encode_text: text -> text ids, as `LarpMllmProcessor.encode_text`.
+        positions: of the base model.
+        tokenizer: the text tokenizer, whose template formats chats; without it the task chat has no data.
+
+    Raises ValueError if a video has neither a caption nor a class.
     """
 
     def __init__(
@@ -125,27 +179,74 @@ class CaptionedVideos:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that these rows can teach: chats need a text tokenizer, continuation the codes of given frames."""
+        """The tasks that have data: chats need a text tokenizer, continuation needs the codes of given frames."""
         lacking = {"chat": self.tokenizer is None, "continuation": self.cache.conditions is None}
         return tuple(task for task in VIDEO_TASKS if not lacking.get(task))
 
-    def fixed(self, row: int, task: str) -> TokenSequence:
-        """A row for evaluation: in its first phrasing; continuation without text, as `continue_video` by default."""
-        return self.sequence(row, self._fixed_text(row, task), task)
-
-    def _fixed_text(self, row: int, task: str) -> str:
-        return "" if task == "continuation" else self.phrases[row][0]
-
     def sequence(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
-        """A row with this text; task: text_to_video, video_to_text, chat (in this form of a dialogue) or continuation.
+        """Return a row with a text as a sequence of one of VIDEO_TASKS.
 
-        Raises ValueError for continuation from a cache without given frames, and if there are more ids than positions.
+        Args:
+            form: of the dialogue, for the task chat: 0 to NUM_DIALOGUES - 1.
+
+        Raises ValueError for continuation from a cache without given frames, and for more ids than positions.
         """
-        sequence = self._built(row, text, task, form)
+        sequence = self._build(row, text, task, form)
         self._check_length(len(sequence.ids), row, task)
         return sequence
 
-    def _built(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
+    def evaluation_sequence(self, row: int, task: str) -> TokenSequence:
+        """Return a row in its first phrasing; continuation has no text, which is the default of `continue_video`."""
+        return self.sequence(row, self._evaluation_text(row, task), task)
+
+    def training_candidates(self, tasks: Tasks) -> Iterator[Candidate]:
+        """Yield sequences among which is the longest that a `TrainingMix` with these tasks can sample.
+
+        Rows of equal text have equally many ids, so each text comes with its first row only.
+        """
+        rows = {text: row for row in reversed(range(len(self))) for text in self.phrases[row]}
+        for task in (task for task in self.tasks if getattr(tasks, task) > 0):
+            without_text = task == "continuation" and not tasks.continuation_text
+            for text, row in ({"": 0} if without_text and rows else rows).items():
+                yield from ((row, text, task, form) for form in range(NUM_DIALOGUES if task == "chat" else 1))
+
+    def evaluation_candidates(self, tasks: Collection[str]) -> Iterator[Candidate]:
+        """Yield what `evaluation_sequence` returns for these tasks, each text with its first row only."""
+        for task in tasks:
+            rows = {self._evaluation_text(row, task): row for row in reversed(range(len(self)))}
+            yield from ((row, text, task, 0) for text, row in rows.items())
+
+    def longest(self, candidates: Iterable[Candidate], over: int = 0) -> tuple[int, int, str] | None:
+        """Return (number of ids, row, task) of the longest candidate; None if none has more than `over` ids.
+
+        Texts that are too short in bytes to be longest are not encoded.
+        """
+        # An upper bound of the ids besides those of the text: all videos of a cache have equally many codes.
+        fixed: dict[tuple[str, int], int] = {}
+        found = None
+        for row, text, task, form in candidates:
+            if (task, form) not in fixed:
+                fixed[task, form] = len(self._build(row, "a", task, form).ids) + max(map(len, REQUESTS))
+            longest = max(over, found[0] if found else 0)
+            if fixed[task, form] + _most_ids(text) > longest:
+                length = len(self._build(row, text, task, form).ids)
+                found = (length, row, task) if length > longest else found
+        return found
+
+    def check_lengths(self, candidates: Iterable[Candidate]) -> None:
+        """Raise ValueError that names the video of the longest candidate if that has more ids than positions."""
+        if (longest := self.longest(candidates, self.positions)) is not None:
+            self._check_length(*longest)
+
+    def _check_length(self, length: int, row: int, task: str) -> None:
+        option = f"--tasks.{task.replace('_', '-')} 0"
+        where = f"video {self.cache.names[row]} ({task.replace('_', '-')})"
+        check_length(length, self.positions, where, f"shorten the text, or leave the task out with {option}")
+
+    def _evaluation_text(self, row: int, task: str) -> str:
+        return "" if task == "continuation" else self.phrases[row][0]
+
+    def _build(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
         codes = self.cache.codes[row].tolist()
         if task == "chat":
             messages = dialogue(form, text, codes)
@@ -166,120 +267,54 @@ class CaptionedVideos:
             self._encoded[text] = self._encode_text(text) if text else []
         return self._encoded[text]
 
-    def sampled(self, tasks: Tasks) -> Iterator[Draw]:
-        """All that a `TrainingMix` with these tasks can sample and that may be longest: each text once, with its first row."""
-        rows = {text: row for row in reversed(range(len(self))) for text in self.phrases[row]}
-        for task in (task for task in self.tasks if getattr(tasks, task) > 0):
-            without = task == "continuation" and not tasks.continuation_text
-            for text, row in ({"": 0} if without and rows else rows).items():
-                yield from ((row, text, task, form) for form in range(DIALOGUES if task == "chat" else 1))
 
-    def judged(self, tasks: Collection[str]) -> Iterator[Draw]:
-        """What `fixed` makes of the rows for these tasks, each text once."""
-        for task in tasks:
-            rows = {self._fixed_text(row, task): row for row in reversed(range(len(self)))}
-            yield from ((row, text, task, 0) for text, row in rows.items())
-
-    def longest(self, samples: Iterable[Draw], over: int = 0) -> tuple[int, int, str] | None:
-        """(ids, row, task) of the longest of the sequences, exactly; None if none has more than `over` ids.
-
-        Those that cannot have so many, seen by the size of their text, are not encoded.
-        """
-        # The ids of everything around a text: all videos of a cache have as many codes.
-        around: dict[tuple[str, int], int] = {}
-        found = None
-        for row, text, task, form in samples:
-            if (task, form) not in around:
-                around[task, form] = len(self._built(row, "a", task, form).ids) + max(map(len, WISHES))
-            most = max(over, found[0] if found else 0)
-            if around[task, form] + _most_ids(text) > most:
-                length = len(self._built(row, text, task, form).ids)
-                found = (length, row, task) if length > most else found
-        return found
-
-    def check_lengths(self, samples: Iterable[Draw]) -> None:
-        """ValueError that names the video of the longest sequence, if that has more ids than there are positions."""
-        if (longest := self.longest(samples, self.positions)) is not None:
-            self._check_length(*longest)
-
-    def _check_length(self, length: int, row: int, task: str) -> None:
-        option = f"--tasks.{task.replace('_', '-')} 0"
-        where = f"video {self.cache.names[row]} ({task.replace('_', '-')})"
-        check_length(length, self.positions, where, f"shorten the text, or leave the task out with {option}")
+def evaluated_tasks(held_out: CaptionedVideos, trained: Collection[str]) -> tuple[str, ...]:
+    """Return the tasks to evaluate on held-out videos: the trained ones; if none, captions in both directions."""
+    return tuple(task for task in held_out.tasks if task in trained) or ("text_to_video", "video_to_text")
 
 
-class TrainingMix:
-    """Training sequences of all tasks that have a weight and data.
-
-    Args:
-        tasks: weights and rates.
-        videos, records, text: the data, None for what there is not: the tasks on token caches, interleaved, text.
-
-    Raises ValueError if no task has both a weight and data.
-    """
-
-    def __init__(
-        self,
-        tasks: Tasks,
-        videos: CaptionedVideos | None = None,
-        records: RecordSet | None = None,
-        text: TextSet | None = None,
-    ):
-        self.tasks, self.videos = tasks, videos
-        self._sources = {task: (0, videos) for task in (videos.tasks if videos else ())}
-        self._sources |= {"interleaved": (1, records)} if records else {}
-        self._sources |= {"text": (2, text)} if text else {}
-        weights = {task: getattr(tasks, task) for task in TASKS if task in self._sources and getattr(tasks, task) > 0}
-        if not weights:
-            raise ValueError(
-                f"nothing to train on: there are data for {', '.join(self._sources) or 'no task'}, but weights only for "
-                f"{_listed({task: getattr(tasks, task) for task in TASKS if getattr(tasks, task) > 0})}: give --tokens, "
-                "--records or --text, or raise a --tasks weight"
-            )
-        self.shares = {task: weight / sum(weights.values()) for task, weight in weights.items()}
-        """What part of the sequences each task gets; they sum to 1."""
-
-    def batch(self, step: int, global_batch: int, seed: int) -> list[TokenSequence]:
-        """The sequences of one training step, all ranks together: the same whatever their number.
-
-        A place in the batch samples its task, and takes the row that its source has there; the rows of a source come in
-        a new order each epoch.
-        """
-        sampled = BatchNoise(seed, step, global_batch).uniform(3).tolist()
-        rows: dict[int, list[int]] = {}
-        sequences = []
-        for place, (task, phrase, text) in enumerate(sampled):
-            task = self._task(task)
-            number, source = self._sources[task]
-            if number not in rows:
-                rows[number] = batch_rows(len(source), step, global_batch, seed + number).tolist()
-            row = rows[number][place]
-            sequences.append(self._video(row, task, phrase, text) if task in VIDEO_TASKS else source[row])
-        return sequences
-
-    def _task(self, sampled: float) -> str:
-        for task, share in self.shares.items():
-            if sampled < share:
-                return task
-            sampled -= share
-        return next(reversed(self.shares))  # what rounding leaves
-
-    def _video(self, row: int, task: str, phrase: float, text: float) -> TokenSequence:
-        phrases = self.videos.phrases[row]
-        without = {
-            "text_to_video": text < self.tasks.caption_dropout,
-            "continuation": text >= self.tasks.continuation_text,
-        }
-        form = sample_dialogue(text) if task == "chat" else 0
-        return self.videos.sequence(row, "" if without.get(task) else phrases[int(phrase * len(phrases))], task, form)
+def evaluation_rows(rows: int, most: int) -> list[int]:
+    """Return at most `most` row numbers, evenly spaced, so that a sorted cache is not evaluated on its first class."""
+    count = min(rows, most)
+    return torch.linspace(0, rows - 1, count).round().long().tolist() if count else []
 
 
 def caption_phrases(cache: TokenCache) -> list[tuple[str, ...]]:
-    """For each row the texts it may be called by: its caption, or the phrasings of its class.
+    """Return the texts of each row: its caption, or the phrasings of its class.
 
     Raises ValueError that names the first video without either.
     """
     return [_phrases(cache, row) for row in range(len(cache))]
+
+
+def drop_mirrored_directions(cache: TokenCache) -> TokenCache:
+    """Return the cache without the mirrored rows whose text says left or right: they show the opposite direction."""
+    mirrored = cache.flipped.tolist()
+    wrong = [mirrored[row] and any(map(_DIRECTION.search, _phrases(cache, row))) for row in range(len(cache))]
+    return cache.select((~torch.tensor(wrong)).nonzero()[:, 0]) if any(wrong) else cache
+
+
+def dialogue(form: int, caption: str, video: object) -> list[dict]:
+    """Return a chat about a video as messages, see `larp_mllm.processing.chat.chat_segments`.
+
+    form: 0 to NUM_DIALOGUES - 1; first the requests for a video, then the questions about one.
+    """
+    shown = [{"type": "video", "video": video}]
+    if form < len(REQUESTS):
+        return [
+            {"role": "user", "content": REQUESTS[form].format(caption)},
+            {"role": "assistant", "content": shown},
+        ]
+    question = {"type": "text", "text": QUESTIONS[form - len(REQUESTS)]}
+    return [{"role": "user", "content": [*shown, question]}, {"role": "assistant", "content": caption}]
+
+
+def sample_dialogue(uniform: float) -> int:
+    """Return the form for a number in [0, 1): requests and questions are equally frequent."""
+    requests, questions = len(REQUESTS), len(QUESTIONS)
+    if uniform < 0.5:
+        return int(2 * uniform * requests)
+    return requests + int((2 * uniform - 1) * questions)
 
 
 def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
@@ -290,35 +325,17 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
             f"video {cache.names[row]} has neither a caption nor a class, so there is no text to learn: extract tokens "
             "from a manifest with a caption or label column"
         )
-    # A data set with classes calls its videos by their class; only a caption of its own says more.
+    # Data sets with classes repeat the class name as the caption; only another caption says more.
     return tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
 
 
-def drop_mirrored_directions(cache: TokenCache) -> TokenCache:
-    """Return the cache without the mirrored rows whose text says left or right: they show the opposite direction."""
-    mirrored = cache.flipped.tolist()
-    wrong = [mirrored[row] and any(map(_DIRECTION.search, _phrases(cache, row))) for row in range(len(cache))]
-    return cache.select((~torch.tensor(wrong)).nonzero()[:, 0]) if any(wrong) else cache
-
-
 def _most_ids(text: str) -> int:
-    """Ids that a tokenizer makes of a text at most: one of a byte, and one of a space that it may put before.
+    """Return an upper bound of the ids of a text: one for each byte, and one for a space that the tokenizer may add.
 
-    Some tokenizers take characters apart or put them together first, so that the bytes of both are counted.
+    Some tokenizers compose or decompose characters first, so the bytes of both forms are counted.
     """
     size = len(text.encode())
     return 1 + size + (0 if text.isascii() else len(unicodedata.normalize("NFKD", text).encode()))
-
-
-def evaluated_tasks(held_out: CaptionedVideos, trained: Collection[str]) -> tuple[str, ...]:
-    """The tasks that held-out videos judge: those that were `trained`; after records alone, captions in both directions."""
-    return tuple(task for task in held_out.tasks if task in trained) or ("text_to_video", "video_to_text")
-
-
-def evaluation_rows(rows: int, most: int) -> list[int]:
-    """At most `most` row numbers, evenly spread, so that a sorted cache is not judged by its first class."""
-    count = min(rows, most)
-    return torch.linspace(0, rows - 1, count).round().long().tolist() if count else []
 
 
 def _listed(values: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""What is held out, by content, and leakage: what is held out and trained on all the same."""
+"""Which data are held out, and leakage: held-out data that are trained on as well."""
 
 import hashlib
 from collections.abc import Collection, Hashable, Iterable, Sequence
@@ -6,52 +6,53 @@ from collections.abc import Collection, Hashable, Iterable, Sequence
 from torch import Tensor
 
 HELD_OUT = 20
-"""Every so manieth video, record, document or piece of text is held out where no other data are given to judge on."""
+"""One video, record, document or piece of text in this many is held out where no other data to evaluate on are given."""
+_SHOWN = 3
+"""Most names in a message."""
+
+
+def held_out_rows(numbers: list[int], every: int = HELD_OUT) -> list[int]:
+    """Return the rows of every n-th content, see `content_numbers`; none if there are fewer than n contents."""
+    return [row for row, number in enumerate(numbers) if number % every == every - 1]
 
 
 def content_numbers(ids: Iterable[Tensor]) -> list[int]:
-    """A number for each sequence of ids, the same for equal ones: 0, 1, ... as they first come."""
+    """Number sequences of ids by content, 0, 1, ... in order of first occurrence; equal sequences have one number."""
     numbers: dict[bytes, int] = {}
     digests = (hashlib.blake2b(row.int().contiguous().numpy().tobytes(), digest_size=16).digest() for row in ids)
     return [numbers.setdefault(digest, len(numbers)) for digest in digests]
 
 
-def held_out_rows(numbers: list[int], every: int = HELD_OUT) -> list[int]:
-    """The rows of every n-th content; none if there are fewer than n contents."""
-    return [row for row, number in enumerate(numbers) if number % every == every - 1]
-
-
-_SHOWN = 3
-"""Names that a line gives."""
-
-
 def same_videos(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
-    """Return a line if some of the held-out videos have the name of one that is trained on."""
+    """Return a one-line message if held-out videos have names of training videos, else nothing."""
     evaluated = list(dict.fromkeys(held_out))
     trained = set(train)
     both = [name for name in evaluated if name in trained]
-    return _line(len(both), len(evaluated), "videos have the name of one that is trained on", both)
+    return _message(len(both), len(evaluated), "videos have the name of one that is trained on", both)
 
 
 def same_videos_of_records(
     names: Sequence[str], videos: Sequence[Collection[Hashable]], held_out: Collection[int]
 ) -> list[str]:
-    """Return a line if some of the held-out records, by number, show a video that one of the others shows as well."""
+    """Return a one-line message if held-out records share a video with the others, else nothing.
+
+    names, videos: of all records; held_out: row numbers.
+    """
     apart = set(held_out)
     trained = {video for row, shown in enumerate(videos) if row not in apart for video in shown}
     both = [names[row] for row in held_out if not trained.isdisjoint(videos[row])]
-    return _line(len(both), len(apart), "records show a video that is trained on in another record", both)
+    return _message(len(both), len(apart), "records show a video that is trained on in another record", both)
 
 
 def same_text(train: Sequence[Tensor], held_out: Sequence[Tensor]) -> list[str]:
-    """Return a line if pieces of text, int64 (S,) ids each, are in both."""
+    """Return a one-line message if pieces of text, int64 (S,) ids each, are in both, else nothing."""
     numbers = content_numbers([*train, *held_out])
     trained, evaluated = set(numbers[: len(train)]), numbers[len(train) :]
     both = sum(number in trained for number in evaluated)
-    return _line(both, len(evaluated), "pieces of text are trained on as well", [])
+    return _message(both, len(evaluated), "pieces of text are trained on as well", [])
 
 
-def _line(both: int, evaluated: int, what: str, names: list[str]) -> list[str]:
+def _message(both: int, evaluated: int, what: str, names: list[str]) -> list[str]:
     if not both:
         return []
     more = ", ..." if len(names) > _SHOWN else ""

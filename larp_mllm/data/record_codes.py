@@ -1,6 +1,6 @@
-"""The videos of records: which files may be read, and their codes, encoded once and kept in files.
+"""The videos of records: which files may be read, and a cache of their codes.
 
-folder/<tokenizer and clip>-<videos>.safetensors   codes of some videos; each file appears whole or not at all
+folder/<tokenizer and clip>-<videos>.safetensors   codes of up to 64 videos; written whole or not at all
 """
 
 import hashlib
@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-# A colon that only names have; FFmpeg would take what is before it for a protocol, such as concat: or http:.
+# FFmpeg takes a name before a colon for a protocol, such as concat: or http:.
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _CHUNK = 64
-"""Videos in one file; so many at most are encoded again after an interruption."""
+"""Videos in one file, and the most that are encoded again after an interruption."""
 _BATCH = 8
 """Clips in one pass of the tokenizer."""
 _WORKERS = 2
@@ -36,24 +36,24 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A clip of a video file: from `start` seconds on, or (None) its middle."""
+    """A clip of a video file: from `start` seconds on, or its middle if that is None."""
 
     path: Path
     start: float | None
 
 
 def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path:
-    """The file that a record calls `name`, relative to `root`, with links and .. resolved.
+    """Return the file that a record names relative to `root`, with links and .. resolved.
 
-    Raises ValueError for what is no name, a URL or another protocol, a file outside of `root` unless `allow_outside`,
-    and a file that is not there.
+    Raises ValueError, naming `where`, for anything but a file name, for a URL or another protocol, for a file outside of
+    `root` unless `allow_outside`, and for a missing file.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{where}: a video must be the name of a file, got {name!r}")
     if _PROTOCOL.match(name):
         raise ValueError(
-            f"{where}: {name} looks like a URL or protocol, and none is opened: download the video, and name the file "
-            f"(a file that is really called so: ./{name})"
+            f"{where}: {name} looks like a URL or protocol, and none is opened: download the video and name the file "
+            f"(./{name} if the file has this name)"
         )
     try:
         base = root.resolve()
@@ -76,14 +76,14 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
 def encode_excerpts(
     excerpts: Iterable[Excerpt], tokenizer: LarpTokenizer, cache: Path, stride: int
 ) -> tuple[dict[Excerpt, Tensor], dict[Excerpt, str]]:
-    """Excerpts -> (codes int (N,) of each, why the others cannot be read and what to do); each is read once, and never again.
+    """Return (codes int (N,) of each readable excerpt, reason and remedy for each of the others).
 
     Args:
-        tokenizer: on the device that it should run on.
-        cache: the folder of the files; codes found there are taken, unless the video or the tokenizer is another.
-        stride: every n-th frame of the file is one of the clip.
+        tokenizer: on the device to encode on.
+        cache: folder of the files. Codes found there are reused unless the video or the tokenizer has changed.
+        stride: every n-th frame of the file is a frame of the clip.
 
-    Raises ValueError if the folder cannot be written to, or a file in it is damaged.
+    Raises ValueError if the folder cannot be written to, or if a file in it is damaged.
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     made_with = [tokenizer.weight_hash(), CODE_VERSION, stride, *tokenizer.config.clip_shape]
@@ -109,7 +109,7 @@ def encode_excerpts(
 
 
 def _encode(excerpts: list[Excerpt], tokenizer: LarpTokenizer, shape: ClipShape):
-    """Yield (excerpt, codes or the VideoError) in batches of the tokenizer."""
+    """Yield (excerpt, its codes or its VideoError)."""
     device = next(tokenizer.parameters()).device
     small = torch.int16 if tokenizer.codebook_size <= 2**15 else torch.int32
     waiting: list[tuple[Excerpt, Tensor]] = []
@@ -138,7 +138,7 @@ def _clip_or_error(excerpt: Excerpt, shape: ClipShape) -> Tensor | VideoError:
 
 def _remedy(error: VideoError, excerpt: Excerpt, span: int, stride: int) -> str:
     if not isinstance(error, ShortVideoError):
-        return "mend the video"
+        return "repair the video"
     ways = ['lower its "start"'] if excerpt.start and error.frames >= span else []
     return " or ".join([*ways, *(["lower --stride"] if stride > 1 else [])]) or "give a longer video"
 

@@ -4,10 +4,10 @@
     {"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "What is it?"}]},
                   {"role": "assistant", "content": "A wave."}]}
 
-"loss", true or false, says what is learned. In the first form that is all of it, unless the record says otherwise, or a
-video for itself. In the second it is what the assistant says, or with "loss": false of the record nothing; a message says
-otherwise for itself, and a part of one before all. An "id" of a record is ignored. Videos are names of files below the
-data root, by default the folder of the JSONL file.
+"loss", true or false, says what is learned. A record of the first form is learned whole by default; the "loss" of a video
+overrides that of the record. Of a chat the assistant's messages are learned by default, and nothing with "loss": false in
+the record; the "loss" of a message overrides that, and the "loss" of a part overrides both. An "id" of a record is ignored.
+Videos are names of files below the data root, by default the folder of the JSONL file.
 """
 
 import json
@@ -36,17 +36,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 _SHOWN = 5
-"""Bad records that an error lists."""
+"""Most bad records that an error lists."""
 _FORMS = '{"messages": [...]}, or {"text": "... <video> ...", "videos": [...]}'
 
 
 class RecordSet:
-    """Token sequences of records: `records[i]`, each with the name FILE:LINE in `names` and its files in `videos`."""
+    """Token sequences of records, `records[i]`; `names` holds FILE:LINE of each and `videos` its video files."""
 
     def __init__(
         self, sequences: Iterable[TokenSequence], names: Sequence[str], videos: Sequence[Collection[Path]] = ()
     ):
-        # Half the memory, which many records need for as long as training lasts.
+        # int32: the ids stay in memory during the whole training.
         self._rows = [(sequence.ids.int(), sequence.labels.int()) for sequence in sequences]
         self.names = tuple(names)
         self.videos = tuple(map(frozenset, videos)) or (frozenset(),) * len(self.names)
@@ -60,13 +60,75 @@ class RecordSet:
 
     @property
     def contents(self) -> list[int]:
-        """For each record a number, the same for records of the same ids: 0, 1, ... as they first come."""
+        """A number for each record, equal for records of equal ids, see `content_numbers`."""
         return content_numbers(ids for ids, _ in self._rows)
+
+
+def open_records(
+    paths: str | Path | Sequence[str | Path],
+    processor: LarpMllmProcessor,
+    *,
+    data_root: str | Path | None = None,
+    allow_outside: bool = False,
+    cache: str | Path,
+    stride: int = 1,
+    positions: int | None = None,
+) -> RecordSet:
+    """Read JSONL files of records, encode their videos, and return the token sequences.
+
+    Args:
+        paths: one file or several.
+        processor: its video tokenizer encodes, on the device where it is.
+        data_root: the folder that video names are relative to and must lie in, links resolved; None: that of each file.
+        allow_outside: accept videos outside of the data root.
+        cache: folder for the codes, see larp_mllm/data/record_codes.py. Once one process has run, others only read it.
+        stride: every n-th frame of a video is a frame of its clip. A clip begins at the "start" of its video (seconds), or is
+            the middle of the video.
+        positions: of the base model; None: no limit.
+
+    Raises ValueError that lists the first bad records as FILE:LINE with what is wrong: another form, unknown keys, unequal
+    numbers of placeholders and videos, URLs, videos that are missing, outside of the root, unreadable or too short, records
+    without anything to learn, and records of more ids than `positions`.
+    """
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    problems = _Problems()
+    records = [record for path in paths for record in _read(path, data_root, allow_outside, problems)]
+    problems.check()
+    excerpts = dict.fromkeys(video for record in records for video in record.videos)
+    codes, reasons = encode_excerpts(excerpts, processor.video_tokenizer, Path(cache), stride)
+    sequences = _sequences(records, processor, codes, reasons, positions, problems)
+    shown = [[video.path for video in record.videos] for record in records]
+    found = RecordSet(sequences, [record.name for record in records], shown)
+    problems.check()
+    return found
+
+
+class _Problems:
+    """Collects errors of records, so that one run reports several."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            self.found.append(str(error))
+
+    def check(self) -> None:
+        """Raise ValueError if there were errors."""
+        if len(self.found) == 1:
+            raise ValueError(self.found[0])
+        if self.found:
+            more = len(self.found) - _SHOWN
+            lines = [*self.found[:_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
+            raise ValueError("\n  ".join([f"{len(self.found)} bad records:", *lines]))
 
 
 @dataclass(frozen=True)
 class _Interleaved:
-    """A record of the form text and videos, read and checked."""
+    """A checked record of text with placeholders and videos; each of `parts` is (video, learned)."""
 
     name: str
     text: str
@@ -85,7 +147,7 @@ class _Interleaved:
 
 @dataclass(frozen=True)
 class _Chat:
-    """A record of messages, read and checked; the "video" of each video part is an Excerpt."""
+    """A checked record of messages; the "video" of each video part is an Excerpt."""
 
     name: str
     messages: list[dict[str, Any]]
@@ -103,49 +165,9 @@ class _Chat:
         return encode(segments, processor.layout, add_special_tokens=False)
 
 
-def open_records(
-    paths: str | Path | Sequence[str | Path],
-    processor: LarpMllmProcessor,
-    *,
-    data_root: str | Path | None = None,
-    allow_outside: bool = False,
-    cache: str | Path,
-    stride: int = 1,
-    positions: int | None = None,
-) -> RecordSet:
-    """Read JSONL files of records, encode their videos, and make token sequences of them.
-
-    Args:
-        paths: one file or several.
-        processor: its video tokenizer encodes, on the device where it is.
-        data_root: the folder that video names are relative to and must lie in, links resolved; None: that of each file.
-        allow_outside: take videos from elsewhere, too.
-        cache: the folder in which codes are kept, see larp_mllm/data/record_codes.py; if one process has been through, others
-            only read there.
-        stride: every n-th frame of a video is one of its clip. Of a video longer than a clip the middle is taken, or what
-            begins at its "start" (seconds).
-        positions: of the base model; None: records may be as long as they are.
-
-    Raises ValueError that lists the first bad records as FILE:LINE with what is wrong: another form, unknown keys, other
-    numbers of placeholders and videos, URLs, videos that are missing, outside of the root, unreadable or too short,
-    records in which nothing is learned, and such as have more ids than `positions`.
-    """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    problems = _Problems()
-    records = [record for path in paths for record in _read(path, data_root, allow_outside, problems)]
-    problems.check()
-    excerpts = dict.fromkeys(video for record in records for video in record.videos)
-    codes, reasons = encode_excerpts(excerpts, processor.video_tokenizer, Path(cache), stride)
-    sequences = _sequences(records, processor, codes, reasons, positions, problems)
-    shown = [[video.path for video in record.videos] for record in records]
-    found = RecordSet(sequences, [record.name for record in records], shown)
-    problems.check()
-    return found
-
-
 def _sequences(records, processor, codes, reasons, positions: int | None, problems) -> Iterator[TokenSequence]:
     for record in tqdm(records, desc="reading records", unit="record", delay=1):
-        with problems.noted():
+        with problems.collected():
             if bad := next((video for video in record.videos if video in reasons), None):
                 raise ValueError(f"{record.name}: {reasons[bad]}")
             yield _sequence(record, processor, codes, positions)
@@ -159,36 +181,10 @@ def _sequence(record: _Interleaved | _Chat, processor, codes, positions: int | N
         )
     if positions is not None:
         length, span = len(sequence.ids), processor.video_tokenizer.num_tokens + 2
-        most = 2 * span * len(record.videos) > length
-        remedy = f"give it fewer videos ({span} ids each)" if most else "shorten the text"
+        mostly_video = 2 * span * len(record.videos) > length
+        remedy = f"give it fewer videos ({span} ids each)" if mostly_video else "shorten the text"
         check_length(length, positions, record.name, remedy)
     return sequence
-
-
-# Reading
-
-
-class _Problems:
-    """Collects what is wrong with records, so that one run shows more than the first of them."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:
-            self.found.append(str(error))
-
-    def check(self) -> None:
-        """Raise ValueError if something was found."""
-        if len(self.found) == 1:
-            raise ValueError(self.found[0])
-        if self.found:
-            more = len(self.found) - _SHOWN
-            lines = [*self.found[:_SHOWN], *([f"... and {more} more"] if more > 0 else [])]
-            raise ValueError("\n  ".join([f"{len(self.found)} bad records:", *lines]))
 
 
 def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
@@ -204,7 +200,7 @@ def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> li
         if not line.strip():
             continue
         count += 1
-        with problems.noted():
+        with problems.collected():
             records.append(_record(_parsed(line, name := f"{path}:{number}"), name, root, allow_outside))
     if not count:
         raise ValueError(f"{path}: holds no record; a line is {_FORMS}")
@@ -216,7 +212,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
         given = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
         raise ValueError(f"{where}: broken JSON: {error}") from None
     if not isinstance(given, dict) or not given:
         raise ValueError(f"{where}: a record must be an object, {_FORMS}, got {line.strip()[:40]}")

@@ -1,6 +1,6 @@
-"""Text alone, mixed in so that a language model keeps what it knows: documents -> pieces of a length.
+"""Plain text, mixed in so that a language model keeps what it knows: documents, cut into pieces.
 
-- `txt:FILE`: documents are separated by blank lines; the line ends of other systems become line breaks
+- `txt:FILE`: documents separated by blank lines; all line ends become "\\n"
 - `jsonl:FILE`: the field "text" of each line
 - `hf:NAME[,config=NAME][,split=train][,column=text]`: a data set of the hub (owner/name) or a folder of its files, read by
   the package `datasets` (pip install 'larp-mllm[text]')
@@ -23,24 +23,25 @@ import torch
 from tqdm import tqdm
 
 SHIPPED = Path(__file__).parent / "held_out_text.txt"
-"""Plain English about everyday things, written for this purpose; for runs without held-out text of their own."""
+"""Plain English about everyday things, for runs without held-out text of their own."""
 ENOUGH = 256
-"""Ids that must be held out for their perplexity to say something."""
+"""Fewest held-out ids whose perplexity is meaningful."""
 _HUB_OPTIONS = {"config": None, "split": "train", "column": "text"}
 
 
 class TextSet:
     """Documents as token sequences of at most `length` ids, all of them learned.
 
-    A longer document is cut into pieces. None of its ids is dropped: each piece begins with the last id of the one
-    before, so that every id but a document's first is predicted once. Begin and end ids stand only where a document
-    begins and ends.
+    A longer document is cut into pieces that overlap by one id, so that every id but a document's first is predicted
+    once. Begin and end ids are added to the document, not to each piece.
 
     Args:
         documents: texts; those of white space alone are left out.
-        encode_text: text -> text ids (LarpMllmProcessor.encode_text).
+        encode_text: text -> text ids, as `LarpMllmProcessor.encode_text`.
         layout: with the base's begin and end ids.
-        length: ids of a piece at most; ValueError if under 2, of which one could be predicted.
+        length: most ids of a piece; at least 2, so that one can be predicted.
+
+    Raises ValueError for a shorter length, and if no document holds text.
     """
 
     def __init__(self, documents: Sequence[str], encode_text: Callable[[str], list[int]], layout: Layout, length: int):
@@ -52,7 +53,7 @@ class TextSet:
         begin, end = ([] if id is None else [id] for id in (layout.bos, layout.eos))
         for document in tqdm(documents, desc="reading text", unit="document", delay=1):
             if document.strip():
-                # Half the memory, which much text needs for as long as training lasts.
+                # int32: the ids stay in memory during the whole training.
                 ids = torch.tensor([*begin, *encode_text(document), *end], dtype=torch.int32)
                 starts = range(0, max(1, len(ids) - 1), length - 1)
                 self.pieces += [ids[start : start + length] for start in starts]
@@ -72,14 +73,14 @@ class TextSet:
 
     @property
     def size(self) -> int:
-        """How many ids all pieces have."""
+        """The number of ids of all pieces."""
         return sum(map(len, self.pieces))
 
     def hold_out(self, every: int = HELD_OUT, enough: int = ENOUGH) -> tuple["TextSet", "TextSet", str] | None:
-        """Split off every n-th document: (the others, the held-out ones, "document").
+        """Split into (training text, held-out text, unit): the unit held out is every n-th "document", else "piece".
 
-        If these are under `enough` ids, or more than a quarter of all, every n-th piece, and "piece"; if that does not do
-        either, None. What is equal, be it documents or pieces, stays on one side.
+        Pieces are the unit if the documents have fewer than `enough` ids or more than a quarter of all; None if that holds
+        for pieces, too. Equal documents or pieces stay on one side.
         """
         whole: dict[int, list[torch.Tensor]] = {}
         for piece, number in zip(self.pieces, self._documents, strict=True):
@@ -88,27 +89,27 @@ class TextSet:
         by_document = [contents[number] for number in self._documents]
         for unit, numbers in (("document", by_document), ("piece", content_numbers(self.pieces))):
             held = set(held_out_rows(numbers, every))
-            judged = self._chosen([row for row in range(len(self)) if row in held])
-            if enough <= judged.size <= self.size // 4:
-                return self._chosen([row for row in range(len(self)) if row not in held]), judged, unit
+            held_out = self._select([row for row in range(len(self)) if row in held])
+            if enough <= held_out.size <= self.size // 4:
+                return self._select([row for row in range(len(self)) if row not in held]), held_out, unit
         return None
 
-    def _chosen(self, rows: list[int]) -> "TextSet":
-        chosen = copy.copy(self)
-        chosen.pieces = [self.pieces[row] for row in rows]
-        chosen._documents = [self._documents[row] for row in rows]
-        return chosen
+    def _select(self, rows: list[int]) -> "TextSet":
+        selected = copy.copy(self)
+        selected.pieces = [self.pieces[row] for row in rows]
+        selected._documents = [self._documents[row] for row in rows]
+        return selected
 
 
 def shipped_text() -> list[str]:
-    """The held-out text that comes with the package, as documents."""
+    """Return the documents of the held-out text that comes with the package."""
     return [SHIPPED.read_text(encoding="utf-8").strip()]
 
 
 def open_text(specs: str | Sequence[str]) -> list[str]:
-    """The documents of all specs, one after another; see the top of this file for the specs.
+    """Return the documents of all specs in order; the top of this file lists the specs.
 
-    Raises ValueError that names the spec, and FILE:LINE, for an unknown kind or option, a file that is absent or not UTF-8,
+    Raises ValueError that names the spec, or FILE:LINE, for an unknown kind or option, a file that is missing or not UTF-8,
     a line without text, and a data set that cannot be loaded. Code from a data set is never run.
     """
     documents: list[str] = []
@@ -143,12 +144,12 @@ def _read_jsonl(path: str, spec: str) -> list[str]:
 
 
 def _lines(path: str, spec: str) -> list[str]:
-    """The lines of a file, each with the end "\\n", whatever its own."""
+    """Return the lines of a file with all line ends as "\\n"."""
     try:
         text = "".join(text_lines(path, f"text {spec}"))
     except OSError as error:
         raise ValueError(f"text {spec}: {path} cannot be read: {error.strerror}") from error
-    # Not splitlines(), which also cuts at U+2028 and its like.
+    # str.splitlines() also splits at U+2028 and similar characters.
     return io.StringIO(text, newline=None).readlines()
 
 
@@ -164,12 +165,11 @@ def _read_hub(rest: str, spec: str) -> list[str]:
     try:
         rows = load_dataset(name, options["config"], split=options["split"])
         columns = list(rows.column_names)
-    except Exception as error:  # datasets, the hub and their readers raise families of their own
+    except Exception as error:  # datasets and the hub raise many types
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
         raise ValueError(
             f"text {spec}: the data set cannot be loaded ({type(error).__name__}: {said}). Check its name, config= and split=; "
-            "without network, load it once where there is one (it is then in the local cache), or give the folder of its "
-            "files, txt:FILE or jsonl:FILE"
+            "without network, fill the local cache first, or give the folder of its files, txt:FILE or jsonl:FILE"
         ) from error
     if options["column"] not in columns:
         raise ValueError(f"text {spec}: has no column {options['column']!r}; column= one of {', '.join(columns)}")
@@ -187,7 +187,7 @@ def _hub_options(rest: str, spec: str) -> tuple[str, dict[str, str | None]]:
         if key not in options:
             raise ValueError(f"text {spec}: {piece!r} is no option; known are {', '.join(f'{k}=' for k in options)}")
         options[key] = value
-    # A bare name could be one of the readers inside of `datasets`, which would take any file of the current folder.
+    # `datasets` takes a bare name for one of its own readers, which would open any file of the current folder.
     if not (name and Path(name).is_dir()) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(
             f"text {spec}: {name or 'nothing'} is neither a name of the hub (owner/name) nor a folder; URLs are not opened"

@@ -75,7 +75,7 @@ def score_videos(
     rows = evaluation_rows(len(data), most)
     found: dict[str, float] = {"videos": len(rows)}
     for task in tasks:
-        sequences = [data.fixed(row, task) for row in rows]
+        sequences = [data.evaluation_sequence(row, task) for row in rows]
         if task != "video_to_text":
             # In the others the only text target is the start of the video.
             sequences = [_codes_only(sequence, data) for sequence in sequences]

@@ -17,7 +17,7 @@ from typing import Any
 from larp.engine.backend import Engine, Ranks, barrier, make_engine
 from larp.engine.clock import Clock
 from larp.engine.schedules import lr_factor
-from larp_mllm.data.corpus import Corpus, Videos
+from larp_mllm.data.corpus import Corpus, TokenCaches
 from larp_mllm.data.dataset import TrainingMix
 from larp_mllm.engine.finetuning import optimizer, prepare, take_weights
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -33,7 +33,7 @@ DEFAULT_FPS = 8.0
 """Frames per second of videos whose token cache does not record them."""
 
 
-def build(config: TrainMllmConfig, videos: Videos, ranks: Ranks) -> Mllm:
+def build(config: TrainMllmConfig, videos: TokenCaches, ranks: Ranks) -> Mllm:
     """Load the base, give it a fresh adapter and its processor; the weights are the same at every call."""
     torch.manual_seed(config.seed)
     tiny = config.tiny
@@ -63,7 +63,7 @@ class StagedRun:
     config: TrainMllmConfig
     ranks: Ranks
     plan: list[Stage]
-    videos: Videos
+    videos: TokenCaches
     corpus: Corpus
     mix: TrainingMix
     stage: Stage

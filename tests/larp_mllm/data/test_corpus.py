@@ -1,11 +1,11 @@
-"""What a run is trained on and judged by: parts that are held out, and their names."""
+"""The data of a run: what is trained on, what is held out and its name, leakage."""
 
 import dataclasses
 import json
 import re
 from pathlib import Path
 
-from larp_mllm.data.corpus import Videos, open_corpus
+from larp_mllm.data.corpus import TokenCaches, open_corpus
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.data.leakage import same_videos_of_records
 from larp_mllm.data.records import RecordSet
@@ -35,7 +35,7 @@ def corpus(qwen, tmp_path):
         if records:
             (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
             paths = (tmp_path / "r.jsonl",)
-        videos = videos or Videos(None, None, qwen.processor.video_tokenizer)
+        videos = videos or TokenCaches(None, None, qwen.processor.video_tokenizer)
         options = {
             "tasks": Tasks(),
             "text": text,
@@ -56,7 +56,7 @@ def size(sequences):
     return sum(len(sequence.ids) for sequence in sequences)
 
 
-def test_of_many_documents_some_are_held_out(corpus):
+def test_documents_are_held_out_where_there_are_many(corpus):
     found = corpus([sentence(number) for number in range(60)])
     assert found.held_out_text_name.startswith("one document in 20 of txt:")
     assert len(found.text) == 57 and len(found.held_out_text) == 3
@@ -64,21 +64,21 @@ def test_of_many_documents_some_are_held_out(corpus):
 
 
 @pytest.mark.parametrize("tiny", [[], ["A tiny one."]], ids=["one document", "one long and one tiny"])
-def test_of_one_long_document_pieces_are_held_out(corpus, tiny):
+def test_pieces_of_one_long_document_are_held_out(corpus, tiny):
     found = corpus([" ".join(sentence(number) for number in range(120)), *tiny], sequence_length=128)
     assert found.held_out_text_name.startswith("one piece in 20 of txt:")
     assert size(found.held_out_text) >= ENOUGH
-    assert not rows(found.text) & rows(found.held_out_text), "what judges is not trained on"
+    assert not rows(found.text) & rows(found.held_out_text), "held-out text is not trained on"
 
 
-def test_of_little_text_none_is_held_out_and_the_shipped_one_judges(corpus):
+def test_little_text_is_not_split_and_the_shipped_text_is_held_out(corpus):
     found = corpus(["A tiny one.", *[f"Word {number}." for number in range(40)]])
     assert found.held_out_text_name == "the text that comes with the package"
     assert len(found.text) == 41
     assert size(found.held_out_text) > ENOUGH
 
 
-def test_text_is_cut_by_the_sequence_length_or_512_and_must_not_be_cut_to_shreds(corpus):
+def test_text_is_cut_by_the_sequence_length_or_512(corpus):
     long = [" ".join(sentence(number) for number in range(40))]
     for given, longest in ((None, 512), (64, 64), (1024, 1024)):
         found = corpus(long, sequence_length=given)
@@ -91,12 +91,12 @@ def test_text_is_cut_by_the_sequence_length_or_512_and_must_not_be_cut_to_shreds
 
 def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, qwen, tmp_path):
     cache = open_cache(tmp_path / "given", rows=20, captions=["a zebra in the zoo", "an okapi"])
-    given = Videos(dataclasses.replace(cache, conditions=cache.codes), None, qwen.processor.video_tokenizer)
-    judged = Videos(None, given.train, qwen.processor.video_tokenizer)
+    given = TokenCaches(dataclasses.replace(cache, conditions=cache.codes), None, qwen.processor.video_tokenizer)
+    evaluated = TokenCaches(None, given.train, qwen.processor.video_tokenizer)
     data = corpus(videos=given).videos
     found = {}
     for name, tasks in (("all", Tasks(chat=0)), ("without", Tasks(chat=0, continuation=0))):
-        found[name] = ids = data.longest(data.sampled(tasks))[0]
+        found[name] = ids = data.longest(data.training_candidates(tasks))[0]
         corpus(videos=given, tasks=tasks, sequence_length=ids)
         corpus(videos=given, tasks=tasks, positions=ids)
         with pytest.raises(ValueError, match=rf"of --tokens has {ids} ids, .*raise it to {ids} or more"):
@@ -105,11 +105,11 @@ def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, 
             corpus(videos=given, tasks=tasks, positions=ids - 1)
     assert found["without"] < found["all"]
     # Held-out videos alone: captions in both directions.
-    longest = data.longest(data.judged(["text_to_video", "video_to_text"]))[0]
-    corpus(videos=judged, positions=longest)
+    longest = data.longest(data.evaluation_candidates(["text_to_video", "video_to_text"]))[0]
+    corpus(videos=evaluated, positions=longest)
     with pytest.raises(ValueError, match=f"{longest} ids, but"):
-        corpus(videos=judged, positions=longest - 1)
-    # Records of no weight are not sampled, and those that are held out not packed.
+        corpus(videos=evaluated, positions=longest - 1)
+    # Records without a weight are not sampled; held-out records are not packed.
     records = [{"text": f"record {number}"} for number in range(40)] + [{"text": "long " * 30}]
     corpus(videos=given, tasks=Tasks(chat=0, interleaved=0), records=records, sequence_length=found["all"])
     records[19], records[40] = records[40], records[19]
@@ -129,26 +129,34 @@ def test_equal_records_stay_on_one_side(corpus):
     assert found.held_out_records is None and len(found.records) == 40
 
 
-def test_what_is_held_out_and_trained_on_all_the_same_is_told(corpus, qwen, tmp_path):
+def test_leakage_is_reported(corpus, qwen, tmp_path):
     documents = [sentence(number) for number in range(4)]
-    (tmp_path / "judge.txt").write_text("\n\n".join([documents[1], sentence(9)]))
-    caches = [open_cache(tmp_path / name, rows=rows) for name, rows in (("train", 6), ("judge", 8))]
-    videos = Videos(caches[0], caches[1], qwen.processor.video_tokenizer)
-    found = corpus(documents, videos=videos, eval_text=(f"txt:{tmp_path}/judge.txt",))
+    (tmp_path / "held-out.txt").write_text("\n\n".join([documents[1], sentence(9)]))
+    caches = [open_cache(tmp_path / name, rows=rows) for name, rows in (("train", 6), ("held-out", 8))]
+    videos = TokenCaches(caches[0], caches[1], qwen.processor.video_tokenizer)
+    found = corpus(documents, videos=videos, eval_text=(f"txt:{tmp_path}/held-out.txt",))
     about_videos, about_text = found.notes
     assert about_videos.startswith(
         "6 of 8 held-out videos have the name of one that is trained on (video0, video1, video2, ...)"
     )
     assert about_text.startswith("1 of 2 held-out pieces of text are trained on as well: figures from these say little")
     assert found.summary["notes"] == [about_videos, about_text]
-    assert corpus(documents, eval_text=(f"txt:{tmp_path}/judge.txt",)).notes == (about_text,)
+    assert corpus(documents, eval_text=(f"txt:{tmp_path}/held-out.txt",)).notes == (about_text,)
     assert corpus([sentence(number) for number in range(60)]).notes == ()
 
 
-def test_records_that_share_a_video_with_held_out_ones_are_told():
+def test_records_that_share_a_video_with_held_out_ones_are_reported():
     sequences = [TokenSequence(torch.tensor([7, row]), torch.tensor([IGNORE, row])) for row in range(5)]
     shown = [[Path("a")], [Path("b"), Path("c")], [], [Path("c")], [Path("a")]]
     records = RecordSet(sequences, [f"r:{row}" for row in range(1, 6)], shown)
-    (told,) = same_videos_of_records(records.names, records.videos, [1, 2])
-    assert told.startswith("1 of 2 held-out records show a video that is trained on in another record (r:2): figures")
+    (note,) = same_videos_of_records(records.names, records.videos, [1, 2])
+    assert note.startswith("1 of 2 held-out records show a video that is trained on in another record (r:2): figures")
     assert same_videos_of_records(records.names, records.videos, [1, 3]) == []
+
+
+def test_mirrored_clips_that_are_left_out_are_reported(corpus, qwen, tmp_path):
+    cache = open_cache(tmp_path / "cache", rows=8)
+    cache = dataclasses.replace(cache, flipped=torch.arange(8) >= 4)
+    found = corpus(videos=TokenCaches(cache, None, qwen.processor.video_tokenizer))
+    assert found.notes == ("1 of 8 clips are left out: mirrored, with left or right in the caption",)
+    assert found.summary["tokens"]["clips"] == 7

@@ -4,10 +4,10 @@ import dataclasses
 from collections import Counter
 
 from larp_mllm.data.dataset import (
-    DIALOGUES,
+    NUM_DIALOGUES,
     PHRASINGS,
+    REQUESTS,
     TASKS,
-    WISHES,
     CaptionedVideos,
     Tasks,
     TrainingMix,
@@ -35,7 +35,7 @@ def data(qwen, tmp_path):
 
 @pytest.fixture
 def with_given(qwen, tmp_path):
-    """With the codes of given frames: those of the whole, counted from behind."""
+    """With codes of given frames: K - 1 minus those of the whole clip."""
     cache = open_cache(tmp_path)
     cache = dataclasses.replace(cache, conditions=K - 1 - cache.codes)
     return CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
@@ -70,7 +70,7 @@ def test_batches_follow_from_seed_and_step(with_given, records, text):
 
 
 def kinds(mix, vocabulary, size=600):
-    """What the sequences of a batch are, seen from outside."""
+    """Count the tasks of the sequences of a batch, recognised by their ids."""
 
     def kind(sequence):
         found = sequence.ids.tolist()
@@ -86,7 +86,7 @@ def kinds(mix, vocabulary, size=600):
     return Counter(kind(sequence) for sequence in mix.batch(0, size, 0))
 
 
-def test_tasks_are_drawn_by_their_weights(with_given, records, text):
+def test_tasks_are_sampled_by_their_weights(with_given, records, text):
     # Chats have no data: these rows were given no text tokenizer.
     tasks = Tasks(3, 1, 5, 1, 0.5, 0.5, caption_dropout=0.2, continuation_text=0.3)
     mix = TrainingMix(tasks, with_given, records, text)
@@ -101,7 +101,7 @@ def test_tasks_are_drawn_by_their_weights(with_given, records, text):
     assert all(abs(found[kind] - count) < 4 * count**0.5 for kind, count in expected.items()), found
 
 
-def test_tasks_without_data_fall_away(data, with_given, records, text):
+def test_tasks_without_data_are_left_out(data, with_given, records, text):
     assert TrainingMix(Tasks(), data).shares == pytest.approx({"text_to_video": 0.75, "video_to_text": 0.25})
     assert TrainingMix(Tasks(), None, records, text).shares == {"interleaved": 0.5, "text": 0.5}
     mix = TrainingMix(only(continuation=1), with_given, records, text)
@@ -158,13 +158,16 @@ def test_continuation_is_given_the_codes_of_the_first_frames(with_given):
     assert sequence.ids.tolist()[: len(prompt)] == prompt
     assert layout.vocabulary.split(sequence.ids)[2] == ("video", cache.codes[1].tolist())
     assert sequence.targets == 4, "the codes of the clip alone"
-    assert with_given.fixed(1, "continuation").ids.tolist()[:1] == layout.continuation([], cache.conditions[1])[:1]
-    assert with_given.fixed(1, "text_to_video").ids.tolist()[:1] == with_given._ids(CAPTIONS[1])[:1]
+    assert (
+        with_given.evaluation_sequence(1, "continuation").ids.tolist()[:1]
+        == layout.continuation([], cache.conditions[1])[:1]
+    )
+    assert with_given.evaluation_sequence(1, "text_to_video").ids.tolist()[:1] == with_given._ids(CAPTIONS[1])[:1]
 
 
 def test_continuation_needs_given_frames(data):
     with pytest.raises(ValueError, match="extract the tokens with --condition-frames"):
-        data.fixed(0, "continuation")
+        data.evaluation_sequence(0, "continuation")
 
 
 def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_path):
@@ -197,11 +200,11 @@ def test_mirrored_clips_of_classes_are_all_used(tmp_path):
 
 
 def test_chats_teach_the_answer_alone(qwen, tmp_path):
-    """A wish and its video, or a video, a question and its caption: what `chat` asks for is the beginning of what was learned."""
+    """A request and its video, or a video, a question and its caption: the prompt of `chat` begins the learned sequence."""
     processor, cache = qwen.processor, open_cache(tmp_path)
     data = CaptionedVideos(cache, processor.layout, processor.encode_text, 1024, processor.tokenizer)
     codes, caption, v = cache.codes[0].tolist(), data.phrases[0][0], processor.vocabulary
-    for form in range(DIALOGUES):
+    for form in range(NUM_DIALOGUES):
         sequence = data.sequence(0, caption, "chat", form)
         ids, labels = sequence.ids.tolist(), sequence.labels.tolist()
         question = chat_segments(
@@ -216,12 +219,17 @@ def test_chats_teach_the_answer_alone(qwen, tmp_path):
         assert set(labels[: len(prompt)]) == {IGNORE}
         learned = [label for label in labels if label != IGNORE]
         end = processor.tokenizer.eos_token_id
-        if form < len(WISHES):
+        if form < len(REQUESTS):
             assert learned == [v.video_start, *map(v.code_to_id, codes), end]
         else:
             assert learned[-1] == end
             assert processor.decode_text(learned[:-1]) == caption
-    assert [sample_dialogue(u) for u in (0.0, 0.49, 0.5, 0.999)] == [0, len(WISHES) - 1, len(WISHES), DIALOGUES - 1]
+    assert [sample_dialogue(u) for u in (0.0, 0.49, 0.5, 0.999)] == [
+        0,
+        len(REQUESTS) - 1,
+        len(REQUESTS),
+        NUM_DIALOGUES - 1,
+    ]
     mix = TrainingMix(only(chat=1), data)
     for sequence in mix.batch(0, 64, 0):
         assert sequence.ids.tolist().count(v.video_start) == 1
@@ -235,13 +243,13 @@ def test_a_video_without_any_text_is_named(tmp_path):
         caption_phrases(cache)
 
 
-# Longest in characters, in ids (the tiny tokenizer knows no x), with a space before, with characters taken apart.
+# Longest in characters; longest in ids (the tiny tokenizer knows no x); a leading space; decomposed characters.
 UNEVEN = ("a red circle moving left, a red circle moving left", "xqxzxqxzxqxzxqxz", " v", "Fahrra\u0308der \ufdfa")
 
 
 @pytest.fixture(scope="module", params=["captions", "classes"])
 def uneven(request, qwen, tmp_path_factory):
-    """Makes videos for a tokenizer with chats and given frames; the captions are of uneven sizes."""
+    """Makes CaptionedVideos with all tasks and captions of different lengths."""
     made = {"captions": UNEVEN} if request.param == "captions" else {"classes": ("Kayaking", "XqzXqz")}
     cache = open_cache(tmp_path_factory.mktemp("uneven"), rows=12, **made)
     cache = dataclasses.replace(cache, conditions=cache.codes)
@@ -258,39 +266,39 @@ def uneven(request, qwen, tmp_path_factory):
     [only(video_to_text=1), only(continuation=1), only(continuation=1, continuation_text=0), Tasks(chat=4)],
     ids=["video_to_text", "continuation", "continuation without text", "all"],
 )
-def test_nothing_that_is_drawn_is_longer_than_the_longest_and_one_is_as_long(uneven, tasks):
+def test_the_longest_candidate_is_the_longest_sequence_that_is_sampled(uneven, tasks):
     data = uneven()
-    ids, row, task = data.longest(data.sampled(tasks))
+    ids, row, task = data.longest(data.training_candidates(tasks))
     count = 300 if tasks.chat else 100
     assert max(len(sequence.ids) for sequence in TrainingMix(tasks, data).batch(0, count, 0)) == ids
     assert getattr(tasks, task) > 0 and 0 <= row < len(data)
-    # What cannot be longer is not encoded, and nothing else is passed over.
-    assert data.longest(data.sampled(tasks), ids) is None
-    assert data.longest(data.sampled(tasks), ids - 1) == (ids, row, task)
+    # Texts that cannot be longest are not encoded; all others are compared.
+    assert data.longest(data.training_candidates(tasks), ids) is None
+    assert data.longest(data.training_candidates(tasks), ids - 1) == (ids, row, task)
     enough, short = uneven(ids), uneven(ids - 1)
-    enough.check_lengths(enough.sampled(tasks))
+    enough.check_lengths(enough.training_candidates(tasks))
     option = rf"leave the task out with --tasks\.{task.replace('_', '-')} 0"
     with pytest.raises(
         ValueError, match=rf"video\d+ \(.*\): {ids} ids, .* {ids - 1} positions: shorten the .*{option}"
     ):
-        short.check_lengths(short.sampled(tasks))
+        short.check_lengths(short.training_candidates(tasks))
 
 
-def test_what_judges_has_a_longest_of_its_own(uneven):
+def test_the_longest_evaluation_candidate_is_the_longest_sequence_that_is_evaluated(uneven):
     data = uneven()
     for tasks in (data.tasks, ["text_to_video"], ["continuation"]):
-        longest = max(len(data.fixed(row, task).ids) for row in range(len(data)) for task in tasks)
-        assert data.longest(data.judged(tasks))[0] == longest
+        longest = max(len(data.evaluation_sequence(row, task).ids) for row in range(len(data)) for task in tasks)
+        assert data.longest(data.evaluation_candidates(tasks))[0] == longest
 
 
-def test_of_texts_that_cannot_be_longest_none_is_encoded(qwen, tmp_path, monkeypatch):
+def test_texts_that_cannot_be_longest_are_not_encoded(qwen, tmp_path, monkeypatch):
     words = "zebra " * 30
     cache = open_cache(tmp_path, captions=[*CAPTIONS, words])
     data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
-    data.longest(data.sampled(Tasks()), 170)
+    data.longest(data.training_candidates(Tasks()), 170)
     assert set(data._encoded) == {"a", words}
 
 
-def test_evaluation_rows_are_spread():
+def test_evaluation_rows_are_evenly_spaced():
     assert evaluation_rows(3, 10) == [0, 1, 2]
     assert evaluation_rows(100, 3) == [0, 50, 99]

@@ -249,7 +249,7 @@ def video(name, **more):
         (video("/etc/hostname"), "outside of the data root"),
         (video("link.mp4"), "outside of the data root"),
         (video("circle.mp4"), "circle.mp4 cannot be found"),
-        (video("broken.mp4"), r"broken.mp4: does not begin like a video.*mend the video, or leave the record out"),
+        (video("broken.mp4"), r"broken.mp4: does not begin like a video.*repair the video, or leave the record out"),
         (
             video("short.mp4"),
             r"short.mp4: has 3 frames, the clip needs 4: give a longer video, or leave the record out",

@@ -578,7 +578,7 @@ def test_a_cache_of_another_tokenizer_is_refused(train, tmp_path):
 
 def test_out_is_no_file(train, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(train_mllm, "open_videos", lambda *_: pytest.fail("loaded something first"))
+    monkeypatch.setattr(train_mllm, "open_token_caches", lambda *_: pytest.fail("loaded something first"))
     with pytest.raises(ValueError, match=r"file is a file: choose another place with --out"):
         train(tmp_path / "file")
 
