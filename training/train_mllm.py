@@ -24,9 +24,9 @@ from larp.engine.signals import run_script
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.report import ended, going_on, nothing_to_do, summary
+from larp_mllm.engine.report import finished_message, finished_report, option_changes, summary
 from larp_mllm.engine.results import evaluate_text, finish_run, sample_on_the_way
-from larp_mllm.engine.scoring import TALLY, micro_batches, rates, tally
+from larp_mllm.engine.scoring import METRIC_SUMS, mean_metrics, metric_sums, micro_batches
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.staged_run import StagedRun, build
 from larp_mllm.engine.stages import stage_at, stages
@@ -65,9 +65,12 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     logging.disable_progress_bar()  # of reading and writing weights
     check_run(config)
     plan = stages(config.align, config.joint)
-    if config.resume and (report := main_first(lambda: ended(config.out, plan[-1].last, config.minutes))) is not None:
+    if (
+        config.resume
+        and (report := main_first(lambda: finished_report(config.out, plan[-1].last, config.minutes))) is not None
+    ):
         if ranks.is_main:
-            print("\n".join([nothing_to_do(config.out, report), *summary(report)]))
+            print("\n".join([finished_message(config.out, report), *summary(report)]))
         return report
     videos = open_token_caches(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
@@ -110,7 +113,7 @@ def resume(run: StagedRun, options: dict) -> None:
         run.load_state_dict(state.loader_state)
     if config.resume:
         earlier = state.loader_state.get("resumed", []) if state is not None else []
-        run.resumed = going_on(config.out, options, run.step, earlier)
+        run.resumed = option_changes(config.out, options, run.step, earlier)
 
 
 def log_setup(run: StagedRun, text: dict, log: RunLog) -> None:
@@ -132,7 +135,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     and report; if it is killed there, `--resume` repeats these and trains nothing.
     """
     config, engine, clock = run.config, run.engine, run.clock
-    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=run.ranks.device)
+    sums = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=run.ranks.device)
     engine.module.train()
     while not run.stage_done:
         sequences = run.mix.batch(run.step, config.batch_size, config.seed)
@@ -140,7 +143,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
         clock.advance()
         step, end = clock.step, clock.done
         if step % config.log_every == 0 or run.stage_done:
-            log.metrics(step, rates(reduce_sum(sums)) | step_metrics(engine, clock), stage=run.stage.name)
+            log.metrics(step, mean_metrics(reduce_sum(sums)) | step_metrics(engine, clock), stage=run.stage.name)
             sums.zero_()
         log.progress(step)
         if config.sampling.every and clock.due(config.sampling.every) and not end:
@@ -154,18 +157,18 @@ def loop(run: StagedRun, log: RunLog) -> bool:
 
 
 def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
-    """Train one step on a global batch, of which this rank takes its rows; return the sums named in TALLY, float64 (6,)."""
+    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,)."""
     parts = config.engine.accumulation
     rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
     items = max(1, sum(sequence.targets for sequence in sequences)) / (parts * ranks.world_size)
     weights = {"text_weight": config.text_weight, "z_loss": config.z_loss, "head_chunk": config.head_chunk}
-    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=ranks.device)
     for batch in micro_batches(rows, parts, ranks):
         out = engine(**batch, num_items_in_batch=items, **weights)
         engine.backward(out.loss)
         engine.step()
-        sums += tally(out)
+        sums += metric_sums(out)
     return sums
 
 

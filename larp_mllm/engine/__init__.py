@@ -1,1 +1,1 @@
-"""How a language model is trained: stages, what each trains, what is measured and told on the way."""
+"""Training of a language model: options, stages, trained weights, metrics, samples, report."""

@@ -1,4 +1,4 @@
-"""How well a model predicts plain text: measured before and after training, it says how much was lost.
+"""Perplexity of plain text: before and after training it shows how much text ability was lost.
 
 Shapes: S ids of a piece, n scored positions, H hidden width, V rows of the base model's head.
 """
@@ -17,16 +17,19 @@ import torch
 from torch import Tensor
 
 _BATCH = 8  # pieces in one pass
-_CHUNK = 256  # positions whose logits over the whole vocabulary exist at a time
+_CHUNK = 256  # positions whose logits are in memory at a time
 
 
 def text_perplexity(model, processor, documents: Sequence[str], length: int) -> dict[str, float]:
-    """Score `documents`, cut into pieces of at most `length` ids.
+    """Score documents, cut into pieces of at most `length` ids.
 
-    model: a LarpMllmForCausalLM, or a plain causal LM for comparison; processor: gives encode_text and layout. Returns
-    pieces, tokens (how many were scored), nll (nats per token) and perplexity, both over text ids alone, so that they compare with the base
-    model's; of a LarpMllmForCausalLM also video_start and video_end, the mean probability that each has where text goes
-    on. ValueError for documents without a token to score.
+    Args:
+        model: a LarpMllmForCausalLM, or a plain causal LM for comparison.
+        processor: its encode_text and layout are used.
+
+    Returns pieces and tokens (numbers scored), nll (nats per token) and perplexity. Both are over text ids alone and so
+    comparable with the base's. For a LarpMllmForCausalLM also video_start and video_end, the mean probability of each where
+    text continues. Raises ValueError for documents without a token to score.
     """
     pieces = TextSet(list(documents), processor.encode_text, processor.layout, length)
     return score_text(model, [pieces[index] for index in range(len(pieces))])
@@ -34,23 +37,23 @@ def text_perplexity(model, processor, documents: Sequence[str], length: int) -> 
 
 @torch.no_grad()
 def score_text(model, pieces: Sequence[TokenSequence], most: int | None = None) -> dict[str, float]:
-    """`text_perplexity` of pieces that are encoded already: of all, or of at most `most`, spread evenly over them.
+    """Return `text_perplexity` of encoded pieces: all of them, or at most `most`, evenly spaced.
 
-    Also returns pieces, how many those are. ValueError for a text id that the base has no row for.
+    Raises ValueError also for a text id that the base has no row for.
     """
     with_video = isinstance(model, LarpMllmForCausalLM)
     base = model.base if with_video else model
-    chosen = [pieces[row] for row in evaluation_rows(len(pieces), len(pieces) if most is None else most)]
-    _check_rows(base, chosen)
-    # Those of like length together, as most are alike; the sums do not depend on the order.
-    chosen.sort(key=lambda piece: len(piece.ids))
+    selected = [pieces[row] for row in evaluation_rows(len(pieces), len(pieces) if most is None else most)]
+    _check_rows(base, selected)
+    # Sorted by length, a batch holds little padding.
+    selected.sort(key=lambda piece: len(piece.ids))
     sums = torch.zeros(4, dtype=torch.float64)  # nll, positions, video_start, video_end
     training = model.training
     model.eval()
     try:
-        for number in range(0, len(chosen), _BATCH):
-            # Padded on the right, which causal attention does not see.
-            batch = collate([[piece] for piece in chosen[number : number + _BATCH]])
+        for number in range(0, len(selected), _BATCH):
+            # Causal attention does not see padding on the right.
+            batch = collate([[piece] for piece in selected[number : number + _BATCH]])
             labels = batch["labels"][:, 1:].to(model.device)
             scored = labels != IGNORE
             hidden = base.base_model(input_ids=batch["input_ids"].to(model.device), use_cache=False).last_hidden_state
@@ -64,8 +67,8 @@ def score_text(model, pieces: Sequence[TokenSequence], most: int | None = None) 
     if not count:
         raise ValueError("the held-out text has no token to score: give a longer one with --eval-text txt:FILE")
     nll = sums[0].item() / count
-    # Above this e^x is no float any more; a model that bad needs no exact figure.
-    scores = {"pieces": len(chosen), "tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
+    # exp overflows a float above 709.
+    scores = {"pieces": len(selected), "tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
     if with_video:
         scores |= {"video_start": sums[2].item() / count, "video_end": sums[3].item() / count}
     return scores
@@ -82,7 +85,10 @@ def _check_rows(base, pieces: Sequence[TokenSequence]) -> None:
 
 
 def _score(model, base, hidden: Tensor, targets: Tensor, with_video: bool) -> Tensor:
-    """hidden (n, H), targets (n,) -> float64 (4,): summed nll over text ids, n, summed probabilities of the controls."""
+    """Return float64 (4,): nll, n and the probabilities of video_start and video_end, each summed over the n positions.
+
+    hidden: (n, H); targets: (n,).
+    """
     text = base.get_output_embeddings()(hidden).float()
     nll = torch.nn.functional.cross_entropy(text, targets, reduction="sum")
     controls = torch.zeros(2, device=text.device)

@@ -8,9 +8,9 @@ from pathlib import Path
 from larp.engine.backend import Ranks, barrier, broadcast_object, micro_batch
 from larp.engine.distributed import main_first
 from larp_mllm.data.corpus import Corpus
-from larp_mllm.engine.finetuning import write_model, wrong_tensor
+from larp_mllm.engine.finetuning import non_finite_tensor, write_model
 from larp_mllm.engine.perplexity import score_text
-from larp_mllm.engine.report import environment_info, refuse, summary, write_report, wrong_figures
+from larp_mllm.engine.report import environment_info, non_finite_figures, reject_non_finite, summary, write_report
 from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import score_corpus
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -77,14 +77,14 @@ def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
     if run.ranks.is_main:
         # Before anything else can fail: what was trained is there to be used.
         write_report(report, config.out)
-    refuse(broadcast_object(wrong_tensor(folder) if run.ranks.is_main else None), report)
+    reject_non_finite(broadcast_object(non_finite_tensor(folder) if run.ranks.is_main else None), report)
     try:
         mllm = evaluate_model(run, report, folder)
     finally:
-        if run.ranks.is_main and not wrong_figures(report):
+        if run.ranks.is_main and not non_finite_figures(report):
             set_default_model(folder)
     report = broadcast_object(report)
-    refuse(next(iter(wrong_figures(report)), None), report)
+    reject_non_finite(next(iter(non_finite_figures(report)), None), report)
     if mllm is not None:
         held_out = run.corpus.held_out_videos
         report["samples"] = (

@@ -1,4 +1,4 @@
-"""What shows how far a language model is, while it trains and at the end: videos for captions, captions for videos."""
+"""Samples of a language model during training and at its end: videos for captions, captions for videos."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.pipeline import Mllm
 
 SHEET, CAPTIONS = "sheet.png", "captions.json"
-_SMALLEST = 256  # pixels of height that an MP4 is scaled up to, so that players show it well
+_SMALLEST = 256  # pixels of height to scale MP4s up to: players blur smaller ones
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ class SamplingConfig:
 def write_samples(
     mllm: Mllm, held_out: CaptionedVideos, config: SamplingConfig, seed: int, folder: Path, movies: bool
 ) -> list[str]:
-    """Write a contact sheet of videos for held-out captions, captions.json of held-out videos, and MP4s if `movies` (not without PyAV).
+    """Write videos for held-out captions as a contact sheet, and captions of the held-out videos as captions.json.
 
-    Returns the files, the sheet first. The prompts are the first different captions of rows spread over the set; each
-    video described is the one that its caption stands for.
+    The prompts are distinct captions of evenly spaced rows. movies: write an MP4 file of each video as well, if PyAV is
+    installed. Returns the paths, the sheet first.
     """
-    chosen: dict[str, int] = {}
+    first_rows: dict[str, int] = {}
     for row in evaluation_rows(len(held_out), len(held_out)):
-        chosen.setdefault(held_out.phrases[row][0], row)
-    rows = [list(chosen.values())[i] for i in evaluation_rows(len(chosen), config.videos)]
+        first_rows.setdefault(held_out.phrases[row][0], row)
+    rows = [list(first_rows.values())[i] for i in evaluation_rows(len(first_rows), config.videos)]
     if not rows:
         return []
     texts = [held_out.phrases[row][0] for row in rows]
@@ -68,7 +68,7 @@ def write_samples(
 
 
 def describe_rows(mllm: Mllm, data: CaptionedVideos, rows: list[int]) -> list[dict[str, Any]]:
-    """What the model writes for the codes of some rows, beside what they may be called."""
+    """Return for each row the video's name, its own captions, and the caption that the model writes for its codes."""
     layout = mllm.processor.layout
     questions = [layout.question(data.cache.codes[row].tolist()) for row in rows]
     stops = [] if layout.eos is None else [layout.eos]

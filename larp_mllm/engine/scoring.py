@@ -1,4 +1,4 @@
-"""What is counted of a pass: nats, hits and targets, of text and of video apart; and the figures on held-out videos."""
+"""Metrics of text targets and video targets: summed over forward passes, averaged, and measured on held-out data."""
 
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -13,20 +13,20 @@ from larp_mllm.processing.sequence import TokenSequence
 import torch
 from torch import Tensor
 
-TALLY = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct", "text_count")
+METRIC_SUMS = ("video_nll", "video_correct", "video_count", "text_nll", "text_correct", "text_count")
 
 
-def tally(out) -> Tensor:
-    """The sums of a LarpMllmOutput that TALLY names, float64 (6,), on its device: who reads them waits for it."""
-    return torch.stack([out[name].double() for name in TALLY])
+def metric_sums(out) -> Tensor:
+    """Return the fields METRIC_SUMS of a LarpMllmOutput, float64 (6,), on its device, so that no pass waits for a copy."""
+    return torch.stack([out[name].double() for name in METRIC_SUMS])
 
 
-def rates(sums: Tensor) -> dict[str, float]:
-    """Sums named in TALLY -> bits per video token, nats per text token, and how often the likeliest was right.
+def mean_metrics(sums: Tensor) -> dict[str, float]:
+    """Return video_bits (per token), text_nll (nats per token), video_accuracy and text_accuracy of METRIC_SUMS.
 
-    What has no targets has no figures.
+    A kind of token without targets is left out.
     """
-    total = dict(zip(TALLY, sums.tolist(), strict=True))
+    total = dict(zip(METRIC_SUMS, sums.tolist(), strict=True))
     found = {}
     if videos := total["video_count"]:
         found["video_bits"] = total["video_nll"] / videos / math.log(2)
@@ -38,10 +38,10 @@ def rates(sums: Tensor) -> dict[str, float]:
 
 
 def micro_batches(rows: Sequence[list[TokenSequence]], parts: int, ranks: Ranks) -> list[dict[str, Tensor]]:
-    """This rank's `parts` micro batches of the rows of a global batch, whose number is a multiple of parts * ranks.
+    """Return this rank's `parts` micro batches of a global batch, whose rows are a multiple of parts * ranks.
 
-    All of all ranks have one shape: the model computes its head in chunks of the batch, and where parameters are sharded every
-    rank must compute as many.
+    All micro batches of all ranks have one shape: with sharded parameters every rank must compute equally many chunks of
+    the head.
     """
     size = len(rows) // (parts * ranks.world_size)
     width = max(1, *(sum(len(sequence.ids) for sequence in row) for row in rows))
@@ -52,32 +52,39 @@ def micro_batches(rows: Sequence[list[TokenSequence]], parts: int, ranks: Ranks)
 
 @torch.no_grad()
 def score(forward: Callable, sequences: Sequence[TokenSequence], size: int, ranks: Ranks) -> dict[str, float]:
-    """`rates` over sequences, `size` at a time on each rank. forward: the engine or the model. Collective."""
-    sums = torch.zeros(len(TALLY), dtype=torch.float64, device=ranks.device)
+    """Return `mean_metrics` of sequences, `size` in one pass of each rank. Collective.
+
+    forward: the engine or the model.
+    """
+    sums = torch.zeros(len(METRIC_SUMS), dtype=torch.float64, device=ranks.device)
     each = size * ranks.world_size
     for first in range(0, len(sequences), each):
-        # All ranks pass the same number of times, as sharded parameters need; the last ones may have nothing left.
+        # With sharded parameters all ranks need equally many passes: the last ones are filled with empty rows.
         rows = [[sequence] for sequence in sequences[first : first + each]]
         (batch,) = micro_batches(rows + [[] for _ in range(each - len(rows))], 1, ranks)
-        sums += tally(forward(**batch))
-    return rates(reduce_sum(sums))
+        sums += metric_sums(forward(**batch))
+    return mean_metrics(reduce_sum(sums))
 
 
 def score_videos(
     forward: Callable, data: CaptionedVideos, tasks: Sequence[str], most: int, size: int, ranks: Ranks
 ) -> dict[str, float]:
-    """Figures on at most `most` held-out videos, each in its first phrasing. Collective.
+    """Return metrics of at most `most` held-out videos, evenly spaced, each in its first phrasing. Collective.
 
-    video_bits and video_accuracy: the codes of a video for its caption (text_to_video). text_nll and text_accuracy: the
-    caption of a video (video_to_text). chat_bits, chat_accuracy: its codes as the answer to a wish for it in a chat.
-    continuation_bits, continuation_accuracy: its codes for its first frames, without a caption. tasks: which of these four.
+    Args:
+        tasks: text_to_video gives video_bits and video_accuracy, of codes after a caption; video_to_text gives text_nll and
+            text_accuracy, of captions after a video; chat gives chat_bits and chat_accuracy, of codes after a request;
+            continuation gives continuation_bits and continuation_accuracy, of codes after given frames without a caption.
+        size: sequences in one pass of each rank.
+
+    "videos" is the number of videos.
     """
     rows = evaluation_rows(len(data), most)
     found: dict[str, float] = {"videos": len(rows)}
     for task in tasks:
         sequences = [data.evaluation_sequence(row, task) for row in rows]
         if task != "video_to_text":
-            # In the others the only text target is the start of the video.
+            # The only text target of the other tasks is video_start.
             sequences = [_codes_only(sequence, data) for sequence in sequences]
         figures = score(forward, sequences, size, ranks)
         if task in ("chat", "continuation"):
@@ -89,9 +96,9 @@ def score_videos(
 def score_corpus(
     forward: Callable, corpus: Corpus, trained: Collection[str], most: int, size: int, ranks: Ranks
 ) -> dict[str, float]:
-    """`score_videos` on the held-out videos, of the tasks that were trained; and of held-out records, named records_...
+    """Return `score_videos` of the held-out videos, for `evaluated_tasks`, and metrics records_... of held-out records.
 
-    At most `most` of each, spread evenly; "records" says how many of them. A model that was trained on records alone is judged on text-to-video and video-to-text. Collective.
+    At most `most` of each, evenly spaced; "records" is the number of records. Collective.
     """
     found: dict[str, float] = {}
     if (held_out := corpus.held_out_videos) is not None:

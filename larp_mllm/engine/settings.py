@@ -1,4 +1,4 @@
-"""The options of training/train_mllm.py: the docstring under a field is its text in `--help`."""
+"""The options of training/train_mllm.py; the docstring under a field is its text in `--help`."""
 
 import math
 from collections.abc import Mapping
@@ -37,19 +37,19 @@ class TrainMllmConfig:
     tokens: Path | None = None
     """Token cache to train on, from training/extract_tokens.py; by default runs/tokens, unless records or text are given."""
     eval_tokens: Path | None = None
-    """Token cache to evaluate on; by default every 20th video of `tokens`, which is then not trained on."""
+    """Token cache to evaluate on; by default every 20th video of `tokens`, which is held out."""
     records: tuple[Path, ...] = ()
     """JSONL files of interleaved text and videos: chats ({"messages": [...]}) or {"text": "... <video> ...", "videos": [...]}."""
     data_root: Path | None = None
-    """The folder that the records' videos lie in; by default that of each file of records."""
+    """Folder of the records' videos; by default that of each file of records."""
     allow_outside: bool = False
-    """Records may name videos outside their root."""
+    """Allow records to name videos outside of their data root."""
     stride: int | None = None
     """Every n-th frame of the records' videos; by default as in the token cache, else 1."""
     text: tuple[str, ...] = ()
     """Plain text to mix in, so that the language model keeps what it knows: txt:FILE, jsonl:FILE or hf:NAME (package datasets)."""
     eval_text: tuple[str, ...] = ()
-    """Text whose perplexity is reported before and after; by default a held-out part of `text`, else one that comes along."""
+    """Text whose perplexity is reported before and after; by default a held-out part of `text`, else a text of this package."""
     tokenizer: str | None = None
     """Folder or hub name of the LARP tokenizer; by default the one that the token cache names."""
     out: Path = Path("runs/mllm")
@@ -68,13 +68,13 @@ class TrainMllmConfig:
     """Ids of a row into which records are packed, which changes only the speed, and of a piece of text, at least 16. By default rows are
     as long as the longest record of a step, and pieces have 512 ids."""
     weight_decay: float = 0.01
-    """Of matrices; norms, biases and embeddings have none."""
+    """Weight decay of matrices; norms, biases and embeddings have none."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
     """Schedule of the learning rates within each stage."""
     final_lr: float = 0.02
-    """The last learning rate of a stage as a fraction of the first."""
+    """The last learning rate of a stage as a fraction of the peak."""
     text_weight: float = 1.0
-    """Weight of a text target against a video target in the loss."""
+    """Weight of a text target in the loss; a video target has weight 1."""
     z_loss: float = 0.0
     """Weight of the squared log of the softmax's denominator, which keeps logits from drifting; 1e-4 is usual, 0 is off."""
     head_chunk: int = 1024
@@ -102,7 +102,7 @@ class TrainMllmConfig:
         plan = stages(self.align, self.joint)
         if is_tiny(self.base) and self.start_from is None and plan[-1].trained != "full":
             raise ValueError(
-                f"--base {self.base} is random, and the last stage leaves it so (it trains the {plan[-1].trained}): give "
+                f"--base {self.base} has random weights, which the last stage does not train ({plan[-1].trained}): give "
                 "--joint.method full and --joint.steps"
             )
         for name in ("log_every", "save_every", "eval_videos", "head_chunk", "stride", "sequence_length"):

@@ -19,7 +19,7 @@ from larp.engine.clock import Clock
 from larp.engine.schedules import lr_factor
 from larp_mllm.data.corpus import Corpus, TokenCaches
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.finetuning import optimizer, prepare, take_weights
+from larp_mllm.engine.finetuning import load_start_weights, make_optimizer, prepare_training
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
@@ -52,7 +52,7 @@ def build(config: TrainMllmConfig, videos: TokenCaches, ranks: Ranks) -> Mllm:
     )  # fmt: skip
     mllm = Mllm(model.to(ranks.device), LarpMllmProcessor(tokenizer, clips, model.vocabulary, stride))
     if config.start_from is not None:
-        take_weights(mllm, config.start_from)
+        load_start_weights(mllm, config.start_from)
     return mllm
 
 
@@ -82,7 +82,7 @@ class StagedRun:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     """Learning rates that each stage began with."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
-    """See `larp_mllm.engine.report.going_on`."""
+    """See `larp_mllm.engine.report.option_changes`."""
 
     @property
     def step(self) -> int:
@@ -115,7 +115,7 @@ class StagedRun:
         config, stage = self.config, self.stage
         # So that LoRA begins alike whether the stage is reached by training or by --resume.
         torch.manual_seed(config.seed)
-        prepare(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
+        prepare_training(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
         # Counted before the engine may shard them.
         self.parameters[stage.name] = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
         self.rates[stage.name] = stage.rates
@@ -123,7 +123,7 @@ class StagedRun:
             mllm.model.config.given_frames = self.corpus.videos.cache.key["condition_frames"]
         schedule = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
         factor = self.clock.on_schedule(schedule, stage.first)
-        updates = optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
+        updates = make_optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
         self.mllm, self.since = mllm, time.monotonic()
         self.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, self.ranks)
 

@@ -1,7 +1,7 @@
 """The stages of a training: `align` (the language model frozen, the adapter trained), then `joint` (LoRA or all).
 
-    plan = stages(AlignConfig(), JointConfig())     # one after the other; 0 steps leave a stage out
-    stage = stage_at(plan, step)                    # steps are counted over both
+    plan = stages(AlignConfig(), JointConfig())     # a stage of 0 steps is left out
+    stage = stage_at(plan, step)                    # steps are counted over both stages
 
 The weights of the adapter go from one stage to the next as a file, which is the same at every ZeRO stage.
 """
@@ -83,18 +83,18 @@ class Stage:
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint of this stage must agree in to be resumed, as plain values."""
+        """The plain values in which a checkpoint must agree to be resumed in this stage."""
         lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha} if self.trained == "lora" else {}
         return {"stage": self.name, "first_step": self.first, "trained": self.trained, **lora}
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rates of what it trains, by name."""
+        """The learning rates of the trained parts, by name."""
         return {"adapter_lr": self.adapter_lr} | ({} if self.trained == "adapter" else {"llm_lr": self.llm_lr})
 
     @property
     def summary(self) -> dict:
-        """What a report says about the stage."""
+        """The stage in a report, as plain values."""
         lora = {"lora_rank": self.lora_rank} if self.trained == "lora" else {}
         return {"name": self.name, "steps": self.steps, "trained": self.trained, **lora, **self.rates}
 
@@ -145,7 +145,7 @@ def load_adapter(model: LarpMllmForCausalLM, folder: Path) -> None:
         model.adapter.load_state_dict(load_file(path, device=str(model.device)))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ValueError(
-            f"{path}, the adapter that the stage align ended with, cannot be used ({str(error).splitlines()[0]}): train "
+            f"{path}, the adapter of the stage align, cannot be used ({str(error).splitlines()[0]}): train "
             "anew with another --out"
         ) from error
 

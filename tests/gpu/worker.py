@@ -161,16 +161,16 @@ def train_generator_steps(config: EngineConfig, _: Path, ranks: backend.Ranks) -
 
 
 def train_mllm_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> dict[str, dict]:
-    from larp_mllm.engine.finetuning import optimizer, prepare
+    from larp_mllm.engine.finetuning import make_optimizer, prepare_training
     from larp_mllm.engine.stages import JointConfig
     from larp_mllm.processing.sequence import encode, text_to_video, video_to_text
     from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 
     mllm = tiny_mllm("tiny-qwen2")
     model, processor = mllm.model.to(ranks.device), mllm.processor
-    prepare(model, "full")
+    prepare_training(model, "full")
     before = weights(model)
-    updates = optimizer(model, 1e-2, 1e-3, 0.1)
+    updates = make_optimizer(model, 1e-2, 1e-3, 0.1)
     engine = make_engine(model, updates, lambda step: 1.0, config, BATCH, ranks)
     engine.module.train()
     tally = []

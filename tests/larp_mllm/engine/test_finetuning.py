@@ -1,9 +1,9 @@
-"""What is trained in each stage, at which rate; LoRA folded in; stages of a run."""
+"""Trained weights and learning rates of each stage, merged LoRA, stages of a run."""
 
 from pathlib import Path
 
 from larp.engine.distributed import Ranks
-from larp_mllm.engine.finetuning import merged_weights, optimizer, prepare, write_model
+from larp_mllm.engine.finetuning import make_optimizer, merged_weights, prepare_training, write_model
 from larp_mllm.engine.stages import AlignConfig, JointConfig, load_adapter, save_adapter, stage_at, stages
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_mllm
@@ -13,9 +13,9 @@ import torch
 
 
 def trained_lora(alpha: int | None = None) -> Mllm:
-    """A model with LoRA that says something other than zero."""
+    """A model whose LoRA updates are not zero."""
     mllm = tiny_mllm()
-    prepare(mllm.model, "lora", 2, alpha)
+    prepare_training(mllm.model, "lora", 2, alpha)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in mllm.model.named_parameters():
         if "lora_B" in name:
@@ -29,7 +29,7 @@ def logits(mllm: Mllm) -> torch.Tensor:
 
 
 def test_each_part_has_its_own_rate_and_tables_do_not_decay(qwen):
-    groups = optimizer(qwen.model, adapter_lr=2.0, llm_lr=1.0, weight_decay=0.5).param_groups
+    groups = make_optimizer(qwen.model, adapter_lr=2.0, llm_lr=1.0, weight_decay=0.5).param_groups
     named = {id(p): name for name, p in qwen.model.named_parameters()}
     of = {named[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(of) == len(named)
@@ -39,31 +39,31 @@ def test_each_part_has_its_own_rate_and_tables_do_not_decay(qwen):
     assert of["base.model.embed_tokens.weight"] == (1.0, 0.0)
 
 
-def test_align_trains_the_adapter_alone_and_lora_little_more():
+def test_align_trains_only_the_adapter_and_lora_its_updates_as_well():
     aligned, lora, full = tiny_mllm().model, tiny_mllm().model, tiny_mllm().model
     for model, part in ((aligned, "adapter"), (lora, "lora"), (full, "full")):
-        prepare(model, part, 2)
+        prepare_training(model, part, 2)
     trained = [{name for name, p in model.named_parameters() if p.requires_grad} for model in (aligned, lora, full)]
     assert all(name.startswith("adapter.") for name in trained[0])
     assert trained[0] < trained[1] and all("lora_" in name for name in trained[1] - trained[0])
     assert trained[2] == {name for name, _ in full.named_parameters()}
 
 
-def test_a_written_model_has_lora_folded_in_and_the_one_in_training_goes_on(tmp_path):
+def test_a_written_model_has_lora_merged_and_the_model_in_training_is_unchanged(tmp_path):
     mllm = trained_lora()
-    before, kept = logits(mllm), {name: tensor.clone() for name, tensor in mllm.model.state_dict().items()}
+    before, state = logits(mllm), {name: tensor.clone() for name, tensor in mllm.model.state_dict().items()}
     write_model(mllm.model, mllm.processor, True, tmp_path / "model", 0, Ranks())
-    assert all(torch.equal(tensor, kept[name]) for name, tensor in mllm.model.state_dict().items())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mllm.model.state_dict().items())
     written = Mllm.load(tmp_path / "model", "cpu")
     assert not any("lora" in name or "base_layer" in name for name in written.model.state_dict())
     torch.testing.assert_close(logits(written), before, rtol=1e-5, atol=1e-5)
     assert not torch.equal(before, logits(tiny_mllm()))
-    # Written over an older one: whole as well.
+    # A written model replaces an older one as a whole.
     write_model(tiny_mllm().model, mllm.processor, False, tmp_path / "model", 0, Ranks())
     assert torch.equal(logits(Mllm.load(tmp_path / "model", "cpu")), logits(tiny_mllm()))
 
 
-def test_alpha_scales_what_lora_adds():
+def test_alpha_scales_the_updates_of_lora():
     plain = tiny_mllm().model.state_dict()
     name = "base.model.layers.0.mlp.up_proj.weight"
     by = {alpha: merged_weights(trained_lora(alpha).model)[name] - plain[name] for alpha in (None, 2, 8)}
@@ -71,13 +71,13 @@ def test_alpha_scales_what_lora_adds():
     torch.testing.assert_close(by[None], 2 * by[2], rtol=1e-4, atol=1e-6)
 
 
-def test_a_base_without_the_layers_that_lora_knows_is_named():
+def test_a_base_without_the_layers_of_lora_is_refused():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     mllm = tiny_mllm()
     mllm.model.base = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1, n_positions=8))
     with pytest.raises(ValueError, match=r"GPT2LMHeadModel.*--joint\.method full"):
-        prepare(mllm.model, "lora", 2)
+        prepare_training(mllm.model, "lora", 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------- stages
@@ -96,14 +96,14 @@ def test_stages_follow_one_another_and_can_be_left_out():
         stages(AlignConfig(0), JointConfig(0))
 
 
-def test_rates_and_warmups_that_are_not_given_suit_the_stage():
+def test_default_rates_and_warmups_depend_on_the_stage():
     lora, full = (stages(AlignConfig(0), JointConfig(100, method))[0] for method in ("lora", "full"))
     assert (lora.llm_lr, full.llm_lr) == (1e-4, 2e-5)
     assert [stages(AlignConfig(steps), JointConfig(0))[0].warmup for steps in (1, 100, 5000)] == [0, 10, 50]
     assert stages(AlignConfig(100, warmup=3), JointConfig(0))[0].warmup == 3
 
 
-def test_the_adapter_goes_from_stage_to_stage_through_a_file(tmp_path):
+def test_the_adapter_passes_between_stages_as_a_file(tmp_path):
     one, other = tiny_mllm().model, tiny_mllm().model
     with torch.no_grad():
         for parameter in one.adapter.parameters():

@@ -1,4 +1,4 @@
-"""Perplexity of text: the base model's own figure, whatever the adapter; and what the controls take from it."""
+"""Perplexity of text: that of the base model, whatever the adapter; the probability of the control ids."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_it_is_the_perplexity_of_the_base_model(mllm):
     found = text_perplexity(mllm.model, mllm.processor, TEXT, 1024)
     plain = text_perplexity(mllm.model.base, mllm.processor, TEXT, 1024)
     assert (found["tokens"], found["nll"]) == (plain["tokens"], plain["nll"]) and "video_start" not in plain
-    # Against the formula, by way of the whole forward pass.
+    # Compared with the formula on the whole forward pass.
     nll, count = 0.0, 0
     for text in TEXT:
         ids = torch.tensor([*mllm.processor.encode_text(text), mllm.processor.layout.eos])
@@ -30,7 +30,7 @@ def test_it_is_the_perplexity_of_the_base_model(mllm):
     assert found["perplexity"] == pytest.approx(math.exp(nll / count), rel=1e-5)
 
 
-def test_the_mass_that_controls_take_is_that_of_the_whole_softmax(mllm):
+def test_the_probability_of_control_ids_is_that_of_the_whole_softmax(mllm):
     found = text_perplexity(mllm.model, mllm.processor, TEXT[:1], 1024)
     ids = torch.tensor([*mllm.processor.encode_text(TEXT[0]), mllm.processor.layout.eos])
     v = mllm.model.vocabulary
@@ -41,7 +41,7 @@ def test_the_mass_that_controls_take_is_that_of_the_whole_softmax(mllm):
     assert found["video_end"] == pytest.approx(probabilities[v.video_end].item(), rel=1e-4)
 
 
-def test_a_control_that_takes_everything_shows_but_does_not_change_the_perplexity():
+def test_likely_control_ids_are_reported_but_do_not_change_the_perplexity():
     mllm = tiny_mllm()
     before = text_perplexity(mllm.model, mllm.processor, TEXT, 1024)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_a_control_that_takes_everything_shows_but_does_not_change_the_perplexit
     assert after["video_start"] > 0.3 > before["video_start"]
 
 
-def test_only_what_is_labelled_is_scored_and_training_mode_is_kept(qwen):
+def test_only_labelled_ids_are_scored_and_the_mode_is_restored(qwen):
     ids = torch.tensor([5, 6, 7, 8])
     masked = torch.tensor([IGNORE, 6, IGNORE, IGNORE])
     qwen.model.train()
@@ -69,7 +69,7 @@ def test_long_text_is_scored_whole(qwen):
     assert pieces["tokens"] == len(qwen.processor.encode_text(long))  # all but the first, and the end
 
 
-def test_of_much_text_an_evenly_spread_part_is_scored(qwen, monkeypatch):
+def test_an_evenly_spaced_part_of_much_text_is_scored(qwen, monkeypatch):
     pieces = [TokenSequence(ids := torch.arange(number, number + 4 + number % 3), ids) for number in range(20)]
     passes = []
     model = qwen.model.base.base_model
@@ -79,19 +79,19 @@ def test_of_much_text_an_evenly_spread_part_is_scored(qwen, monkeypatch):
     every, part = score_text(qwen.model, pieces), score_text(qwen.model, pieces, 3)
     assert (every["pieces"], part["pieces"]) == (20, 3) and len(passes) == 4  # of 8, 8, 4 and 3 pieces
     assert {row[0].item() for row in passes[-1]} == {0, 10, 19}
-    # As one after the other, without the padding.
+    # Equal to one after the other, without padding.
     alone = [score_text(qwen.model, [piece]) for piece in pieces]
     nll = sum(one["nll"] * one["tokens"] for one in alone) / sum(one["tokens"] for one in alone)
     assert every["nll"] == pytest.approx(nll, rel=1e-5)
 
 
-def test_text_with_an_id_that_the_base_has_no_row_for_is_refused(qwen):
+def test_an_id_without_a_row_of_the_base_is_refused(qwen):
     rows = qwen.model.base.get_input_embeddings().num_embeddings
     ids = torch.tensor([5, rows])
     with pytest.raises(ValueError, match=rf"id {rows} of the text tokenizer, but the base model has {rows} rows"):
         score_text(qwen.model, [TokenSequence(ids, ids)])
 
 
-def test_a_text_comes_along():
+def test_the_package_holds_a_text():
     (text,) = shipped_text()
     assert 1300 < len(text.split()) < 2000

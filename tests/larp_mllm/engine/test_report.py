@@ -1,11 +1,11 @@
-"""`larp-mllm train-info`: of a model, of a run under way, and of folders that know nothing."""
+"""The report of a run, and `larp-mllm train-info` for a model, for a run in progress and for other folders."""
 
 import json
 import math
 
 from larp.config import to_dict
 from larp_mllm.cli import main
-from larp_mllm.engine.report import describe_training, read_training, write_report, wrong_figures
+from larp_mllm.engine.report import describe_training, non_finite_figures, read_training, write_report
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import JointConfig
 from tests.larp_mllm.tiny import tiny_mllm
@@ -43,71 +43,71 @@ def run(tmp_path):
     return folder
 
 
-def test_a_model_and_its_run_tell_the_same_story(run, capsys):
+def test_a_model_and_its_run_have_the_same_description(run, capsys):
     write_report(REPORT, run)
-    told = describe_training(read_training(run))
-    assert told == describe_training(read_training(run / "model"))
+    text = describe_training(read_training(run))
+    assert text == describe_training(read_training(run / "model"))
     for words in (
         "Qwen2-0.5B", "align, 500 steps, adapter alone (1,234,567 parameters)", "joint, 2000 steps, LoRA of rank 32",
         "llm_lr 0.0001", "text_to_video 60%", "7564 clips of ucf101:UCF", "95 records, 5 held out",
         "3.91 bits per video token", "perplexity 12 -> 12.5", "660 s", "3.2 GiB", "torch 2.13.0",
     ):  # fmt: skip
-        assert words in told
-    assert "under way" not in told and "--resume" not in told
+        assert words in text
+    assert "under way" not in text and "--resume" not in text
     main(["train-info", str(run)])
-    assert capsys.readouterr().out.strip() == told
+    assert capsys.readouterr().out.strip() == text
     main(["train-info", str(run / "model"), "--json"])
     assert json.loads(capsys.readouterr().out)["report"] == REPORT
 
 
-def test_a_run_that_went_on_with_other_options_says_so(run):
+def test_options_that_changed_at_a_resumption_are_listed(run):
     resumed = [
         {"step": 700, "changed": {"joint.llm_lr": [None, 0.005], "z_loss": [0, 1]}},
         {"step": 900, "changed": {}},
     ]
     write_report(REPORT | {"resumed": resumed}, run)
-    told = describe_training(read_training(run))
-    assert "resumed:  at step 700 with joint.llm_lr default -> 0.005, z_loss 0 -> 1\n" in told
-    assert "resumed:  at step 900 with the options it began with\n" in told
+    text = describe_training(read_training(run))
+    assert "resumed:  at step 700 with joint.llm_lr default -> 0.005, z_loss 0 -> 1\n" in text
+    assert "resumed:  at step 900 with its first options\n" in text
 
 
-def test_a_run_under_way_says_how_far_it_is(run, capsys):
+def test_the_progress_of_a_run_is_described(run, capsys):
     main(["train-info", str(run)])
     assert "has written no metrics yet, of 2500 steps" in capsys.readouterr().out
     lines = [{"step": 510, "time": 1.0, "stage": "joint", "video_bits": 5.125, "text_nll": 0.75}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5')
     main(["train-info", str(run)])
-    told = capsys.readouterr().out
-    assert "step 510 of 2500, in the stage joint" in told and "video_bits 5.125" in told and "--resume" in told
+    text = capsys.readouterr().out
+    assert "step 510 of 2500, in the stage joint" in text and "video_bits 5.125" in text and "--resume" in text
     main(["train-info", str(run), "--json"])
     assert json.loads(capsys.readouterr().out)["last"]["step"] == 510
-    # More steps asked for after it had ended: both.
+    # A finished run that was resumed for more steps: both.
     write_report(REPORT | {"steps": 400}, run)
     main(["train-info", str(run)])
-    told = capsys.readouterr().out
-    assert "step 510 of 2500" in told and "Qwen2-0.5B" in told
+    text = capsys.readouterr().out
+    assert "step 510 of 2500" in text and "Qwen2-0.5B" in text
 
 
-def test_accuracies_skipped_updates_and_what_is_no_number_are_told(run, capsys):
+def test_accuracies_skipped_updates_and_non_finite_figures_are_reported(run, capsys):
     figures = {"video_bits": math.nan, "video_accuracy": 0.125, "text_nll": 0.5, "text_accuracy": 0.75}
     after = {"tokens": 900, "nll": math.inf, "perplexity": math.inf}
-    text = REPORT["text"] | {"after": after}
-    write_report(REPORT | {"eval": figures, "text": text, "skipped_updates": 3}, run)
+    scores = REPORT["text"] | {"after": after}
+    write_report(REPORT | {"eval": figures, "text": scores, "skipped_updates": 3}, run)
     for file in ("report.json", "model/training.json"):
         json.loads((run / file).read_text(), parse_constant=pytest.fail)  # no bare NaN or Infinity
     main(["train-info", str(run)])
-    told = capsys.readouterr().out
-    assert "not a number bits per video token (12% right), 0.500 nats per caption token (75% right)" in told
-    assert "perplexity 12 -> not a number" in told
-    assert "3 of 2500 updates, whose gradients were not finite" in told
-    assert wrong_figures({"eval": figures, "text": text}) == [
+    text = capsys.readouterr().out
+    assert "not a number bits per video token (12% right), 0.500 nats per caption token (75% right)" in text
+    assert "perplexity 12 -> not a number" in text
+    assert "3 of 2500 updates, whose gradients were not finite" in text
+    assert non_finite_figures({"eval": figures, "text": scores}) == [
         "eval.video_bits",
         "text.after.nll",
         "text.after.perplexity",
     ]
 
 
-def test_asked_for_more_steps_an_ended_run_tells_its_end_until_it_goes_on(run):
+def test_a_finished_run_is_described_by_its_report_until_more_steps_are_trained(run):
     write_report(REPORT, run)
     (run / "metrics.jsonl").write_text('{"step": 2500, "stage": "joint", "video_bits": 4}\n')
     longer = to_dict(TrainMllmConfig(joint=JointConfig(steps=9000)))
@@ -118,7 +118,7 @@ def test_asked_for_more_steps_an_ended_run_tells_its_end_until_it_goes_on(run):
     assert "is at step 2510 of 9500" in describe_training(read_training(run))
 
 
-def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
+def test_other_folders_are_refused(tmp_path, capsys):
     tiny_mllm().save(tmp_path / "old")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
@@ -135,8 +135,8 @@ def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
         ("empty", "no folder of a model or of a run"),
         ("nowhere", "there is no such folder"),
         ("file", "(that is a file)"),
-        ("qwen", "holds a qwen2, and this tells of language models with video vocabulary"),
-        ("run", "holds a larp-tokenizer, and"),
+        ("qwen", "holds a qwen2, not a language model with video vocabulary"),
+        ("run", "holds a larp-tokenizer, not"),
         ("damaged", "not valid JSON"),
         ("partial", "not as training/train_mllm.py writes it"),
     ):
@@ -146,8 +146,8 @@ def test_folders_that_know_nothing_end_with_a_message(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("probability", "warned"), [(0.999, True), (0.001, False)])
-def test_it_warns_where_plain_text_makes_the_model_expect_videos(run, probability, warned):
+def test_a_model_that_expects_videos_after_plain_text_gets_a_warning(run, probability, warned):
     after = REPORT["text"]["after"] | {"video_start": probability}
     write_report(REPORT | {"text": REPORT["text"] | {"after": after}}, run)
-    told = describe_training(read_training(run))
-    assert ("a video is expected next with 99.9%: mix text in with --text" in told) is warned
+    text = describe_training(read_training(run))
+    assert ("a video is expected next with 99.9%: mix text in with --text" in text) is warned

@@ -1,4 +1,4 @@
-"""Figures on held-out data: of much of it, a part."""
+"""Metrics of held-out data."""
 
 from larp.engine.distributed import Ranks
 from larp_mllm.data.corpus import Corpus
@@ -8,7 +8,7 @@ from larp_mllm.processing.sequence import TokenSequence
 import torch
 
 
-def test_of_many_held_out_records_an_evenly_spread_part_is_scored(qwen):
+def test_an_evenly_spaced_part_of_many_held_out_records_is_scored(qwen):
     records = [TokenSequence(torch.tensor([5, number]), torch.tensor([-100, number])) for number in range(10, 31)]
     corpus = Corpus(None, None, None, records, None, [], "")
     seen = []

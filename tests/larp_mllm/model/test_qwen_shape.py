@@ -2,7 +2,7 @@
 
 import resource
 
-from larp_mllm.engine.finetuning import prepare
+from larp_mllm.engine.finetuning import prepare_training
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 
 import pytest
@@ -31,10 +31,10 @@ def test_the_adapter_and_then_lora_learn_at_the_shape_of_qwen2():
     spans = [model.vocabulary.span(torch.randint(0, K, (N,)).tolist()) for _ in range(1)]
     ids = torch.cat([words, torch.tensor(spans)], dim=1)
     text = model(words).logits[..., :151_936]
-    prepare(model, "adapter")
+    prepare_training(model, "adapter")
     assert steps(model, ids, 2, 1e-5) > 0
     assert torch.equal(model(words).logits[..., :151_936], text)
-    prepare(model, "lora", 8)
+    prepare_training(model, "lora", 8)
     assert steps(model, ids, 2, 1e-5) > 0
     assert not torch.equal(model(words).logits[..., :151_936], text)
     # In kB. The rest of 24 GB is for optimizer states and longer batches.
