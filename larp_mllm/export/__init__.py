@@ -1,1 +1,1 @@
-"""A model as a stock checkpoint of its base's architecture."""
+"""Export of a model as a stock checkpoint of its base's architecture."""

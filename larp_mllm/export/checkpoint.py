@@ -1,7 +1,7 @@
-"""Export: a trained model -> a stock checkpoint of its base architecture, which transformers, vLLM and others serve.
+"""Export of a trained model as a stock checkpoint of its base architecture, for transformers, vLLM and others.
 
-The adapter's rows become rows of embedding and head, LoRA is folded in, and the text tokenizer gets words for the ids of
-videos. V rows of the base, K codes.
+The adapter's rows become rows of embedding and head, LoRA is merged, and the text tokenizer gets tokens for the video ids.
+K is the codebook size.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from larp.files import check_writable
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.export.readme import readme
-from larp_mllm.export.token_names import add_words, loader_of
+from larp_mllm.export.token_names import add_tokens, loader_of
 from larp_mllm.locate import read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.vocabulary import Vocabulary
@@ -44,12 +44,17 @@ def export(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write `model` (loaded, or where `find_model` finds it) into the folder `to` as a stock checkpoint; returns `to`.
+    """Write a model into the folder `to` as a stock checkpoint and return `to`.
 
-    Its logits are those of `model`, but for text ids that the base has no rows for (a tokenizer with more entries than
-    rows): there they are 0, not -inf, and generation_config.json suppresses them. dtype: of the written weights, by
-    default the model's. The folder is written beside `to` and renamed when it is whole; `overwrite` replaces an earlier
-    export, never anything else. Raises ValueError.
+    Args:
+        model: loaded, or a name for `Mllm.load`.
+        to: written beside this path and renamed when complete.
+        overwrite: replace an earlier export; nothing else is ever replaced.
+        dtype: of the written weights; by default the model's.
+        max_shard_size: of a weight file, as in `PreTrainedModel.save_pretrained`.
+
+    The logits equal the model's, except for text ids without a row in the base: those are 0, not -inf, and
+    generation_config.json suppresses them. Raises ValueError if `to` cannot be written or holds something else.
     """
     to = Path(to).absolute()
     check_target(to, overwrite)
@@ -66,10 +71,10 @@ def export(
             part.mkdir()
             with quiet():
                 _write(model, part, dtype, max_shard_size)
-            _share(part)
+            _make_readable(part)
             check_target(to, overwrite)
             if to.exists():
-                # Into the folder that goes away in any case: there is no time at which half of an export is left.
+                # Moved into the folder that is deleted in any case, so that no half of an export is ever left.
                 os.replace(to, aside / "old")
             os.replace(part, to)
     finally:
@@ -78,18 +83,18 @@ def export(
 
 
 def read_video_ids(folder: str | Path, ids) -> Video:
-    """The ids that an exported model wrote for one video -> the video; video_start and video_end around them may be there.
+    """Decode the ids of one video that an exported model generated, with or without video_start and video_end.
 
     folder: the export. ids: list or int64 (N,). Raises ValueError if they are not exactly one video.
     """
-    layout = _layout(Path(folder))
+    layout = _read_layout(Path(folder))
     vocabulary = Vocabulary(layout["text_size"], layout["codebook_size"], layout["tokens_per_video"])
     ids = [int(i) for i in ids]
     inner = ids[ids[:1] == [vocabulary.video_start] :]
     inner = inner[: len(inner) - (inner[-1:] == [vocabulary.video_end])]
     if wrong := [i for i in inner if not vocabulary.first_code <= i < vocabulary.size]:
         raise ValueError(
-            f"id {wrong[0]} is no code: the codes of {folder} are the ids {vocabulary.first_code} to {vocabulary.size - 1}. "
+            f"id {wrong[0]} is not a code: the codes of {folder} are the ids {vocabulary.first_code} to {vocabulary.size - 1}. "
             "Allow only those while a video is sampled"
         )
     codes = [vocabulary.id_to_code(i) for i in inner]
@@ -103,10 +108,10 @@ def read_video_ids(folder: str | Path, ids) -> Video:
 def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size: int | str) -> None:
     model, processor = mllm.model, mllm.processor
     stock = stock_model(model, dtype)
-    tokenizer, words = add_words(processor.tokenizer, model.vocabulary, folder)
-    layout = {"format": FORMAT, **_describe(model, processor, words)}
+    tokenizer, words = add_tokens(processor.tokenizer, model.vocabulary, folder)
+    layout = {"format": FORMAT, **_layout_of(model, processor, words)}
     layout["tokenizer_class"] = loader_of(tokenizer, folder, stock.config)
-    _settle_ids(stock, processor, layout["missing_text_ids"])
+    _set_token_ids(stock, processor, layout["missing_text_ids"])
     stock.save_pretrained(folder, max_shard_size=max_shard_size)
     processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
     (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
@@ -115,10 +120,10 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
 
 @torch.no_grad()
 def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base architecture with text_size + 2 + K rows in embedding and head, untied, its other weights shared."""
+    """Return the base architecture with text_size + 2 + K rows in embedding and head, untied; other weights are shared."""
     base, adapter, vocabulary = model.base, model.adapter, model.vocabulary
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
-    state = _folded(base)
+    state = _merged(base)
     for module, text, video in (
         (base.get_input_embeddings(), embedding, adapter.input_rows()),
         (base.get_output_embeddings(), head, torch.cat([adapter.control_rows(), adapter.code_rows()])),
@@ -134,8 +139,8 @@ def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) ->
     return stock
 
 
-def _folded(base: nn.Module) -> dict[str, Tensor]:
-    """The weights of the base as they were before peft put its layers there, what those add folded in."""
+def _merged(base: nn.Module) -> dict[str, Tensor]:
+    """Return the base's state dict with the layers of peft merged into the plain ones."""
     state = dict(base.state_dict())
     for name, layer in base.named_modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
@@ -151,8 +156,8 @@ def _name(base: nn.Module, module: nn.Module) -> str:
     return next(name for name, candidate in base.named_modules() if candidate is module) + ".weight"
 
 
-def _settle_ids(stock: PreTrainedModel, processor: LarpMllmProcessor, missing: list[int]) -> None:
-    # Not the base's own generation_config: servers take its penalties and temperatures as defaults, for videos too.
+def _set_token_ids(stock: PreTrainedModel, processor: LarpMllmProcessor, missing: list[int]) -> None:
+    # The base's own generation_config is not copied: servers would apply its penalties and temperatures to videos.
     bos, eos = processor.layout.bos, processor.layout.eos
     pad = processor.tokenizer.pad_token_id
     stock.config.bos_token_id, stock.config.eos_token_id = bos, eos
@@ -165,7 +170,7 @@ def _settle_ids(stock: PreTrainedModel, processor: LarpMllmProcessor, missing: l
     )
 
 
-def _describe(model: LarpMllmForCausalLM, processor: LarpMllmProcessor, words: dict[str, str]) -> dict:
+def _layout_of(model: LarpMllmForCausalLM, processor: LarpMllmProcessor, words: dict[str, str]) -> dict:
     vocabulary, config = model.vocabulary, model.config
     return {
         "text_size": vocabulary.text_size,
@@ -185,25 +190,23 @@ def _describe(model: LarpMllmForCausalLM, processor: LarpMllmProcessor, words: d
 
 
 def check_target(to: Path, overwrite: bool) -> None:
-    """ValueError unless an export may be written to `to`: new or empty, or with `overwrite` an earlier export, and in a
-    folder that takes files.
-    """
+    """Raise ValueError unless `to` is writable, and new, empty or, with `overwrite`, an earlier export."""
     to = to.absolute()
     check_writable(to.parent / f"{to.name}.new" if to.is_dir() else to)
     if not to.exists() or (to.is_dir() and not any(to.iterdir())):
         return
     if not to.is_dir() or not (to / LAYOUT).is_file():
-        raise ValueError(f"{to} is there already and is no earlier export: give a new folder")
+        raise ValueError(f"{to} exists and is not an earlier export: give a new folder")
     if not overwrite:
-        raise ValueError(
-            f"{to} holds an earlier export: say overwrite (--overwrite) to replace it, or give a new folder"
-        )
+        raise ValueError(f"{to} holds an earlier export: give overwrite (--overwrite) to replace it, or a new folder")
 
 
-def _layout(folder: Path) -> dict:
+def _read_layout(folder: Path) -> dict:
     layout = read_config(folder / LAYOUT)
     if layout is None:
-        raise ValueError(f"{folder} is no export: {LAYOUT} is missing. Write one with larp-mllm export --to {folder}")
+        raise ValueError(
+            f"{folder} is not an export: {LAYOUT} is missing. Write one with larp-mllm export --to {folder}"
+        )
     if layout.get("format") != FORMAT:
         raise ValueError(
             f"{folder / LAYOUT} has format {layout.get('format')}, this version reads {FORMAT}: update larp-mllm"
@@ -216,8 +219,8 @@ def _video_tokenizer(folder: Path) -> LarpTokenizer:
     return LarpTokenizer.from_pretrained(folder / VIDEO_TOKENIZER)
 
 
-def _share(folder: Path) -> None:
-    # safetensors gives its files to the owner alone; others may read a model as they may read its config.json.
+def _make_readable(folder: Path) -> None:
+    # safetensors makes files that only their owner can read; they get the mode of other new files.
     mask = os.umask(0)
     os.umask(mask)
     for file in folder.rglob("*.safetensors"):

@@ -1,4 +1,4 @@
-"""The README.md of an export: how plain transformers and vLLM write videos with it. A test runs what it shows."""
+"""The README.md of an export: how to generate videos with plain transformers and vLLM. A test runs its commands."""
 
 _TEXT = """\
 # A language model with video vocabulary
@@ -35,9 +35,9 @@ ids = model.generate(
 )[0, prompt.shape[1]:].tolist()
 ```
 
-The constraint is what makes it a video: exactly {count} ids, all of them codes. Guidance, which `larp_mllm.generate` uses, is not
-part of this; transformers can do it with `guidance_scale=2.0` and `negative_prompt_ids` = begin ids and video_start, for one
-prompt at a time. vLLM cannot.
+The constraint makes it a video: exactly {count} ids, all of them codes. This is without the guidance of `larp_mllm.generate`;
+transformers applies it with `guidance_scale=2.0` and `negative_prompt_ids` = begin ids and video_start, for one prompt at a
+time. vLLM cannot.
 
 ## From ids to frames
 
@@ -74,23 +74,23 @@ and `allowed_token_ids` are the text ids, or left out.
 
 ## What to know
 
-- **Text that others typed** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
-  whole string reads a typed `{start_word}` as the control token. Words that the base added without marking them special
+- **Untrusted text** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
+  whole string reads a typed `{start_word}` as the control token. Tokens that the base added without marking them special
   (such as `<tool_call>`) are read as such even then; `LarpMllmProcessor.encode_text` of the original model has neither gap.
-- The words are `{start_word}`, `{end_word}` and `{code_word}`, marked special: `skip_special_tokens=False` shows them.
-- The video tokenizer is in `video_tokenizer/`; codes of any other mean something else.
+- The tokens are `{start_word}`, `{end_word}` and `{code_word}`, marked special: `skip_special_tokens=False` shows them.
+- The video tokenizer is in `video_tokenizer/`; the codes of another one mean something else.
 - Embedding and head are separate here, even if the base had one for both.
 {notes}"""
-_MISSING = """- The ids {first} to {last} are words of the tokenizer that the base has no rows for. Their rows are zero here; `generation_config.json`
-  suppresses them in transformers, elsewhere forbid them when text is sampled.
+_MISSING = """- The ids {first} to {last} are tokens without a row in the base. Their rows are zero here; `generation_config.json` suppresses them
+  in transformers, elsewhere forbid them when text is sampled.
 """
-_OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this kind of model AutoTokenizer, and so a server that is given
+_OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this kind of model AutoTokenizer, and so a server that gets
   text, splits it by the usual rules of the architecture, not by those in `tokenizer.json`: give it ids.
 """
 
 
 def readme(layout: dict, architecture: str) -> str:
-    """The text for a layout as in larp.json."""
+    """Return the text for a layout of larp.json."""
     last = layout["first_code"] + layout["codebook_size"] - 1
     missing, notes = layout["missing_text_ids"], ""
     if missing:

@@ -1,4 +1,4 @@
-"""The words of video ids in an exported text tokenizer: names that get exactly the ids of the layout."""
+"""Tokens for video ids in an exported text tokenizer, with exactly the ids of the vocabulary."""
 
 import copy
 from pathlib import Path
@@ -16,58 +16,58 @@ _PROBES = (
 )
 
 
-def add_words(tokenizer, vocabulary: Vocabulary, folder: Path) -> tuple[object, dict[str, str]]:
-    """Save a copy of `tokenizer` with words for all ids up to the last code into `folder`; returns it and the words.
+def add_tokens(tokenizer, vocabulary: Vocabulary, folder: Path) -> tuple[object, dict[str, str]]:
+    """Save a copy of a tokenizer with tokens for all ids up to the last code into `folder`; return it and their names.
 
-    Ids between the tokenizer's own and the text rows of the base get fillers. The names are `<|video_start|>`,
-    `<|video_end|>` and `<|code_0|>` to `<|code_K-1|>`, or with another prefix if the base has words of these names.
-    Raises ValueError if an id is not had.
+    The tokens are `<|video_start|>`, `<|video_end|>` and `<|code_0|>` to `<|code_K-1|>`, with another prefix if the base has
+    tokens of these names. Ids between the tokenizer's own and the end of the text ids get unused tokens. Raises ValueError
+    if a token does not get its id.
     """
     own = tokenizer.get_vocab()
     first = max(own.values()) + 1
     if first > vocabulary.text_size:
         raise ValueError(
-            f"the text tokenizer has words up to the id {first - 1}, but text ends at {vocabulary.text_size - 1}: the model's "
-            "tokenizer files were changed, restore them"
+            f"the text tokenizer has ids up to {first - 1}, but text ends at {vocabulary.text_size - 1}: the model's tokenizer "
+            "files were changed, restore them"
         )
     prefix = _free_prefix(own)
     fillers = [f"<|{prefix}unused_{id}|>" for id in range(first, vocabulary.text_size)]
     controls = [f"<|{prefix}video_start|>", f"<|{prefix}video_end|>"]
     codes = [f"<|{prefix}code_{code}|>" for code in range(vocabulary.codebook_size)]
-    words = [*fillers, *controls, *codes]
-    grown = copy.deepcopy(tokenizer)
-    grown.add_tokens([AddedToken(word, special=True, normalized=False) for word in words], special_tokens=True)
-    found = grown.get_vocab()
-    wrong = [(id, word) for id, word in enumerate(words, first) if found.get(word) != id]
+    tokens = [*fillers, *controls, *codes]
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    found = extended.get_vocab()
+    wrong = [(id, token) for id, token in enumerate(tokens, first) if found.get(token) != id]
     if wrong:
-        id, word = wrong[0]
+        id, token = wrong[0]
         raise ValueError(
-            f"the text tokenizer ({type(tokenizer).__name__}) gives {word} the id {found.get(word)}, needed is {id}: its ids "
+            f"the text tokenizer ({type(tokenizer).__name__}) gives {token} the id {found.get(token)}, needed is {id}: its ids "
             "have gaps, so a stock tokenizer cannot name the video ids"
         )
-    grown.save_pretrained(folder)
+    extended.save_pretrained(folder)
     named = {"video_start": controls[0], "video_end": controls[1], "code": f"<|{prefix}code_{{}}|>"}
-    return grown, named
+    return extended, named
 
 
 def loader_of(tokenizer, folder: Path, config: PreTrainedConfig) -> str:
-    """The class of transformers that reads the saved tokenizer as what it is: AutoTokenizer, if it does.
+    """Return the class of transformers that loads the saved tokenizer unchanged: AutoTokenizer, if it does.
 
-    For some model types that one makes the usual tokenizer of the type from the words that it finds in the file. Raises
-    ValueError if none reads it so.
+    For some model types AutoTokenizer builds the usual tokenizer of the type from the tokens in the file. Raises ValueError
+    if no class loads it unchanged.
     """
     config.save_pretrained(folder)
     backend = ["PreTrainedTokenizerFast"] if hasattr(tokenizer, "backend_tokenizer") else []
     for name in ("AutoTokenizer", *backend, type(tokenizer).__name__):
         if hasattr(transformers, name) and _reads(getattr(transformers, name), tokenizer, folder):
             return name
-    raise ValueError(f"transformers does not read back the text tokenizer ({type(tokenizer).__name__}) that it wrote")
+    raise ValueError(f"transformers does not load the text tokenizer ({type(tokenizer).__name__}) as it was saved")
 
 
 def _reads(loader: type, tokenizer, folder: Path) -> bool:
     try:
         loaded = loader.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # whatever it is: this loader is not the one
+    except Exception:  # transformers raises many types; this loader fails
         return False
     return loaded.get_vocab() == tokenizer.get_vocab() and all(
         loaded.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False)
@@ -80,4 +80,4 @@ def _free_prefix(own: dict[str, int]) -> str:
         starts = tuple(f"<|{prefix}{name}" for name in ("video_start|>", "video_end|>", "code_", "unused_"))
         if not any(word.startswith(starts) for word in own):
             return prefix
-    raise ValueError("the text tokenizer has words of all the names that video ids could have")
+    raise ValueError("the text tokenizer has tokens of all the names that video ids could get")

@@ -1,1 +1,1 @@
-"""What a trained language model is worth, in figures."""
+"""Evaluation of a trained language model."""

@@ -1,7 +1,6 @@
-"""What a language model learned from videos of named classes: bits, agreement with a judge, captions, continuation.
+"""Evaluation on held-out videos of named classes: bits, agreement with a classifier, captions, continuation.
 
-Each function measures one of these on held-out data and returns plain values for a record. Shapes: n clips, T frames of which
-G are given, N codes of a clip.
+Each function returns plain values for a record. Shapes: n clips of T frames, the first G of them given, N codes of a clip.
 """
 
 import math
@@ -28,16 +27,18 @@ from tqdm import tqdm
 
 
 def clip_shape(mllm: Mllm) -> ClipShape:
-    """The shape of the clips that a model was trained on."""
+    """Return the shape of the clips that a model was trained on."""
     return ClipShape(*mllm.processor.video_tokenizer.config.clip_shape, mllm.model.config.frame_stride)
 
 
 def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch_size: int) -> dict[str, Any]:
-    """Bits per code of the clips of a cache: after a caption, in every phrasing, without one, and what to compare them with.
+    """Return bits per code of the clips of a cache: after a caption in each phrasing, without text, and baselines.
 
-    train: the training clips, for what knowing no more than how often each code occurs costs. Returns "first_phrasing",
-    "all_phrasings", "without_text" and "text_saves" (without - first), each {"mean", "interval_95"} over the videos;
-    "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
+    Args:
+        train: the training clips, for the baseline of code frequencies.
+
+    Keys: "first_phrasing", "all_phrasings", "without_text" and "text_saves" (without_text - first_phrasing), each {"mean",
+    "interval_95"} over videos; "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
     """
     cache = drop_mirrored_directions(cache)
     phrases = caption_phrases(cache)
@@ -46,7 +47,7 @@ def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch
     def bits(texts: Sequence[str]) -> Tensor:
         return code_bits(mllm.model, [prompts[text] for text in texts], cache.codes, batch_size)
 
-    # Rows with fewer phrasings than others start again with their first.
+    # Rows with fewer phrasings than others repeat theirs.
     each = [bits([row[k % len(row)] for row in phrases]) for k in range(max(map(len, phrases)))]
     without = bits([""] * len(phrases))
     report = {
@@ -65,7 +66,7 @@ def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch
 
 
 def prompts_of(videos: VideoSet) -> list[tuple[str, ...]]:
-    """For each class the texts that ask for it: the phrasings of its name, or the captions of its videos if they say more."""
+    """Return the prompts of each class: the phrasings of its name, or its videos' captions if those are not just the name."""
     names = [humanize(name) for name in videos.classes]
     if all(item.caption in (None, names[item.label]) for item in videos.items):
         return [tuple(phrasing.format(name) for phrasing in PHRASINGS) for name in names]
@@ -74,7 +75,7 @@ def prompts_of(videos: VideoSet) -> list[tuple[str, ...]]:
 
 
 def split_evenly(num_videos: int, classes: int) -> list[int]:
-    """The class numbers of so many videos, the classes in turn; ValueError unless each gets equally many."""
+    """Return a class number for each video, the classes in turn; ValueError unless all get equally many."""
     if num_videos < 1 or num_videos % classes:
         near = [count * classes for count in (num_videos // classes, num_videos // classes + 1) if count > 0]
         raise ValueError(
@@ -86,21 +87,23 @@ def split_evenly(num_videos: int, classes: int) -> list[int]:
 def generated_agreement(
     mllm: Mllm, classifier: ClipClassifier, texts: Sequence[Sequence[str]], num_videos: int, sampling: VideoSampling
 ) -> tuple[dict[str, Any], list[list[Video]]]:
-    """How often videos are taken for the class that they were written for: (as `agreement`, the videos of each class).
+    """Generate videos of classes; return how often the classifier agrees (see `agreement`), and the videos of each class.
 
-    texts: for each class the prompts, which come in turn. ValueError unless num_videos is a multiple of the classes.
+    texts: the prompts of each class, used in turn. Raises ValueError unless num_videos is a multiple of the classes.
     """
     count = len(texts)
     labels = split_evenly(num_videos, count)
     prompts = [texts[label][number // count % len(texts[label])] for number, label in enumerate(labels)]
     videos = mllm.generate(prompts, sampling=sampling)
-    taken_for = torch.cat([classifier.predict(pixels_to_clip(video.frames)[None]) for video in videos])
-    return agreement(labels, taken_for, classifier.classes), [videos[label::count] for label in range(count)]
+    predicted = torch.cat([classifier.predict(pixels_to_clip(video.frames)[None]) for video in videos])
+    return agreement(labels, predicted, classifier.classes), [videos[label::count] for label in range(count)]
 
 
 def caption_accuracy(mllm: Mllm, videos: VideoSet, batch_size: int) -> dict[str, Any]:
-    """How often the likeliest caption of the centre clip of a video names its class: as `caption_figures`, with the 50 most
-    frequent captions and their counts, and the "skipped" videos, which cannot be read. ValueError if none can.
+    """Return how often the greedy caption of a video's centre clip names its class, see `caption_figures`.
+
+    Also "captions", the 50 most frequent with their counts, and "skipped", the unreadable videos. Raises ValueError if no
+    video can be read.
     """
     once = iterate_once(videos, clip_shape(mllm), batch_size)
     wanted: list[int] = []
@@ -125,18 +128,19 @@ def continuation_figures(
     seed: int,
     samplings: dict[str, VideoSampling],
     batch_size: int,
-    look: Callable[[str, list[str], Tensor], None],
+    show: Callable[[str, list[str], Tensor], None],
 ) -> dict[str, Any]:
-    """PSNR of frames predicted from the first G frames of real clips, beside what takes no prediction, and bits of the codes.
+    """Predict frames from the first G frames of real clips; return their PSNR beside baselines, and bits per code.
 
     Args:
-        videos: labelled; a damaged one is replaced by another window, and named.
-        num_clips, seed: clips sampled from all windows that do not overlap, see `RealClips`.
-        samplings: how to sample, by name; each is measured.
-        look: is told (the name, the videos' names, clips (n, 3, T, 2 H, W) with the original above its prediction).
+        videos: labelled; unreadable ones are replaced by other windows, and listed.
+        num_clips, seed: clips sampled from the non-overlapping windows of all videos, see `RealClips`.
+        samplings: the ways to sample, by name; each is measured.
+        show: called for each way with its name, the videos' names, and clips (n, 3, T, 2 H, W), originals above predictions.
 
-    Returns what `psnr_figures` does for each way; "above": the gains over copying; "given_frames_regenerated": PSNR of the
-    given frames out of the codes written; "bits_after": bits per code after given frames, text, both, nothing; "skipped".
+    Returns `psnr_figures` of each way; "above": the gains over copying a frame; "given_frames_regenerated": PSNR of the
+    given frames as decoded from the generated codes; "bits_after": bits per code after given frames, text, both, nothing;
+    "skipped".
     """
     tokenizer, layout, shape = mllm.processor.video_tokenizer, mllm.processor.layout, clip_shape(mllm)
     given, device = mllm.model.config.given_frames, tokenizer.codebook.device
@@ -152,17 +156,17 @@ def continuation_figures(
             values[way].append(frame_psnr(clip, made, given))
     clips, given_codes, codes = torch.cat(real), torch.cat(before).tolist(), torch.cat(whole).cpu()
     psnrs, seams = {way: torch.cat(parts) for way, parts in values.items()}, {}
-    chosen = sampled.sampled_items
+    selected = sampled.sampled_items
     for way, sampling in samplings.items():
         made = mllm.continue_clips(clips[:, :, :given], shape.frames, sampling=sampling)
         psnrs[way], seams[way] = frame_psnr(clips, made.frames, given), made.seam_psnr.double().mean().item()
-        look(way, [item.name for item in chosen], torch.cat([clips, made.frames], dim=3))
+        show(way, [item.name for item in selected], torch.cat([clips, made.frames], dim=3))
     texts = prompts_of(videos)
-    spoken = [mllm.processor.encode_text(texts[item.label][0]) for item in chosen]
+    text_ids = [mllm.processor.encode_text(texts[item.label][0]) for item in selected]
     contexts = {
-        "given_frames_and_text": [layout.continuation(*pair) for pair in zip(spoken, given_codes, strict=True)],
+        "given_frames_and_text": [layout.continuation(*pair) for pair in zip(text_ids, given_codes, strict=True)],
         "given_frames": [layout.continuation([], row) for row in given_codes],
-        "text": [layout.prompt(text) for text in spoken],
+        "text": [layout.prompt(text) for text in text_ids],
         "nothing": [layout.prompt([])] * len(codes),
     }
     groups = torch.tensor([video for video, _ in sampled.windows])
@@ -175,8 +179,8 @@ def continuation_figures(
         },
         "given_frames_regenerated": seams,
         "bits_after": {
-            name: clustered_mean(code_bits(mllm.model, prompts, codes, batch_size), groups)
-            for name, prompts in contexts.items()
+            name: clustered_mean(code_bits(mllm.model, context, codes, batch_size), groups)
+            for name, context in contexts.items()
         },
         "num_clips": len(clips),
         "skipped": sampled.skipped,

@@ -1,4 +1,4 @@
-"""What a language model with video vocabulary knows, in figures: bits for codes, and classes read out of captions.
+"""Figures of a language model with video vocabulary: bits per code, and classes named in captions.
 
 Shapes: n clips, N codes of a clip, K codebook size, C classes.
 """
@@ -24,31 +24,31 @@ from tqdm import tqdm
 def code_bits(
     model: LarpMllmForCausalLM, prompts: Sequence[Sequence[int]], codes: Tensor, batch_size: int = 32
 ) -> Tensor:
-    """Bits per code that the model needs for clips after their prompts, teacher-forced: float64 (n,) on the CPU.
+    """Return the bits per code of clips after their prompts, teacher-forced: float64 (n,) on the CPU.
 
     Args:
         prompts: n lists of ids that end in video_start, such as `Layout.prompt` and `Layout.continuation` give.
         codes: (n, N) in [0, K).
-        batch_size: clips in one pass; it does not change the figure beyond rounding.
+        batch_size: clips in one pass; changes only rounding.
 
-    Only codes can stand where a code is due, so the K code logits alone are compared. ValueError if the numbers differ or
-    the ids exceed the positions of the base model.
+    The softmax is over the K code logits: generation allows no other id there. Raises ValueError if the numbers of prompts
+    and clips differ, or if the ids exceed the positions of the base model.
     """
     if len(prompts) != len(codes):
         raise ValueError(f"{len(prompts)} prompts for the codes of {len(codes)} clips; need one for each")
     count, bits = codes.shape[1], torch.empty(len(codes), dtype=torch.float64)
     longest = max(map(len, prompts), default=0)
     check_length(longest + count, model.config.text_config.max_position_embeddings, "scoring: the prompt and the video")
-    # Sorted by length, a pass holds little padding.
+    # Sorted by length, a batch holds little padding.
     order = sorted(range(len(codes)), key=lambda row: len(prompts[row]))
     for first in tqdm(range(0, len(order), batch_size), desc="scoring codes", unit="batch", delay=2, leave=False):
         rows = order[first : first + batch_size]
         lengths = torch.tensor([len(prompts[row]) for row in rows])
         ids = torch.zeros(len(rows), int(lengths.max()) + count, dtype=torch.int64)
         for place, row in enumerate(rows):
-            own = [*prompts[row], *model.vocabulary.code_to_id(codes[row].long()).tolist()]
-            ids[place, : len(own)] = torch.tensor(own)
-        # Padding stands on the right, where nothing that counts can see it.
+            row_ids = [*prompts[row], *model.vocabulary.code_to_id(codes[row].long()).tolist()]
+            ids[place, : len(row_ids)] = torch.tensor(row_ids)
+        # Causal attention does not see padding on the right.
         states = model.base.base_model(
             inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
         ).last_hidden_state
@@ -61,9 +61,9 @@ def code_bits(
 
 
 def clustered_mean(values: Tensor, groups: Tensor) -> dict[str, Any]:
-    """The mean of values (n,) with its 95 % interval, where those of one group int64 (n,) are alike (clips of one video).
+    """Return the mean of values (n,) and its 95 % interval, clustered by group: clips of one video are not independent.
 
-    The interval is None for fewer than two groups.
+    groups: int64 (n,). The interval is None for fewer than two groups.
     """
     values = values.double()
     mean = values.mean().item()
@@ -77,10 +77,10 @@ def clustered_mean(values: Tensor, groups: Tensor) -> dict[str, Any]:
 
 
 def frequency_bits(train: Tensor, held_out: Tensor, codebook_size: int) -> dict[str, float]:
-    """What knowing only how often each code occurs is worth, in bits per code: codes (n, N) and (m, N) in [0, K).
+    """Return the bits per code of a model that knows only code frequencies, for codes (n, N) and (m, N) in [0, K).
 
-    Returns entropy (of the training codes' frequencies) and held_out (what the held-out codes cost by these, with one added
-    to each count, so that a code that training never saw has a price).
+    entropy: of the frequencies in `train`. held_out: cross-entropy of the held-out codes, with one added to each count, so
+    that it is finite for codes that `train` lacks.
     """
     counts = torch.bincount(train.long().flatten(), minlength=codebook_size).double()
     seen = counts[counts > 0] / counts.sum()
@@ -89,29 +89,29 @@ def frequency_bits(train: Tensor, held_out: Tensor, codebook_size: int) -> dict[
 
 
 def class_in_caption(caption: str, classes: Sequence[str], phrasings: Sequence[str] = PHRASINGS) -> int | None:
-    """The number of the class that a caption names, None if it names none or several alike.
+    """Return the number of the class that a caption names, None if it names none or is ambiguous.
 
-    classes: names as data sets spell them ("PlayingPiano"). A caption that is a class in one of `phrasings` names it. Else it
-    is the class whose words all occur in the caption, in any order; of several, the one with the most words, as "walking"
-    is part of "walking with a dog". Case, punctuation and white space do not count.
+    classes: names as data sets spell them ("PlayingPiano"). A caption that equals a phrasing of one class names it. Otherwise
+    it names the class whose words all occur in it, in any order; of several, the one with the most words ("walking with a
+    dog" before "walking"). Case, punctuation and white space are ignored.
     """
-    said = _words(caption)
+    words = _words(caption)
     names = [humanize(name) for name in classes]
-    exact = [number for number, name in enumerate(names) if said in [_words(p.format(name)) for p in phrasings]]
+    exact = [number for number, name in enumerate(names) if words in [_words(p.format(name)) for p in phrasings]]
     if len(exact) == 1:
         return exact[0]
-    found = {number: len(_words(name)) for number, name in enumerate(names) if set(_words(name)) <= set(said)}
-    most = [number for number, words in found.items() if words == max(found.values())]
+    found = {number: len(_words(name)) for number, name in enumerate(names) if set(_words(name)) <= set(words)}
+    most = [number for number, count in found.items() if count == max(found.values())]
     return most[0] if len(most) == 1 else None
 
 
 def caption_figures(captions: Sequence[str], wanted: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
-    """How often captions (n,) name the class of their video, `wanted` (n,) in [0, C); a caption that names none is wrong.
+    """Return how often captions (n,) name the class of their video, `wanted` (n,) in [0, C); naming none counts as wrong.
 
-    Returns accuracy with Wilson's interval of 95 %, chance (1 / C), most_frequent (what always naming the most frequent class
-    would reach), num_clips, unread (captions that name no class), by_class (name -> share) and confusion: for each wanted
-    class the counts of the classes named, in the order of `classes`, and last of those that were unread. ValueError if the
-    lengths differ or there is no caption.
+    Keys: accuracy, interval_95 (Wilson), chance (1 / C), most_frequent (the accuracy of always naming the most frequent
+    class), num_clips, unread (captions that name no class), by_class (name -> accuracy) and confusion: for each wanted class
+    the counts of the named classes in the order of `classes`, and last of unread captions. Raises ValueError if the lengths
+    differ or there is no caption.
     """
     if len(captions) != len(wanted) or not len(wanted):
         raise ValueError(f"{len(captions)} captions for {len(wanted)} videos; need one for each, at least 1")

@@ -1,4 +1,4 @@
-"""An export is a stock checkpoint: plain transformers computes the same with it, and its words have our ids."""
+"""An export is a stock checkpoint: plain transformers computes the same logits, and its tokens have our ids."""
 
 import json
 import re
@@ -39,7 +39,7 @@ GREEDY = VideoSampling(guidance_scale=1.0, temperature=0.0)
 
 
 def make(folder, family="qwen2-tied", text=None, rows=520) -> Mllm:
-    """A random model of a family with a text tokenizer of its kind, and adapter rows that are nobody's start."""
+    """A random model of a family with a text tokenizer of its kind, and random adapter rows."""
     torch.manual_seed(0)
     tokenizer = tokenizers.BUILDERS[text or TEXTS[family.split("-")[0]]](folder / "text")
     config = FAMILIES[family]()
@@ -61,7 +61,7 @@ def mixed_ids(mllm, rows=2, length=12):
 
 
 def sample(model, layout, prompt, **options):
-    """Codes by the constraint that the README describes."""
+    """Sample codes under the constraint of the README."""
     codes, count = (
         range(layout["first_code"], layout["first_code"] + layout["codebook_size"]),
         layout["tokens_per_video"],
@@ -96,7 +96,7 @@ def test_plain_transformers_computes_the_same(family, tmp_path):
 
 
 @pytest.mark.parametrize("text", tokenizers.BUILDERS)
-def test_the_words_of_video_ids_have_exactly_their_ids(text, tmp_path):
+def test_the_tokens_of_video_ids_have_exactly_their_ids(text, tmp_path):
     mllm = make(tmp_path, "llama3-untied" if "llama" in text else "qwen2-tied", text)
     folder = export(mllm, tmp_path / "out")
     layout, vocabulary, own = (
@@ -122,7 +122,7 @@ def test_the_words_of_video_ids_have_exactly_their_ids(text, tmp_path):
     assert loaded.bos_token_id == own.bos_token_id and loaded.eos_token_id == own.eos_token_id
 
 
-def test_names_that_the_base_has_already_are_not_taken(tmp_path):
+def test_names_of_the_base_are_not_reused(tmp_path):
     mllm = make(tmp_path, text="with_video_words")
     layout = json.loads((export(mllm, tmp_path / "out") / "larp.json").read_text())
     assert layout["words"] == {
@@ -134,7 +134,7 @@ def test_names_that_the_base_has_already_are_not_taken(tmp_path):
 
 
 @torch.no_grad()
-def test_a_tokenizer_with_more_words_than_the_base_has_rows(tmp_path):
+def test_a_tokenizer_with_more_tokens_than_the_base_has_rows(tmp_path):
     mllm = make(tmp_path, rows=99)
     vocabulary = mllm.model.vocabulary
     folder = export(mllm, tmp_path / "out")
@@ -146,7 +146,7 @@ def test_a_tokenizer_with_more_words_than_the_base_has_rows(tmp_path):
     torch.testing.assert_close(theirs[..., there], ours[..., there], atol=1e-5, rtol=0)
     assert not theirs[..., missing].any()
     assert json.loads((folder / "larp.json").read_text())["missing_text_ids"] == missing
-    assert f"The ids 99 to {missing[-1]} are words" in (folder / "README.md").read_text()
+    assert f"The ids 99 to {missing[-1]} are tokens" in (folder / "README.md").read_text()
     for seed in range(3):
         torch.manual_seed(seed)
         written = stock.generate(ids[:1, :4], max_new_tokens=40, do_sample=True, temperature=100.0, top_k=0)
@@ -154,7 +154,7 @@ def test_a_tokenizer_with_more_words_than_the_base_has_rows(tmp_path):
 
 
 @torch.no_grad()
-def test_lora_is_folded_in(tmp_path):
+def test_lora_is_merged(tmp_path):
     mllm = make(tmp_path)
     settings = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     ids, before = mixed_ids(mllm), stock_model(mllm.model)
@@ -172,7 +172,7 @@ def test_lora_is_folded_in(tmp_path):
     assert any("lora_A" in name for name, _ in peft.named_parameters())
 
 
-def test_guidance_by_transformers_is_ours(tmp_path):
+def test_guidance_of_transformers_equals_ours(tmp_path):
     mllm = make(tmp_path)
     folder = export(mllm, tmp_path / "out")
     layout, process = json.loads((folder / "larp.json").read_text()), mllm.processor
@@ -206,7 +206,7 @@ def test_shards_and_dtype(tmp_path):
     assert not list(folder.rglob("*.bin"))
 
 
-def test_nothing_is_lost_or_left_half_written(tmp_path, monkeypatch):
+def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
     mllm, out = make(tmp_path), tmp_path / "deep" / "out"
     with monkeypatch.context() as patch:
         patch.setattr("larp_mllm.export.checkpoint.readme", lambda *_: 1 / 0)
@@ -218,7 +218,7 @@ def test_nothing_is_lost_or_left_half_written(tmp_path, monkeypatch):
     assert (out.stat().st_mode & 0o777) == (out.parent.stat().st_mode & 0o777)
     assert len({file.stat().st_mode for file in out.glob("*.*")}) == 1  # who may read one may read all
     assert [folder.name for folder in out.parent.iterdir()] == ["out"]
-    with pytest.raises(ValueError, match=r"holds an earlier export: say overwrite"):
+    with pytest.raises(ValueError, match=r"holds an earlier export: give overwrite"):
         export(mllm, out)
     (out / "old").touch()
     export(mllm, out, overwrite=True)
@@ -227,17 +227,17 @@ def test_nothing_is_lost_or_left_half_written(tmp_path, monkeypatch):
     mine.mkdir()
     (mine / "thesis.txt").touch()
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="is no earlier export: give a new folder"):
+        with pytest.raises(ValueError, match="is not an earlier export: give a new folder"):
             export(mllm, mine, overwrite=overwrite)
     assert [file.name for file in mine.iterdir()] == ["thesis.txt"]
 
 
-def test_a_full_disk_is_told_by_the_folder_and_leaves_nothing(qwen, tmp_path, monkeypatch, full_disk):
+def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, monkeypatch, full_disk):
     out = tmp_path / "out"
     told = pytest.raises(ValueError, match=rf"^{out} cannot be written \(.*File too large.*\): free space there")
     with full_disk(), told:  # by its words
         export(qwen, out)
-    monkeypatch.setattr("larp_mllm.export.checkpoint.add_words", lambda tokenizer, *_: (tokenizer, {}))
+    monkeypatch.setattr("larp_mllm.export.checkpoint.add_tokens", lambda tokenizer, *_: (tokenizer, {}))
     monkeypatch.setattr("larp_mllm.export.checkpoint.loader_of", lambda *_: "AutoTokenizer")
     with full_disk(), told:  # by its weights
         export(qwen, out)
@@ -248,9 +248,13 @@ def test_a_full_disk_is_told_by_the_folder_and_leaves_nothing(qwen, tmp_path, mo
 
 @pytest.mark.parametrize(
     "to, words",
-    [("/proc/x", "/proc takes no files"), ("/proc", "takes no files|no earlier export"), ("/", "no earlier export")],
+    [
+        ("/proc/x", "/proc takes no files"),
+        ("/proc", "takes no files|not an earlier export"),
+        ("/", "not an earlier export"),
+    ],
 )
-def test_a_target_that_takes_no_files_is_refused_before_a_model_is_loaded(to, words, monkeypatch, capsys):
+def test_an_unwritable_target_is_refused_before_a_model_is_loaded(to, words, monkeypatch, capsys):
     monkeypatch.setattr("larp_mllm.locate.find_model", lambda *_: pytest.fail("a model was looked for"))
     with pytest.raises(ValueError, match=words):
         export("gone", to)
@@ -259,14 +263,14 @@ def test_a_target_that_takes_no_files_is_refused_before_a_model_is_loaded(to, wo
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_ids_that_are_no_video_are_refused(tmp_path):
+def test_ids_that_are_not_one_video_are_refused(tmp_path):
     folder = export(make(tmp_path), tmp_path / "out")
     first = json.loads((folder / "larp.json").read_text())["first_code"]
-    with pytest.raises(ValueError, match=rf"id 7 is no code: .* ids {first} to {first + 15}"):
+    with pytest.raises(ValueError, match=rf"id 7 is not a code: .* ids {first} to {first + 15}"):
         read_video_ids(folder, [first, first + 1, 7, first])
     with pytest.raises(ValueError, match="has 4 codes, got 3"):
         read_video_ids(folder, torch.tensor([first] * 3))
-    with pytest.raises(ValueError, match=r"is no export: larp\.json is missing"):
+    with pytest.raises(ValueError, match=r"is not an export: larp\.json is missing"):
         read_video_ids(tmp_path, [first] * 4)
 
 
@@ -284,7 +288,7 @@ def test_the_command(qwen, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_output_of_a_fresh_process_is_the_folder_alone(qwen, tmp_path):
+def test_the_output_of_the_command_is_the_folder_alone(qwen, tmp_path):
     qwen.save(tmp_path / "model")
     command = ["-m", "larp_mllm.cli", "export", "--model", str(tmp_path / "model"), "--to", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=Path(__file__).parents[3])
@@ -292,7 +296,7 @@ def test_the_output_of_a_fresh_process_is_the_folder_alone(qwen, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_the_readme_shows_runs(tmp_path):
+def test_the_commands_of_the_readme_run(tmp_path):
     folder = export(make(tmp_path, "llama2"), tmp_path / "out")
     blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)
     plain, frames, vllm = blocks
@@ -305,14 +309,14 @@ def test_what_the_readme_shows_runs(tmp_path):
 
 @pytest.mark.slow
 def test_a_large_vocabulary_takes_seconds(tmp_path):
-    from larp_mllm.export.token_names import add_words
+    from larp_mllm.export.token_names import add_tokens
     from larp_mllm.model.vocabulary import Vocabulary
 
     words = {f"w{i}": i for i in range(151_643)}
     tokenizer = tokenizers.Qwen2Tokenizer(vocab=words | {"<|endoftext|>": len(words)}, merges=[])
     vocabulary = Vocabulary(151_936, 8192, 1024)
     began = time.process_time()
-    add_words(tokenizer, vocabulary, tmp_path)
+    add_tokens(tokenizer, vocabulary, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.convert_tokens_to_ids("<|code_8191|>") == vocabulary.size - 1
     assert time.process_time() - began < 30

@@ -1,4 +1,4 @@
-"""larp_mllm.metrics.figures: bits, intervals, and classes read out of captions."""
+"""larp_mllm.metrics.figures: bits, intervals, and classes named in captions."""
 
 import math
 
@@ -13,7 +13,7 @@ CLASSES = ("PlayingPiano", "PlayingViolin", "Surfing", "Walking", "WalkingWithDo
 
 @pytest.fixture
 def uniform(qwen):
-    """The tiny model, to which all codes are alike while the test runs."""
+    """The tiny model with equal logits for all codes during the test."""
     output = qwen.model.adapter.code_output
     before = {name: tensor.clone() for name, tensor in output.state_dict().items()}
     with torch.no_grad():
@@ -23,15 +23,15 @@ def uniform(qwen):
     output.load_state_dict(before)
 
 
-def test_to_a_uniform_model_every_code_costs_log2_k(uniform):
+def test_a_uniform_model_needs_log2_k_bits_for_every_code(uniform):
     layout = uniform.processor.layout
     codes = torch.randint(K, (3, N))
     prompts = [layout.prompt([]), layout.prompt([5, 6, 7]), layout.continuation([5], [0] * N)]
     assert code_bits(uniform.model, prompts, codes).tolist() == pytest.approx([math.log2(K)] * 3)
 
 
-def test_bits_are_those_of_the_models_own_loss(mllm):
-    """Each clip alone through forward, labels and all, gives the same as a padded batch of clips with other prompts."""
+def test_bits_equal_the_loss_of_the_model(mllm):
+    """The loss of each clip alone equals its bits in a padded batch with other prompts."""
     vocabulary, layout = mllm.model.vocabulary, mllm.processor.layout
     texts = ["", "a person surfing", "a blue square moving up", "x"]
     prompts = [layout.prompt(mllm.processor.encode_text(text)) for text in texts]
@@ -49,7 +49,7 @@ def test_bits_are_those_of_the_models_own_loss(mllm):
         assert found == pytest.approx(out.video_nll.item() / N / math.log(2), rel=1e-5)
 
 
-def test_numbers_that_do_not_fit_are_named(qwen):
+def test_unequal_numbers_are_refused(qwen):
     prompt = qwen.processor.layout.prompt([])
     with pytest.raises(ValueError, match="2 prompts for the codes of 1 clips"):
         code_bits(qwen.model, [prompt, prompt], torch.zeros(1, N, dtype=torch.int64))
@@ -68,7 +68,7 @@ def test_clips_of_one_video_count_as_one_in_the_interval():
     assert clustered_mean(values, torch.zeros(4, dtype=torch.int64)) == {"mean": 3.0, "interval_95": None}
 
 
-def test_frequencies_are_worth_their_entropy():
+def test_frequency_bits_are_the_entropy():
     train = torch.tensor([[0, 0, 0, 1]] * 100, dtype=torch.int16)
     figures = frequency_bits(train, torch.tensor([[0, 1], [0, 3]]), 4)
     assert figures["entropy"] == pytest.approx(0.75 * math.log2(4 / 3) + 0.25 * 2)
@@ -91,13 +91,13 @@ def test_frequencies_are_worth_their_entropy():
         ("", None),
     ],
 )
-def test_the_class_is_read_out_of_a_caption(caption, named):
+def test_a_caption_names_a_class(caption, named):
     number = class_in_caption(caption, CLASSES)
     assert (None if number is None else CLASSES[number]) == named
 
 
-def test_a_phrasing_counts_before_the_words_in_it():
-    """A class whose name is that of another in a phrasing is meant where both could be."""
+def test_a_phrasing_takes_precedence_over_words():
+    """A caption in a phrasing of one class may hold all words of another."""
     assert class_in_caption("dog walking", ("walking", "WalkingDog"), ("{}", "dog {}")) == 0
 
 
