@@ -19,12 +19,12 @@ _SMALLEST = 256  # pixels of height to scale MP4s up to: players blur smaller on
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """The videos and captions that are sampled in training; ValueError for values out of range."""
+    """Samples in training; ValueError for values out of range."""
 
     every: int = 0
-    """Steps from one folder samples/step-NUMBER (contact sheet, captions) of the weights of that moment to the next; 0 makes none."""
+    """Write a contact sheet and captions to samples/step-NUMBER every n steps; 0 writes none before the end."""
     videos: int = 8
-    """How many, then and when training ends, for captions of held-out videos, which are captioned in turn. 0 samples nothing."""
+    """Videos to sample for captions of held-out videos, and held-out videos to caption; 0 samples nothing."""
     guidance_scale: float = 2.0
     temperature: float = 1.0
 
@@ -35,7 +35,7 @@ class SamplingConfig:
         self.sampling(0)
 
     def sampling(self, seed: int) -> VideoSampling:
-        """How codes are sampled."""
+        """Return the sampling options."""
         return VideoSampling(guidance_scale=self.guidance_scale, temperature=self.temperature, seed=seed)
 
 
