@@ -1,7 +1,7 @@
 """The `larp-mllm` command.
 
-Each module of this package but `options` is one command: `add(commands)` makes its parser and sets `run`, a function of
-the parsed arguments. What a command does lives in the libraries; they are imported by `run`, so that --help is quick.
+Each module of this package except `options` is one command: `add(commands)` makes its parser and sets `run`, a function of
+the parsed arguments. `run` imports the libraries that do the work, so that --help is fast.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 from larp_mllm.cli import (
     chat,
-    continue_,
+    continue_video,
     describe,
     detokenize,
     doctor,
@@ -30,7 +30,7 @@ from larp_mllm.cli import (
 )
 
 COMMANDS = (
-    *(generate, describe, continue_, chat, export, sample, reconstruct, tokenize, detokenize, fetch, doctor),
+    *(generate, describe, continue_video, chat, export, sample, reconstruct, tokenize, detokenize, fetch, doctor),
     *(pack_clips, unpack_clips, train_info),
 )
 EXAMPLES = """\
@@ -38,11 +38,11 @@ examples:
   larp-mllm generate "a red circle moving left" -o circle.mp4
   larp-mllm generate "a person surfing" -n 8 --guidance-scale 2 --seed 3 -o surfing.png
   larp-mllm describe clip.mp4
-  larp-mllm continue clip.mp4 --seconds 2 -o on.mp4
+  larp-mllm continue clip.mp4 --seconds 2 -o longer.mp4
   larp-mllm chat "what happens here?" --video clip.mp4
   larp-mllm export --to out/stock
   larp-mllm sample --class Surfing -n 16 -o surfing/ --generator runs/ucf/generator
-  larp-mllm sample --from clip.mp4 --seconds 8 -o on/ --generator runs/ucf/prediction
+  larp-mllm sample --from clip.mp4 --seconds 8 -o longer/ --generator runs/ucf/prediction
   larp-mllm reconstruct clip.mp4 -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
@@ -57,10 +57,10 @@ else the newest one trained on this machine. `make quickstart` trains a small on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line `argv` (by default the program's own); a user's mistake ends it with a message, code 2.
+    """Run the command line `argv`, by default that of the process.
 
-    Ctrl-C and SIGTERM end it with a message too, codes 130 and 143, and nothing half-written stays behind. If nobody
-    reads its output any more (`| head -1`) it ends in silence, code 141.
+    A ValueError or OSError ends it with a message and exit status 2, Ctrl-C and SIGTERM with a message and 130 or 143; no
+    partial file is left. A closed output (`| head -1`) ends it silently with 141.
     """
     parser = build_parser()
     try:
@@ -81,11 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _flush() -> None:
-    """Write out what was printed, now, while an error can be told."""
+    """Flush the output while an error can still be reported."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        # Python would try once more at its end, and complain again.
+        # At exit Python flushes again and would report the error a second time.
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
@@ -96,12 +96,12 @@ def _flush() -> None:
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM, on the way out as Ctrl-C is."""
+    """SIGTERM as an exception, like KeyboardInterrupt."""
 
 
 @contextmanager
 def _sigterm_raised() -> Iterator[None]:
-    """Raise _Terminated in the block at SIGTERM. Does nothing outside the main thread, where Python allows no handlers."""
+    """Raise _Terminated in the block at SIGTERM; no effect outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -117,7 +117,7 @@ def _sigterm_raised() -> Iterator[None]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="larp-mllm",
         description="Video as vocabulary: videos for text, text for videos, and videos as the codes of a tokenizer.",

@@ -1,4 +1,4 @@
-"""`python -m larp_mllm.cli` is larp-mllm."""
+"""`python -m larp_mllm.cli` is the command larp-mllm."""
 
 from larp_mllm.cli import main
 

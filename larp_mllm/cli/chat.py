@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from larp_mllm.pipeline import Mllm
 
 DESCRIPTION = """\
-Talk with a language model of training/train_mllm.py. Answers may hold text and videos in any order: text is printed as it
-comes, videos are written into OUT as chat-0.mp4, chat-1.mp4, ..., past what exists already, and their paths are printed.
-With QUESTION it gives one answer; without, each line that is read is a message (a pipe will do), and these are commands:
-  /video PATH    the next message shows this video
-  /new           forget what was said
-  /help          what these commands are
-  /quit          end the conversation, as Ctrl-D does
+Talk with a language model of training/train_mllm.py. Answers hold text and videos in any order. Text is printed as it is
+generated. Videos are written to OUT as chat-0.mp4, chat-1.mp4, ..., existing files are not replaced, and the paths are
+printed. With QUESTION there is one answer. Without, each line of the input is a message or one of these commands:
+  /video PATH    show this video with the next message
+  /new           start a new conversation
+  /help          list these commands
+  /quit          end the conversation, like Ctrl-D
 
 examples:
   larp-mllm chat "what happens here?" --video clip.mp4
   larp-mllm chat "show me a person surfing" -o out/ --guidance-scale 3
   larp-mllm chat --text-temperature 0.7 --text-top-k 40
   printf '/video clip.mp4\\nwhat is it?\\nshow me another\\n' | larp-mllm chat -o out/"""
-COMMANDS = "/video PATH shows a video with the next message, /new forgets what was said, /quit or Ctrl-D ends"
+COMMANDS = "/video PATH shows a video with the next message, /new starts a new conversation, /quit or Ctrl-D ends it"
 
 
 def add(commands) -> None:
@@ -35,55 +35,55 @@ def add(commands) -> None:
         "chat", help="talk in text and videos", description=DESCRIPTION, formatter_class=options.Defaults
     )
     parser.set_defaults(run=run)
-    parser.add_argument("question", nargs="?", help="ask this alone (default: read messages, one a line)")
+    parser.add_argument("question", nargs="?", help="ask only this (default: read messages, one in a line)")
     parser.add_argument(
         "--video",
         dest="videos",
         type=Path,
         action="append",
         metavar="PATH",
-        help="a video that the question, or the first message, shows; may be repeated",
+        help="show a video with the question or the first message; may be repeated",
     )
-    parser.add_argument("-o", "--out", type=Path, default=Path(), help="the folder of the answers' videos")
+    parser.add_argument("-o", "--out", type=Path, default=Path(), help="folder for the videos of answers")
     options.add_model(parser)
     texts = parser.add_argument_group("text")
     options.add_max_new_tokens(texts, 256)
     options.add_sampling(texts, options.TEXT_SAMPLING, prefix="text_", temperature=0.0)
     videos = parser.add_argument_group("videos")
-    videos.add_argument("--max-videos", type=int, default=4, help="videos in an answer at most; 0: text alone")
+    videos.add_argument("--max-videos", type=int, default=4, help="most videos in an answer; 0: text alone")
     options.add_seed(videos)
     options.add_sampling(videos, options.VIDEO_SAMPLING, guidance_scale=2.0)
     options.add_scale(videos)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Answer the question, or one line after another until they end."""
+    """Answer the question, or each line of the input."""
     from larp.config import check_count
     from larp.files import check_writable
 
     if arguments.scale is not None:
         check_count("scale", arguments.scale)
     check_writable(_next_path(arguments.out))
-    talk = Conversation(arguments)
+    conversation = Conversation(arguments)
     for path in arguments.videos or ():
-        talk.show(path)
+        conversation.show(path)
     if arguments.question is not None:
-        talk.say(arguments.question)
+        conversation.say(arguments.question)
         return
-    talk.open()  # a model that cannot be loaded is told before the first line
+    conversation.open()  # a model that cannot be loaded is an error before the first line
     for line in _lines():
         if line.strip() == "/quit":
             return
         try:
-            talk.take(line)
-        except BrokenPipeError:  # nobody reads the answers any more
+            conversation.handle(line)
+        except BrokenPipeError:  # the output is closed
             raise
         except (ValueError, OSError) as error:
             print(f"larp-mllm: {error}", file=sys.stderr, flush=True)
 
 
 class Conversation:
-    """What was said, and the videos that the next message will show."""
+    """The messages so far, and the videos to show with the next one."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
@@ -99,8 +99,8 @@ class Conversation:
             self.model = open_model(**options.model_options(self.arguments))
         return self.model
 
-    def take(self, line: str) -> None:
-        """A line of a conversation: a message, or a command."""
+    def handle(self, line: str) -> None:
+        """Process a line of the input: a message or a command."""
         line = line.strip()
         name, _, argument = line.partition(" ")
         if name == "/video" and argument.strip():
@@ -115,14 +115,14 @@ class Conversation:
             self.say(line)
 
     def show(self, path: Path) -> None:
-        """Let the next message show a video. Raises VideoError."""
+        """Show a video with the next message. Raises VideoError."""
         from larp.data.video import probe
 
         probe(path)
         self.shown.append({"type": "video", "video": path})
 
     def say(self, text: str) -> None:
-        """Send a message and print the answer. After a ValueError the conversation is what it was, without the message."""
+        """Send a message and print the answer; after a ValueError the conversation is unchanged."""
         from larp_mllm.api import chat
 
         content, self.shown = [*self.shown, {"type": "text", "text": text}], []
@@ -143,18 +143,18 @@ class Conversation:
 
 
 class _Printer:
-    """Prints an answer as it comes."""
+    """A progress callback that prints an answer as it is generated."""
 
     def __init__(self, arguments: argparse.Namespace):
         from tqdm import tqdm
 
-        self.out, self.scale, self.begun = arguments.out, arguments.scale, False
+        self.out, self.scale, self.in_line = arguments.out, arguments.scale, False
         self.bar = tqdm(desc="sampling codes", unit="code", delay=2, leave=False)
 
     def __call__(self, progress: "Progress") -> None:
         if progress.text:
-            print(progress.text if self.begun else progress.text.lstrip(), end="", flush=True)
-            self.begun = True
+            print(progress.text if self.in_line else progress.text.lstrip(), end="", flush=True)
+            self.in_line = True
         if progress.kind == "codes":
             self.bar.total = progress.total
             self.bar.update(progress.done - self.bar.n)
@@ -163,14 +163,14 @@ class _Printer:
             print(video.save(_next_path(self.out), self.scale or options.visible_scale(video)), flush=True)
 
     def close(self) -> None:
-        """End the line that was begun."""
+        """End the line and the progress bar."""
         self.bar.close()
         self._end_line()
 
     def _end_line(self) -> None:
-        if self.begun:
+        if self.in_line:
             print(flush=True)
-        self.begun = False
+        self.in_line = False
 
 
 def _next_path(folder: Path) -> Path:
@@ -178,7 +178,7 @@ def _next_path(folder: Path) -> Path:
 
 
 def _lines():
-    """The lines of the standard input; a person at a terminal is asked for them."""
+    """Yield the lines of the standard input, with a prompt at a terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -1,4 +1,4 @@
-"""larp-mllm describe: a caption for a video."""
+"""larp-mllm describe: a caption of a video."""
 
 import argparse
 from pathlib import Path
@@ -6,8 +6,8 @@ from pathlib import Path
 from larp_mllm.cli import options
 
 DESCRIPTION = """\
-Print the caption that a language model of training/train_mllm.py gives to a video file. Any size will do: the frames are
-resized and cropped as in training; of a longer video the frames around its middle are read.
+Print the caption of a video file by a language model of training/train_mllm.py. Frames of any size are resized and cropped
+as in training; of a long video the middle frames are read.
 
 examples:
   larp-mllm describe clip.mp4
@@ -17,10 +17,10 @@ examples:
 def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
-        "describe", help="print a caption for a video file", description=DESCRIPTION, formatter_class=options.Defaults
+        "describe", help="print a caption of a video file", description=DESCRIPTION, formatter_class=options.Defaults
     )
     parser.set_defaults(run=run)
-    parser.add_argument("video", type=Path, help="a video file; of a longer one the frames around its middle are read")
+    parser.add_argument("video", type=Path, help="a video file; of a long one the middle frames are read")
     options.add_max_new_tokens(parser, 48)
     options.add_sampling(parser, options.TEXT_SAMPLING, temperature=0.0)
     options.add_seed(parser)

@@ -1,4 +1,4 @@
-"""larp-mllm detokenize: the video of a token file."""
+"""larp-mllm detokenize: a token file decoded into a video."""
 
 import argparse
 from pathlib import Path
@@ -10,9 +10,9 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "detokenize",
-        help="write the video of a file that tokenize wrote",
-        description="Write the video of a file that `larp-mllm tokenize` wrote, in silence. The tokenizer must be the "
-        "one\nthat wrote the file: any other is refused.",
+        help="decode a token file into a video",
+        description="Decode a file of `larp-mllm tokenize` into a video without sound. The tokenizer must be the one that "
+        "wrote\nthe file: any other is refused.",
         formatter_class=options.Defaults,
     )
     parser.set_defaults(run=run)

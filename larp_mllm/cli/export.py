@@ -11,9 +11,9 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "export",
         help="write a model as a stock checkpoint that transformers and vLLM serve",
-        description="Writes a checkpoint of the base architecture (Qwen2ForCausalLM, LlamaForCausalLM, ...): the adapter's "
-        "rows as rows of embedding and head, LoRA folded in, the text tokenizer with words for the ids of videos, the video "
-        "tokenizer, and a README.md that shows how to use it from transformers and vLLM.",
+        description="Write a checkpoint of the base architecture (Qwen2ForCausalLM, LlamaForCausalLM, ...): the adapter's "
+        "rows as rows of embedding and head, LoRA merged, the text tokenizer with tokens for video ids, the video tokenizer, "
+        "and a README.md that shows its use with transformers and vLLM.",
         formatter_class=Defaults,
     )
     parser.set_defaults(run=run)
@@ -21,15 +21,15 @@ def add(commands) -> None:
         "--model",
         help="folder of a trained model or of its run, or owner/name on the hub (default: see larp-mllm --help)",
     )
-    parser.add_argument("--to", type=Path, required=True, help="folder to write; it appears when it is whole")
+    parser.add_argument("--to", type=Path, required=True, help="folder to write; renamed into place when complete")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: the model's)"
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="type of the written weights (default: the model's)"
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the folder; print it, and beside the output how to use it."""
+    """Write the folder; print its path, and on stderr where its use is explained."""
     import sys
 
     from larp_mllm.export.checkpoint import check_target, export
@@ -41,4 +41,4 @@ def run(arguments: argparse.Namespace) -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     folder = export(find_model(arguments.model), arguments.to, overwrite=arguments.overwrite, dtype=dtype)
     print(folder)
-    print(f"how to use it: {folder / 'README.md'} (transformers, vLLM, and how ids become frames)", file=sys.stderr)
+    print(f"how to use it: {folder / 'README.md'} (transformers, vLLM, from ids to frames)", file=sys.stderr)

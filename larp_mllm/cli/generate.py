@@ -1,4 +1,4 @@
-"""larp-mllm generate: videos for a sentence."""
+"""larp-mllm generate: videos for a prompt."""
 
 import argparse
 import re
@@ -6,8 +6,8 @@ import re
 from larp_mllm.cli import options
 
 DESCRIPTION = """\
-Write videos that show what a sentence says, with a language model of training/train_mllm.py; print their paths. The same
-seed gives the same videos; with -n, videos 0, 1, ... of a seed.
+Generate videos for a prompt with a language model of training/train_mllm.py, and print their paths. The same seed gives the
+same videos; with -n, videos 0, 1, ... of a seed.
 
 examples:
   larp-mllm generate "a person surfing"                                   # a-person-surfing.mp4
@@ -19,7 +19,7 @@ examples:
 def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
-        "generate", help="write videos for a sentence", description=DESCRIPTION, formatter_class=options.Defaults
+        "generate", help="write videos for a prompt", description=DESCRIPTION, formatter_class=options.Defaults
     )
     parser.set_defaults(run=run)
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')

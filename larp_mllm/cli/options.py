@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from larp_mllm.video import Video
 
 WINDOWS = """\
-Every picture is brought into the tokenizer's size; each T pictures (the tokenizer's number of frames) make a window.
-The last window is completed by repeating the last picture, and what was repeated is cut off again. The frame rate is
-kept; one that varies becomes its average. Any length, in little memory."""
+Every frame is resized to the tokenizer's size; T frames (the tokenizer's clip length) make a window. The last window is
+padded by repeating the last frame; the padding is cut off after decoding. The frame rate is kept; a variable one becomes
+its average. Videos may have any length; memory use does not grow with it."""
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show the defaults that say something, and descriptions as they are written."""
+    """Show defaults other than None and False, and keep the line breaks of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--model", help="folder of a trained model or of its run, or a hub name (default: see larp-mllm --help)"
     )
     parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16, of the language model's weights (default: as they were saved)"
+        "--dtype", help="type of the language model's weights: float32, bfloat16 or float16 (default: as saved)"
     )
     add_device(parser)
 
 
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_model`, as the functions of `larp_mllm.api` take them."""
+    """Return the options of `add_model` as arguments of the functions of `larp_mllm.api`."""
     return values(arguments, "model", "dtype", "device")
 
 
@@ -88,29 +88,27 @@ def field_texts(config: type) -> dict[str, str]:
 
 
 def add_videos_out(parser: argparse.ArgumentParser, default: str) -> None:
-    """-o, -n, --scale: for `check_videos_out` and `save_videos`; `default` says what the name is without -o."""
+    """-o, -n, --scale: for `check_videos_out` and `save_videos`; `default` describes the name without -o."""
     parser.add_argument(
         "-o",
         "--out",
         type=Path,
-        help=f".mp4, .gif, or .png for a contact sheet; replaced if it exists (default: {default}, .mp4; numbered rather "
-        "than replaced)",
+        help=f".mp4, .gif, or .png for a contact sheet; replaced if it exists (default: {default}, .mp4; numbered, so "
+        "that nothing is replaced)",
     )
     parser.add_argument(
-        "-n", "--num-videos", type=int, default=1, help="how many; they are numbered behind the name of OUT"
+        "-n", "--num-videos", type=int, default=1, help="number of videos; several are numbered after the name of OUT"
     )
     add_scale(parser)
 
 
 def add_scale(parser: argparse.ArgumentParser) -> None:
     """--scale."""
-    parser.add_argument(
-        "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
-    )
+    parser.add_argument("--scale", type=int, help="enlargement factor (default: for a height of at least 256 pixels)")
 
 
 def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
-    """ValueError unless the videos that the options of `add_videos_out` ask for can be written; for use before long work."""
+    """Raise ValueError unless the videos of the options of `add_videos_out` can be written; called before long work."""
     from larp.config import check_count
     from larp.files import check_writable
     from larp_mllm.video import check_suffix
@@ -125,19 +123,19 @@ def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
 
 
 def save_videos(videos: "list[Video]", arguments: argparse.Namespace, stem: str) -> None:
-    """Write videos where the options of `add_videos_out` say; print their paths."""
-    # Asked for again: a file may have appeared in the meantime.
+    """Write videos to the paths of the options of `add_videos_out`; print the paths."""
+    # The paths are computed again: files may have appeared since `check_videos_out`.
     for video, path in zip(videos, _targets(arguments, stem), strict=True):
         print(video.save(path, visible_scale(video) if arguments.scale is None else arguments.scale))
 
 
 def visible_scale(video: "Video") -> int:
-    """How often each pixel is repeated by default: so that the video is at least 256 high."""
+    """Return the default enlargement factor: for a height of at least 256 pixels."""
     return max(1, 256 // video.frames.shape[1])
 
 
 def _targets(arguments: argparse.Namespace, stem: str) -> list[Path]:
-    """One path for each video: OUT, numbered if there are several; without OUT the stem, past what exists already."""
+    """Return a path for each video: OUT, numbered if there are several; without OUT the stem, numbered past existing files."""
     count, out = arguments.num_videos, arguments.out
     if out is not None:
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
@@ -155,12 +153,12 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """--tokenizer, --variant, --device, --batch-size: for `load_tokenizer`."""
     parser.add_argument(
         "--tokenizer",
-        help="folder or hub name of a trained tokenizer, or the folder of its run, or of a language model, for its own "
-        "(default: that of the language model that generate would use)",
+        help="folder or hub name of a trained tokenizer, or the folder of its run, or of a language model that has one "
+        "(default: the tokenizer of the language model that generate would use)",
     )
-    parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights, where training kept them")
+    parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights of a training with --ema")
     add_device(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at a time")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass")
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +167,8 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
         "--fit",
         choices=["crop", "stretch", "pad"],
         default="crop",
-        help="how a picture is brought into the tokenizer's size. crop: resized so that it just covers it, then the "
-        "centre is cut out, as in training. stretch: everything is kept but the aspect ratio. pad: everything is kept, "
-        "with black bars around it",
+        help="how a frame gets the tokenizer's size. crop: resized to cover it, then centre-cropped, as in training. "
+        "stretch: the aspect ratio changes. pad: resized to fit into it, with black bars",
     )
     parser.add_argument(
         "--num-tokens",
@@ -181,8 +178,8 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-psnr",
         type=float,
-        help="the fewest codes for each window that give it back at so many dB, neither bars nor what completes the last "
-        "window counted, and all where that is out of reach; for a tokenizer trained with --model.nested",
+        help="the fewest codes of each window that reach this PSNR in dB (without bars and padding), or all codes if none "
+        "do; for a tokenizer trained with --model.nested",
     )
 
 
@@ -191,20 +188,23 @@ def add_original_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--original-size",
         action="store_true",
-        help="scale the output back to the size that the pictures had (of a crop: the part that is left), without bars; "
-        "an odd side gets one more pixel (default: the tokenizer's size)",
+        help="scale the output to the size of the input (for a crop: of its centre), without bars; odd sides get one more "
+        "pixel (default: the tokenizer's size)",
     )
 
 
 def encoding(arguments: argparse.Namespace) -> "Encoding":
-    """The options of `add_encoding`; ValueError for values that no tokenizer takes."""
+    """Return the options of `add_encoding`; ValueError for values out of range."""
     from larp.codec.whole_video import Encoding
 
     return Encoding(arguments.fit, arguments.num_tokens, arguments.target_psnr, arguments.batch_size)
 
 
 def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
-    """The tokenizer that the options of `add_tokenizer` name, `arguments.tokenizer` from then on; ValueError if it cannot be loaded."""
+    """Load the tokenizer of the options of `add_tokenizer`, and set `arguments.tokenizer` to its name.
+
+    Raises ValueError if it cannot be loaded.
+    """
     from larp.hub import choose_device
     from larp.models.tokenizer import LarpTokenizer
     from larp_mllm.locate import find_model, find_tokenizer
@@ -220,7 +220,7 @@ def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
 
 
 def check_movie(path: Path) -> None:
-    """ValueError unless a video (no still picture) can be written under this name, and there."""
+    """Raise ValueError unless a video, not a still image, can be written to `path`."""
     from larp.files import check_writable
     from larp_mllm.video import SUFFIXES
 

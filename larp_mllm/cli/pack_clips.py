@@ -1,4 +1,4 @@
-"""larp-mllm pack-clips: data sets as one small file of clips."""
+"""larp-mllm pack-clips: the clips of data sets as one small file."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "pack-clips",
-        help="write the clips of data sets into one small file, to be trained on elsewhere",
+        help="write the clips of data sets into one small file, to train on elsewhere",
         description="Write the middle frames of every video of some data sets into one file, as small square H.264 videos.\n"
         "Videos keep their split; those of folders, and of manifests without one, are for training. Of UCF-101's\n"
         "training list, the last group of each class is for validation. `larp-mllm unpack-clips` reads the file.",
@@ -29,18 +29,18 @@ def add(commands) -> None:
         action="append",
         default=[],
         metavar="SPEC",
-        help="further videos for training alone, without their classes (a tokenizer needs none); may be given several times",
+        help="more videos for training alone, without their classes (a tokenizer needs none); may be given several times",
     )
-    parser.add_argument("-o", "--out", type=Path, required=True, help="the file; replaced if it exists")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="file to write; replaced if it exists")
     parser.add_argument("--size", type=int, default=84, help="pixels along both sides")
-    parser.add_argument("--max-frames", type=int, default=96, help="of a clip for training")
-    parser.add_argument("--held-out-frames", type=int, default=32, help="of a clip for validation or test, at most")
+    parser.add_argument("--max-frames", type=int, default=96, help="most frames of a clip for training")
+    parser.add_argument("--held-out-frames", type=int, default=32, help="most frames of a clip for validation or test")
     parser.add_argument("--crf", type=int, default=20, help="x264's quality, from 0 (best) to 51")
-    parser.add_argument("--workers", type=int, help="threads (default: one a core)")
+    parser.add_argument("--workers", type=int, help="threads (default: one for each core)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the pack; print what is in it."""
+    """Write the pack; print its contents."""
     from larp.data.clip_pack import PackOptions, pack_clips
 
     options = PackOptions(arguments.size, arguments.max_frames, arguments.held_out_frames, arguments.crf)
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if report.short:
         print(
-            f"note: clips of fewer than 16 frames, too short for most models: {len(report.short)}, such as {report.short[0]}"
+            f"note: {len(report.short)} clips have fewer than 16 frames, too few for most models, such as {report.short[0]}"
         )
     if "test" not in report.clips:
         print("note: no clip is for test: a training on them needs other clips with --eval-data")

@@ -1,4 +1,4 @@
-"""larp-mllm reconstruct: a video as a tokenizer gives it back."""
+"""larp-mllm reconstruct: a video encoded and decoded by a tokenizer."""
 
 import argparse
 from pathlib import Path
@@ -10,10 +10,10 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "reconstruct",
-        help="write a video as a tokenizer gives it back, and say how well",
-        description="Write a video as a tokenizer gives it back; prints PSNR, bits per pixel and codes per second.\n"
-        f"{options.WINDOWS}\nThe sound is kept where the output can hold it. Figures are over the pixels that the "
-        "tokenizer sees, without\nthe bars of --fit pad.",
+        help="encode and decode a video with a tokenizer, and print the quality",
+        description="Encode and decode a video with a tokenizer; print PSNR, bits per pixel and codes per second.\n"
+        f"{options.WINDOWS}\nThe sound is copied if the output format allows it. Figures are over the pixels that "
+        "the tokenizer sees,\nwithout the bars of --fit pad.",
         formatter_class=options.Defaults,
     )
     parser.set_defaults(run=run)
@@ -25,7 +25,7 @@ def add(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the video; print its figures."""
+    """Write the video; print its size and figures."""
     from larp.codec.whole_video import check_paths, reconstruct_video
 
     encoding = options.encoding(arguments)

@@ -1,4 +1,4 @@
-"""larp-mllm sample: videos of a class, and videos that go on, from a trained generator."""
+"""larp-mllm sample: videos of classes, or continuations of a video, by a trained generator."""
 
 import argparse
 import math
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 CLASS_GUIDANCE = 1.25
 DESCRIPTION = f"""\
-Write videos of classes, or videos that go on from the last frames of a video, with a generator of
-training/train_generator.py: numbered .mp4 files and one contact sheet, sheet.png, in the folder OUT.
-Longer videos are written window by window: the last frames of each are the given frames of the next. They are kept as
-they are; for every window it is printed how well the model gives them back (PSNR in dB: the seams).
+Generate videos of classes, or continuations of a video, with a generator of training/train_generator.py: numbered .mp4
+files and a contact sheet, sheet.png, in the folder OUT. Long videos are generated window by window: the last frames of
+each window are given to the next, and are not changed. For each window the PSNR in dB between the given frames and the
+model's version of them is printed (the seam).
 The guidance scale is {CLASS_GUIDANCE} for classes and 1 (off) for --from, unless --guidance-scale says otherwise."""
 FPS = 12.0
 
@@ -30,7 +30,7 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "sample",
-        help="write videos of a class, or videos that go on from a video",
+        help="write videos of classes, or continuations of a video",
         description=DESCRIPTION,
         formatter_class=options.Defaults,
     )
@@ -40,15 +40,13 @@ def add(commands) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        help="folder or hub name, or the folder of its run (default: the one that the generator's run names)",
+        help="folder or hub name of the tokenizer, or the folder of its run (default: that of the generator's run)",
     )
-    parser.add_argument(
-        "--variant", choices=["ema"], help="of the tokenizer, not of the generator. ema: its averaged weights"
-    )
+    parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights of the tokenizer")
     parser.add_argument(
         "--generator-variant",
         choices=["ema"],
-        help="of --generator. ema: its averaged weights, where it was trained with --ema",
+        help="ema: the averaged weights of the generator, if it was trained with --ema",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -56,58 +54,52 @@ def add(commands) -> None:
         dest="classes",
         action="append",
         metavar="NAME",
-        help="name or number of a class; several take turns (default: all classes in turn)",
+        help="name or number of a class; several are used in turn (default: all classes)",
     )
     what.add_argument(
         "--from",
         dest="source",
         type=Path,
         metavar="VIDEO",
-        help="go on from the last frames of this video, with a generator trained with --task frame-prediction",
+        help="continue the last frames of this video, with a generator trained with --task frame-prediction",
     )
-    parser.add_argument(
-        "-n", "--num-videos", type=int, help="how many in all (default: one, or one for each --class named)"
-    )
-    parser.add_argument(
-        "-o", "--out", required=True, help="a folder; files in it are replaced by those of the same name"
-    )
+    parser.add_argument("-n", "--num-videos", type=int, help="number of videos (default: one, or one for each --class)")
+    parser.add_argument("-o", "--out", required=True, help="folder to write to; files of the same names are replaced")
     _add_length(parser)
     options.add_seed(parser)
     options.add_sampling(parser, GuidedSampling.__dataclass_fields__, guidance_scale=None)
-    parser.add_argument(
-        "--scale", type=int, help="repeat each pixel so often (default: so that the video is at least 256 high)"
-    )
+    options.add_scale(parser)
     options.add_device(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="videos at a time; does not change them")
+    parser.add_argument("--batch-size", type=int, default=8, help="videos in one pass; does not change them")
 
 
 def _add_length(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        help="length of each video, with the given frames (default: one window, the tokenizer's)",
+        help="length of each video, given frames included (default: one window)",
     )
     parser.add_argument(
         "--fps",
         type=float,
-        help="frames per second (default: those of --from, else those of the clips trained on where the run of the "
-        f"generator says so, else {FPS:g})",
+        help="frames per second (default: as in --from, else as in the generator's training if its run is known, else "
+        f"{FPS:g})",
     )
     parser.add_argument(
         "--given",
         type=int,
-        help="frames that each window goes on from (default: as in training where the run says so, else 5)",
+        help="given frames of each window (default: as in training if the run is known, else 5)",
     )
     parser.add_argument(
         "--stride",
         type=int,
-        help="every n-th frame of --from is given (default: as in training where the run says so, else 1)",
+        help="read every n-th frame of --from (default: as in training if the run is known, else 1)",
     )
     parser.add_argument(
         "--continue-with",
         metavar="GENERATOR",
-        help="a generator trained with --task frame-prediction on codes of the same tokenizer, which writes all "
-        "windows of a class but the first; guided like the first if it can be",
+        help="generator trained with --task frame-prediction on codes of the same tokenizer, for all windows of a class "
+        "but the first; with the same guidance if it supports it",
     )
 
 
@@ -139,13 +131,13 @@ def run(arguments: argparse.Namespace) -> None:
     print(gallery.write_sheet())
     if seams:
         print(
-            f"seams: {sum(seams) / len(seams):.2f} dB on average of {len(seams)}: PSNR of what the model makes of the"
-            " given frames, which are kept as they were"
+            f"seams: {sum(seams) / len(seams):.2f} dB on average of {len(seams)}: PSNR of the model's version of the given"
+            " frames, which are not changed"
         )
 
 
 def _check(arguments: argparse.Namespace) -> Path:
-    """The folder OUT; ValueError for what can be told to be wrong before anything is loaded."""
+    """Return the folder OUT; ValueError for options that are wrong whatever the model."""
     from larp.data.contact_sheet import SHEET
     from larp.data.video import probe
     from larp.files import check_writable
@@ -167,7 +159,7 @@ def _check(arguments: argparse.Namespace) -> Path:
         if arguments.given is not None and arguments.continue_with is None:
             raise ValueError("--given is for --from VIDEO or --continue-with GENERATOR: leave it out")
     elif arguments.continue_with is not None:
-        raise ValueError("--continue-with is for classes: a video goes on with the --generator")
+        raise ValueError("--continue-with is for classes: --from is continued by the --generator")
     else:
         probe(arguments.source)
     if arguments.continue_with is not None and arguments.seconds is None:
@@ -176,19 +168,19 @@ def _check(arguments: argparse.Namespace) -> Path:
         raise ValueError("--out is empty: name a folder, such as out/")
     folder = Path(arguments.out)
     if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
-        raise ValueError(f"{folder} is the name of a file; --out is a folder, in which the videos are numbered")
+        raise ValueError(f"{folder} is the name of a file: give a folder with --out, the videos in it are numbered")
     check_writable(folder / SHEET)
     return folder
 
 
 def _sampling(arguments: argparse.Namespace) -> GuidedSampling:
-    """The sampling that was asked for, checked."""
+    """Return the checked sampling options."""
     default = CLASS_GUIDANCE if arguments.source is None else 1.0
     return GuidedSampling.of(arguments, **({"guidance_scale": default} if arguments.guidance_scale is None else {}))
 
 
 def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[int]:
-    """The class of each video; none for --from. ValueError if the generator is for the other of the two."""
+    """Return the class of each video, none for --from; ValueError if the generator has the other task."""
     if arguments.source is not None:
         if generator.config.task == "class":
             raise ValueError(
@@ -197,37 +189,36 @@ def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[i
         return []
     if generator.config.task != "class":
         raise ValueError(
-            f"{arguments.generator} goes on from given frames: give --from VIDEO"
+            f"{arguments.generator} continues given frames: give --from VIDEO"
             + (" in place of --class" if arguments.classes else "")
         )
-    chosen = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
+    selected = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
     count = arguments.num_videos or len(arguments.classes or [0])
-    return [chosen[number % len(chosen)] for number in range(count)]
+    return [selected[number % len(selected)] for number in range(count)]
 
 
 def _load_tokenizer(arguments: argparse.Namespace, generator: "LarpGenerator", training: "Training") -> "LarpTokenizer":
-    """The tokenizer that was chosen, or that the generator's run names; ValueError if it is not the generator's."""
-    remembered = arguments.tokenizer is None
-    if remembered and training.tokenizer is None and training.missing:
+    """Load --tokenizer, or the tokenizer of the generator's run; ValueError if it is not the generator's."""
+    from_run = arguments.tokenizer is None
+    if from_run and training.tokenizer is None and training.missing:
         raise ValueError(
-            f"the run of {arguments.generator} names its token cache as it was typed then, {training.missing}, which is "
-            "found neither here nor around the run, so its tokenizer is not known: give --tokenizer"
+            f"the token cache of {arguments.generator}, {training.missing}, is found neither here nor near the run, so its "
+            "tokenizer is not known: give --tokenizer"
         )
-    if remembered and training.tokenizer is None:
+    if from_run and training.tokenizer is None:
         raise ValueError(f"{arguments.generator} does not say which tokenizer made its codes: give --tokenizer")
-    variant = training.variant if remembered and arguments.variant is None else arguments.variant
+    variant = training.variant if from_run and arguments.variant is None else arguments.variant
     wanted = argparse.Namespace(
-        tokenizer=training.tokenizer if remembered else arguments.tokenizer, variant=variant, device=arguments.device
+        tokenizer=training.tokenizer if from_run else arguments.tokenizer, variant=variant, device=arguments.device
     )
     try:
         tokenizer = options.load_tokenizer(wanted)
         generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
     except ValueError as error:
-        if not remembered:
+        if not from_run:
             raise
         raise ValueError(
-            f"the run of {arguments.generator} names its tokenizer as it was typed then, {wanted.tokenizer}: {error}. "
-            "Give --tokenizer"
+            f"the tokenizer of {arguments.generator} was {wanted.tokenizer} when it was trained: {error}. Give --tokenizer"
         ) from error
     return tokenizer
 
@@ -247,7 +238,7 @@ def _stride(arguments: argparse.Namespace, training: "Training") -> int:
 
 
 def _trained(option: str, generator: str, training: "Training", found: float | None, default: float) -> float:
-    """What the run says, or else the default, with a note where the run names a cache that would say it."""
+    """Return the value found in the run, else the default, with a note if the run's token cache is missing."""
     if found is None and training.missing:
         print(
             f"note: the token cache of {generator}, {training.missing}, is not found: {option} is {default:g}",
@@ -265,7 +256,7 @@ def _videos(
     fps: float,
     sampling: GuidedSampling,
 ) -> tuple[list[str], "Iterator[LongClip]"]:
-    """The names of the videos, and the videos as they come."""
+    """Return the names of the videos, and an iterator over the videos."""
     from larp.models.generator import LarpGenerator
     from larp.sampling.long_clips import GIVEN, last_frames, sample_classes, sample_continuations
     from larp.sampling.training_info import find_training
@@ -295,8 +286,8 @@ def _videos(
             )
         device = generator.output.weight.device
         shared["continuation"] = LarpGenerator.from_pretrained(arguments.continue_with, device=device)
-        told = find_training(arguments.continue_with)
-        shared["given"] = arguments.given or _trained("--given", arguments.continue_with, told, told.given, GIVEN)
+        other = find_training(arguments.continue_with)
+        shared["given"] = arguments.given or _trained("--given", arguments.continue_with, other, other.given, GIVEN)
     known = generator.config.class_names
     names = [known[label] if known else f"class {label}" for label in labels]
     return names, sample_classes(generator, tokenizer, torch.tensor(labels), total, **shared)

@@ -1,4 +1,4 @@
-"""larp-mllm tokenize: a video as the codes of a tokenizer, in a small file."""
+"""larp-mllm tokenize: a video encoded into a token file."""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,20 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "tokenize",
-        help="write a video as the codes of a tokenizer, in a small file",
-        description="Write a video as the codes of a tokenizer, in a small file that only this tokenizer reads back.\n"
-        f"{options.WINDOWS}\nThe sound is not in the file.",
+        help="encode a video into a small file of codes",
+        description="Encode a video into a small file of codes, which only the same tokenizer decodes.\n"
+        f"{options.WINDOWS}\nThe file holds no sound.",
         formatter_class=options.Defaults,
     )
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video of any length and size, or a .png or .jpg picture")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="a .larp file; replaced if it exists")
+    parser.add_argument("-o", "--out", type=Path, required=True, help=".larp file to write; replaced if it exists")
     options.add_encoding(parser)
     options.add_tokenizer(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the token file; print what is in it."""
+    """Write the token file; print its contents."""
     from larp.codec.token_file import check_suffix
     from larp.codec.whole_video import check_paths, tokenize_video
     from larp.files import check_writable
@@ -43,6 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     full = int((video.lengths == header.num_tokens).sum())
     if encoding.target_psnr is not None and full:
         print(
-            f"note: {full} of {header.windows} windows took all their codes, and may stay under the target of "
-            f"{encoding.target_psnr:g} dB: larp-mllm reconstruct tells"
+            f"note: {full} of {header.windows} windows took all their codes and may be below the target of "
+            f"{encoding.target_psnr:g} dB; larp-mllm reconstruct prints the PSNR"
         )

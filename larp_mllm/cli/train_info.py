@@ -1,4 +1,4 @@
-"""larp-mllm train-info: how a model was trained, or how far a run has come."""
+"""larp-mllm train-info: how a model was trained, or the progress of a run."""
 
 import argparse
 from pathlib import Path
@@ -10,20 +10,20 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "train-info",
-        help="say how a model was trained, or how far a run has come",
-        description="Print what training/train_mllm.py wrote down: base, stages, data, figures on held-out videos, the "
-        "perplexity of held-out text before and after. Of a run that is still training or was stopped: its step and its last metrics.",
+        help="print how a model was trained, or the progress of a run",
+        description="Print the report of training/train_mllm.py: base, stages, data, figures on held-out videos, perplexity of "
+        "held-out text before and after. For a run that is still training or was stopped: its step and its last metrics.",
         formatter_class=Defaults,
     )
     parser.set_defaults(run=run)
     parser.add_argument(
         "model", nargs="?", type=Path, help="folder of a model or of a run (default: the model that generate would use)"
     )
-    parser.add_argument("--json", action="store_true", help="print it for machines")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print it."""
+    """Print the report or the progress."""
     import json
 
     from larp_mllm.engine.report import describe_training, read_training

@@ -1,4 +1,4 @@
-"""larp-mllm unpack-clips: a pack of clips as a folder of frames."""
+"""larp-mllm unpack-clips: the clips of a pack as a folder of frames."""
 
 import argparse
 from pathlib import Path
@@ -10,21 +10,21 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "unpack-clips",
-        help="write the clips of a pack into a folder, as frames that need no video decoder",
+        help="write the clips of a pack into a folder of frames, which need no video decoder",
         description="Write the clips of a pack into a folder, as .npy files of frames, with two manifests: DIR/clips.jsonl\n"
-        "of all, DIR/labelled.jsonl of those with a class; train on them with --data jsonl:DIR/clips.jsonl. Decodes\n"
-        "with PyAV or, where it is missing, OpenCV. A folder that holds these clips already is left as it is.",
+        "of all, DIR/labelled.jsonl of those with a class. Train on them with --data jsonl:DIR/clips.jsonl. Needs PyAV or\n"
+        "OpenCV. A folder that already holds these clips is not changed.",
         formatter_class=Defaults,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("pack", type=Path, help="a file of larp-mllm pack-clips")
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="the folder")
+    parser.add_argument("pack", type=Path, help="file of larp-mllm pack-clips")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument("--size", type=int, help="pixels along both sides (default: as they were packed)")
-    parser.add_argument("--workers", type=int, help="threads (default: one a core)")
+    parser.add_argument("--workers", type=int, help="threads (default: one for each core)")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Write the folder; print what is in it."""
+    """Write the folder; print its contents."""
     from larp.data.clip_unpack import unpack_clips
 
     report = unpack_clips(arguments.pack, arguments.out, arguments.size, arguments.workers)

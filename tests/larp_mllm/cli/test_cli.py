@@ -25,14 +25,15 @@ def test_generate_then_describe(qwen, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", [[], *([command.__name__.split(".")[-1].strip("_").replace("_", "-")] for command in COMMANDS)]
+    "command",
+    [[], *([command.__name__.split(".")[-1].removesuffix("_video").replace("_", "-")] for command in COMMANDS)],
 )
-def test_help_says_what_to_type(command, capsys):
+def test_every_command_has_a_help_text(command, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])
     assert stopped.value.code == 0
-    said = capsys.readouterr().out
-    assert said.startswith(f"usage: {' '.join(['larp-mllm', *command])} ") and "options:" in said
+    output = capsys.readouterr().out
+    assert output.startswith(f"usage: {' '.join(['larp-mllm', *command])} ") and "options:" in output
 
 
 def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, tmp_path, capsys):
@@ -47,7 +48,7 @@ def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, tmp_path, capsys):
 
 @pytest.fixture
 def folder(qwen, tmp_path, monkeypatch):
-    """The working folder of a user who has a model."""
+    """A working folder with a default model."""
     qwen.save(tmp_path / "model")
     monkeypatch.setenv("LARP_MLLM_MODEL", str(tmp_path / "model"))
     monkeypatch.chdir(tmp_path)
@@ -55,13 +56,13 @@ def folder(qwen, tmp_path, monkeypatch):
 
 
 def refused(capsys, *arguments) -> str:
-    """What the command says when it ends with code 2."""
+    """Return the message of a command that ends with exit status 2."""
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
     assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith("larp-mllm: ") and said.count("\n") == 1
-    return said
+    output = capsys.readouterr().err
+    assert output.startswith("larp-mllm: ") and output.count("\n") == 1
+    return output
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def refused(capsys, *arguments) -> str:
         ("", "suffix ''"),
     ],
 )
-def test_a_bad_out_is_refused_before_a_model_is_looked_for(folder, monkeypatch, capsys, out, words):
+def test_a_bad_out_is_refused_before_a_model_is_loaded(folder, monkeypatch, capsys, out, words):
     monkeypatch.setattr(larp_mllm.api, "find_model", lambda *_: pytest.fail("a model was looked for"))
     (folder / "there.mp4").mkdir()
     (folder / "there").mkdir()
@@ -115,7 +116,7 @@ def test_without_out_nothing_is_ever_replaced(folder, capsys):
     assert capsys.readouterr().out == "a-red-circle.mp4\n"
 
 
-def test_what_the_disk_refuses_is_one_message(folder, monkeypatch, capsys):
+def test_a_full_disk_is_one_message(folder, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "x.mp4")
 
@@ -125,7 +126,7 @@ def test_what_the_disk_refuses_is_one_message(folder, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def painter():
-    """A model whose videos are not all grey, as if trained to go on from 3 of the 4 frames of a clip."""
+    """A model whose videos are not all grey, for continuation from 3 of the 4 frames of a clip."""
     mllm = colourful_mllm()
     mllm.model.config.given_frames = 3
     return mllm
@@ -133,7 +134,7 @@ def painter():
 
 @pytest.fixture
 def clip(tmp_path, monkeypatch, painter):
-    """A video in the working folder of a user; whichever model is asked for, `painter` opens."""
+    """A video in the working folder; `painter` is loaded for every model name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(larp_mllm.api, "open_model", lambda *_, **__: painter)
     write_video("clip.mp4", np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8), 10)
@@ -161,7 +162,7 @@ def test_continue_writes_the_whole_video(clip, painter, capsys):
         (["clip.mp4", "--seconds", "1", "--top-k", "-1"], "top_k"),
     ],
 )
-def test_continue_refuses_what_does_not_fit(clip, capsys, arguments, words):
+def test_continue_refuses_bad_arguments(clip, capsys, arguments, words):
     assert words in refused(capsys, "continue", *arguments)
 
 
@@ -174,12 +175,12 @@ def test_describe_refuses_bad_videos_with_one_line(clip, capsys, video, words):
     assert words in refused(capsys, "describe", video)
 
 
-def test_describe_draws_as_it_is_told(clip, capsys):
-    said = []
+def test_sampling_options_reach_describe(clip, capsys):
+    output = []
     for options in ([], ["--temperature", "1"], ["--temperature", "1", "--seed", "1"], ["--max-new-tokens", "2"]):
         main(["describe", "clip.mp4", "--max-new-tokens", "6", *options])
-        said.append(capsys.readouterr().out)
-    assert len(set(said)) == 4 and all(text.endswith("\n") for text in said)
+        output.append(capsys.readouterr().out)
+    assert len(set(output)) == 4 and all(text.endswith("\n") for text in output)
 
 
 def test_one_question_one_answer(clip, painter, monkeypatch, capsys):
@@ -234,7 +235,7 @@ def test_a_conversation_is_answered_in_text_as_it_comes(clip, capsys, monkeypatc
     assert answer["content"][0]["text"] == first and second
 
 
-def test_a_person_is_asked_for_lines_and_ctrl_d_ends(clip, capsys, monkeypatch):
+def test_a_terminal_gets_a_prompt_and_ctrl_d_ends(clip, capsys, monkeypatch):
     typed = iter(["hello"])
 
     def read(prompt: str) -> str:
@@ -247,12 +248,12 @@ def test_a_person_is_asked_for_lines_and_ctrl_d_ends(clip, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", read)
     main(["chat", "--max-new-tokens", "4", "--max-videos", "0"])
-    said = capsys.readouterr()
-    assert "Ctrl-D ends" in said.err and len(said.out.splitlines()) == 2
+    output = capsys.readouterr()
+    assert "Ctrl-D ends" in output.err and len(output.out.splitlines()) == 2
 
 
 @pytest.mark.parametrize("command", [["--help"], ["chat", "hello"], ["chat"]])
-def test_nobody_reads_the_output(clip, monkeypatch, capfd, command):
+def test_a_closed_output_ends_a_command_silently(clip, monkeypatch, capfd, command):
     """As in `larp-mllm ... | head -1`."""
     answered = []
 
@@ -272,7 +273,7 @@ def test_nobody_reads_the_output(clip, monkeypatch, capfd, command):
 
 
 @pytest.mark.parametrize("command", [["--help"], ["chat", "hello", "--max-new-tokens", "2", "--max-videos", "0"]])
-def test_an_output_that_takes_nothing_is_one_message(clip, monkeypatch, capsys, command):
+def test_a_failing_output_is_one_message(clip, monkeypatch, capsys, command):
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr("sys.stdout", full)
         assert "No space left on device" in refused(capsys, *command)

@@ -1,4 +1,4 @@
-"""larp-mllm doctor: the report on the screen, and a status that a script can go by."""
+"""larp-mllm doctor: the printed report and the exit status."""
 
 from larp.data.video import write_video
 from larp_mllm.cli import main
@@ -22,15 +22,17 @@ def status(*arguments: str) -> int:
     return stopped.value.code
 
 
-def test_a_healthy_set_ends_well(folder, capsys):
+def test_a_data_set_without_errors(folder, capsys):
     main(["doctor", "--data", str(folder), "--frames", "8"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
-        said.startswith(str(folder)) and "train: 1 videos, 1 can be used" in said and "errors: 0, warnings: 0" in said
+        output.startswith(str(folder))
+        and "train: 1 videos, 1 can be used" in output
+        and "errors: 0, warnings: 0" in output
     )
 
 
-def test_it_says_which_published_weights_are_at_hand(folder, capsys):
+def test_published_weights_are_listed(folder, capsys):
     main(["doctor"])
     table = capsys.readouterr().out
     assert "lpips " in table and "i3d " in table
@@ -45,7 +47,7 @@ def test_options_reach_the_doctor(folder, capsys):
     assert "the clip needs 15 at stride 2" in capsys.readouterr().out
 
 
-def test_decoding_finds_what_a_first_frame_hides(folder, capsys):
+def test_decoding_finds_damage_after_the_first_frame(folder, capsys):
     pixels = np.random.default_rng(2).integers(0, 255, (60, 16, 16, 3), dtype=np.uint8)
     write_video(folder / "torn.avi", pixels, 25)
     torn = (folder / "torn.avi").read_bytes()
@@ -57,8 +59,8 @@ def test_decoding_finds_what_a_first_frame_hides(folder, capsys):
 
 def test_a_mistake_is_one_line_and_status_2(folder, capsys):
     assert status("--data", str(folder / "absent")) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("larp-mllm: data spec") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("larp-mllm: data spec") and output.count("\n") == 1
     assert status("--data", str(folder), "--workers", "0") == 2
     capsys.readouterr()
     assert status("--data", str(folder), "--lines", "-1") == 2

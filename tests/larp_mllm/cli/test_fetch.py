@@ -1,4 +1,4 @@
-"""larp-mllm fetch: the table, the files, one line for what could not be had."""
+"""larp-mllm fetch: the table, the files, one line for each failure."""
 
 from larp.metrics import fetching
 from larp_mllm.cli import main
@@ -8,9 +8,9 @@ import pytest
 
 def test_without_a_name_it_lists(capsys):
     main(["fetch"])
-    said = capsys.readouterr().out
-    assert said.splitlines()[0].split() == ["name", "at", "hand", "download", "licence", "what"]
-    assert "\nlpips  " in said and "\ni3d  " in said
+    output = capsys.readouterr().out
+    assert output.splitlines()[0].split() == ["name", "at", "hand", "download", "licence", "what"]
+    assert "\nlpips  " in output and "\ni3d  " in output
 
 
 def test_an_unknown_name_is_one_line(capsys):
@@ -22,7 +22,7 @@ def test_an_unknown_name_is_one_line(capsys):
     )
 
 
-def test_what_fails_does_not_hold_up_the_rest(capsys, monkeypatch, tmp_path):
+def test_a_failure_does_not_stop_the_others(capsys, monkeypatch, tmp_path):
     def fetch(source, say):
         if source.name == "i3d":
             raise ValueError("i3d cannot be fetched")
@@ -31,8 +31,8 @@ def test_what_fails_does_not_hold_up_the_rest(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(fetching, "fetch", fetch)
     with pytest.raises(SystemExit) as stopped:
         main(["fetch", "i3d", "all"])
-    said = capsys.readouterr()
-    assert stopped.value.code == 1 and said.err == "larp-mllm: i3d cannot be fetched\n"
-    assert said.out.split() == [str(tmp_path / name) for name in ("lpips", "lpips-alexnet")]
+    output = capsys.readouterr()
+    assert stopped.value.code == 1 and output.err == "larp-mllm: i3d cannot be fetched\n"
+    assert output.out.split() == [str(tmp_path / name) for name in ("lpips", "lpips-alexnet")]
     main(["fetch", "lpips", "lpips"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "lpips")]

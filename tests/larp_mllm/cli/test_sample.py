@@ -1,4 +1,4 @@
-"""larp-mllm sample: videos of classes, videos that go on."""
+"""larp-mllm sample: videos of classes, continuations of a video."""
 
 import json
 import re
@@ -69,7 +69,7 @@ def written() -> list[str]:
     return sorted(path.name for path in Path("out").iterdir())
 
 
-def test_classes_take_turns(folder, capsys):
+def test_classes_are_used_in_turn(folder, capsys):
     sample("--generator", "c", "--class", "Surfing", "--class", "0", "-n", "3", "--device", "cpu")
     assert written() == ["000-Surfing.mp4", "001-Archery.mp4", "002-Surfing.mp4", "sheet.png"]
     assert capsys.readouterr().out.splitlines() == [
@@ -88,7 +88,7 @@ def test_classes_take_turns(folder, capsys):
     assert len(list(Path("two").glob("*.mp4"))) == 2
 
 
-def test_seed_and_index_decide_whatever_the_batch_size(folder):
+def test_videos_depend_on_seed_and_index_not_on_the_batch_size(folder):
     def bytes_of(*options):
         sample("--generator", "c", "--class", "Surfing", "-n", "3", "--scale", "1", *options)
         return [Path(f"out/{number:03d}-Surfing.mp4").read_bytes() for number in range(3)]
@@ -107,7 +107,7 @@ def test_every_sampling_option_reaches_the_sampler(folder, sampled_with):
     assert sampled_with == [(GuidedSampling(guidance_scale=1.25), 0), (GuidedSampling(**values), 5)]
 
 
-def test_a_video_goes_on(folder, capsys, sampled_with):
+def test_a_video_is_continued(folder, capsys, sampled_with):
     sample("--generator", "p", "--from", "clip.mp4", "--given", "3", "-n", "2", "--seconds", "0.56", "--scale", "1")
     *lines, sheet, seams = capsys.readouterr().out.splitlines()
     assert written() == ["000-clip.mp4", "001-clip.mp4", "sheet.png"] and sheet == "out/sheet.png"
@@ -120,7 +120,7 @@ def test_a_video_goes_on(folder, capsys, sampled_with):
     assert probe("out/000-clip.mp4").fps == 3.125 and probe("out/000-clip.mp4").frames == 4
 
 
-def test_a_class_goes_on_with_another_generator(folder, capsys):
+def test_a_class_is_continued_by_another_generator(folder, capsys):
     small = ("--class", "Surfing", "--scale", "1")
     sample("--generator", "c", *small, "--seconds", "1", "--continue-with", "p", "--given", "2")
     assert "12 frames at 12 fps, seams" in capsys.readouterr().out
@@ -143,17 +143,17 @@ def run_of(folder: Path, **cache: int) -> Path:
     return folder / "run"
 
 
-def test_a_run_knows_its_tokenizer_and_the_rate_of_its_clips(folder, capsys):
+def test_tokenizer_and_frame_rate_come_from_the_run(folder, capsys):
     run = run_of(folder / "home")
     main(["sample", "--generator", str(run), "-o", "out", "--class", "Surfing"])
     assert probe("out/000-Surfing.mp4").fps == 20
     capsys.readouterr()
     LarpTokenizer.from_pretrained("t").save_pretrained(folder / "home" / "tokenizer")
-    said = refused(capsys, "sample", "--generator", str(run), "-o", "out")
-    assert "names its tokenizer as it was typed then" in said and "Give --tokenizer" in said
+    output = refused(capsys, "sample", "--generator", str(run), "-o", "out")
+    assert "when it was trained" in output and "Give --tokenizer" in output
 
 
-def test_a_run_knows_its_given_frames_and_their_stride(folder):
+def test_given_frames_and_stride_come_from_the_run(folder):
     run = run_of(folder / "home", condition_frames=3)
     tokenizer = folder / "home" / "tokenizer"
     assert find_training(str(run)) == Training(str(tokenizer), None, 20, 2, 3)
@@ -187,24 +187,24 @@ def test_a_trained_run_needs_no_other_option(tmp_path, monkeypatch):
     assert written() == ["000-Archery.mp4", "001-Horse-Race.mp4", "002-Surfing.mp4", "sheet.png"]
 
 
-def test_a_run_without_a_cache_knows_what_it_was_told(tmp_path):
+def test_a_run_without_a_cache_has_its_options(tmp_path):
     random_generator().save_pretrained(tmp_path / "model")
-    told = {"tokens": None, "tokenizer": "somewhere/t", "stride": 3, "condition_frames": 2}
-    (tmp_path / "config.json").write_text(json.dumps(told))
+    options = {"tokens": None, "tokenizer": "somewhere/t", "stride": 3, "condition_frames": 2}
+    (tmp_path / "config.json").write_text(json.dumps(options))
     assert find_training(str(tmp_path / "model")) == Training("somewhere/t", None, None, 3, 2)
-    (tmp_path / "config.json").write_text(json.dumps(told | {"tokens": "gone"}))
+    (tmp_path / "config.json").write_text(json.dumps(options | {"tokens": "gone"}))
     assert find_training(str(tmp_path / "model")) == Training("somewhere/t", missing="gone")
     (tmp_path / "config.json").write_text(json.dumps({"data": "shapes:"}))
     assert find_training(str(tmp_path / "model")) == find_training("owner/name") == Training()
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config.json is not valid JSON"):
         find_training(str(tmp_path / "model"))
-    (tmp_path / "config.json").write_text(json.dumps(told | {"tokens": 5}))
+    (tmp_path / "config.json").write_text(json.dumps(options | {"tokens": 5}))
     with pytest.raises(ValueError, match=r"config.json: tokens is 5, expected a path or null: copy the run again"):
         find_training(str(tmp_path / "model"))
 
 
-def test_a_run_is_understood_from_another_folder(folder, monkeypatch, capsys):
+def test_a_run_is_used_from_another_folder(folder, monkeypatch, capsys):
     run = run_of(folder / "home", condition_frames=3)
     cache = next(path.parent for path in (folder / "home").rglob(tokens.INDEX))
     index = tokens.read_json(cache / tokens.INDEX) | {"tokenizer": "home/tokenizer"}
@@ -217,18 +217,18 @@ def test_a_run_is_understood_from_another_folder(folder, monkeypatch, capsys):
     assert (info.frames, info.fps) == (6, 6.25) and "note:" not in capsys.readouterr().err
     (run / "config.json").write_text(json.dumps({"tokens": "gone/cache", "tokenizer": None}))
     options = ("sample", "--generator", str(run), "-o", "out", "--from", "../clip.mp4")
-    assert "names its token cache as it was typed then, gone/cache" in refused(capsys, *options)
+    assert "home/run, gone/cache, is found neither here" in refused(capsys, *options)
     main([*options, "--tokenizer", str(folder / "home" / "tokenizer"), "--given", "2"])
-    said = capsys.readouterr().err
-    assert "gone/cache, is not found: --stride is 1" in said and "--given is" not in said
+    output = capsys.readouterr().err
+    assert "gone/cache, is not found: --stride is 1" in output and "--given is" not in output
 
 
 def test_a_damaged_cache_of_a_run_is_named(folder, capsys):
     run = run_of(folder / "home")
     cache = next(path.parent for path in (folder / "home").rglob(tokens.INDEX))
     (cache / tokens.INDEX).write_text("{}")
-    said = refused(capsys, "sample", "--generator", str(run), "-o", "out")
-    assert "index.json is damaged: it lacks key, classes, tokenizer, shards; delete this file" in said
+    output = refused(capsys, "sample", "--generator", str(run), "-o", "out")
+    assert "index.json is damaged: it lacks key, classes, tokenizer, shards; delete this file" in output
     with pytest.raises(tokens.TokenCacheError, match=r"index.json is damaged"):
         tokens.TokenCache.open(cache)
 
@@ -255,8 +255,8 @@ def test_the_averaged_weights_of_a_generator(folder, capsys):
         ("--generator c --class 3", "class 3 is out of range"),
         ("--generator c --class -1", "class -1 is out of range: this generator has the classes 0 to 2"),
         ("--generator c --scale 1000", "scale is 1000: pictures of 24000 x 16000 pixels"),
-        ("--generator p --class Surfing", "p goes on from given frames: give --from VIDEO in place of --class"),
-        ("--generator p", "p goes on from given frames: give --from VIDEO\n"),
+        ("--generator p --class Surfing", "p continues given frames: give --from VIDEO in place of --class"),
+        ("--generator p", "p continues given frames: give --from VIDEO\n"),
         ("--generator c --from clip.mp4", "c writes videos of classes: --from needs one of --task frame-prediction"),
         ("--generator t", "t holds a larp-tokenizer, not a larp-generator"),
         ("--generator none", "none: no such folder"),
@@ -301,8 +301,8 @@ def test_the_averaged_weights_of_a_generator(folder, capsys):
 def test_bad_input_is_named_and_leaves_nothing(folder, capsys, options, words):
     before = sorted(folder.rglob("*"))
     given = ["" if option == "=" else option for option in options.split()]
-    said = refused(capsys, "sample", "-o", "out", "--tokenizer", "t", *given)
-    assert words in said
+    output = refused(capsys, "sample", "-o", "out", "--tokenizer", "t", *given)
+    assert words in output
     assert sorted(folder.rglob("*")) == before
 
 

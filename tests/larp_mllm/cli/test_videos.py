@@ -37,7 +37,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def folder(made, tmp_path, monkeypatch) -> Path:
-    """The working folder of a user who has t and clip.mp4."""
+    """A working folder with t and clip.mp4."""
     shutil.copytree(made, tmp_path, ignore=shutil.ignore_patterns("clip.larp"), dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -81,15 +81,15 @@ def test_options_reach_the_tokenizer(folder, capsys):
     main(["tokenize", "clip.mp4", "-o", "a.larp", "--tokenizer", "t", "--target-psnr", "1"])
     assert len(TokenizedVideo.load("a.larp").codes) == 3 and "note" not in capsys.readouterr().out
     main(["tokenize", "clip.mp4", "-o", "b.larp", "--tokenizer", "t", "--target-psnr", "60"])
-    said = capsys.readouterr().out
-    assert "note: 3 of 3 windows took all their codes, and may stay under the target of 60 dB" in said
+    output = capsys.readouterr().out
+    assert "note: 3 of 3 windows took all their codes and may be below the target of 60 dB" in output
     main(["detokenize", "a.larp", "-o", "a.mp4", "--tokenizer", "t", "--original-size", "--batch-size", "1"])
     assert (probe("a.mp4").height, probe("a.mp4").width) == (20, 30)
     main(["reconstruct", "clip.mp4", "-o", "a.mp4", "--tokenizer", "t", "--original-size", "--fit", "stretch"])
     assert (probe("a.mp4").height, probe("a.mp4").width) == (20, 50)
 
 
-def test_what_is_lost_is_noted(folder, capsys):
+def test_losses_are_noted(folder, capsys):
     write_with_sound(Path("loud.mp4"), noise(30, 16, 16), 10)
     main(["reconstruct", "loud.mp4", "-o", "a.gif", "--tokenizer", "t"])
     assert "note: the sound was left out: a .gif holds none\n" in capsys.readouterr().out
@@ -97,7 +97,7 @@ def test_what_is_lost_is_noted(folder, capsys):
     assert "note" not in capsys.readouterr().out
 
 
-def test_uneven_frames_are_written_at_their_average_and_it_is_said(folder, capsys):
+def test_variable_frame_rates_become_their_average_with_a_note(folder, capsys):
     write_unevenly(Path("uneven.mp4"), noise(12, 32, 48))
     main(["reconstruct", "uneven.mp4", "-o", "a.mp4", "--tokenizer", "t"])
     assert "note: the frames come at uneven times: written at their average of " in capsys.readouterr().out
@@ -105,7 +105,7 @@ def test_uneven_frames_are_written_at_their_average_and_it_is_said(folder, capsy
     assert after.frames == 12 and after.duration_s == pytest.approx(before.duration_s, rel=0.01)
 
 
-def test_the_folder_of_a_run_or_of_a_language_model_will_do(folder, qwen, capsys):
+def test_a_tokenizer_is_loaded_from_a_run_or_a_language_model(folder, qwen, capsys):
     run = folder / "run"
     LarpTokenizer.from_pretrained("t").save_pretrained(run / "model")
     (run / "config.json").write_text('{"data": "shapes:"}')
@@ -116,9 +116,9 @@ def test_the_folder_of_a_run_or_of_a_language_model_will_do(folder, qwen, capsys
         assert TokenizedVideo.load("a.larp").header.weight_hash == qwen.processor.video_tokenizer.weight_hash()
 
 
-def test_without_a_tokenizer_the_default_language_models_own_is_taken(folder, qwen, capsys, monkeypatch):
-    said = refused(capsys, "tokenize", "clip.mp4", "-o", "a.larp")
-    assert "give --tokenizer" in said and "LARP_MLLM_MODEL" in said
+def test_the_default_tokenizer_is_that_of_the_default_language_model(folder, qwen, capsys, monkeypatch):
+    output = refused(capsys, "tokenize", "clip.mp4", "-o", "a.larp")
+    assert "give --tokenizer" in output and "LARP_MLLM_MODEL" in output
     qwen.save(folder / "model")
     monkeypatch.setenv("LARP_MLLM_MODEL", str(folder / "model"))
     main(["tokenize", "clip.mp4", "-o", "a.larp"])
@@ -137,9 +137,9 @@ def test_the_averaged_weights_are_another_tokenizer(folder, capsys):
 def test_another_tokenizer_is_refused_with_both_names_and_hashes(folder, capsys):
     LarpTokenizer(tiny()).save_pretrained(folder / "other")
     main(["tokenize", "clip.mp4", "-o", "a.larp", "--tokenizer", "t"])
-    said = refused(capsys, "detokenize", "a.larp", "-o", "a.mp4", "--tokenizer", "other")
+    output = refused(capsys, "detokenize", "a.larp", "-o", "a.mp4", "--tokenizer", "other")
     hashes = [LarpTokenizer.from_pretrained(name).weight_hash()[:12] for name in ("t", "other")]
-    assert f"the tokenizer t (hash {hashes[0]})" in said and f"other is another (hash {hashes[1]})" in said
+    assert f"the tokenizer t (hash {hashes[0]})" in output and f"other is another (hash {hashes[1]})" in output
     assert not Path("a.mp4").exists()
 
 
@@ -204,20 +204,18 @@ def test_bad_options_are_named(folder, capsys, options, words):
 @pytest.mark.parametrize(
     "command", ["reconstruct clip.mp4 -o x.mp4", "tokenize clip.mp4 -o x.larp", "detokenize clip.larp -o x.mp4"]
 )
-def test_a_batch_has_a_window_at_least(tokenized, capsys, command, size):
+def test_the_batch_size_is_at_least_one(tokenized, capsys, command, size):
     before = sorted(tokenized.rglob("*"))
-    said = refused(capsys, *command.split(), "--tokenizer", "t", "--batch-size", size)
-    assert (
-        f"batch_size must be a whole number of at least 1, got {size}" in said
-        and sorted(tokenized.rglob("*")) == before
-    )
+    output = refused(capsys, *command.split(), "--tokenizer", "t", "--batch-size", size)
+    assert f"batch_size must be a whole number of at least 1, got {size}" in output
+    assert sorted(tokenized.rglob("*")) == before
 
 
-def test_a_video_that_breaks_on_the_way_leaves_nothing(folder, clips_root, capsys):
+def test_a_damaged_video_leaves_no_output(folder, clips_root, capsys):
     before = sorted(folder.rglob("*"))
     for command, out in (("reconstruct", "x.mp4"), ("tokenize", "x.larp")):
-        said = refused(capsys, command, str(clips_root / "odd" / "corrupted.mp4"), "-o", out, "--tokenizer", "t")
-        assert "corrupted.mp4" in said
+        output = refused(capsys, command, str(clips_root / "odd" / "corrupted.mp4"), "-o", out, "--tokenizer", "t")
+        assert "corrupted.mp4" in output
     assert sorted(folder.rglob("*")) == before
 
 
@@ -274,8 +272,8 @@ def test_a_stopped_command_leaves_nothing_under_the_name(folder, ctrl_c, number,
     assert process.stdout.readline() == "running\n"
     time.sleep(0.1)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == status and said.endswith("larp-mllm: stopped\n")
+    _, output = process.communicate(timeout=60)
+    assert process.returncode == status and output.endswith("larp-mllm: stopped\n")
     assert sorted(path.name for path in folder.iterdir()) == ["clip.mp4", "t"]
 
 

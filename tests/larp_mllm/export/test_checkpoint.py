@@ -234,15 +234,15 @@ def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch):
 
 def test_a_full_disk_is_one_message_and_leaves_nothing(qwen, tmp_path, monkeypatch, full_disk):
     out = tmp_path / "out"
-    told = pytest.raises(ValueError, match=rf"^{out} cannot be written \(.*File too large.*\): free space there")
-    with full_disk(), told:  # by its words
+    refusal = pytest.raises(ValueError, match=rf"^{out} cannot be written \(.*File too large.*\): free space there")
+    with full_disk(), refusal:  # by its words
         export(qwen, out)
     monkeypatch.setattr("larp_mllm.export.checkpoint.add_tokens", lambda tokenizer, *_: (tokenizer, {}))
     monkeypatch.setattr("larp_mllm.export.checkpoint.loader_of", lambda *_: "AutoTokenizer")
-    with full_disk(), told:  # by its weights
+    with full_disk(), refusal:  # by its weights
         export(qwen, out)
     assert not list(tmp_path.iterdir())
-    with full_disk(), told:
+    with full_disk(), refusal:
         qwen.save(out)
 
 

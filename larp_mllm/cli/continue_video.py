@@ -1,4 +1,4 @@
-"""larp-mllm continue: a video that goes on."""
+"""larp-mllm continue: longer videos from the frames of a video."""
 
 import argparse
 from pathlib import Path
@@ -6,27 +6,27 @@ from pathlib import Path
 from larp_mllm.cli import options
 
 DESCRIPTION = """\
-Let a video go on, with a language model of training/train_mllm.py that was trained on continuation (tokens extracted with
---condition-frames). What is written is the whole video, first the frames at hand, resized and cropped to the model's size,
-then the new ones, window by window: the last frames of each are what the next one goes on from. Of a file that was
-filmed faster than the clips the model was trained on every n-th frame counts, as in training. The sound is left out. A
-contact sheet (.png) frames the frames at hand in blue.
+Continue a video with a language model of training/train_mllm.py that was trained on continuation (tokens extracted with
+--condition-frames). The output holds the given frames, resized and cropped to the model's size, and then the new ones. They
+are generated window by window: the last frames of each window are given to the next. As in training, every n-th frame of a
+file is read if its frame rate is higher than that of the training clips. The sound is left out. A contact sheet (.png)
+marks the given frames in blue.
 
 examples:
   larp-mllm continue clip.mp4 --seconds 2                               # clip-continued.mp4
-  larp-mllm continue clip.mp4 --seconds 2 -n 4 -o out/on.mp4            # four ways to go on: out/on-0.mp4 ... out/on-3.mp4
+  larp-mllm continue clip.mp4 --seconds 2 -n 4 -o out/on.mp4            # four continuations: out/on-0.mp4 ... out/on-3.mp4
   larp-mllm continue clip.mp4 --seconds 1 --prompt "a person surfing" --guidance-scale 2"""
 
 
 def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
-        "continue", help="let a video go on", description=DESCRIPTION, formatter_class=options.Defaults
+        "continue", help="continue a video", description=DESCRIPTION, formatter_class=options.Defaults
     )
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video file, of any size")
-    parser.add_argument("--seconds", type=float, required=True, help="how much longer the video becomes")
-    parser.add_argument("--prompt", default="", help="what the video shows, if it is to be said")
+    parser.add_argument("--seconds", type=float, required=True, help="seconds to add to the video")
+    parser.add_argument("--prompt", default="", help="what the video shows (default: not said)")
     options.add_videos_out(parser, "the video's name-continued")
     options.add_seed(parser)
     options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=1.0)
