@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from larp.models.tokenizer import LarpTokenizer
     from larp_mllm.video import Video
 
+VIDEO_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
+TEXT_SAMPLING = ("temperature", "top_k", "top_p")
 WINDOWS = """\
 Every frame is resized to the tokenizer's size; T frames (the tokenizer's clip length) make a window. The last window is
 padded by repeating the last frame; the padding is cut off after decoding. The frame rate is kept; a variable one becomes
@@ -40,13 +42,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
+
+
 def model_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the options of `add_model` as arguments of the functions of `larp_mllm.api`."""
     return values(arguments, "model", "dtype", "device")
-
-
-VIDEO_SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")
-TEXT_SAMPLING = ("temperature", "top_k", "top_p")
 
 
 def add_sampling(parser: argparse.ArgumentParser, names: Iterable[str], prefix: str = "", **defaults: Any) -> None:
@@ -66,17 +69,17 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 def add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     """--max-new-tokens."""
     parser.add_argument(
-        "--max-new-tokens", type=int, default=default, help="length of the text at most, in word pieces"
+        "--max-new-tokens", type=int, default=default, help="most tokens of the text"
     )
 
 
 def values(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The named options, as the functions of `larp_mllm.api` take them."""
+    """Return the named options as arguments of the functions of `larp_mllm.api`."""
     return {name: getattr(arguments, name) for name in names}
 
 
 def field_texts(config: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass and of those that it derives from, as argparse's help texts look."""
+    """Return the docstring under each field of a dataclass and its bases, in the style of argparse's help texts."""
     texts = {}
     for cls in reversed(config.__mro__[:-1]):
         body = ast.parse(inspect.getsource(cls)).body[0].body
@@ -132,21 +135,6 @@ def save_videos(videos: "list[Video]", arguments: argparse.Namespace, stem: str)
 def visible_scale(video: "Video") -> int:
     """Return the default enlargement factor: for a height of at least 256 pixels."""
     return max(1, 256 // video.frames.shape[1])
-
-
-def _targets(arguments: argparse.Namespace, stem: str) -> list[Path]:
-    """Return a path for each video: OUT, numbered if there are several; without OUT the stem, numbered past existing files."""
-    count, out = arguments.num_videos, arguments.out
-    if out is not None:
-        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
-    numbered = (Path(f"{stem}-{number}.mp4") for number in itertools.count())
-    names = itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered
-    return list(itertools.islice((path for path in names if not path.exists()), count))
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
-    parser.add_argument("--device", help="cpu, cuda, ... (default: the GPU if there is one)")
 
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -230,3 +218,13 @@ def check_movie(path: Path) -> None:
         reason = "a .png holds no video" if still else f"no video can be written with the suffix {path.suffix!r}"
         raise ValueError(f"{path}: {reason}; choose one of {', '.join(movies)}")
     check_writable(path)
+
+
+def _targets(arguments: argparse.Namespace, stem: str) -> list[Path]:
+    """Return a path for each video: OUT, numbered if there are several; without OUT the stem, numbered past existing files."""
+    count, out = arguments.num_videos, arguments.out
+    if out is not None:
+        return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+    numbered = (Path(f"{stem}-{number}.mp4") for number in itertools.count())
+    names = itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered
+    return list(itertools.islice((path for path in names if not path.exists()), count))

@@ -1,4 +1,4 @@
-"""Records share rows without seeing each other, and nothing is lost on the way."""
+"""Packing and collating: records share rows without attending to each other, and nothing is lost."""
 
 from larp_mllm.data.collate import collate, pack
 from larp_mllm.model.vocabulary import IGNORE
@@ -9,7 +9,7 @@ import torch
 
 
 def some(*sizes):
-    """Sequences of these lengths, whose ids are their number, all learned."""
+    """Sequences of these lengths; all ids of one are its number and are learned."""
     return [TokenSequence(torch.full((size,), i), torch.full((size,), i)) for i, size in enumerate(sizes)]
 
 
@@ -30,7 +30,7 @@ def records(mllm):
     return [*found, TokenSequence(found[0].ids[:5], found[0].ids[:5])]
 
 
-def test_packing_puts_each_record_into_the_first_row_with_room_longest_first():
+def test_packing_is_first_fit_longest_first():
     assert numbers(pack(some(3, 7, 5, 4, 1), length=8)) == [[1, 4], [2, 0], [3]]
     assert numbers(pack(some(2, 2, 2), length=4)) == [[0, 1], [2]], "of equal ones, the first comes first"
     assert all(sum(len(s.ids) for s in row) <= 7 for row in pack(some(3, 7, 5, 4, 1)))
@@ -58,14 +58,14 @@ def test_positions_restart_at_each_record_and_no_label_crosses():
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_rows_of_one_record_are_padded_on_the_right_without_a_need_for_a_mask():
+def test_rows_of_one_record_are_padded_on_the_right_and_need_no_mask():
     batch = collate([[sequence] for sequence in some(3, 5)])
     assert batch["input_ids"].shape == (2, 5)
     assert batch["labels"].tolist()[0] == [IGNORE, 0, 0, IGNORE, IGNORE]
     assert (batch["position_ids"].diff(dim=1) == 1).all(), "positions that restart would cost a mask"
 
 
-def test_an_empty_row_is_padding_alone_and_a_narrow_width_is_refused():
+def test_an_empty_row_is_padding_and_a_narrow_width_is_refused():
     batch = collate([[], some(2)], width=3)
     assert batch["labels"][0].tolist() == [IGNORE] * 3
     assert collate([[]])["input_ids"].shape == (1, 1)

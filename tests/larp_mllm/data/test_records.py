@@ -16,7 +16,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def films(tmp_path_factory):
-    """Three videos of 12 frames at 4 per second, one of 3, and a file that is none."""
+    """Three videos of 12 frames at 4 fps, one of 3 frames, and a file that is no video."""
     folder = tmp_path_factory.mktemp("films")
     frames = np.random.default_rng(0).integers(0, 256, (3, 12, 16, 16, 3), dtype=np.uint8)
     for name, film in zip("abc", frames, strict=True):
@@ -33,7 +33,7 @@ def root(films, tmp_path):
 
 @pytest.fixture
 def read(qwen, root, tmp_path):
-    """Records, as dictionaries or lines -> RecordSet, from data/r.jsonl with the cache folder codes."""
+    """Writes records, dictionaries or lines, to data/r.jsonl and opens them with the cache folder codes."""
 
     def read(*records, **options):
         lines = [record if isinstance(record, str) else json.dumps(record) for record in records]
@@ -54,7 +54,7 @@ def spans(qwen, sequence):
 
 
 def learned(qwen, sequence):
-    """The learned ids: texts, and True for each code."""
+    """Return the learned text and the number of learned codes."""
     vocabulary = qwen.model.vocabulary
     scored = [id for id in sequence.labels.tolist() if id != IGNORE]
     text = qwen.processor.tokenizer.decode([id for id in scored if vocabulary.is_text(id)])
@@ -78,7 +78,7 @@ def test_text_with_placeholders(qwen, read, root):
     assert records.videos == ({root / "a.mp4", root / "b.mp4"},)
 
 
-def test_a_start_and_a_stride_choose_the_frames(qwen, read, root):
+def test_start_and_stride_select_the_frames(qwen, read, root):
     record = {"text": "<video>", "videos": [{"path": "a.mp4", "start": 0.5}]}
     assert spans(qwen, read(record)[0]) == [codes(qwen, root / "a.mp4", 2)]
     assert spans(qwen, read(record, stride=2)[0]) == [codes(qwen, root / "a.mp4", 2, 2)]
@@ -142,7 +142,7 @@ def test_loss_of_a_chat_of_its_messages_and_of_their_parts(qwen, read):
         read(chat({"type": "text", "text": "a red circle"}) | {"loss": 1})
 
 
-def test_a_video_that_is_too_short_for_a_stride_says_so(read):
+def test_a_video_that_is_too_short_for_a_stride_is_an_error(read):
     with pytest.raises(ValueError, match=r"a.mp4: has 12 frames, the clip needs 31: lower --stride, or leave"):
         read({"text": "<video>", "videos": ["a.mp4"]}, stride=10)
     with pytest.raises(ValueError, match=r'a.mp4: .*: lower its "start" or lower --stride, or leave'):
@@ -151,7 +151,7 @@ def test_a_video_that_is_too_short_for_a_stride_says_so(read):
         read({"text": "<video>", "videos": [{"path": "a.mp4", "start": 1}]}, stride=10)
 
 
-def test_a_video_is_encoded_once_and_taken_from_the_cache_after(qwen, read, root, tmp_path, monkeypatch):
+def test_a_video_is_encoded_once(qwen, read, root, tmp_path, monkeypatch):
     encoded = []
     encode = type(qwen.processor.video_tokenizer).encode
 
@@ -173,7 +173,7 @@ def test_a_video_is_encoded_once_and_taken_from_the_cache_after(qwen, read, root
     assert sum(encoded) == 5
 
 
-def test_an_interrupted_encoding_goes_on(qwen, read, monkeypatch, tmp_path):
+def test_an_interrupted_encoding_is_continued(qwen, read, monkeypatch, tmp_path):
     monkeypatch.setattr(record_codes, "_CHUNK", 1)
     three = [{"text": "<video>", "videos": [f"{name}.mp4"]} for name in "abc"]
     write, written = record_codes._write_cache, []
@@ -261,7 +261,7 @@ def video(name, **more):
         ),
     ],
 )
-def test_bad_records_are_named_with_the_remedy(read, root, record, said):
+def test_bad_records_are_errors_with_a_remedy(read, root, record, said):
     shutil.copy(root / "a.mp4", root.parent / "outside.mp4")
     (root / "link.mp4").symlink_to(root.parent / "outside.mp4")
     (root / "circle.mp4").symlink_to(root / "circle.mp4")
@@ -281,13 +281,13 @@ def test_videos_outside_of_the_root_can_be_allowed_or_the_root_moved(qwen, read,
         read(video("a.mp4"), data_root=tmp_path / "nowhere")
 
 
-def test_several_bad_records_are_shown_together_and_the_others_counted(read):
+def test_the_first_bad_records_are_listed_and_the_others_counted(read):
     with pytest.raises(ValueError, match=r"7 bad records:(?s:.*)r.jsonl:5(?s:.*)\.\.\. and 2 more") as caught:
         read(*["x"] * 7)
     assert "r.jsonl:6" not in str(caught.value)
 
 
-def test_a_record_longer_than_the_model_is_an_error_and_none_is_cut(read):
+def test_a_record_longer_than_the_model_is_an_error(read):
     long = {"text": "b " * 40 + "<video>", "videos": ["a.mp4"]}
     length = len(read(long)[0].ids)
     assert len(read(long, positions=length)[0].ids) == length
@@ -298,7 +298,7 @@ def test_a_record_longer_than_the_model_is_an_error_and_none_is_cut(read):
         read({"text": "<video>" * 12, "videos": ["a.mp4"] * 12}, positions=20)
 
 
-def test_files_without_records_and_missing_ones_are_named(qwen, read, tmp_path):
+def test_empty_and_missing_files_are_errors(qwen, read, tmp_path):
     with pytest.raises(ValueError, match=r"r.jsonl: holds no record; a line is"):
         read("", " ")
     with pytest.raises(ValueError, match=r"there is no file .*no.jsonl"):

@@ -1,4 +1,4 @@
-"""Text documents as pieces of a length, from files and from data sets."""
+"""Text documents from files and data sets, cut into pieces."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def test_a_long_document_is_cut_into_pieces_and_each_of_its_ids_is_predicted_onc
 
 
 @pytest.mark.parametrize("length", range(2, 12))
-def test_nothing_is_dropped_whatever_the_length(length):
+def test_no_id_is_dropped_for_any_length(length):
     for layout in (FRAMED, BARE):
         pieces = TextSet(["abcdefg", "", "a", " \n"], encode, layout, length)
         assert max(map(len, ids(pieces))) <= length
@@ -47,11 +47,11 @@ def test_pieces_of_under_two_ids_and_documents_without_text_are_refused():
 
 
 def texts(count, size=6):
-    """Different documents of so many letters."""
+    """Distinct documents with these numbers of letters."""
     return ["".join(chr(97 + (number // 26**place) % 26) for place in range(size)) for number in range(count)]
 
 
-def test_whole_documents_are_held_out_if_these_are_enough():
+def test_whole_documents_are_held_out_if_they_are_enough():
     documents = texts(8)
     train, held, unit = TextSet(documents, encode, BARE, 3).hold_out(4, enough=12)
     assert unit == "document"
@@ -67,7 +67,7 @@ LONG = "".join(texts(100))
     [[LONG], [LONG, "yz"], ["ab", "cd", "ef", "gh", "ij", LONG]],
     ids=["one", "one long and one tiny", "the held-out one is nearly all"],
 )
-def test_of_documents_that_do_not_do_pieces_are_held_out(documents):
+def test_pieces_are_held_out_if_documents_are_not_enough(documents):
     pieces = TextSet(documents, encode, BARE, 30)
     train, held, unit = pieces.hold_out(6, enough=16)
     assert unit == "piece"
@@ -75,7 +75,7 @@ def test_of_documents_that_do_not_do_pieces_are_held_out(documents):
     assert ids(train) == [piece for number, piece in enumerate(ids(pieces)) if number % 6 != 5]
 
 
-def test_of_too_little_text_nothing_is_held_out():
+def test_too_little_text_is_not_split():
     assert TextSet(texts(8), encode, BARE, 3).hold_out(4, enough=19) is None
     assert TextSet(["abcdefgh"], encode, BARE, 3).hold_out(20, enough=1) is None
     assert TextSet(["itrained"] * 40, encode, BARE, 30).hold_out(enough=1) is None, "all the same"
@@ -89,7 +89,7 @@ def test_equal_documents_stay_on_one_side():
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\r", "\n"])
-def test_line_ends_of_other_systems_are_read_as_one_line_break(tmp_path, end):
+def test_all_line_ends_are_read_as_one_line_break(tmp_path, end):
     (tmp_path / "a.txt").write_bytes("one\ntwo\n\nthree\u2028x\n".replace("\n", end).encode())
     (tmp_path / "b.jsonl").write_bytes('{"text": "four"}\n{"text": "five"}'.replace("\n", end).encode())
     found = open_text((f"txt:{tmp_path}/a.txt", f"jsonl:{tmp_path}/b.jsonl"))
@@ -115,7 +115,7 @@ def test_documents_come_from_text_files_and_json_lines(tmp_path):
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
-def test_broken_lines_are_named(tmp_path, content, said):
+def test_broken_lines_are_errors(tmp_path, content, said):
     (tmp_path / "b.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=said):
         open_text([f"jsonl:{tmp_path}/b.jsonl"])
@@ -140,7 +140,7 @@ def test_unknown_specs_are_errors_with_the_remedy(spec, said):
         open_text([spec])
 
 
-def test_without_the_package_the_message_says_how_to_get_it(monkeypatch):
+def test_a_missing_package_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"pip install 'larp-mllm\[text\]'"):
         open_text(["hf:owner/name"])
@@ -181,6 +181,6 @@ def test_code_of_a_data_set_is_never_run(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_name_that_nothing_is_found_under_is_an_error_with_the_remedy(folder):
+def test_an_unknown_name_is_an_error_with_the_remedy(folder):
     with pytest.raises(ValueError, match=r"hf:nobody/nothing: the data set cannot be loaded.*local cache"):
         open_text(["hf:nobody/nothing"])
