@@ -1,11 +1,11 @@
-"""A training of a language model in stages: what stays for the whole run, and the model of the current stage in its engine.
+"""A run in stages: the data of the whole run, and the model of the current stage in its engine.
 
     run = StagedRun(config, ranks, plan, videos, corpus, mix, stage, clock)
     run.begin(build(config, videos, ranks))     # under DeepSpeed, for the stage
     ...                                         # train until run.stage_done
     run.next_stage()                            # the next stage, with the adapter as it is now
 
-From one stage to the next goes a file, the weights of the adapter (see `larp_mllm.engine.stages`).
+The adapter passes from one stage to the next as a file, see `larp_mllm.engine.stages`.
 """
 
 import gc
@@ -80,23 +80,23 @@ class StagedRun:
     parameters: dict[str, int] = field(default_factory=dict)
     """Number of trained parameters of each stage."""
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Learning rates that each stage began with."""
+    """Peak learning rates of each stage."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """See `larp_mllm.engine.report.option_changes`."""
 
     @property
     def step(self) -> int:
-        """Steps done, over all stages."""
+        """Number of steps done in all stages."""
         return self.clock.step
 
     @property
     def stage_done(self) -> bool:
-        """Whether the stage has its length."""
+        """Whether the stage has reached its last step."""
         return self.clock.position >= self.stage.last
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint must agree in to be resumed: everything that decides the shapes or the meaning of the ids."""
+        """The values in which a checkpoint must agree to be resumed: all that decides shapes or the meaning of ids."""
         config, model = self.config, self.mllm.model.config
         return {
             "base": config.base,
@@ -106,14 +106,14 @@ class StagedRun:
             "video_tokenizer": model.video_tokenizer_hash[:16],
             "text_tokenizer": text_tokenizer_hash(self.mllm.processor.tokenizer)[:16],
             **({"tiny": asdict(config.tiny)} if is_tiny(config.base) else {}),
-            # Checkpoints leave out what is frozen.
+            # Checkpoints do not hold frozen weights.
             **({"start_from": config.start_from} if config.start_from is not None else {}),
         }
 
     def begin(self, mllm: Mllm) -> None:
-        """Put a model, built for the run's stage, under DeepSpeed."""
+        """Make the engine of the stage for a model of `build`."""
         config, stage = self.config, self.stage
-        # So that LoRA begins alike whether the stage is reached by training or by --resume.
+        # LoRA gets the same initial weights whether the stage is reached by training or by --resume.
         torch.manual_seed(config.seed)
         prepare_training(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
         # Counted before the engine may shard them.
@@ -128,9 +128,9 @@ class StagedRun:
         self.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, self.ranks)
 
     def next_stage(self) -> None:
-        """Go from the end of one stage to the start of the next. Collective.
+        """End a stage and begin the next. Collective.
 
-        The base is built anew: it was frozen, and what an engine made of a module (hooks, shards) cannot be undone.
+        The base is loaded again: it was frozen, and an engine's changes to a module (hooks, shards) cannot be undone.
         """
         save_adapter(self.mllm.model, self.config.out, self.config.engine.zero_stage, self.ranks.is_main)
         barrier()
@@ -146,7 +146,7 @@ class StagedRun:
         self.clock.start(self.step, elapsed)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of this object; the time until now is added to that of the stage."""
+        """Return the plain values for a checkpoint; the time since the last call is added to the stage's duration."""
         now = time.monotonic()
         self.steps[self.stage.name] = self.engine.step_count
         self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self.since
