@@ -68,9 +68,7 @@ def add_seed(parser: argparse.ArgumentParser) -> None:
 
 def add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     """--max-new-tokens."""
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=default, help="most tokens of the text"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=default, help="most tokens of the text")
 
 
 def values(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
