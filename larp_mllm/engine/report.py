@@ -13,7 +13,7 @@ from typing import Any
 
 from larp.engine.checkpoint import CONFIG_FILE, changed_values, newest_state
 from larp.engine.log import read_metrics
-from larp.files import write_json
+from larp.files import read_json, write_json
 from larp.metrics.protocols import versions
 from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, clear_default_model, read_config
 
@@ -246,10 +246,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Return the JSON object of a file, None if there is no file; ValueError if it is damaged."""
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy the folder again") from error
+    found = read_json(path, "copy the folder again")
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object: copy the folder again")
     return found
@@ -257,6 +254,6 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError):  # a damaged file is written anew
         return None
