@@ -302,7 +302,7 @@ def test_the_commands_say_what_they_did(home, tmp_path, capsys):
         f"{out.stat().st_size} bytes, ", ""
     )
     note = "note: no clip is for test: a training on them needs other clips with --eval-data"
-    assert said[2:] == ["note: clips of fewer than 16 frames, too short for most models: 2, such as a_dog.mp4", note]
+    assert said[2:] == ["note: 2 clips have fewer than 16 frames, too few for most models, such as a_dog.mp4", note]
     for state in ("", ", as before"):
         main(["unpack-clips", str(out), "-o", str(tmp_path / "more")])
         assert capsys.readouterr().out == f"{tmp_path / 'more'}: 2 clips, 8 frames{state}\n{note}\n"
