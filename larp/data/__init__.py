@@ -1,1 +1,1 @@
-"""Videos on their way to the models: files -> frames -> clips -> batches, and back to files."""
+"""Data for the models: video files -> frames -> clips -> batches, and frames -> video files."""

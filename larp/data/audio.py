@@ -1,4 +1,4 @@
-"""The sound of a video file, carried into another file packet by packet, never decoded."""
+"""Copies the audio of one video file into another, packet by packet, without decoding it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 
 
 class AudioTrack:
-    """The first audio stream of a video file, timed from the file's first video frame on; a context manager.
+    """The first audio stream of a video file; a context manager.
 
-    stream: PyAV's audio stream inside the block, None if the file has none that this FFmpeg knows. codec: its name.
-    notes: one line for everything of the sound that is lost on the way. Raises VideoError on entering.
+    Timestamps are relative to the first video frame.
+
+    Attributes:
+        stream: PyAV's audio stream, valid inside the block; None if the file has no stream that FFmpeg can decode.
+        codec: name of its codec.
+        notes: one line for each part of the audio that is lost.
+
+    Raises VideoError on entry if the file cannot be opened.
     """
 
     def __init__(self, path: str | Path):
@@ -40,11 +46,11 @@ class AudioTrack:
         return self
 
     def __exit__(self, *_) -> None:
-        # Without the exception: what went wrong in the block is no fault of this file, and must not be named after it.
+        # The exception is not passed on: an error inside the block must not be reported as an error of this file.
         self._file.close()
 
     def packets(self, until: Fraction | None) -> Iterator[av.Packet]:
-        """Yield the next packets, in order: those that begin before `until` seconds, or (None) all that are left."""
+        """Yield the next packets in order: those that start before `until` seconds, or all remaining ones if None."""
         while self._next is not None or self._advance():
             if until is not None and self._next.dts * self.stream.time_base >= until:
                 return
@@ -52,7 +58,7 @@ class AudioTrack:
             yield packet
 
     def _advance(self) -> bool:
-        """Fetch the next packet; False at the end. Damage ends the sound, not the video."""
+        """Fetch the next packet; return False at the end. A damaged packet ends the audio, not the video."""
         try:
             for packet in self._packets:
                 if packet.dts is not None and packet.size:

@@ -1,8 +1,8 @@
-"""Clips packed into one small file, to be trained on where there is no room for the videos, or no PyAV.
+"""Packs the clips of data sets into one small file, for training where the videos do not fit or PyAV is missing.
 
-A pack is a zip file of one small H.264 video per clip and of clips.jsonl, their manifest. Unpacked, it is a folder of
-.npy files (larp/data/container.py) with two manifests that the `jsonl:` spec reads: clips.jsonl of all clips, and
-labelled.jsonl of those with a class.
+A pack is a zip file that holds one H.264 video per clip and their manifest, clips.jsonl. Unpacked, it is a folder of
+.npy files (larp/data/container.py) with two manifests for the `jsonl:` spec: clips.jsonl lists all clips, and
+labelled.jsonl those with a class.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ import numpy as np
 from tqdm import tqdm
 
 MANIFEST, LABELLED = "clips.jsonl", "labelled.jsonl"
-"""The manifests of all clips and of those with a class; a pack has the first alone."""
+"""Manifests of all clips and of the labelled ones; a pack holds the first only."""
 _SPLITS = ("train", "validation", "test")
 _WITHOUT_SPLITS = re.compile(r"(csv|jsonl|folder):|(?!\w+:)")
-"""Specs whose videos are all for training, as far as a manifest does not say otherwise."""
-_LEAST_SIZE, _MOST_SIZE = 16, 1024
+"""Specs whose videos are all training videos unless a manifest assigns splits."""
+_MIN_SIZE, _MAX_SIZE = 16, 1024
 _CLIP_FRAMES = 16
-"""Of the clips that models are trained on, unless they are told otherwise."""
-_LEAST_BYTES = 1024
-"""Of a clip in a pack; the room for that is asked for before the work, which may run out of room all the same."""
+"""Default clip length of the models."""
+_MIN_BYTES = 1024
+"""Lower bound of the size of a packed clip, for the check of free disk space before packing."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How clips are packed; ValueError for values out of range."""
+    """How clips are packed. Raises ValueError for values out of range."""
 
     size: int = 84
-    """Pixels along both sides."""
+    """Height and width in pixels."""
     max_frames: int = 96
-    """Of a clip for training: the middle ones of its video."""
+    """Maximum frames of a training clip, taken from the middle of its video."""
     held_out_frames: int = 32
-    """Of a clip for validation or test."""
+    """Maximum frames of a validation or test clip."""
     crf: int = 20
-    """x264's quality, from 0 (best) to 51."""
+    """x264's constant rate factor, from 0 (best) to 51."""
 
     def __post_init__(self):
         check_size(self.size)
@@ -70,18 +70,18 @@ class PackOptions:
 
 @dataclass(frozen=True)
 class PackReport:
-    """What came into a pack."""
+    """The contents of a pack."""
 
     clips: dict[str, int]
-    """By split."""
+    """Number of clips by split."""
     frames: int
     bytes: int
     psnr: float
-    """dB, mean over clips, of the packed frames against those that were encoded."""
+    """PSNR in dB of the packed frames against the frames before encoding, mean over clips."""
     skipped: tuple[tuple[str, str], ...]
-    """(name, reason) of videos that cannot be read, or are copies of videos of another split."""
+    """(name, reason) of videos that cannot be read or duplicate a video of another split."""
     short: tuple[str, ...]
-    """Names of clips with fewer frames than models are trained on (16)."""
+    """Names of clips shorter than the default clip length of the models (16 frames)."""
 
 
 def pack_clips(
@@ -91,27 +91,33 @@ def pack_clips(
     workers: int | None = None,
     more: Sequence[str] = (),
 ) -> PackReport:
-    """Write the clips of data specs to one file, and return what is in it.
+    """Write the clips of data specs to one file and return its contents.
 
-    Frames are resized and cropped as `resize_frames` does. Videos keep the split that their lists or manifest give
-    them; those of a folder, or of a manifest without splits, are all for training. Of UCF-101's training list, one
-    group of each class (the last) is for validation. Of `more`, further specs, the training videos are taken, without their
-    classes: for tokenizers, which need no class, beside generators, which know those of `specs`. A video that is, byte for
-    byte, one of another split too is left out of training (and of validation, if it is one for test). `workers` threads
-    (None: one a core) share the work. The file appears under its name once it is whole. Raises DataError for a spec that
-    cannot be used, for two videos of one name and for a file that cannot be written, VideoError if no video can be read,
-    NoPyAVError without PyAV.
+    Frames are resized and cropped by `resize_frames`. Videos keep the split of their list or manifest; videos of a
+    folder, or of a manifest without splits, are training videos. The last group of each class in UCF-101's training
+    list becomes validation data. A video that is byte-identical to one of a later split (train, validation, test) is
+    left out. The file appears under its name only when it is complete.
+
+    Args:
+        specs: data specs, see `larp.data.datasets`.
+        out: path of the pack.
+        options: size, length and quality of the clips.
+        workers: threads; None uses one per core.
+        more: further specs, of which only the training videos are packed, without labels: extra data for a tokenizer.
+
+    Raises DataError for an unusable spec, two videos of one name or a file that cannot be written, VideoError if no
+    video can be read, and NoPyAVError without PyAV.
     """
     options = options or PackOptions()
     out, workers = Path(out), thread_count(workers)
     entries, skipped = _without_leaks(_entries(specs, more), workers)
     if out.is_dir():
         raise DataError(f"{out}: is a folder: give the name of a file")
-    make_room(out, _LEAST_BYTES * len(entries))
+    make_room(out, _MIN_BYTES * len(entries))
     rows, errors = [], []
     handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".clips", dir=out.parent)
     try:
-        # Deflated, because the tables and the encoder's signature are a tenth of so small a video.
+        # Deflated: the container's tables and the encoder's signature are a tenth of such a small file.
         with (
             os.fdopen(handle, "wb") as file,
             zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack,
@@ -147,25 +153,25 @@ def pack_clips(
 
 
 def check_size(size: int) -> None:
-    """ValueError for pixels along both sides that no pack has."""
-    if not _LEAST_SIZE <= size <= _MOST_SIZE:
-        raise ValueError(f"size is {size}; it must be from {_LEAST_SIZE} to {_MOST_SIZE}")
+    """Raise ValueError unless `size`, in pixels, is a valid height and width of packed clips."""
+    if not _MIN_SIZE <= size <= _MAX_SIZE:
+        raise ValueError(f"size is {size}; it must be from {_MIN_SIZE} to {_MAX_SIZE}")
 
 
 def json_lines(rows: Sequence[dict]) -> str:
-    """The text of a manifest."""
+    """Return rows as JSON Lines."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def thread_count(workers: int | None) -> int:
-    """How many threads share the work: as many as this process has cores if None; ValueError for fewer than one."""
+    """Return the number of threads, by default one per core. Raises ValueError for fewer than one."""
     if workers is not None and workers < 1:
         raise ValueError(f"workers is {workers}; at least one thread is needed")
     return workers or cores()
 
 
 def make_room(out: Path, size: int) -> None:
-    """Make the folder that `out` will lie in; DataError if nothing can be written there, or not `size` bytes."""
+    """Create the parent folder of `out`. Raises DataError if it cannot hold `size` more bytes."""
     folder = out.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,11 +185,8 @@ def make_room(out: Path, size: int) -> None:
         raise DataError(f"{out}: needs {size / 1e6:,.1f} MB, and {folder} has {free / 1e6:,.1f} MB left: free space")
 
 
-# What goes into a pack
-
-
 def _entries(specs: Sequence[str], more: Sequence[str]) -> list[dict]:
-    """One dict for each video: its item's facts, `file` and `name`, and `path`, its name within the pack."""
+    """Return a dict per video: label, caption, split, group, `file` and `name`, and `path`, its name in the pack."""
     entries, paths = [], {}
     wanted = [(part, unlabelled) for group, unlabelled in ((specs, False), (more, True)) for given in group
               for part in split_specs(given)]  # fmt: skip
@@ -198,30 +201,30 @@ def _entries(specs: Sequence[str], more: Sequence[str]) -> list[dict]:
                     f"{spec}: {item.path} would be packed under the name of {paths[path]}: {path}; rename one"
                 )
             paths[path] = item.path
-            facts = {"label": label, "caption": item.caption, "split": split, "group": item.group}
-            entries.append({"path": path, "name": item.name, "file": item.path, **facts})
+            fields = {"label": label, "caption": item.caption, "split": split, "group": item.group}
+            entries.append({"path": path, "name": item.name, "file": item.path, **fields})
     return entries
 
 
 def _without_leaks(entries: list[dict], workers: int) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Leave out files that are, byte for byte, one of a later split too: the entries, and (name, reason) of the others."""
+    """Return the entries without files that duplicate one of a later split, and (name, reason) of the removed ones."""
     paths = dict.fromkeys(entry["file"] for entry in entries if entry["file"].is_file())
     content = {path: same[0] for same in equal_files(paths, workers) for path in same}
-    owners, kept, left_out = {}, [], []
+    owners, selected, removed = {}, [], []
     for entry in sorted(entries, key=lambda entry: _SPLITS.index(entry["split"])):
         owners[content.get(entry["file"], entry["file"])] = entry
     for entry in entries:
         owner = owners[content.get(entry["file"], entry["file"])]
         if owner["split"] == entry["split"]:
-            kept.append(entry)
+            selected.append(entry)
         else:
             reason = f"the {entry['split']} video is {owner['name']} of split {owner['split']}, byte for byte"
-            left_out.append((entry["name"], reason))
-    return kept, left_out
+            removed.append((entry["name"], reason))
+    return selected, removed
 
 
 def _listed(spec: str) -> Iterator[tuple[VideoItem, str, str | None]]:
-    """The videos of one spec, each with its split and the name of its class."""
+    """Yield the videos of one spec, each with its split and class name."""
     found: list[tuple[VideoItem, str]] = []
     if _WITHOUT_SPLITS.match(spec):
         videos = open_videos(spec, "all")
@@ -242,16 +245,16 @@ def _listed(spec: str) -> Iterator[tuple[VideoItem, str, str | None]]:
 
 
 def _encode(entry: dict, options: PackOptions) -> tuple[dict | None, bytes, float | str]:
-    """Encode one clip: its row of the manifest, the video file, and its PSNR; or None, and why it cannot be read."""
-    most = options.max_frames if entry["split"] == "train" else options.held_out_frames
+    """Encode one clip: return (manifest row, video bytes, PSNR), or (None, b"", reason) if it cannot be read."""
+    limit = options.max_frames if entry["split"] == "train" else options.held_out_frames
     try:
-        frames, fps = _middle(entry["file"], most)
+        frames, fps = _read_middle(entry["file"], limit)
     except VideoError as error:
         return None, b"", str(error).removeprefix(f"{entry['file']}: ")
     frames = resize_frames(frames, options.size, options.size)
     with tempfile.TemporaryDirectory(prefix="larp-pack-") as folder:
         path = Path(folder) / "clip.mp4"
-        # Colour at full size and tuning for the pixels: about 2 dB more at the same number of bytes.
+        # Full-resolution colour and PSNR tuning gain about 2 dB at the same file size.
         write_video(path, frames, fps, quality=options.crf, pixel_format="yuv444p", preset="veryslow", tune="psnr")
         video, (again, _) = path.read_bytes(), read_video(path)
     if again.shape != frames.shape:
@@ -261,14 +264,14 @@ def _encode(entry: dict, options: PackOptions) -> tuple[dict | None, bytes, floa
     return row | {"sha256": hashlib.sha256(video).hexdigest()}, video, _psnr(frames, again)
 
 
-def _middle(path: Path, most: int) -> tuple[np.ndarray, float]:
-    """Read the middle frames of a video, `most` at most, whatever its header promises."""
-    held = count_frames(path)
+def _read_middle(path: Path, limit: int) -> tuple[np.ndarray, float]:
+    """Read up to `limit` frames from the middle of a video; retry if it has fewer frames than its header says."""
+    count = count_frames(path)
     try:
-        return read_video(path, max(0, held - most) // 2, min(held, most))
+        return read_video(path, max(0, count - limit) // 2, min(count, limit))
     except ShortVideoError as error:
-        held = error.frames
-        return read_video(path, max(0, held - most) // 2, min(held, most))
+        count = error.frames
+        return read_video(path, max(0, count - limit) // 2, min(count, limit))
 
 
 def _psnr(frames: np.ndarray, others: np.ndarray) -> float:

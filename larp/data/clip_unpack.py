@@ -1,4 +1,4 @@
-"""A pack of clips (larp/data/clip_pack.py) -> a folder of .npy files that needs neither PyAV nor OpenCV to be read."""
+"""Unpacks a pack of clips (larp/data/clip_pack.py) into .npy files, which need neither PyAV nor OpenCV to be read."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from tqdm import tqdm
 
 Decoder = Literal["pyav", "opencv"]
 
-_WHOLE = "unpacked.json"
-"""Written last: what a folder was unpacked from, and the hashes of its files."""
-_MOST_BYTES = 1 << 28
-"""Of one video of a pack."""
+_MARKER = "unpacked.json"
+"""Written last; holds the hash of the pack and of each unpacked file."""
+_MAX_BYTES = 1 << 28
+"""Largest video accepted from a pack."""
 
 
 @dataclass(frozen=True)
 class UnpackReport:
-    """What lies in a folder now."""
+    """The contents of an unpacked folder."""
 
     clips: int
     frames: int
     fresh: bool
-    """False if the folder held the clips of this pack already."""
+    """False if the folder already held the clips of this pack."""
     splits: frozenset[str]
-    """Those that have a clip."""
+    """Splits that have at least one clip."""
 
 
 def unpack_clips(
@@ -52,13 +52,19 @@ def unpack_clips(
     workers: int | None = None,
     decoder: Decoder | None = None,
 ) -> UnpackReport:
-    """Write the clips of a pack into a folder, as .npy files, clips.jsonl of all and labelled.jsonl of those with a class.
+    """Write the clips of a pack as .npy files, with the manifests clips.jsonl and labelled.jsonl.
 
-    Every hash and every number of frames is checked, and the folder appears whole or not at all. A folder that holds
-    the same already is left as it is, once every byte of its files is checked. `size`: pixels along both sides (None: as
-    packed). `workers` threads (None: one a core) share the work. `decoder`: PyAV or, where it is missing, OpenCV; both
-    give the same frames. Raises DataError for a pack that is cut or damaged, for another folder of that name or a file
-    of it that is gone or changed, where there is no room, and where there is no decoder.
+    All hashes and frame counts are verified, and the folder is renamed into place only when complete. An existing
+    folder with the same contents is verified and left unchanged.
+
+    Args:
+        pack: file written by `larp.data.clip_pack.pack_clips`.
+        folder: destination; must not exist, be empty, or hold this pack.
+        size: height and width in pixels; None leaves clips as packed.
+        workers: threads; None uses one per core.
+        decoder: by default PyAV, or OpenCV where PyAV is missing; both give the same frames.
+
+    Raises DataError for a damaged pack, a folder with other or changed contents, a full disk and a missing decoder.
     """
     if size is not None:
         check_size(size)
@@ -71,7 +77,7 @@ def unpack_clips(
             rows = _rows(pack, text)
             mark = {"pack": hashlib.sha256(text).hexdigest(), "size": size or rows[0]["size"], "clips": len(rows)}
             frames, splits = sum(row["frames"] for row in rows), frozenset(str(row.get("split")) for row in rows)
-            if _is_whole(folder, mark, workers):
+            if _is_complete(folder, mark, workers):
                 return UnpackReport(len(rows), frames, False, splits)
             _check_free(folder)
             make_room(folder, frames * mark["size"] ** 2 * 3)
@@ -81,9 +87,9 @@ def unpack_clips(
                 with closing(in_order(work, rows, workers)) as done:
                     hashes = dict(tqdm(done, total=len(rows), desc="unpacking clips", unit="clip", delay=1))
                 hashes |= _write_manifests(new, rows)
-                (new / _WHOLE).write_text(json.dumps(mark | {"sha256": hashes}) + "\n")
+                (new / _MARKER).write_text(json.dumps(mark | {"sha256": hashes}) + "\n")
                 if folder.is_dir():
-                    folder.rmdir()  # empty, or it would not have come so far
+                    folder.rmdir()  # _check_free has shown that it is empty
                 new.rename(folder)
     except OSError as error:
         if error.filename is not None and Path(error.filename) == pack:
@@ -97,7 +103,7 @@ def unpack_clips(
 
 
 def _rows(pack: Path, text: bytes) -> list[dict]:
-    """Parse and check the manifest of a pack: nothing of it may lead out of the folder."""
+    """Parse and check the manifest of a pack; paths must stay inside the destination folder."""
     rows = []
     for number, line in enumerate(text.decode("utf-8", errors="replace").splitlines(), 1):
         try:
@@ -118,19 +124,19 @@ def _rows(pack: Path, text: bytes) -> list[dict]:
     return rows
 
 
-def _is_whole(folder: Path, mark: dict, workers: int) -> bool:
-    """Whether a folder was unpacked from this pack at this size; DataError if a file of it is gone or has changed."""
+def _is_complete(folder: Path, mark: dict, workers: int) -> bool:
+    """Whether a folder holds this pack at this size. Raises DataError if one of its files is missing or has changed."""
     try:
-        found = json.loads((folder / _WHOLE).read_text())
+        found = json.loads((folder / _MARKER).read_text())
         hashes = found.pop("sha256")
         if found != mark:
             return False
     except (OSError, ValueError, KeyError, AttributeError):
         return False
     with closing(in_order(lambda name: _hash_or_none(folder / name), hashes, workers)) as found:
-        for name, now in zip(hashes, found, strict=True):
-            if now != hashes[name]:
-                state = "is gone or cannot be read" if now is None else "has changed since it was unpacked"
+        for name, digest in zip(hashes, found, strict=True):
+            if digest != hashes[name]:
+                state = "is gone or cannot be read" if digest is None else "has changed since it was unpacked"
                 raise DataError(f"{folder / name}: {state}: delete the folder, and unpack again")
     return True
 
@@ -151,10 +157,10 @@ def _check_free(folder: Path) -> None:
 def _unpack(
     row: dict, pack: Path, archive: zipfile.ZipFile, folder: Path, size: int, decoder: Decoder
 ) -> tuple[str, str]:
-    """Write the frames of one clip below a folder; return the file's name and hash."""
+    """Write the frames of one clip below `folder`; return the file's name and hash."""
     name, file = row["path"], folder / row["path"]
     try:
-        if archive.getinfo(name).file_size > _MOST_BYTES:
+        if archive.getinfo(name).file_size > _MAX_BYTES:
             raise DataError(f"{pack}: {name} is too large for a clip: pack it again")
         video = archive.read(name)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
@@ -167,16 +173,16 @@ def _unpack(
     file.unlink()
     if frames.shape != (row["frames"], row["size"], row["size"], 3):
         raise DataError(f"{pack}: {name} decodes to {frames.shape} where {row['frames']} frames were packed")
-    content = io.BytesIO()  # np.save into a file does not say why it fails
+    content = io.BytesIO()  # np.save to a file hides the reason of a failure
     np.save(content, resize_frames(frames, size, size))
     return _write(folder, _frame_file(row).as_posix(), content.getbuffer())
 
 
 def _read_with_opencv(path: Path, frames: int) -> np.ndarray:
-    """Read a video, or one frame more than it should have."""
+    """Read up to `frames` + 1 frames, so that the caller detects a video that is too long."""
     import cv2
 
-    # One thread each: frame threads hide truncation, and the clips are shared out already.
+    # One thread: frame threads hide truncation, and clips are already decoded in parallel.
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     try:
         found = []
@@ -209,10 +215,10 @@ def _write(folder: Path, name: str, content: bytes | memoryview) -> tuple[str, s
 
 
 def _write_manifests(folder: Path, rows: Sequence[dict]) -> dict[str, str]:
-    """Write the manifests; their hashes by name."""
-    left_out = ("path", "size", "sha256")
+    """Write the manifests; return their hashes by name."""
+    omitted = ("path", "size", "sha256")
     lines = [
-        {"path": _frame_file(row).as_posix()} | {key: row[key] for key in row if key not in left_out} for row in rows
+        {"path": _frame_file(row).as_posix()} | {key: row[key] for key in row if key not in omitted} for row in rows
     ]
     manifests = {MANIFEST: lines, LABELLED: [line for line in lines if "label" in line]}
     return dict(_write(folder, name, json_lines(listed).encode()) for name, listed in manifests.items() if listed)

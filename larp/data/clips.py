@@ -1,7 +1,7 @@
-"""Frames <-> clips: which frames, resize, centre crop, and the pictures that show a person what came out.
+"""Converts frames to clips and back: frame selection, resizing and centre crop.
 
-A clip is float32 (3, T, H, W) in [0, 1]. Resizing ends on 8-bit values, so a clip kept in memory as uint8 is the clip
-itself.
+Frames are uint8 (T, H, W, 3); a clip is float32 (3, T, H, W) in [0, 1]. Resizing rounds to 8 bits, so that storing the
+resized frames as uint8 loses nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 _CHUNK = 32
-# How many times longer than the frame a picture may become before the crop; ones wider still are cropped first.
-_MOST_LONG = 4
+# A resized side may exceed the crop by this factor; more elongated frames are cropped while they are resized.
+_MAX_ELONGATION = 4
 
 
 @dataclass(frozen=True)
 class ClipShape:
-    """The shape of a clip: `frames` frames of height x width pixels, every `stride`-th frame of the file."""
+    """The shape of a clip: `frames` frames of height x width pixels, taken every `stride` frames of the file."""
 
     frames: int
     height: int
@@ -34,14 +34,14 @@ class ClipShape:
 
     @property
     def span(self) -> int:
-        """How many frames of the file a clip reaches over, first to last."""
+        """Number of frames of the file from the first to the last frame of a clip."""
         return (self.frames - 1) * self.stride + 1
 
 
 def choose_start(frames: int, shape: ClipShape, u: float | None = None) -> int:
-    """Return the first frame of a clip in a video of `frames` frames: uniform for u in [0, 1), the centre for u=None.
+    """Return the first frame of a clip in a video of `frames` frames: uniform for u in [0, 1), centred for u=None.
 
-    Raises ValueError if the video is too short; the message reads as the reason for skipping it.
+    Raises ValueError if the video is too short; the message serves as the reason for skipping it.
     """
     room = frames - shape.span
     if room < 0:
@@ -51,9 +51,9 @@ def choose_start(frames: int, shape: ClipShape, u: float | None = None) -> int:
 
 
 def scale_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 (T, H, W, 3) frames to height x width, whatever their aspect ratio; uint8 in and out.
+    """Resize uint8 (T, H, W, 3) frames to height x width, ignoring the aspect ratio; returns uint8.
 
-    Bilinear and antialiased, computed in float32, rounded to 8 bits at the end.
+    Bilinear with antialiasing, computed in float32 and rounded to 8 bits.
     """
     if frames.shape[1:3] == (height, width):
         return np.ascontiguousarray(frames)
@@ -66,16 +66,16 @@ def scale_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize uint8 (T, H, W, 3) frames so that they just cover height x width, then crop the centre; uint8 in and out.
+    """Resize uint8 (T, H, W, 3) frames to cover height x width at their aspect ratio, and crop the centre.
 
-    See `scale_frames`; the aspect ratio is kept. Memory and time are bounded whatever it is.
+    Returns uint8. Resizing is that of `scale_frames`. Memory and time are bounded for any aspect ratio.
     """
     old_height, old_width = frames.shape[1:3]
     scale = max(height / old_height, width / old_width)
     new = max(height, round(old_height * scale)), max(width, round(old_width * scale))
-    if new[1] > _MOST_LONG * width:
+    if new[1] > _MAX_ELONGATION * width:
         return _resize_wide(frames, height, width, new[1])
-    if new[0] > _MOST_LONG * height:
+    if new[0] > _MAX_ELONGATION * height:
         turned = _resize_wide(frames.transpose(0, 2, 1, 3), width, height, new[0])
         return np.ascontiguousarray(turned.transpose(0, 2, 1, 3))
     top, left = (new[0] - height) // 2, (new[1] - width) // 2
@@ -83,9 +83,9 @@ def resize_frames(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resize_wide(frames: np.ndarray, height: int, width: int, whole: int) -> np.ndarray:
-    """The middle `width` columns of frames resized to height x whole, from no more columns than these are made of.
+    """Return the middle `width` columns of frames resized to height x `whole`, computing only these columns.
 
-    The filter is F.interpolate's, written out along the width: a triangle as wide as a pixel of the coarser grid.
+    Along the width this is the filter of F.interpolate: a triangle whose half-width is a pixel of the coarser grid.
     """
     ratio = frames.shape[2] / whole
     reach = max(1.0, ratio)
@@ -106,17 +106,17 @@ def _resize_wide(frames: np.ndarray, height: int, width: int, whole: int) -> np.
 
 
 def pixels_to_clip(frames: np.ndarray) -> torch.Tensor:
-    """Turn uint8 (T, H, W, 3) frames into a clip, float32 (3, T, H, W) in [0, 1], without resizing."""
+    """Convert uint8 (T, H, W, 3) frames to a clip, float32 (3, T, H, W) in [0, 1], without resizing."""
     return torch.from_numpy(np.ascontiguousarray(frames)).permute(3, 0, 1, 2).float().div_(255).contiguous()
 
 
 def frames_to_clip(frames: np.ndarray, height: int, width: int) -> torch.Tensor:
-    """Turn uint8 (T, H, W, 3) frames into a clip, float32 (3, T, height, width) in [0, 1]; see `resize_frames`."""
+    """Convert uint8 (T, H, W, 3) frames to a clip, float32 (3, T, height, width) in [0, 1], by `resize_frames`."""
     return pixels_to_clip(resize_frames(frames, height, width))
 
 
 def clip_to_frames(clip: torch.Tensor) -> np.ndarray:
-    """Turn a clip, float (3, T, H, W), into uint8 (T, H, W, 3) frames; values outside [0, 1] are clamped."""
+    """Convert a clip, float (3, T, H, W), to uint8 (T, H, W, 3) frames; values outside [0, 1] are clamped."""
     if clip.ndim != 4 or clip.shape[0] != 3:
         raise ValueError(f"a clip is (3, T, H, W), not {tuple(clip.shape)}")
     pixels = clip.detach().float().clamp(0, 1).mul(255).round().byte()

@@ -1,8 +1,8 @@
-"""Opening video files, every one treated as hostile: only regular files are opened (a pipe would be waited for without
-end), the demuxer is chosen from the file's first bytes (so playlists, which open other files, are refused), the picture
-size is checked before a frame is decoded, and every failure is a `VideoError` that names the file.
+"""Opens video files and .npy files of frames, without trusting them.
 
-PyAV may be missing: then no video file is read or written, and everything else works.
+Only regular files are opened, because opening a pipe may block. The demuxer is chosen from the first bytes, so that
+playlists, which open other files, are refused. The frame size is checked before decoding. Every failure is a
+`VideoError` that names the file. Without PyAV only .npy files can be read.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ import numpy as np
 
 try:
     import av
-except ImportError:  # a machine that trains on unpacked frames alone
+except ImportError:  # optional: training on unpacked .npy frames does not need it
     av = None
 
 MAX_BYTES = 8 * 2**30
+"""Limit of the frames held in memory, in bytes."""
 MAX_PIXELS = 4096 * 4096
+"""Limit of the pixels of a frame."""
+FRAMES_PER_SECOND = 25.0
+"""Frame rate assumed for .npy files, which store none."""
 
-# What PyAV raises on mutated files, measured on 9,600 decodes (OSError covers EOFError's FFmpeg twin and
-# PermissionError).
+# The exceptions that PyAV raised in 9,600 decodes of mutated files.
 DECODE_ERRORS = (
     *([av.error.FFmpegError] if av else ()),
     OSError,
@@ -39,7 +42,7 @@ DECODE_ERRORS = (
 )
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")
 
-# FFmpeg's own lines would tear the progress bars; what matters reaches VideoError.
+# FFmpeg's own messages would break the progress bars; VideoError reports what matters.
 if av:
     av.logging.set_level(av.logging.PANIC)
 
@@ -53,21 +56,21 @@ class NoPyAVError(VideoError):
 
 
 def has_pyav() -> bool:
-    """Whether video files can be read and written here."""
+    """Whether PyAV is installed, so that video files can be read and written."""
     return av is not None
 
 
 def check_pyav(path: str | Path) -> None:
-    """NoPyAVError where a video file cannot be read or written for want of PyAV."""
+    """Raise NoPyAVError for `path` if PyAV is not installed."""
     if av is None:
         raise NoPyAVError(f"{path}: video files need PyAV: pip install av")
 
 
 @contextmanager
 def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
-    """Open a file: PyAV's container and its first video stream, whose pictures are bounded.
+    """Open a video file; yields PyAV's container and its first video stream.
 
-    FFmpeg's many exceptions inside the block become VideoError.
+    Exceptions of FFmpeg inside the block become VideoError, as do frames of more than `max_pixels` pixels.
     """
     try:
         check_regular(path)
@@ -75,7 +78,7 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
             check_pyav(path)
             name = _container_format(path, file.read(256))
             file.seek(0)
-            # A file object rather than a name: names that begin with a dash or hold a colon mean something to FFmpeg.
+            # A file object, because FFmpeg interprets names that begin with a dash or contain a colon.
             with av.open(file, format=name, metadata_errors="replace") as container:
                 if not container.streams.video:
                     raise VideoError(f"{path}: holds no video stream")
@@ -88,7 +91,7 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
                         f"{path}: {codec.width}x{codec.height} pixels per frame is over max_pixels={max_pixels}"
                     )
                 codec.options = {"max_pixels": str(max_pixels)}
-                # Frame threads hide truncation, and loaders bring their own.
+                # Frame threads hide truncation, and data loaders already use threads.
                 codec.thread_type, codec.thread_count = "SLICE", 1
                 yield container, stream
     except VideoError:
@@ -101,7 +104,7 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
 
 
 def check_regular(path: str | Path) -> None:
-    """VideoError for what is there but no file; opening a pipe without a writer would wait for ever."""
+    """Raise VideoError for a pipe, socket or device (opening a pipe may block), IsADirectoryError for a folder."""
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError
@@ -112,8 +115,8 @@ def check_regular(path: str | Path) -> None:
 
 
 def not_there(path: str | Path, error: OSError) -> str:
-    """What to say of a name that is no file."""
-    if str(path) in ("", "."):  # a Path of nothing is the current folder
+    """Return the error message for a path at which there is no file."""
+    if str(path) in ("", "."):  # Path("") is the current folder
         return f"no video was named ({str(path)!r}): give the name of a video file"
     if isinstance(error, IsADirectoryError):
         return f"{path}: is a folder: give the name of a video file in it"
@@ -123,7 +126,7 @@ def not_there(path: str | Path, error: OSError) -> str:
 
 
 def _container_format(path: str | Path, head: bytes) -> str:
-    """Choose FFmpeg's demuxer from a file's first bytes; a playlist or an unknown file is a VideoError."""
+    """Return the name of FFmpeg's demuxer for a file's first bytes. Raises VideoError for playlists and unknown data."""
     if not head:
         raise VideoError(f"{path}: the file is empty")
     if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"):
@@ -147,19 +150,15 @@ def _container_format(path: str | Path, head: bytes) -> str:
     )
 
 
-FRAMES_PER_SECOND = 25.0
-"""The frame rate of every such file: the format holds none."""
-
-
 def is_frame_file(path: str | Path) -> bool:
-    """Whether a name is that of a file of frames."""
+    """Whether a path names an .npy file of frames."""
     return Path(path).suffix.lower() == ".npy"
 
 
 def open_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Map an .npy file: read-only uint8 (T, H, W, 3) frames, read from the disk as they are used.
+    """Memory-map an .npy file of uint8 (T, H, W, 3) frames, read-only.
 
-    VideoError for everything else, a cut file and one with pickled objects among it.
+    Raises VideoError for any other contents, including truncated files and pickled objects.
     """
     try:
         check_regular(path)
@@ -168,7 +167,7 @@ def open_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise VideoError(not_there(path, error)) from None
     except VideoError:
         raise
-    except Exception as error:  # numpy parses the header as Python, so a damaged one may raise nearly anything
+    except Exception as error:  # numpy evaluates the header as Python literals: a damaged one raises many types
         raise VideoError(f"{path}: is no .npy file of frames, or a damaged one: {_first_line(error)}") from error
     if not isinstance(frames, np.ndarray):
         frames.close()

@@ -1,14 +1,14 @@
-"""Data specs -> lists of videos with labels and captions. One grammar for every script:
+"""Parses data specs, as every script takes them, into lists of videos with labels and captions.
 
-    ucf101:ROOT[,fold=1]    the published UCF-101 layout with its split lists
+    ucf101:ROOT[,fold=1]    UCF-101 in its published layout, with its split lists
     k600:ROOT[,videos=DIR][,test=validation]   Kinetics-600: its annotation files, or lists of (path, label)
-    csv:FILE  jsonl:FILE    a manifest: path, and where there are any label, caption, group, split (train, validation or
-                            test); the path may be that of an .npy file of frames
+    csv:FILE  jsonl:FILE    a manifest with path and, optionally, label, caption, group and split (train, validation or
+                            test); a path may name an .npy file of frames
     folder:DIR              every video below a folder
     shapes:[count=4096,seed=0,size=32,frames=16]   the built-in captioned videos
-    PATH                    a folder, or a .csv / .jsonl manifest
+    PATH                    a folder, or a .csv or .jsonl manifest
 
-Specs joined with + are read one after the other and their classes are merged by name.
+Specs joined with + are concatenated; their classes are merged by name.
 """
 
 from __future__ import annotations
@@ -44,22 +44,23 @@ from larp.data.listing import (
 from larp.data.video import VIDEO_SUFFIXES
 
 UCF101_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+")
-"""The name of a UCF-101 clip; what is in brackets is its group, the film that it is cut from."""
+"""Name of a UCF-101 clip; the first match group is its UCF-101 group, the source video that it is cut from."""
 _COLUMNS = ("path", "label", "caption", "split", "group")
 _SPLITS = ("train", "validation", "test")
 _UCF101 = {1: (9537, 3783), 2: (9586, 3734), 3: (9624, 3696)}
-"""Videos of the published train and test lists, by fold."""
+"""Number of videos in the published train and test lists, by fold."""
 
 T = TypeVar("T")
 
 
 def open_videos(spec: str, split: Split = "train") -> VideoSet:
-    """List the videos of a spec that belong to a split; labels mean the same class in every split.
+    """List the videos of a spec that belong to a split; a label means the same class in every split.
 
-    UCF-101 and Kinetics-600 split by their official lists, `shapes:` holds out attribute triples, manifests go by their
-    split column; everything else puts a video into test if a hash of its name says so (about one in ten), whatever else
-    lies beside it. Raises DataError (a ValueError) that names the spec and the remedy; NoSplitError, a kind of it, where
-    the data have no such split ("validation" is rare).
+    UCF-101 and Kinetics-600 use their official lists, `shapes:` holds out attribute triples, and manifests use their
+    split column. For other data a hash of the video's name selects about one in ten for the test split.
+
+    Raises DataError (a ValueError) for a spec that cannot be used, and its subclass NoSplitError where the data have no
+    such split ("validation" is rare).
     """
     if split not in (*_SPLITS, "all"):
         raise DataError(f"unknown split {split!r}; choose train, test or all, or validation where the data have it")
@@ -73,16 +74,13 @@ def evenly_spaced(items: Sequence[T], count: int) -> tuple[T, ...]:
     return tuple(items[i * len(items) // count] for i in range(count))
 
 
-# The grammar
-
-
 def split_specs(spec: str) -> list[str]:
     """Return the parts of a data spec that are joined with +; DataError if it is empty."""
     if not spec.strip():
         raise DataError(f"the data spec is empty; give one of {_known()}, or the path of a folder or manifest")
     parts: list[str] = []
     for piece in spec.split("+"):
-        # A + inside a path does not start a spec: what follows it has no kind and is no path of its own
+        # A + inside a path does not start a spec: the part after it has no kind and does not exist as a path.
         if parts and not re.match(r"\w+:", piece) and not Path(piece.strip()).expanduser().exists():
             parts[-1] += "+" + piece
         else:
@@ -103,7 +101,7 @@ def _open_one(spec: str, split: Split) -> VideoSet:
     pieces, options = rest.split(",") if rest else [], {}
     while pieces and (match := re.fullmatch(r"\s*(\w+)=(.*)", pieces[-1])):
         if Path(",".join(pieces).strip()).expanduser().exists():
-            break  # a comma inside a path starts no option
+            break  # the comma is part of a path
         options[match[1]] = match[2].strip()
         pieces.pop()
     return reader(",".join(pieces).strip(), split, spec, **_typed(options, defaults, spec))
@@ -155,9 +153,6 @@ def _merge(sets: list[VideoSet], spec: str) -> VideoSet:
     return VideoSet(tuple(items), classes, spec, notes, missing)
 
 
-# The kinds
-
-
 def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
     base = as_folder(root, spec)
     if fold not in _UCF101:
@@ -170,15 +165,15 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
     if not classes:
         raise DataError(f"{spec}: no class folder with videos in {home}; expected Class/v_Class_gXX_cYY.avi there")
     files = [(path, name) for name in classes for path in found[name]]
-    notes, missing, whole = (), (), sum(_UCF101[fold])
+    notes, missing, published = (), (), sum(_UCF101[fold])
     if split != "all":
         files, notes, missing = _official_split(spec, base, home, classes, files, split, fold)
-        whole = _UCF101[fold][split == "test"]
+        published = _UCF101[fold][split == "test"]
     items = [
         VideoItem(p, f"{name}/{p.stem}", classes.index(name), humanize(name), _ucf101_group(p.stem))
         for p, name in files
     ]
-    return VideoSet(tuple(items), classes, spec, notes, missing, (whole, 101))
+    return VideoSet(tuple(items), classes, spec, notes, missing, (published, 101))
 
 
 def _ucf101_group(stem: str) -> str | None:
@@ -187,9 +182,9 @@ def _ucf101_group(stem: str) -> str | None:
 
 
 def _official_split(spec: str, base: Path, home: Path, classes, files, split: str, fold: int):
-    """Keep the files that the official list of a split names, with notes and the names of those that are missing.
+    """Return the files on the official list of a split, notes, and the names of listed files that are missing.
 
-    Absent classes are normal, unknown ones are not.
+    A subset of the classes is allowed; class folders that are not on the lists are an error.
     """
     places = [place / "ucfTrainTestlist" for place in (base, home, home.parent, base.parent)]
     lists = next((place for place in places if place.is_dir()), None)
@@ -272,7 +267,7 @@ def _read_jsonl(path: str, split: Split, spec: str) -> VideoSet:
 
 
 def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) -> VideoSet:
-    """Build a set from (line number, row) pairs; classes come from the whole file, so that splits agree on labels."""
+    """Build a set from (line number, row) pairs; classes are those of the whole file, so that splits share labels."""
     base = Path(path).expanduser().parent
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: videos that are missing, broken or too short, and videos that are in two splits."""
+"""Finds problems of a data set: missing, broken or short videos, and videos that are in two splits."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from larp.data.video import VideoError, VideoInfo, iter_frames, probe
 from tqdm import tqdm
 
 _SPLITS = ("train", "validation", "test")
-_HEAD = 1 << 16
+_HEAD_BYTES = 1 << 16
 _YOUTUBE_ID = re.compile(r"([\w-]{11})_\d+_\d+")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding: an error makes training or its figures wrong, a warning is worth knowing."""
+    """One finding: an error invalidates training or its metrics, a warning does not."""
 
     severity: str
-    """error or warning."""
+    """Either error or warning."""
     text: str
     names: tuple[str, ...] = ()
-    """The videos it is about, each with its reason if there is one."""
+    """The affected videos, each with its reason if there is one."""
 
 
 @dataclass(frozen=True)
@@ -41,39 +41,39 @@ class SplitReport:
     spec: str
     split: str
     listed: int
-    """Videos that the split has, those included of which there is no file."""
+    """Number of videos of the split, including those without a file."""
     usable: int
-    """Videos that can be read and are long enough."""
+    """Number of videos that can be read and are long enough."""
     classes: dict[str, int]
-    """Usable videos of each class; empty for data without classes."""
+    """Number of usable videos by class; empty for data without classes."""
     missing: tuple[str, ...]
-    """Names of videos of which there is no file."""
+    """Names of videos without a file."""
     broken: tuple[tuple[str, str], ...]
     """(name, reason) of videos that cannot be read."""
     short: tuple[tuple[str, str], ...]
     """(name, reason) of videos that are shorter than a clip."""
     infos: tuple[VideoInfo, ...]
-    """Of all videos that can be read."""
+    """Descriptions of all videos that can be read."""
     published: tuple[int, int] | None
-    """Videos and classes of the published split."""
+    """Number of videos and classes of the published split."""
     notes: tuple[str, ...]
-    """What the reader of the spec remarked."""
+    """The notes of `VideoSet`."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `examine` found."""
+    """The result of `examine`."""
 
     splits: tuple[SplitReport, ...]
     problems: tuple[Problem, ...]
 
     @property
     def ok(self) -> bool:
-        """There are no errors."""
+        """Whether there are no errors."""
         return all(problem.severity != "error" for problem in self.problems)
 
     def describe(self, most: int = 10) -> str:
-        """Return the report as text; of each list at most `most` lines (0: all of them)."""
+        """Return the report as text, with at most `most` lines of each list (0: all)."""
         lines: list[str] = []
         for spec in dict.fromkeys(split.spec for split in self.splits):
             lines += [spec, *_table([split for split in self.splits if split.spec == spec], most)]
@@ -86,16 +86,16 @@ class Report:
 def examine(
     spec: str, *, frames: int = 16, stride: int = 1, decode: bool = False, workers: int = 4, progress: bool = True
 ) -> Report:
-    """Open every video of every split of a data spec, and compare the splits.
+    """Open every video of every split of a data spec and compare the splits.
 
     Args:
-        spec: as for `larp.data.datasets.open_videos`.
-        frames, stride: of a clip; shorter videos are reported.
-        decode: decode every frame, which finds damage behind the first one, and takes as long as it sounds.
-        workers: threads.
-        progress: show a bar.
+        spec: see `larp.data.datasets`.
+        frames, stride: shape of a clip; shorter videos are reported.
+        decode: decode every frame, which finds damage after the first one but is slow.
+        workers: number of threads.
+        progress: show a progress bar.
 
-    Raises DataError if no split of a part of the spec can be opened, ValueError for impossible numbers.
+    Raises DataError if no split of a part of the spec can be opened, ValueError for invalid numbers.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}; at least one thread is needed")
@@ -109,8 +109,8 @@ def examine(
     bar = tqdm(total=len(paths), desc="examining videos", unit="video", disable=not progress)
     found: dict[Path, VideoInfo | str | None] = {}
     with bar:
-        for path, what in zip(paths, in_order(lambda path: _look(path, decode), paths, workers), strict=True):
-            found[path] = what
+        for path, info in zip(paths, in_order(lambda path: _probe(path, decode), paths, workers), strict=True):
+            found[path] = info
             bar.update()
     splits = tuple(_report_split(split, videos, found, shape) for split, videos in sets)
     for split in splits:
@@ -121,11 +121,8 @@ def examine(
     return Report(splits, tuple(sorted(problems, key=lambda problem: problem.severity != "error")))
 
 
-# Looking
-
-
 def _open_splits(part: str) -> tuple[list[tuple[str, VideoSet]], list[Problem]]:
-    """Open the splits that a part of a spec has, or all of it where none can be opened."""
+    """Open the splits of a part of a spec, or split "all" where none can be opened."""
     opened, mistakes = [], {}
     for split in _SPLITS:
         try:
@@ -137,8 +134,8 @@ def _open_splits(part: str) -> tuple[list[tuple[str, VideoSet]], list[Problem]]:
     return opened or [("all", open_videos(part, "all"))], list(mistakes.values())
 
 
-def _look(path: Path, decode: bool) -> VideoInfo | str | None:
-    """Describe a video file; the reason if it cannot be read, None if it is not there."""
+def _probe(path: Path, decode: bool) -> VideoInfo | str | None:
+    """Describe a video file; return the reason if it cannot be read, None if it does not exist."""
     try:
         if not path.is_file():
             return None
@@ -182,9 +179,6 @@ def _report_split(
     )
 
 
-# Judging
-
-
 def _split_problems(split: SplitReport) -> Iterator[Problem]:
     where, among = f"{split.spec}: {split.split} videos", f"of {split.listed}"
     if split.broken:
@@ -193,7 +187,7 @@ def _split_problems(split: SplitReport) -> Iterator[Problem]:
     if not split.usable:
         yield Problem("error", f"{where} that can be used: none {among}")
     if split.missing:
-        yield Problem("warning", f"{where} of which there is no file: {len(split.missing)} {among}", split.missing)
+        yield Problem("warning", f"{where} without a file: {len(split.missing)} {among}", split.missing)
     if split.short:
         names = tuple(f"{name}: {reason}" for name, reason in split.short)
         yield Problem("warning", f"{where} that are too short: {len(names)} {among}", names)
@@ -210,7 +204,7 @@ def _overlaps(sets: list[tuple[str, VideoSet]]) -> Iterator[Problem]:
         names = sorted({item.name for item in first.items} & {item.name for item in second.items})
         if names:
             yield Problem("error", f"{where}: videos in {both}: {len(names)}", tuple(names))
-        # Clips of one UCF-101 group are cut from one film: the official splits keep groups whole.
+        # Clips of one UCF-101 group are cut from one source video; the official splits never divide a group.
         groups = sorted(_groups(UCF101_GROUP, first) & _groups(UCF101_GROUP, second))
         if groups:
             yield Problem("error", f"{where}: groups of UCF-101 with clips in {both}: {len(groups)}", tuple(groups))
@@ -232,7 +226,7 @@ def _stem(name: str) -> str:
 
 
 def _same_bytes(sets: list[tuple[str, VideoSet]], paths: list[Path], workers: int) -> Iterator[Problem]:
-    """Find files of equal content, and files that stand for videos of two splits."""
+    """Report files of equal content, within a split and across splits."""
     places = defaultdict(list)
     for split, videos in sets:
         for item in videos.items:
@@ -252,10 +246,10 @@ def _same_bytes(sets: list[tuple[str, VideoSet]], paths: list[Path], workers: in
 
 
 def equal_files(paths: Iterable[Path], workers: int) -> list[list[Path]]:
-    """Group the files of equal content; those that are alone are left out. `workers` threads share the work.
+    """Return the groups of files with equal content, using `workers` threads; unique files are left out.
 
-    Only files of equal size are read, and only those with equal beginnings to their end. Raises OSError for a file that
-    cannot be read.
+    Only files of equal size are opened, and only those with equal first bytes are read completely. Raises OSError for a
+    file that cannot be read.
     """
     groups = [list(paths)]
     for key in (_size, _beginning, _content):
@@ -278,7 +272,7 @@ def _size(path: Path) -> int:
 
 def _beginning(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read(_HEAD)).digest()
+        return hashlib.sha256(file.read(_HEAD_BYTES)).digest()
 
 
 def _content(path: Path) -> bytes:
@@ -286,11 +280,8 @@ def _content(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-# Telling
-
-
 def _table(splits: list[SplitReport], most: int) -> list[str]:
-    """Lines on the splits of one spec: their sizes, their classes side by side, and what the files are."""
+    """Describe the splits of one spec in lines: sizes, files, and videos of each class by split."""
     lines = []
     for split in splits:
         classes = sum(count > 0 for count in split.classes.values())

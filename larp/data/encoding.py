@@ -1,4 +1,4 @@
-"""Frames -> the packets of a video file, by an encoder of FFmpeg or, for GIFs, by Pillow; what `VideoWriter` writes with."""
+"""Encodes frames for `larp.data.video.VideoWriter`: by FFmpeg into a container, or by Pillow into a GIF."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ENCODER_CHOICES = ("libx264", "libopenh264", "mpeg4", "libx265", "libvpx-vp9", 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What `VideoWriter` is asked for; quality from 0 (best) to 51."""
+    """Encoder options of `VideoWriter`; quality is from 0 (best) to 51."""
 
     codec: str
     quality: int
@@ -31,7 +31,7 @@ class Encoding:
 
 
 class Movie:
-    """A container with one video stream, and an audio track whose packets are written as their time comes."""
+    """A container with one video stream and, optionally, an audio track whose packets are interleaved by time."""
 
     def __init__(
         self, target: str, rate: Fraction, size: tuple[int, ...], encoding: Encoding, audio: AudioTrack | None
@@ -65,13 +65,13 @@ class Movie:
             self.container.mux(self.stream.encode(picture))
 
     def finish(self) -> None:
-        """Write what the encoder still holds."""
+        """Flush the encoder and close the file."""
         self._mux_sound(None)
         self.container.mux(self.stream.encode())
         self.container.close()
 
     def close(self) -> None:
-        """Let go of the file, whole or not."""
+        """Close the file, complete or not."""
         with suppress(*DECODE_ERRORS):
             self.container.close()
 
@@ -83,15 +83,15 @@ class Movie:
 
 
 class Gif:
-    """An animated GIF, which Pillow writes all at once."""
+    """An animated GIF; Pillow writes all frames at once, so they are held in memory."""
 
     def __init__(self, target: str, rate: Fraction):
         self.target, self.pictures, self.bytes = target, [], 0
-        # A GIF counts in hundredths of a second, and players slow down anything under two of them
+        # GIF delays are in hundredths of a second, and players slow down delays below two hundredths.
         self.duration = max(20, round(100 / float(rate)) * 10)
 
     def add(self, frames: np.ndarray) -> None:
-        """Take in uint8 (T, H, W, 3) frames."""
+        """Append uint8 (T, H, W, 3) frames."""
         from PIL import Image
 
         self.pictures += [Image.fromarray(frame) for frame in frames]
@@ -106,14 +106,14 @@ class Gif:
 
 
 def check_encoder(path: Path, codec: str) -> None:
-    """VideoError that names the encoders at hand unless `codec` is one of them."""
+    """Raise VideoError that lists the available encoders unless `codec` is one of them."""
     try:
         av.codec.Codec(codec, "w")
     except ValueError:
         raise VideoError(_missing_encoder(path, codec)) from None
 
 
-# With its AVX-512 code one file in 150 came out otherwise, from the same frames (LOG.md, 2026-11-26).
+# With AVX-512, x264 encoded the same frames differently in one file of 150 (LOG.md, 2026-11-26).
 _REPEATABLE = {"x264-params": "asm=avx2"} if platform.machine() in ("x86_64", "AMD64") else {}
 
 
@@ -129,7 +129,7 @@ def _encoder_options(encoding: Encoding) -> dict[str, str]:
         }
     if codec.startswith("libvpx"):
         return {"crf": str(quality), "b": "0"}
-    quantiser = str(max(2, round(quality * 31 / 51)))  # the older codecs know a quantiser of 2 to 31 only
+    quantiser = str(max(2, round(quality * 31 / 51)))  # older codecs take a quantiser from 2 to 31
     return {"qmin": quantiser, "qmax": quantiser}
 
 

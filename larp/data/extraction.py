@@ -1,4 +1,4 @@
-"""From videos to a token cache: which windows of a video are taken, and the loop that encodes them.
+"""Encodes videos into a token cache: selects windows of each video and runs the tokenizer over them.
 
 Shapes: N codes of a clip, T frames.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-# Clips in one pass of the tokenizer.
+# Clips per forward pass of the tokenizer, on a CPU and on a GPU.
 _BATCH, _GPU_BATCH = 16, 64
 
 
@@ -28,19 +28,18 @@ class Window(NamedTuple):
     """A clip of a video."""
 
     start: int
-    """Its first frame in the file."""
+    """Index of its first frame in the file."""
     clip: Tensor
-    """float32 (3, T, H, W)."""
+    """float32 (3, T, H, W) in [0, 1]."""
     fps: float
-    """Its frames per second."""
+    """Frames per second of the clip."""
 
 
 def window_starts(frames: int, shape: ClipShape, most: int = 1, hop: int | None = None) -> list[int]:
-    """Return the first frames of the clips that are taken from a video of `frames` frames.
+    """Return the first frames of the windows of a video of `frames` frames; none if it is shorter than a window.
 
-    As many windows as fit without overlap, but at most `most`, with equal gaps before, between and after them: a single
-    window lies in the middle. With `hop` they begin at the frames 0, hop, 2 * hop, ... instead. A video shorter than one
-    window has none.
+    As many windows as fit without overlap, at most `most`, with equal gaps before, between and after them, so that a
+    single window is centred. With `hop`, windows start at frames 0, hop, 2 * hop, ... instead.
     """
     if hop is not None:
         return list(range(0, frames - shape.span + 1, hop))[:most]
@@ -68,25 +67,27 @@ def extract_tokens(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
 ) -> TokenCache:
-    """Encode windows of all videos into a token cache and open it; every rank calls this, and gets the whole cache.
+    """Encode windows of all videos into a token cache and return the opened cache. Collective: every rank calls it.
 
-    Shards that are there already are kept, so a stopped extraction goes on, even with another number of ranks. Videos
-    that cannot be read, or are shorter than a window, are skipped and listed in the cache.
+    Existing shards are reused, so that an interrupted extraction resumes, even with another number of ranks. Videos
+    that cannot be read or are shorter than a window are skipped and listed in the cache.
 
     Args:
-        tokenizer: a LarpTokenizer, on the device that it should run on.
+        tokenizer: a LarpTokenizer on its device.
         videos, split: the data, and the name of the split for the key.
-        stride: every n-th frame of the video is a frame of the clip.
-        windows, hop: clips of a video at most, and frames from the start of one to the next, see `window_starts`.
-        flips: take each window mirrored as well.
-        condition_frames: 0, or how many first frames of a window are the given ones of frame prediction: their clip,
-            filled up with copies of the last given frame, is encoded beside.
-        batch_size, workers: clips in one pass of the tokenizer (by default 16, and 64 on a GPU), threads that decode.
-        tokenizer_name, variant: path or hub name, and which weights of it, noted in the cache.
-        rank, world_size, barrier: the ranks that share the work, and how they wait for each other.
+        folder: of the cache.
+        stride: a clip takes every `stride`-th frame of the video.
+        windows, hop: maximum clips per video, and frames from the start of one to the next, see `window_starts`.
+        flips: add each window mirrored.
+        condition_frames: number of given frames for frame prediction, or 0. The given frames, padded to a clip with
+            copies of the last one, are encoded as well.
+        batch_size: clips per forward pass; by default 16 on a CPU and 64 on a GPU.
+        workers: threads that decode videos.
+        tokenizer_name, variant: path or hub name of the tokenizer and its weight variant, recorded in the cache.
+        rank, world_size, barrier: this rank, the number of ranks that share the work, and their barrier.
 
     Raises TokenCacheError if the folder was begun with other settings or cannot be written, or if no video could be
-    read; then no cache is left behind, so that the next run tries the videos again.
+    read; in the last case the cache is removed, so that the next run tries the videos again.
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     check_counts(windows, batch_size, workers)
@@ -95,7 +96,7 @@ def extract_tokens(
         batch_size = _GPU_BATCH if device.type == "cuda" else _BATCH
     if hop is not None and hop < shape.span:
         raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
-    _check_given(condition_frames, 0, shape.frames)
+    _check_condition_frames(condition_frames, 0, shape.frames)
     folder = Path(folder)
     key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames)
     tokens.begin_cache(folder, key)
@@ -105,7 +106,7 @@ def extract_tokens(
     with bar:
         for shard in own:
             items = videos.items[slices[shard].start : slices[shard].stop]
-            rows = _Rows(tokenizer, device, flips, condition_frames, batch_size)
+            rows = _ShardRows(tokenizer, device, flips, condition_frames, batch_size)
             found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
             for number, item, clips in zip(slices[shard], items, found, strict=True):
                 rows.add(number, item, clips)
@@ -113,7 +114,7 @@ def extract_tokens(
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
     barrier()
     skipped = tokens.nothing_encoded(folder, len(slices))
-    barrier()  # every rank has looked, and all raise below
+    barrier()  # rank 0 may delete the shards only after all ranks have read them
     if rank == 0 and skipped:
         tokens.discard_cache(folder, len(slices))
     elif rank == 0 and not (folder / INDEX).is_file():
@@ -129,7 +130,7 @@ def extract_tokens(
 
 
 def check_counts(windows: int, batch_size: int | None, workers: int) -> None:
-    """Raise ValueError for numbers with which `extract_tokens` cannot work."""
+    """Raise ValueError for numbers that `extract_tokens` cannot use."""
     if windows < 1:
         raise ValueError(f"windows is {windows}; at least one clip of each video is needed")
     if batch_size is not None and batch_size < 1:
@@ -141,14 +142,14 @@ def check_counts(windows: int, batch_size: int | None, workers: int) -> None:
 def live_batches(
     tokenizer, loader: ClipLoader, task: str, condition_frames: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield codes int64 (b, N) and the generator's condition of a loader's micro batches, encoded as they are asked for.
+    """Yield codes int64 (b, N) and the generator's condition for each micro batch of a loader, encoded on the fly.
 
-    What `TokenCache.batch` returns, without a cache: other windows in each epoch, and the tokenizer's time in each step.
-    The loader resumes and shares out the work; `condition_frames` are for the task "frame-prediction". Raises
-    ValueError for a number of them that no clip has, and for a video without a class where the task is "class".
+    The items equal those of `TokenCache.batch`. Windows differ in each epoch, and each step runs the tokenizer.
+    `condition_frames` is used by the task "frame-prediction". Raises ValueError for an invalid number of condition
+    frames, and for a video without a class if the task is "class".
     """
     if task != "class":
-        _check_given(condition_frames, 1, tokenizer.config.num_frames)
+        _check_condition_frames(condition_frames, 1, tokenizer.config.num_frames)
     device = next(tokenizer.parameters()).device
     for batch in loader:
         clips = batch["clip"].to(device)
@@ -162,7 +163,7 @@ def live_batches(
             yield codes, tokens.with_separator(given, tokenizer.codebook_size)
 
 
-def _check_given(condition_frames: int, least: int, frames: int) -> None:
+def _check_condition_frames(condition_frames: int, least: int, frames: int) -> None:
     if not least <= condition_frames < frames:
         none = "0 (none)" if least == 0 else str(least)
         raise ValueError(
@@ -172,16 +173,16 @@ def _check_given(condition_frames: int, least: int, frames: int) -> None:
 
 
 def read_windows(item: VideoItem, shape: ClipShape, windows: int, hop: int | None = None) -> list[Window]:
-    """Read the windows of a video that `window_starts` chooses. Raises VideoError."""
+    """Read the windows that `window_starts` selects from a video. Raises VideoError."""
     info = probe(item.path)
     try:
         return _cut(item, shape, window_starts(info.frames, shape, windows, hop), info)
     except ShortVideoError as error:
-        # Headers promise too many frames now and then; what decodes decides.
+        # Some headers overstate the number of frames: select again by the number that decodes.
         if error.frames >= info.frames:
             raise
-        held = replace(info, frames=error.frames)
-        return _cut(item, shape, window_starts(held.frames, shape, windows, hop), held)
+        decoded = replace(info, frames=error.frames)
+        return _cut(item, shape, window_starts(decoded.frames, shape, windows, hop), decoded)
 
 
 def _cut(item: VideoItem, shape: ClipShape, starts: list[int], info: VideoInfo) -> list[Window]:
@@ -198,15 +199,15 @@ def _cut(item: VideoItem, shape: ClipShape, starts: list[int], info: VideoInfo) 
 
 
 def _stream(path: Path, shape: ClipShape, starts: list[int]) -> Iterator[np.ndarray]:
-    """Yield the frames of windows, uint8 (T, H, W, 3), in one pass that holds one window at a time."""
-    ahead, part = iter(starts), []
-    start = next(ahead)
+    """Yield the frames of each window, uint8 (T, H, W, 3), in one decoding pass; one window is in memory at a time."""
+    remaining, part = iter(starts), []
+    start = next(remaining)
     for index, frame in enumerate(iter_frames(path)):
         if index >= start and (index - start) % shape.stride == 0:
             part.append(frame)
         if len(part) == shape.frames:
             yield np.stack(part)
-            start, part = next(ahead, None), []
+            start, part = next(remaining, None), []
             if start is None:
                 return
     held = index + 1
@@ -220,7 +221,7 @@ def _windows_or_error(item: VideoItem, shape: ClipShape, windows: int, hop: int 
         return error
 
 
-class _Rows:
+class _ShardRows:
     """Collects the rows of one shard and encodes them in batches."""
 
     def __init__(self, tokenizer, device: torch.device, flips: bool, condition_frames: int, batch_size: int):
@@ -235,7 +236,7 @@ class _Rows:
         self.skipped: list[list[str]] = []
 
     def add(self, number: int, item: VideoItem, windows: list[Window] | VideoError) -> None:
-        """Take the windows of a video, or note why it has none."""
+        """Add the windows of a video, or record why it has none."""
         if isinstance(windows, VideoError):
             self.skipped.append([item.name, str(windows)])
             return
@@ -250,7 +251,7 @@ class _Rows:
                     self._encode()
 
     def _encode(self) -> None:
-        # Moved first: what a GPU does with clips (ranges, given frames) would take a core longer than the encoder takes.
+        # Moved first: on the CPU, preparing the clips would take longer than a GPU takes to encode them.
         clips = torch.stack(self.waiting).to(self.device)
         self.waiting = []
         self.codes.append(self.tokenizer.encode(clips).cpu())
@@ -258,7 +259,7 @@ class _Rows:
             self.conditions.append(self.tokenizer.encode(repeat_last(clips, self.given)).cpu())
 
     def finish(self) -> tuple[dict[str, Tensor], list[list], list[list[str]]]:
-        """Encode what waits and return (columns, videos, skipped) as `write_shard` takes them."""
+        """Encode the remaining clips and return (columns, videos, skipped), the arguments of `write_shard`."""
         if self.waiting:
             self._encode()
         small = torch.int16 if self.tokenizer.codebook_size <= 2**15 else torch.int32
@@ -273,6 +274,6 @@ class _Rows:
 
 
 def repeat_last(clips: Tensor, given: int) -> Tensor:
-    """Keep the first `given` frames of clips (B, 3, T, H, W) and replace the others by copies of the last of them."""
+    """Replace all but the first `given` frames of clips (B, 3, T, H, W) by copies of the last given frame."""
     last = clips[:, :, given - 1 : given].expand(-1, -1, clips.shape[2] - given, -1, -1)
     return torch.cat([clips[:, :, :given], last], dim=2)

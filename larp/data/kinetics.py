@@ -1,9 +1,9 @@
-"""Kinetics-600: its published annotation files, or lists of (path, label), and a folder of videos -> a list of videos.
+"""Lists the videos of Kinetics-600 from its published annotation files, or from lists of (path, label).
 
-The lists are train.csv, validate.csv and test.csv, or alike. Of the published ones each line is ten seconds of a video:
-label, youtube_id, time_start, time_end, split (test came without labels at first). The files of these pieces are named
-youtubeid_000010_000020.mp4 or youtubeid.mp4, in folders of any kind. Much of the set is no longer to be had, so missing
-files are counted and named, not refused.
+The lists are train.csv, validate.csv and test.csv, or similar names. A line of a published list describes a ten-second
+segment of a video: label, youtube_id, time_start, time_end, split (the first test list had no labels). The files are
+named youtubeid_000010_000020.mp4 or youtubeid.mp4, in any folders. Many videos are no longer available, so missing
+files are reported and do not raise an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from larp.data.video import VIDEO_SUFFIXES
 
 CLASSES = 600
 PUBLISHED = {"train": 392_622, "validation": 30_000, "test": 60_000}
-"""Videos of each split: arXiv 1808.01340, table 1 (50 and 100 of each class to validate and to test on)."""
+"""Number of videos by split: arXiv 1808.01340, table 1 (50 validation and 100 test videos per class)."""
 
 _LIST_NAME = re.compile(r"(?:k(?:inetics)?[-_ ]?600[-_ ]?)?([a-z]+)")
 _SPLIT_NAMES = {
@@ -45,8 +45,8 @@ _SPLIT_NAMES = {
 
 
 @dataclass(frozen=True)
-class _Listed:
-    """One line of a list: its file is `path`, or one with one of the names `stems` and any suffix."""
+class _Entry:
+    """One line of a list; its file is `path`, or any file whose name without suffix is in `stems`."""
 
     name: str
     split: str | None
@@ -56,33 +56,33 @@ class _Listed:
 
 
 def read_kinetics(root: str, split: Split, spec: str, *, videos: str, test: str) -> VideoSet:
-    """List the Kinetics-600 videos of a split; class names are those of the annotation, all of them in every split.
+    """List the Kinetics-600 videos of a split; every split has all class names of the annotation.
 
     Args:
-        root: the folder of the lists (or one with a folder `annotations` that holds them), or a single list.
-        split: train, validation, test or all; NoSplitError if there is no list of it.
+        root: the folder of the lists, or of a folder `annotations` that holds them, or a single list.
+        split: train, validation, test or all.
         spec: the data spec, for messages.
-        videos: the folder of the videos; "" is that of the lists. Paths in lists are relative to it.
-        test: "test", or "validation" to let that be the test split: the published test labels are rare.
+        videos: the folder of the videos, to which paths in lists are relative; "" is the folder of the lists.
+        test: "test", or "validation" to use the validation list as the test split, since test labels are rare.
 
-    Raises DataError for a list that cannot be read, and where not one listed video is found.
+    Raises NoSplitError if there is no list of the split, DataError for an unreadable list or if no listed video exists.
     """
     if test not in ("test", "validation"):
         raise DataError(f"{spec}: test={test!r}; choose test or validation, the published split to test on")
     home, lists = _find_lists(root, spec)
     rows = [row for path, name in lists for row in _read_list(path, name, spec)]
     if test == "validation":
-        kept = [row for row in rows if row.split != "test"]
-        rows = [replace(row, split="test") if row.split == "validation" else row for row in kept]
+        remaining = [row for row in rows if row.split != "test"]
+        rows = [replace(row, split="test") if row.split == "validation" else row for row in remaining]
     chosen, repeated = _of_split(rows, split, spec)
-    files = _Files(as_folder(videos, spec) if videos else home, rows)
-    found = {row.name: path for row in chosen if (path := files.of(row)) is not None}
+    files = _FileIndex(as_folder(videos, spec) if videos else home, rows)
+    found = {row.name: path for row in chosen if (path := files.find(row)) is not None}
     missing = tuple(row.name for row in chosen if row.name not in found)
     if not found:
         raise DataError(
-            f"{spec}: none of the {len(chosen)} listed {split} videos is below {files.base}, such as {missing[0]}; files "
-            "are named youtubeid_000010_000020 or youtubeid, with any video suffix, or as a list of paths says; name "
-            "another folder with ,videos=DIR"
+            f"{spec}: none of the {len(chosen)} listed {split} videos is below {files.base}, such as {missing[0]}. Name the "
+            "files youtubeid_000010_000020 or youtubeid with any video suffix, or as in a list of paths, or name another "
+            "folder with ,videos=DIR"
         )
     classes = ordered_classes(row.label for row in rows)
     index = {name: number for number, name in enumerate(classes)}
@@ -92,16 +92,13 @@ def read_kinetics(root: str, split: Split, spec: str, *, videos: str, test: str)
         if row.name in found
     )
     sizes = {"train": PUBLISHED["train"], test: PUBLISHED[test]} if test == "validation" else PUBLISHED
-    whole = sum(sizes.values()) if split == "all" else PUBLISHED[test if split == "test" else split]
+    published = sum(sizes.values()) if split == "all" else PUBLISHED[test if split == "test" else split]
     notes = _notes(spec, split, len(chosen), missing, repeated, files.unlisted)
-    return VideoSet(items, classes, spec, notes, missing, (whole, CLASSES))
-
-
-# The lists
+    return VideoSet(items, classes, spec, notes, missing, (published, CLASSES))
 
 
 def _find_lists(root: str, spec: str) -> tuple[Path, list[tuple[Path, str | None]]]:
-    """Return the folder of the lists, and each list with the split that its name says (None: a name of another kind)."""
+    """Return the folder of the lists, and each list with the split that its name states (None if it states none)."""
     given = Path(root).expanduser()
     if given.is_file():
         return given.parent, [(given, _split_of_list(given))]
@@ -127,8 +124,8 @@ def _split_of_list(path: Path) -> str | None:
     return _SPLIT_NAMES.get(match[1]) if match else None
 
 
-def _read_list(path: Path, split: str | None, spec: str) -> list[_Listed]:
-    """Read a list of any kind; `split` is that of lines that name none."""
+def _read_list(path: Path, split: str | None, spec: str) -> list[_Entry]:
+    """Read a list of any supported format; `split` applies to lines without a split."""
     lines = text_lines(path, spec)
     first = next((line.strip() for line in lines if line.strip()), "")
     names = [name.strip() for name in next(csv.reader([first]), [])]
@@ -149,13 +146,13 @@ def _read_list(path: Path, split: str | None, spec: str) -> list[_Listed]:
 
 
 def _path_and_label(line: str) -> tuple[str, str]:
-    """Split a line without header, "path,label" or "path label"; a path may hold commas and blanks."""
+    """Split a line "path,label" or "path label"; the path may contain commas and spaces."""
     line = line.strip()
     path, _, label = line.rpartition("," if "," in line else " ")
     return (path.strip().strip('"'), label.strip().strip('"')) if path else (label, "")
 
 
-def _annotated(row: dict, where: str, split: str | None) -> _Listed:
+def _annotated(row: dict, where: str, split: str | None) -> _Entry:
     values = _cells(row, ("youtube_id", "time_start", "time_end", "label", "split"), where)
     youtube, *times = (values[key] for key in ("youtube_id", "time_start", "time_end"))
     if youtube is None:
@@ -167,14 +164,14 @@ def _annotated(row: dict, where: str, split: str | None) -> _Listed:
     names = (youtube,)
     if start is not None and end is not None:
         names = (f"{youtube}_{start:06d}_{end:06d}", f"{youtube}_{start}_{end}", youtube)
-    return _Listed(names[0], _split_of(values["split"], split, where), values["label"], stems=names)
+    return _Entry(names[0], _split_of(values["split"], split, where), values["label"], stems=names)
 
 
-def _listed_path(row: dict, where: str, split: str | None) -> _Listed:
+def _listed_path(row: dict, where: str, split: str | None) -> _Entry:
     values = _cells(row, ("path", "label", "split"), where)
     if values["path"] is None:
         raise DataError(f"{where}: no path")
-    return _Listed(values["path"], _split_of(values["split"], split, where), values["label"], path=values["path"])
+    return _Entry(values["path"], _split_of(values["split"], split, where), values["label"], path=values["path"])
 
 
 def _cells(row: dict, columns: Iterable[str], where: str) -> dict[str, str | None]:
@@ -189,8 +186,8 @@ def _split_of(value: str | None, otherwise: str | None, where: str) -> str | Non
     return _SPLIT_NAMES[value.lower()]
 
 
-def _of_split(rows: list[_Listed], split: Split, spec: str) -> tuple[list[_Listed], int]:
-    """Return the lines of a split, each name once, and how many lines repeated a name."""
+def _of_split(rows: list[_Entry], split: Split, spec: str) -> tuple[list[_Entry], int]:
+    """Return the lines of a split without repeated names, and the number of removed lines."""
     if not rows:
         raise DataError(f"{spec}: the lists hold no video")
     there = list(dict.fromkeys(row.split for row in rows if row.split is not None))
@@ -205,28 +202,25 @@ def _of_split(rows: list[_Listed], split: Split, spec: str) -> tuple[list[_Liste
     else:
         names = {item.name for item in hash_split([VideoItem(Path(), row.name) for row in rows], split, spec)}
         chosen = [row for row in rows if row.name in names]
-    once: dict[str, _Listed] = {}
+    once: dict[str, _Entry] = {}
     for row in chosen:
         once.setdefault(row.name, row)
     return list(once.values()), len(chosen) - len(once)
 
 
-# The files
+class _FileIndex:
+    """Finds the files of listed videos below a folder; `unlisted` holds the video files that no list names."""
 
-
-class _Files:
-    """Finds the files of listed videos below a folder; `unlisted` are video files there that no list names."""
-
-    def __init__(self, base: Path, rows: list[_Listed]):
+    def __init__(self, base: Path, rows: list[_Entry]):
         self.base, self._by_stem = base, defaultdict(list)
         wanted = {stem for row in rows for stem in row.stems}
-        # Where lists give paths, nothing is looked for.
+        # Lists of paths need no search.
         for path in videos_below(base) if wanted else ():
             self._by_stem[path.stem].append(path)
         self.unlisted = [paths[0] for stem, paths in self._by_stem.items() if stem not in wanted]
 
-    def of(self, row: _Listed) -> Path | None:
-        """Return the file of a line: of several, one in a folder that is named after its split."""
+    def find(self, row: _Entry) -> Path | None:
+        """Return the file of a line; of several, prefer one in a folder named after its split."""
         if row.path is not None:
             path = self.base / Path(row.path).expanduser()
             return path if path.is_file() else None

@@ -1,4 +1,4 @@
-"""What a data spec gives, a list of videos, and what the readers of all kinds of data share."""
+"""The list of videos that a data spec yields, and helpers shared by the readers of all formats."""
 
 from __future__ import annotations
 
@@ -18,69 +18,72 @@ Split = Literal["train", "validation", "test", "all"]
 
 
 class DataError(ValueError):
-    """A data spec, folder or manifest that cannot be used; the message says where and what to do."""
+    """A data spec, folder or manifest that cannot be used; the message states the place and the remedy."""
 
 
 class NoSplitError(DataError):
-    """Data that are in order, but have no such split."""
+    """Valid data without the requested split."""
 
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video file: where it lies, its unique name within the set, its class index and its caption (None: none).
-
-    group: what other videos of one scene have in common, split: where a manifest puts it; None where that is not known.
-    """
+    """One video file of a set."""
 
     path: Path
     name: str
+    """Unique within the set."""
     label: int | None = None
+    """Class index; None without a class."""
     caption: str | None = None
     group: str | None = None
+    """Identifier shared by videos of one scene; None if unknown."""
     split: str | None = None
+    """Split in the manifest; None if it has no splits."""
 
 
 @dataclass(frozen=True)
 class VideoSet:
-    """The videos that a spec names; `classes[item.label]` is an item's class, and `notes` are lines for the user."""
+    """The videos of one split of a data spec."""
 
     items: tuple[VideoItem, ...]
     classes: tuple[str, ...]
+    """Class names by label."""
     spec: str
     notes: tuple[str, ...] = ()
+    """Messages for the user, one line each."""
     missing: tuple[str, ...] = ()
-    """Names of videos that a list or manifest has, but of which there is no file."""
+    """Names of listed videos without a file."""
     published: tuple[int, int] | None = None
-    """Videos of this split, and classes, that the published data set has; None for other data."""
+    """Number of videos of this split, and of classes, in the published data set; None for other data."""
 
     def __len__(self) -> int:
         return len(self.items)
 
 
 def humanize(class_name: str) -> str:
-    """Turn a class name into words: "BasketballDunk" -> "basketball dunk"; the caption of videos without one."""
+    """Split a class name into words, "BasketballDunk" -> "basketball dunk", as a caption for videos without one."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]+", " ", class_name)
     return " ".join(words.lower().split())
 
 
 def spoken(label: str | None) -> str | None:
-    """Return the caption of a label: its words, or None if it is a number or absent."""
+    """Return a label as words for a caption, or None if it is a number or absent."""
     return None if label is None or label.isdecimal() else humanize(label)
 
 
 def ordered_classes(labels: Iterable[str | None]) -> tuple[str, ...]:
-    """Return the class names among labels in the order of their indices: by number if all are numbers, else by name."""
+    """Return the distinct labels sorted numerically if all are numbers, else by name; the index is the class index."""
     names = set(labels) - {None}
     return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
 
 
 def no_split(spec: str, split: Split, there: str) -> NoSplitError:
-    """Return the error that names the splits which are there, such as "train and test"."""
+    """Return the error for a missing split; `there` lists the existing ones, such as "train, test"."""
     return NoSplitError(f"{spec}: has no {split} split; choose {there}, or all")
 
 
 def as_folder(root: str, spec: str) -> Path:
-    """Return the folder of a path; DataError if there is none."""
+    """Return the folder at a path. Raises DataError if it does not exist."""
     path = Path(root).expanduser()
     if not root or not path.is_dir():
         raise DataError(
@@ -90,7 +93,7 @@ def as_folder(root: str, spec: str) -> Path:
 
 
 def as_file(path: str, spec: str) -> Path:
-    """Return the regular file of a path; DataError if there is none. A pipe would be waited for, maybe for ever."""
+    """Return the regular file at a path. Raises DataError otherwise, also for a pipe, which could block."""
     file = Path(path).expanduser()
     if not path:
         raise DataError(f"{spec}: the path is missing after the colon")
@@ -104,7 +107,7 @@ def as_file(path: str, spec: str) -> Path:
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Return the video files below a folder by their suffixes, sorted within each folder; hidden ones are left out."""
+    """Return the files below a folder with a video suffix, sorted within each folder, without hidden ones."""
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -115,9 +118,10 @@ def videos_below(folder: Path) -> list[Path]:
 
 
 def text_lines(path: str | Path, spec: str) -> list[str]:
-    """Return the lines of a manifest with their ends, cut at newlines only: its text may hold U+2028 and its like.
+    """Return the lines of a manifest with their line ends.
 
-    Raises DataError for a file that is absent or is not UTF-8.
+    Lines end at newlines only, not at other Unicode separators such as U+2028. Raises DataError for a file that is
+    missing or not UTF-8.
     """
     try:
         with open(as_file(str(path), spec), encoding="utf-8-sig", newline="") as file:
@@ -127,7 +131,7 @@ def text_lines(path: str | Path, spec: str) -> list[str]:
 
 
 def csv_rows(path: str | Path, lines: list[str]) -> tuple[list[str], list[tuple[int, dict]]]:
-    """Parse CSV lines with a header: the column names, and (line number, row) pairs. Raises DataError."""
+    """Parse CSV lines with a header; return the column names and (line number, row) pairs. Raises DataError."""
     rows = csv.DictReader(lines)
     try:
         return list(rows.fieldnames or ()), [(rows.line_num, row) for row in rows]
@@ -137,7 +141,7 @@ def csv_rows(path: str | Path, lines: list[str]) -> tuple[list[str], list[tuple[
 
 
 def cell(value: object, where: str) -> str | None:
-    """Return a value of a manifest as stripped text, None if empty; DataError unless it is text or a number."""
+    """Return a manifest value as stripped text, None if empty. Raises DataError unless it is text or a number."""
     if value is not None and type(value) not in (str, int, float):
         raise DataError(f"{where} must be text or a number, not {json.dumps(value, ensure_ascii=False)[:80]}")
     text = "" if value is None else str(value).strip()
@@ -145,7 +149,7 @@ def cell(value: object, where: str) -> str | None:
 
 
 def hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[VideoItem, ...]:
-    """Put about one video in ten into test by a hash of its name, so that a growing folder moves no test video."""
+    """Assign about one video in ten to test by a hash of its name, so that adding videos does not move others."""
     items = tuple(items)
     if split == "all":
         return items
@@ -153,7 +157,7 @@ def hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[Vid
         raise no_split(spec, split, "train, test")
     order = {item.name: int(hashlib.sha256(item.name.encode()).hexdigest()[:8], 16) for item in items}
     test = {name for name, value in order.items() if value % 10 == 0}
-    # a handful of videos may hash to one side only; each split then still gets one
+    # The hashes of a few videos may all select one split; each split gets at least one video.
     if len(items) > 1 and not test:
         test = {min(order, key=order.get)}
     if len(items) > 1 and len(test) == len(items):

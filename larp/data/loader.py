@@ -1,7 +1,7 @@
-"""Batches of clips: endless, resumable and the same on any number of ranks for training; once each for evaluation.
+"""Batches of clips: infinite, resumable and sharded over ranks for training; one pass over a set for evaluation.
 
-Which video, which frames and which flips stand at a global position (step x global batch + row) depends on the seed and
-that position alone: not on ranks, workers, accumulation or what was read before.
+The video, start frame and flip at a global position (step * global_batch + row) are functions of the seed and that
+position only, not of ranks, workers, accumulation or earlier reads.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from itertools import islice
 from typing import Literal, TypeVar
 
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
@@ -25,55 +27,31 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
-def in_order(
-    function: Callable[[Argument], Result], arguments: Iterable[Argument], workers: int, ahead: int = 4
-) -> Iterator[Result]:
-    """Yield function(argument) in order, computed by `workers` threads, at most `ahead` results of each before they are needed.
-
-    That bounds the memory. No workers: computed when asked for. An exception comes where its result would have come.
-    Closed, or ended by an exception, it waits for the calls that run and drops the others.
-    """
-    if not workers:
-        yield from map(function, arguments)
-        return
-    pending: deque = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for argument in arguments:
-                pending.append(pool.submit(function, argument))
-                if len(pending) > ahead * workers:
-                    yield _first(pending)
-            while pending:
-                yield _first(pending)
-        finally:
-            running = [call for call in pending if not call.cancel()]
-            # A second Ctrl-C while the pool joins its threads would make Python (before 3.13) forget that they run, and
-            # torch aborts the process if one of them outlives the interpreter. Here it does no harm.
-            wait(running)
-
-
-def _first(pending: deque) -> Result:
-    result = pending[0].result()  # stays among them until it is there, so that it is waited for
-    pending.popleft()
-    return result
-
-
 _DECODE_THREADS = 2
-_ORDER, _DRAW, _REPLACE = 1, 2, 3  # keeps the random streams of one position apart
+_ORDER, _SAMPLE, _REPLACE = 1, 2, 3  # separate the random streams of one position
 
 
 class ClipLoader:
-    """Endless micro batches of one rank, as dicts.
+    """An infinite iterator over the micro batches of one rank, as dicts.
 
-    Each holds clip float32 (b, 3, T, H, W) in [0, 1], label int64 (b,) (-1: none), index int64 (b,) in `videos.items`,
-    caption list[str] ("" for none), sample_offset (position of row 0 in the global batch) and step.
+    Keys: `clip` float32 (b, 3, T, H, W) in [0, 1]; `label` int64 (b,), -1 for none; `index` int64 (b,) into
+    `videos.items`; `caption` list of str, "" for none; `sample_offset`, position of row 0 in the global batch; `step`.
 
-    `global_batch` rows make one step; rank r of world_size takes the r-th contiguous slice, in `micro_batch` rows at a
-    time. `shuffle` samples a new order each epoch, and random start frames; without it, files in order and their centres.
-    `flip` mirrors half of the clips. `in_memory` decodes every video once, at the clip's size, if that fits `memory_gb`
-    (else it warns and decodes on the fly); otherwise `workers` threads read ahead. Unreadable or too short videos are
-    replaced by others of the set and listed in `skipped` as (name, reason). Raises ValueError if the numbers do not
-    divide, VideoError if no video can be read.
+    Videos that are unreadable or too short are replaced by others of the set and listed in `skipped`.
+
+    Args:
+        videos, shape: the data, and the shape of a clip.
+        global_batch: rows of a step; rank r takes the r-th contiguous slice.
+        micro_batch: rows of a batch.
+        seed: of order, start frames and flips.
+        rank, world_size: of this process.
+        shuffle: a new order in each epoch, and random start frames; otherwise the order of the set, and centred clips.
+        flip: mirror half of the clips.
+        workers: threads that read ahead.
+        in_memory: decode every video once, at the clip's height and width.
+        memory_gb: limit in GiB; beyond it `in_memory` warns and decodes on the fly.
+
+    Raises ValueError if global_batch is no multiple of micro_batch * world_size, VideoError if no video can be read.
     """
 
     def __init__(
@@ -112,41 +90,34 @@ class ClipLoader:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """The videos this rank could not use, as (name, reason), in the order of their names."""
+        """(name, reason) of the videos that this rank could not use, sorted by name."""
         return self._source.skipped
 
     def __iter__(self) -> Iterator[dict]:
-        with ThreadPoolExecutor(self.workers) if self.workers else _Inline() as pool:
-            ahead: deque = deque()
-            place = (self.step, self.micro)
-            try:
-                while True:
-                    while len(ahead) * self.micro_batch <= 2 * self.workers or not ahead:
-                        ahead.append((place, [pool.submit(self._row, p) for p in self._positions(place)]))
-                        place = self._after(place)
-                    (step, micro), rows = ahead.popleft()
-                    batch = _collate([row.result() for row in rows], self._source.videos)
-                    # Counted before it is handed out: a state saved after training on it must not repeat it
-                    self.step, self.micro = self._after((step, micro))
-                    yield {**batch, "sample_offset": self.rank_offset + micro * self.micro_batch, "step": step}
-            finally:
-                for _, rows in ahead:
-                    for row in rows:
-                        row.cancel()
+        step, micro = self.step, self.micro
+        with closing(in_order(self._row, self._positions(step, micro), self.workers)) as rows:
+            while True:
+                batch = _collate(list(islice(rows, self.micro_batch)), self._source.videos)
+                offset = self.rank_offset + micro * self.micro_batch
+                # Advanced before the yield, so that a state saved after this batch does not repeat it.
+                self.step, self.micro = self._after(step, micro)
+                yield {**batch, "sample_offset": offset, "step": step}
+                step, micro = self._after(step, micro)
 
     def state_dict(self) -> dict:
-        """Return where the loader stands, as JSON-able values; loading it goes on with the next micro batch."""
+        """Return the position and the identity of the data as JSON-serialisable values."""
         return {"step": self.step, "micro": self.micro, "micro_batch": self.micro_batch, **self._identity()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where a saved loader stood.
+        """Resume with the micro batch after a saved position.
 
-        ValueError if seed, global batch, shape or videos differ, or if the step is half done and the micro batches are
-        cut differently.
+        Raises ValueError if seed, global batch, shape or videos differ, or if the position is inside a step and the
+        micro batch size differs.
         """
-        here = self._identity()
         if wrong := [
-            f"{key}: saved {state.get(key)}, now {value}" for key, value in here.items() if state.get(key) != value
+            f"{key}: saved {state.get(key)}, now {value}"
+            for key, value in self._identity().items()
+            if state.get(key) != value
         ]:
             raise ValueError(f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}")
         if state["micro"] and (state["micro_batch"] != self.micro_batch):
@@ -168,18 +139,20 @@ class ClipLoader:
             "videos": hashlib.sha256(names.encode()).hexdigest()[:16],
         }
 
-    def _after(self, place: tuple[int, int]) -> tuple[int, int]:
-        step, micro = place
+    def _after(self, step: int, micro: int) -> tuple[int, int]:
+        """Return the position of the next micro batch."""
         return (step, micro + 1) if (micro + 1) * self.micro_batch < self.rank_rows else (step + 1, 0)
 
-    def _positions(self, place: tuple[int, int]) -> range:
-        step, micro = place
-        first = step * self.global_batch + self.rank_offset + micro * self.micro_batch
-        return range(first, first + self.micro_batch)
+    def _positions(self, step: int, micro: int) -> Iterator[int]:
+        """Yield the global positions of this rank's rows from a micro batch on, without end."""
+        while True:
+            first = step * self.global_batch + self.rank_offset + micro * self.micro_batch
+            yield from range(first, first + self.micro_batch)
+            step, micro = self._after(step, micro)
 
     def _row(self, position: int) -> tuple[int, np.ndarray]:
-        """Read the clip at a global position: its index and its frames, uint8 (T, H, W, 3)."""
-        sample = np.random.default_rng((self.seed, _DRAW, position)).random(2)
+        """Read the clip at a global position: the index of its video, and its frames, uint8 (T, H, W, 3)."""
+        sample = np.random.default_rng((self.seed, _SAMPLE, position)).random(2)
         u = float(sample[0]) if self.shuffle else None
         count = len(self._source.videos)
         index, frames = self._index(position), None
@@ -189,14 +162,14 @@ class ClipLoader:
                     index = int(other)
                     break
         if frames is None:
-            raise VideoError(_nothing_readable(self._source))
+            raise VideoError(_no_readable_video(self._source))
         return index, frames[:, :, ::-1] if self.flip and sample[1] < 0.5 else frames
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, self._count())
         if not self.shuffle:
             return place
-        order = self._order  # one read of the pair: worker threads may replace it
+        order = self._order  # read once, because worker threads may replace it
         if order is None or order[0] != epoch:
             order = self._order = (
                 epoch,
@@ -205,15 +178,15 @@ class ClipLoader:
         return int(order[1][place])
 
     def _count(self) -> int:
-        """Videos of an epoch."""
+        """Number of videos in an epoch."""
         return len(self._source.videos)
 
 
 class FixedPass:
-    """One pass over a set: over all ranks, its batches hold every readable video once, in the order of the set.
+    """One pass over a rank's share of a set, see `iterate_once`.
 
-    Iterating yields dicts as `ClipLoader` does, without sample_offset and step; the last batch may be smaller. len() is
-    the number of batches if nothing is skipped. `skipped` lists unreadable videos as (name, reason).
+    Yields dicts as `ClipLoader` does, without sample_offset and step; the last batch may be smaller. len() is the number
+    of batches if no video is skipped.
     """
 
     def __init__(self, videos, shape, batch, rank, world_size, start, seed, workers):
@@ -233,7 +206,7 @@ class FixedPass:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """The videos of this rank's share that could not be used, as (name, reason)."""
+        """(name, reason) of the videos of this rank's share that could not be used."""
         return self._source.skipped
 
     def __len__(self) -> int:
@@ -255,7 +228,7 @@ class FixedPass:
             return self._source.clip(index, None, first=self._start)
         random = self._start == "random"
         return self._source.clip(
-            index, float(np.random.default_rng((self._seed, _DRAW, index)).random()) if random else None
+            index, float(np.random.default_rng((self._seed, _SAMPLE, index)).random()) if random else None
         )
 
 
@@ -269,16 +242,50 @@ def iterate_once(
     seed: int = 0,
     workers: int = 0,
 ) -> FixedPass:
-    """Return one pass over this rank's contiguous share of a set.
+    """Return an iterator over this rank's contiguous share of a set; all ranks together see every video once.
 
-    Clips begin at `start`: a frame number, the centre, or random by `seed` and the video's index. `workers` threads
-    read ahead. Raises ValueError for impossible numbers.
+    Clips start at frame `start`, in the centre, or at random by `seed` and the video's index. `workers` threads read
+    ahead. Raises ValueError for invalid numbers.
     """
     return FixedPass(videos, shape, batch, rank, world_size, start, seed, workers)
 
 
+def in_order(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument], workers: int, ahead: int = 4
+) -> Iterator[Result]:
+    """Yield function(argument) for each argument in order, computed by `workers` threads.
+
+    At most `ahead` results per thread are computed in advance, which bounds the memory. Without workers each result is
+    computed on demand. An exception is raised at the position of its result. When the iterator is closed or an
+    exception ends it, running calls are awaited and pending ones cancelled.
+    """
+    if not workers:
+        yield from map(function, arguments)
+        return
+    pending: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for argument in arguments:
+                pending.append(pool.submit(function, argument))
+                if len(pending) > ahead * workers:
+                    yield _pop_result(pending)
+            while pending:
+                yield _pop_result(pending)
+        finally:
+            running = [call for call in pending if not call.cancel()]
+            # A second Ctrl-C while the pool joins its threads makes Python before 3.13 lose track of them, and torch
+            # aborts the process if a thread outlives the interpreter. Waiting here avoids that.
+            wait(running)
+
+
+def _pop_result(pending: deque) -> Result:
+    result = pending[0].result()  # removed only afterwards, so that `finally` above waits for it
+    pending.popleft()
+    return result
+
+
 class _Source:
-    """Reads clips of a set by index, from memory or from files, and remembers what could not be read."""
+    """Reads clips of a set by index, from memory or from files, and records videos that cannot be used."""
 
     def __init__(self, videos: VideoSet, shape: ClipShape):
         if not videos.items:
@@ -292,7 +299,7 @@ class _Source:
         return sorted((self.videos.items[index].name, reason) for index, reason in list(self._reasons.items()))
 
     def clip(self, index: int, u: float | None, first: int | None = None) -> np.ndarray | None:
-        """Return uint8 (T, H, W, 3) of a video, or None if it is unreadable or too short (noted in `skipped`)."""
+        """Return uint8 (T, H, W, 3) frames, or None if the video is unreadable or too short (see `skipped`)."""
         if index in self._reasons:
             return None
         try:
@@ -313,12 +320,12 @@ class _Source:
         except ShortVideoError as error:
             if first is not None:
                 raise
-            # The header promised more than the file holds: choose again among the frames that are there
+            # The header overstates the number of frames: select again among those that decode.
             frames, _ = read_video(item.path, choose_start(error.frames, shape, u), shape.frames, shape.stride)
         return resize_frames(frames, shape.height, shape.width)
 
     def load_all(self, memory_gb: float, quiet: bool) -> None:
-        """Decode every video at the clip's size; warn and stay on files if that would take more than `memory_gb`."""
+        """Decode every video at the clip's size; warn and keep reading files if that exceeds `memory_gb` GiB."""
         count, used, memory, budget = len(self.videos), 0, {}, memory_gb * 2**30
         rows = in_order(self._decode, range(count), _DECODE_THREADS)
         bar = tqdm(rows, total=count, desc="decoding videos", unit="video", delay=1, disable=quiet)
@@ -336,11 +343,11 @@ class _Source:
                 )
                 return
         if not memory:
-            raise VideoError(_nothing_readable(self))
+            raise VideoError(_no_readable_video(self))
         self._memory = memory
 
     def take_memory(self) -> dict[int, np.ndarray] | None:
-        """Hand over what `load_all` decoded, by index; None if it did not fit."""
+        """Return the videos that `load_all` decoded, by index, and release them; None if they did not fit."""
         memory, self._memory = self._memory, None
         return memory
 
@@ -362,36 +369,13 @@ class _Source:
             return None
 
 
-class _Inline:
-    """Stands in for a thread pool when there are no workers: a submitted call runs when its result is asked for."""
-
-    class Call:
-        def __init__(self, function: Callable, argument):
-            self.function, self.argument = function, argument
-
-        def result(self):
-            return self.function(self.argument)
-
-        def cancel(self):
-            pass
-
-    def submit(self, function: Callable, argument) -> Call:
-        return self.Call(function, argument)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
 def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:
     clips = torch.stack([pixels_to_clip(frames) for _, frames in rows])
     return {"clip": clips, **video_labels([index for index, _ in rows], videos)}
 
 
 def video_labels(indices: list[int], videos: VideoSet) -> dict:
-    """What a batch says of its clips, videos `indices` of a set: label, index and caption; see `ClipLoader`."""
+    """Return label, index and caption of a batch of the videos `indices`, as in `ClipLoader`."""
     items = [videos.items[index] for index in indices]
     return {
         "label": torch.tensor([-1 if item.label is None else item.label for item in items], dtype=torch.int64),
@@ -400,6 +384,6 @@ def video_labels(indices: list[int], videos: VideoSet) -> dict:
     }
 
 
-def _nothing_readable(source: _Source) -> str:
+def _no_readable_video(source: _Source) -> str:
     name, reason = source.skipped[0]
     return f"{source.videos.spec}: none of the {len(source.videos)} videos can be used; the first, {name}: {reason}"

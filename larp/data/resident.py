@@ -1,6 +1,6 @@
-"""Training clips cut from videos that lie in the memory of the device: crops, speeds and brightness at no decoding.
+"""Augmented training clips, cut from videos that are held in device memory.
 
-Letters: b clips of a micro batch, T frames, H x W pixels of a clip, F frames of all videos.
+Shapes: b clips of a micro batch, T frames, H x W pixels of a clip.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Videos are kept so much larger than a clip: a crop reaches from the clip's own size to all of that.
+# Height and width of the stored frames relative to a clip's; crops range from the clip's size to the whole frame.
 _MARGIN = 21 / 16
-# Sides of the crops between the two; all clips with one side are resized in one call.
-_SIDES = 6
-_WHOLE = 0.25
+# Number of crop sizes; all clips of one size are resized in one call.
+_CROP_SIZES = 6
+_WHOLE_FRAME_SHARE = 0.25
 _BRIGHTNESS = 0.1
-_STRIDES = 3
-_RESIDENT_GB = 64.0
-_BACKWARDS = 0.25
-_DRAWS = 11  # numbers that make a clip
-_ROW = 4  # the random stream of a step, apart from the loader's own
+_MAX_STRIDE = 3
+_MAX_MEMORY_GB = 64.0
+_REVERSED_SHARE = 0.25
+_NUM_RANDOM = 11  # random numbers per clip
+_AUGMENT = 4  # random stream of the augmentation, separate from those of the loader
 
 
 class ResidentClips(ClipLoader):
-    """A `ClipLoader` of augmented clips: all videos are decoded once and kept as uint8 on `device`.
+    """A `ClipLoader` with augmentation: all videos are decoded once and stored as uint8 on `device`.
 
-    A clip is a random window at every first, second or third frame (as far as the video has room), a random square part of the
-    frame of 0.76 to 1 of its side (one clip in four is the whole frame), resized as videos are when they are read, its red,
-    green and blue each scaled by 0.9 to 1.1; one clip in four runs backwards, and with `flip` half of the clips are mirrored.
-    Which clip stands at a global position depends on the seed and that position alone.
+    A clip is a random window with stride 1, 2 or 3, as far as the video is long enough, and a random crop of 0.76 to 1 of
+    the frame's sides, resized as in `larp.data.clips`. One clip in four shows the whole frame, one in four is reversed
+    in time, and with `flip` half are mirrored. Each colour channel is scaled by 0.9 to 1.1. The clip at a global position
+    is a function of the seed and that position only.
 
-    Batches are those of `ClipLoader`, with the clips on the device. Raises ValueError where the videos need more than 64 GiB.
+    Batches equal those of `ClipLoader`, with the clips on the device. Raises ValueError if the videos need more than 64
+    GiB.
     """
 
     def __init__(
@@ -54,22 +55,22 @@ class ResidentClips(ClipLoader):
         device: torch.device | str = "cpu",
     ):
         self.out = shape
-        kept = ClipShape(shape.frames, round(shape.height * _MARGIN), round(shape.width * _MARGIN), shape.stride)
+        stored = ClipShape(shape.frames, round(shape.height * _MARGIN), round(shape.width * _MARGIN), shape.stride)
         super().__init__(
-            videos, kept, global_batch, micro_batch, seed, rank, world_size, flip=flip, in_memory=True,
-            memory_gb=_RESIDENT_GB,
+            videos, stored, global_batch, micro_batch, seed, rank, world_size, flip=flip, in_memory=True,
+            memory_gb=_MAX_MEMORY_GB,
         )  # fmt: skip
         memory = self._source.take_memory()
         if memory is None:
             raise ValueError(
-                f"{videos.spec}: crop keeps all videos in memory, and they need more than {_RESIDENT_GB:.0f} GiB: "
+                f"{videos.spec}: crop keeps all videos in memory, and they need more than {_MAX_MEMORY_GB:.0f} GiB: "
                 "train without --crop, or on fewer videos"
             )
         self.usable = sorted(memory)
         lengths = [len(memory[index]) for index in self.usable]
         self._lengths = np.array(lengths)
         self._offsets = np.cumsum([0, *lengths[:-1]])
-        self._frames = torch.empty((sum(lengths), kept.height, kept.width, 3), dtype=torch.uint8, device=device)
+        self._frames = torch.empty((sum(lengths), stored.height, stored.width, 3), dtype=torch.uint8, device=device)
         for index, offset, length in zip(self.usable, self._offsets, lengths, strict=True):
             self._frames[offset : offset + length] = torch.from_numpy(memory.pop(index))
 
@@ -78,10 +79,10 @@ class ResidentClips(ClipLoader):
             step, micro = self.step, self.micro
             first = self.rank_offset + micro * self.micro_batch
             rows = np.arange(first, first + self.micro_batch)
-            uniform = np.random.default_rng((self.seed, _ROW, step)).random((self.global_batch, _DRAWS))[rows]
+            uniform = np.random.default_rng((self.seed, _AUGMENT, step)).random((self.global_batch, _NUM_RANDOM))[rows]
             chosen = np.array([self._index(step * self.global_batch + row) for row in rows])
             batch = video_labels([self.usable[k] for k in chosen], self._source.videos)
-            self.step, self.micro = self._after((step, micro))
+            self.step, self.micro = self._after(step, micro)
             yield {"clip": self._cut(chosen, uniform), **batch, "sample_offset": first, "step": step}
 
     def _identity(self) -> dict:
@@ -95,21 +96,21 @@ class ResidentClips(ClipLoader):
         return len(self.usable)
 
     def _cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
-        """Cut the clips of the videos `chosen` (b,), as U[0, 1) values (b, 11) say: float32 (b, 3, T, H, W) in [0, 1]."""
+        """Cut clips from the videos `chosen` (b,) by U[0, 1) values (b, 11): float32 (b, 3, T, H, W) in [0, 1]."""
         shape, device = self.out, self._frames.device
-        window, start, whole, side, top, left, mirror, backwards = uniform.T[:8]
+        speed, start, whole, side, top, left, mirror, backwards = uniform.T[:8]
         lengths = self._lengths[chosen]
-        most = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _STRIDES)
-        strides = (1 + (window * most).astype(np.int64)) * shape.stride
+        limit = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _MAX_STRIDE)
+        strides = (1 + (speed * limit).astype(np.int64)) * shape.stride
         room = lengths - (shape.frames - 1) * strides
         starts = self._offsets[chosen] + (start * room).astype(np.int64)
-        order = np.where(backwards[:, None] < _BACKWARDS, np.arange(shape.frames)[::-1], np.arange(shape.frames))
+        order = np.where(backwards[:, None] < _REVERSED_SHARE, np.arange(shape.frames)[::-1], np.arange(shape.frames))
         frames = torch.from_numpy(starts[:, None] + strides[:, None] * order).to(device)
-        sides = np.where(whole < _WHOLE, _SIDES - 1, (side * _SIDES).astype(np.int64))
+        sides = np.where(whole < _WHOLE_FRAME_SHARE, _CROP_SIZES - 1, (side * _CROP_SIZES).astype(np.int64))
         clips = torch.empty((len(chosen), 3, *(shape.frames, shape.height, shape.width)), device=device)
         for k in np.unique(sides):
             rows = np.flatnonzero(sides == k)
-            share = k / (_SIDES - 1)
+            share = k / (_CROP_SIZES - 1)
             height = round(shape.height + share * (self.shape.height - shape.height))
             width = round(shape.width + share * (self.shape.width - shape.width))
             ys = (top[rows] * (self.shape.height - height + 1)).astype(np.int64)[:, None] + np.arange(height)

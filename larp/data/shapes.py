@@ -1,7 +1,7 @@
-"""The built-in captioned videos: one coloured shape that moves, rendered by code and written once as real MP4 files.
+"""The built-in captioned videos of one moving coloured shape, rendered once and stored as MP4 files.
 
-Six colours x three shapes x four directions make 72 triples; 16 of them (`HELD_OUT`) never appear in the train split,
-so a model that draws one of them has put together what it saw apart. The same seed gives the same pixels, on every
+Of the 72 triples of six colours, three shapes and four directions, 16 (`HELD_OUT`) never appear in the train split: a
+model that generates one of them composes attributes that it has only seen apart. A seed gives the same pixels on every
 machine.
 """
 
@@ -34,8 +34,8 @@ PHRASES = (
     "a {colour} {shape} moving {direction}", "a {colour} {shape} moves {direction}",
     "a {colour} {shape} that is moving {direction}", "there is a {colour} {shape} moving {direction}",
 )  # fmt: skip
-# 16 of the 72 triples: every colour 2 or 3 times, every shape 5 or 6 times, every direction 4 times, and no pair of
-# values (colour and shape, colour and direction, shape and direction) leaves the train split.
+# Each colour occurs 2 or 3 times, each shape 5 or 6 times and each direction 4 times. Every pair of values (colour and
+# shape, colour and direction, shape and direction) stays in the train split.
 HELD_OUT = frozenset(
     (tuple(COLOURS)[k % 6], SHAPES[(k + k // 6) % 3], tuple(DIRECTIONS)[(k + k // 4) % 4]) for k in range(16)
 )
@@ -44,7 +44,7 @@ _TEST_SHARE = 8
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a shape video shows: a key each of COLOURS, SHAPES, DIRECTIONS and SPEEDS (speed None: not said)."""
+    """The contents of a shape video: keys of COLOURS, SHAPES, DIRECTIONS and SPEEDS (speed None: unspecified)."""
 
     colour: str
     shape: str
@@ -53,23 +53,23 @@ class Attributes:
 
     @property
     def triple(self) -> tuple[str, str, str]:
-        """Colour, shape and direction: what decides whether a video is held out."""
+        """Colour, shape and direction, which decide whether a video is held out."""
         return self.colour, self.shape, self.direction
 
 
 def held_out(triple: tuple[str, str, str]) -> bool:
-    """Tell whether a (colour, shape, direction) triple is kept out of the train split."""
+    """Whether a (colour, shape, direction) triple is excluded from the train split."""
     return tuple(triple) in HELD_OUT
 
 
 def caption(attributes: Attributes, phrase: int = 0, say_speed: bool = False) -> str:
-    """Say what a video shows, in one of PHRASES; the speed is the last word when it is said."""
+    """Return a caption by one of PHRASES, with the speed as its last word if `say_speed`."""
     text = PHRASES[phrase].format(**asdict(attributes))
     return f"{text} {attributes.speed}" if say_speed and attributes.speed else text
 
 
 def parse_caption(text: str) -> Attributes:
-    """Read the attributes out of a caption; ValueError unless colour, shape and direction are each said once."""
+    """Parse the attributes of a caption. Raises ValueError unless it names one colour, one shape and one direction."""
     words = re.findall(r"[a-z]+", text.lower())
     found = {
         name: [value for value in values if value in words]
@@ -84,9 +84,9 @@ def parse_caption(text: str) -> Attributes:
 
 
 def held_out_prompts(n: int = 64) -> list[str]:
-    """Return n captions of held-out triples, beginning with "a red circle moving left".
+    """Return n captions of held-out triples, starting with "a red circle moving left".
 
-    First every triple in plain words, then with each speed, then in the other phrasings; beyond 96 they repeat.
+    Every triple in the first phrasing, then with each speed, then in the other phrasings; they repeat beyond 96.
     """
     colours, directions = list(COLOURS), list(DIRECTIONS)
     triples = sorted(HELD_OUT, key=lambda t: (directions.index(t[2]), colours.index(t[0]), SHAPES.index(t[1])))
@@ -98,10 +98,14 @@ def held_out_prompts(n: int = 64) -> list[str]:
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | float) -> np.ndarray:
-    """Return how much of each pixel a shape covers, in [0, 1]; x, y (pixels, y down) count from its centre of mass.
+    """Return the coverage of each pixel by a shape, in [0, 1].
 
-    `radius` in pixels is a circle's; the square and the triangle are sized to look as large. Edges are antialiased by
-    their distance to the pixel's centre.
+    Args:
+        shape: one of SHAPES.
+        x, y: pixel coordinates relative to the centre of mass, y pointing down.
+        radius: of the circle in pixels; square and triangle have about the same area.
+
+    Edges are antialiased by the distance of the pixel's centre.
     """
     if shape == "circle":
         distance = np.hypot(x, y) - radius
@@ -114,12 +118,12 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray | floa
 
 
 def render(attributes: Attributes, seed: int, size: int = 32, frames: int = 16) -> np.ndarray:
-    """Render a shape video: uint8 (frames, size, size, 3); the seed draws background, radius, start and exact speed."""
+    """Render a shape video, uint8 (frames, size, size, 3); the seed sets background, radius, start and exact speed."""
     generator = random.Random(f"larp-shapes-{VERSION}-{seed}")
     radius = size / 6 * generator.uniform(0.9, 1.1)
     background = generator.uniform(16, 48)
     speed = SPEEDS[attributes.speed or generator.choice(tuple(SPEEDS))]
-    # how far any shape reaches from its centre, so that the start's distribution tells nothing about the shape
+    # The largest extent of any shape from its centre, so that the start position does not reveal the shape.
     left, top, right, bottom = (factor * radius + 0.5 for factor in (1.15, 1.32, 1.15, 1.0))
     low, high = (left, top), (size - right, size - bottom)
     step = DIRECTIONS[attributes.direction]
@@ -140,7 +144,7 @@ def render(attributes: Attributes, seed: int, size: int = 32, frames: int = 16) 
 
 
 def sample_attributes(count: int, seed: int, split: str) -> list[tuple[Attributes, str]]:
-    """Draw `count` pairs of attributes and caption for split "train" (no held-out triple) or "test" (only those)."""
+    """Sample `count` (attributes, caption) pairs for split "train" (no held-out triple) or "test" (only held-out ones)."""
     generator = random.Random(f"larp-shapes-{VERSION}-{split}-{seed}")
     triples = [
         (c, s, d) for c in COLOURS for s in SHAPES for d in DIRECTIONS if held_out((c, s, d)) == (split == "test")
@@ -156,22 +160,21 @@ def sample_attributes(count: int, seed: int, split: str) -> list[tuple[Attribute
 
 
 def video_seed(seed: int, split: str, index: int) -> int:
-    """Return the seed that renders video `index` of a split, so that a file's pixels can be made again."""
+    """Return the seed with which video `index` of a split is rendered."""
     return seed * 1_000_003 + (500_000_000 if split == "test" else 0) + index
 
 
 def cache_folder() -> Path:
-    """Return where built-in videos are kept: $LARP_DATA, else ~/.cache/larp."""
+    """Return the folder of the built-in videos: $LARP_DATA, by default ~/.cache/larp."""
     return Path(os.environ.get("LARP_DATA") or Path.home() / ".cache" / "larp")
 
 
 def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, frames: int = 16) -> Path:
-    """Return the folder of one split's MP4 files and `manifest.jsonl`, rendering it first if it is not there.
+    """Return the folder of one split's MP4 files and `manifest.jsonl`, rendered first if it does not exist.
 
-    `count` is the train split's size; the test split holds an eighth of it (at least 16). Files are x264 in 4:4:4,
-    because half-resolution colour would smear a 32x32 picture. The folder appears in one rename: a killed rendering
-    leaves no half of it, and processes that race end with the same one. Raises ValueError for sizes that cannot be
-    rendered.
+    `count` is the size of the train split; the test split has an eighth of it, at least 16. Files are x264 in 4:4:4,
+    because half-resolution colour would blur a 32x32 frame. The folder is renamed into place when complete, so that
+    interrupted and concurrent renderings are safe. Raises ValueError for sizes that cannot be rendered.
     """
     for name, value, least in (("count", count, 1), ("size", size, 16), ("frames", frames, 2)):
         if value < least:
@@ -186,7 +189,7 @@ def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, fr
         temporary.chmod(0o755)
         temporary.rename(folder)
     except OSError:
-        # Another process was faster: its folder holds the same pixels
+        # Another process was faster; its folder holds the same pixels.
         if not (folder / "manifest.jsonl").is_file():
             raise
     finally:

@@ -1,10 +1,10 @@
-"""The token cache: clips are encoded once and trained on many times.
+"""The token cache: the codes of clips, encoded once and read in every epoch.
 
-    folder/key.json                  everything that changes a code; written first, for a resumed extraction to compare
-    folder/shard-00000.safetensors   rows of a fixed slice of the videos; each file appears whole or not at all
-    folder/index.json                written last: the cache is complete
+    folder/key.json                  everything that the codes depend on; written first, compared on resumption
+    folder/shard-00000.safetensors   rows of a fixed slice of the videos; written atomically
+    folder/index.json                written last; marks the cache as complete
 
-Shapes: M rows (windows of videos), N codes of a clip.
+Shapes: M rows (windows of videos), N codes of a clip, K codebook size, b rows of a batch.
 """
 
 import functools
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from larp.data.datasets import VideoSet
-from larp.files import write_json
+from larp.files import read_json, write_json
 
 import torch
 import torch.nn.functional as F
@@ -27,65 +27,65 @@ from torch import Tensor
 from tqdm import tqdm
 
 CODE_VERSION = 1
-"""Raised whenever a change of this code base changes the codes that a tokenizer gives for a video."""
+"""Incremented when a change of this code base changes the codes of a video."""
 KEY, INDEX = "key.json", "index.json"
 COLUMNS = ("codes", "conditions", "labels", "videos", "starts", "flipped", "fps")
 
 
 class TokenCacheError(ValueError):
-    """A token cache that is absent, incomplete, damaged, or made from something else than expected."""
+    """A token cache that is missing, incomplete, damaged, or made from other data or settings than expected."""
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Codes of many clips, in memory; row i belongs to one window of one video."""
+    """The codes of many clips, in memory; each row is one window of one video."""
 
     key: dict[str, Any]
     """What the codes were made from, see `token_key`."""
     codes: Tensor
     """(M, N), int16 or int32."""
     conditions: Tensor | None
-    """(M, N) codes of the given frames, repeated to a full clip; None unless extracted with condition frames."""
+    """(M, N) codes of the given frames, padded to a full clip; None if extracted without condition frames."""
     labels: Tensor
     """int64 (M,), -1 where the video has none."""
     videos: Tensor
-    """int64 (M,), the number of the row's video in the data set."""
+    """int64 (M,), index of the video in the data set."""
     starts: Tensor
-    """int64 (M,), the first frame of the window."""
+    """int64 (M,), first frame of the window."""
     flipped: Tensor
-    """bool (M,), mirrored left to right."""
+    """bool (M,), whether the window is mirrored."""
     fps: Tensor
-    """float64 (M,), frames per second of the clip: those of its file over the stride; NaN in caches older than this."""
+    """float64 (M,), frames per second of the clip (the file's over the stride); NaN in old caches."""
     names: tuple[str, ...]
-    """Names of the videos, one for each row."""
+    """Name of the video of each row."""
     captions: tuple[str | None, ...]
-    """Captions of the videos, one for each row."""
+    """Caption of the video of each row."""
     classes: tuple[str, ...]
-    """Class names in the order of the labels; empty if the data has none."""
+    """Class names by label; empty if the data has none."""
     skipped: tuple[tuple[str, str], ...]
     """(name, reason) of videos that could not be read."""
     tokenizer: str
-    """The path or hub name of the tokenizer, as it was given."""
+    """Path or hub name of the tokenizer, as given at extraction."""
     variant: str | None = None
-    """Which of its weights, see `larp.hub.LarpModel.from_pretrained`."""
+    """Its weight variant, see `larp.hub.LarpModel.from_pretrained`."""
     folder: Path | None = None
-    """Where the cache was opened, for messages."""
+    """Folder of the cache, for messages."""
 
     @classmethod
     def open(cls, folder: str | Path, expect: Mapping[str, Any] | None = None) -> "TokenCache":
-        """Read a finished cache.
+        """Read a complete cache.
 
         Args:
-            folder: where `larp.data.extraction` wrote it.
-            expect: parts of the key that must hold, for example {"tokenizer": tokenizer.weight_hash()}.
+            folder: written by `larp.data.extraction`.
+            expect: required entries of the key, for example {"tokenizer": tokenizer.weight_hash()}.
 
-        Raises TokenCacheError if the cache is absent, unfinished or damaged, or differs from `expect`, or was made by a
-        version of this code that gave other codes; it says in what.
+        Raises TokenCacheError if the cache is missing, incomplete or damaged, if its key differs from `expect`, or if it
+        was made by another `CODE_VERSION`.
         """
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             if (folder / KEY).is_file():
-                raise TokenCacheError(f"{folder} is unfinished: run the extraction again, it goes on where it stopped")
+                raise TokenCacheError(f"{folder} is unfinished: run the extraction again, it resumes where it stopped")
             raise TokenCacheError(f"{folder} holds no token cache: make one with training/extract_tokens.py")
         index = read_index(folder)
         check_key(
@@ -133,14 +133,15 @@ class TokenCache:
         return self.key["codebook_size"]
 
     def frame_rate(self, default: float) -> float:
-        """Return the frames per second that most clips have; `default` for an old cache, which does not know it."""
+        """Return the most frequent frames per second of the clips, or `default` for an old cache that has none."""
         known = self.fps[~self.fps.isnan()]
         return known.mode().values.item() if len(known) else default
 
     def load_tokenizer(self, path: str | Path | None = None, device: torch.device | str = "cpu"):
-        """Load the LarpTokenizer that made the codes, in its variant, from `path` or from where it lay then.
+        """Load the LarpTokenizer that made the codes, from `path` or, by default, from the path in the index.
 
-        Raises CheckpointError if `path` holds none; TokenCacheError if another one lies there, or none where it lay.
+        Raises CheckpointError if `path` holds no tokenizer, TokenCacheError if it holds another one or if the path in
+        the index holds none.
         """
         from larp.hub import CheckpointError
         from larp.models.tokenizer import LarpTokenizer
@@ -152,7 +153,7 @@ class TokenCache:
             if path:
                 raise
             raise TokenCacheError(
-                f"{where} names its tokenizer as it was typed then: {error}; give --tokenizer"
+                f"{where} names its tokenizer as it was given at extraction: {error}; give --tokenizer"
             ) from error
         check_key(
             self.key,
@@ -163,16 +164,16 @@ class TokenCache:
         return tokenizer
 
     def select(self, rows: Tensor) -> "TokenCache":
-        """Return the cache of some rows, int64 (m,)."""
-        chosen = rows.tolist()
+        """Return a cache of the given rows, int64 (m,)."""
+        selected = rows.tolist()
         columns = {name: getattr(self, name)[rows] for name in COLUMNS if getattr(self, name) is not None}
-        names, captions = tuple(self.names[i] for i in chosen), tuple(self.captions[i] for i in chosen)
+        names, captions = tuple(self.names[i] for i in selected), tuple(self.captions[i] for i in selected)
         return replace(self, **columns, names=names, captions=captions)
 
     def batch(self, rows: Tensor, task: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Return codes int64 (b, N) and the generator's condition of some rows.
+        """Return codes int64 (b, N) and the generator's condition of the given rows, int64 (b,).
 
-        The condition is labels (b,) for the task "class", or the given codes and the separator (b, N + 1).
+        The condition is labels (b,) for the task "class", else the given codes and the separator (b, N + 1).
         """
         codes = self.codes[rows].long().to(device)
         if task == "class":
@@ -180,9 +181,9 @@ class TokenCache:
         return codes, with_separator(self.conditions[rows].long().to(device), self.codebook_size)
 
     def require(self, task: str, where: str, classes: tuple[str, ...] | None = None) -> None:
-        """Raise TokenCacheError if the cache lacks what a generator's task needs: a class for each clip, or conditions.
+        """Raise TokenCacheError if the cache lacks what a generator's task needs: labels for all clips, or conditions.
 
-        `where` names the data in the message; `classes` are the class names that the cache must have.
+        `where` names the data in messages; `classes` are the required class names.
         """
         if task == "frame-prediction":
             if self.conditions is None:
@@ -202,22 +203,22 @@ class TokenCache:
             )
 
     def hold_out(self, every: int = 20) -> tuple["TokenCache", "TokenCache"]:
-        """Split off every n-th video with all its windows: (the others, the held-out ones).
+        """Split into (training rows, held-out rows), holding out every `every`-th video with all its windows.
 
         Raises TokenCacheError if there are too few videos for both.
         """
-        held = self.videos % every == every - 1
-        if held.all() or not held.any():
+        held_out = self.videos % every == every - 1
+        if held_out.all() or not held_out.any():
             raise TokenCacheError(
                 f"{self.folder or 'the token cache'} holds {len(self.videos.unique())} videos, too few to hold out one"
                 f" in {every}: give a second token cache to validate on with --eval-tokens DIR"
                 " (training/extract_tokens.py makes one)"
             )
-        return self.select((~held).nonzero()[:, 0]), self.select(held.nonzero()[:, 0])
+        return self.select((~held_out).nonzero()[:, 0]), self.select(held_out.nonzero()[:, 0])
 
 
 def with_separator(given: Tensor, codebook_size: int) -> Tensor:
-    """Return the condition of frame prediction: codes (b, N) of given frames and the separator, (b, N + 1)."""
+    """Append the separator K to the codes (b, N) of given frames: the condition of frame prediction, (b, N + 1)."""
     return F.pad(given, (0, 1), value=codebook_size)
 
 
@@ -231,12 +232,9 @@ def token_key(
     flips: bool,
     condition_frames: int,
 ) -> dict[str, Any]:
-    """Return everything that changes a code, as plain values: two caches with equal keys hold equal codes.
+    """Return everything that the codes depend on, as plain values: caches with equal keys hold equal codes.
 
-    Args:
-        tokenizer: a LarpTokenizer.
-        videos, split: the data and the split that it was opened with.
-        stride, windows, hop, flips, condition_frames: as in `larp.data.extraction.extract_tokens`.
+    The arguments are those of `larp.data.extraction.extract_tokens`.
     """
     config = tokenizer.config
     described = [[item.name, item.label, item.caption, *file_state(item.path)] for item in videos.items]
@@ -261,18 +259,17 @@ def token_key(
 
 
 def file_state(path: Path) -> tuple[int, int]:
-    """Return the size in bytes and the modification time in ns of a file, both 0 if there is none."""
-    # A video replaced under its old name gives other codes. Reading every file to hash it would take as long as
-    # encoding does; size and time are what rsync and make go by.
+    """Return size in bytes and modification time in ns of a file, both 0 if it does not exist."""
+    # They detect a replaced video, as rsync and make do. Hashing every file would take as long as encoding it.
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def check_key(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise TokenCacheError that lists every expected part of a key which is found otherwise."""
+    """Raise TokenCacheError that lists every entry of `expected` from which `found` differs."""
     wrong = [
         f"{name} is {found.get(name)!r}, expected {value!r}"
         for name, value in expected.items()
@@ -283,23 +280,24 @@ def check_key(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, 
 
 
 def shard_slices(videos: int) -> list[range]:
-    """Return which videos each shard holds: a function of their number only, so that any number of ranks can resume."""
+    """Return the videos of each shard; depends on their number only, so that any number of ranks can resume."""
     size = min(max(videos // 64, 8), 512)
     return [range(start, min(start + size, videos)) for start in range(0, videos, size)]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Return the file of a shard."""
+    """Return the path of a shard."""
     return folder / f"shard-{shard:05d}.safetensors"
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skipped: list[list[str]]) -> None:
-    """Write a shard, whole or not at all.
+    """Write a shard atomically.
 
     Args:
-        tensors: the columns of `TokenCache`, by name.
-        videos: [number, name, caption] of each video with rows in this shard.
-        skipped: [name, reason] of each video without.
+        path: see `shard_path`.
+        tensors: columns of `TokenCache` by name.
+        videos: [index, name, caption] of each video with rows in this shard.
+        skipped: [name, reason] of each video without rows.
     """
     part = path.with_suffix(".part")
     save_file(tensors, part, metadata={"videos": json.dumps(videos), "skipped": json.dumps(skipped)})
@@ -307,7 +305,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skip
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
-    """Read the columns of a shard and its notes (videos, skipped); TokenCacheError if the file is damaged or gone."""
+    """Return the columns of a shard, and its `videos` and `skipped`. Raises TokenCacheError for a damaged file."""
     try:
         with safe_open(path, framework="pt") as file:
             notes = {name: json.loads(text) for name, text in file.metadata().items() if name in ("videos", "skipped")}
@@ -319,14 +317,14 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
 
 
 def begin_cache(folder: Path, key: dict[str, Any]) -> None:
-    """Make the folder and note the key.
+    """Create the folder and write the key.
 
-    TokenCacheError if the folder was begun with another key, or cannot be made or written to.
+    Raises TokenCacheError if the folder was begun with another key or cannot be written.
     """
     try:
         if (folder / KEY).is_file():
             check_key(
-                read_json(folder / KEY),
+                _read_json(folder / KEY),
                 key,
                 f"{folder} was begun before and",
                 "choose another --out, or delete the folder (`videos` stands for the names, labels, captions and files;"
@@ -339,7 +337,7 @@ def begin_cache(folder: Path, key: dict[str, Any]) -> None:
 
 
 def nothing_encoded(folder: Path, shards: int) -> list[list[str]]:
-    """Return [name, reason] of all videos if all shards are there and hold no row; else an empty list."""
+    """Return [name, reason] of all videos if all shards exist and none has a row, else an empty list."""
     skipped: list[list[str]] = []
     for path in (shard_path(folder, shard) for shard in range(shards)):
         if not path.is_file():
@@ -352,7 +350,7 @@ def nothing_encoded(folder: Path, shards: int) -> list[list[str]]:
 
 
 def discard_cache(folder: Path, shards: int) -> None:
-    """Remove the files of a cache; the key goes last, so that a removal that is cut short can be told from no cache."""
+    """Remove the files of a cache; the key is removed last, so that an interrupted removal is not taken for no cache."""
     for path in (folder / INDEX, *(shard_path(folder, shard) for shard in range(shards)), folder / KEY):
         path.unlink(missing_ok=True)
 
@@ -365,7 +363,7 @@ def finish_cache(
     shards: int,
     variant: str | None = None,
 ) -> None:
-    """Write the index, which marks the cache as complete; every shard must be there."""
+    """Write the index, which marks the cache as complete. Raises TokenCacheError if a shard is missing."""
     paths = [shard_path(folder, shard) for shard in range(shards)]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -376,28 +374,28 @@ def finish_cache(
     write_json(folder / INDEX, index | {"shards": [path.name for path in paths]})
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; TokenCacheError names a damaged file."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a complete cache. Raises TokenCacheError that names what a damaged one lacks."""
+    index, kinds = _read_json(folder / INDEX), {"key": dict, "classes": list, "tokenizer": str, "shards": list}
+    fields = index if isinstance(index, dict) else {}
+    if lacking := [name for name, kind in kinds.items() if not isinstance(fields.get(name), kind)]:
+        raise TokenCacheError(
+            f"{folder / INDEX} is damaged: it lacks {', '.join(lacking)}; delete this file, and run the extraction again"
+        )
+    return fields
+
+
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise TokenCacheError(f"{path} cannot be read ({error}): extract the tokens again") from error
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read the index of a finished cache; TokenCacheError says what a damaged one lacks."""
-    index, kinds = read_json(folder / INDEX), {"key": dict, "classes": list, "tokenizer": str, "shards": list}
-    found = index if isinstance(index, dict) else {}
-    if lacking := [name for name, kind in kinds.items() if not isinstance(found.get(name), kind)]:
-        lacks = f"{folder / INDEX} is damaged: it lacks {', '.join(lacking)}"
-        raise TokenCacheError(f"{lacks}; delete this file, and run the extraction again")
-    return found
-
-
 def batch_rows(rows: int, step: int, global_batch: int, seed: int) -> Tensor:
-    """Return the rows int64 (global_batch,) of a training step: each epoch is a new order, batches run across epochs.
+    """Return the rows, int64 (global_batch,), of a training step; each epoch has a new order, batches span epochs.
 
-    A function of its arguments only, so that resuming needs no more than the step, and ranks just take their slices.
+    A function of its arguments only: a resumed run needs only the step, and each rank takes its slice.
     """
     positions = range(step * global_batch, (step + 1) * global_batch)
     return torch.stack([_order(rows, seed, position // rows)[position % rows] for position in positions])

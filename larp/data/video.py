@@ -1,8 +1,7 @@
-"""Video files <-> uint8 frames (T, H, W, 3), with PyAV and nothing else. A PNG or JPEG picture reads as one frame.
+"""Reads video files into uint8 frames (T, H, W, 3) and writes them, with PyAV.
 
-An .npy file of frames is a video too, and needs no PyAV (larp/data/container.py); these are read, not written here.
-Other files are opened by larp/data/container.py, and every failure is a `VideoError` that names the file. FFmpeg may end early
-in silence, so the number of frames that came out is compared with the number that was asked for.
+PNG and JPEG files read as one frame, and .npy files of frames as videos (without PyAV). Every failure is a `VideoError`
+that names the file. FFmpeg may stop early without an error, so the number of decoded frames is checked.
 """
 
 from __future__ import annotations
@@ -32,22 +31,22 @@ from larp.data.container import (
     opened,
 )
 from larp.data.encoding import Encoding, Gif, Movie, check_encoder
+from larp.files import check_output
 
 import numpy as np
 
 if TYPE_CHECKING:
     from larp.data.audio import AudioTrack
-from larp.files import check_output
 
-# Frames per second that can be written: a GIF counts 16 bits of hundredths of a second, and no player shows a thousand.
-LEAST_FPS, MOST_FPS = 0.01, 1000.0
+MIN_FPS, MAX_FPS = 0.01, 1000.0
+"""Frame rates that can be written: a GIF stores delays as 16 bits of hundredths of a second."""
 VIDEO_SUFFIXES = frozenset(
     (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
 )
 
 
 class ShortVideoError(VideoError):
-    """A video that ended before the frames that were asked for; `.frames` is how many frames it does hold."""
+    """A video with fewer frames than requested; `.frames` is the number that it holds."""
 
     def __init__(self, message: str, frames: int):
         super().__init__(message)
@@ -56,9 +55,9 @@ class ShortVideoError(VideoError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What `probe` tells about a video file: display size in pixels, frames, frames per second, codec.
+    """The result of `probe`: display size in pixels, frames, frames per second, codec, duration in seconds.
 
-    `even`: the frames come at one rate; where they do not, `fps` is their average.
+    `even` is False for a variable frame rate; `fps` is then the average.
     """
 
     width: int
@@ -71,9 +70,9 @@ class VideoInfo:
 
 
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
-    """Describe a video file by its header, its first frame and, when the header does not count them, its packets.
+    """Describe a video file by its header and first frame; packets are counted if the header has no frame count.
 
-    `frames` is the header's promise, so decoding may find fewer. Raises VideoError.
+    Decoding may yield fewer frames than `frames`. Raises VideoError.
     """
     if is_frame_file(path):
         frames, height, width = open_frames(path, max_pixels).shape[:3]
@@ -92,7 +91,7 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
 
 
 def count_frames(path: str | Path) -> int:
-    """Return how many frames a video file's header or packets promise, without decoding. Raises VideoError."""
+    """Return the number of frames by a video file's header or packets, without decoding. Raises VideoError."""
     if is_frame_file(path):
         return len(open_frames(path))
     with opened(path) as (container, stream):
@@ -102,12 +101,13 @@ def count_frames(path: str | Path) -> int:
 def read_video(
     path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, float]:
-    """Read frames start, start + stride, ... of a file: uint8 (T, H, W, 3) RGB, and the file's fps.
+    """Read the frames start, start + stride, ... of a file; return uint8 (T, H, W, 3) RGB and the file's fps.
 
-    `count` is the number of frames to return (None: to the end); rotation metadata is applied. Decodes from the first
-    frame on, because seeking is inexact in files with variable frame rates or broken indices, and converts only what is
-    returned. Raises VideoError; ShortVideoError if fewer than `count` frames are there, or a whole read ends well
-    before the header says.
+    `count` is the number of frames to return (None: to the end). Rotation metadata is applied. Decoding starts at the
+    first frame, because seeking is inexact with variable frame rates and broken indices.
+
+    Raises VideoError; ShortVideoError if there are fewer than `count` frames, or a read to the end yields far fewer than
+    the header states.
     """
     _check_choice(path, start, count, stride)
     if is_frame_file(path):
@@ -118,37 +118,42 @@ def read_video(
         for frame in _pictures(path, container, stream, decoded, start, count, stride):
             frames.append(frame)
             _check_memory(path, frame.nbytes * len(frames))
-    _check_promise(path, start, count, stride, len(frames), decoded)
+    _check_frame_count(path, start, count, stride, len(frames), decoded)
     return np.stack(frames), fps
 
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
-    """Yield every frame of a video file as uint8 (H, W, 3), in bounded memory. Raises VideoError."""
+    """Yield every frame of a video file as uint8 (H, W, 3), one at a time. Raises VideoError."""
     if is_frame_file(path):
         yield from map(np.array, open_frames(path, max_pixels))
         return
     with opened(path, max_pixels) as (container, stream):
         decoded = _Decoded(stream.frames)
         yield from _pictures(path, container, stream, decoded, 0, None, 1)
-    _check_promise(path, 0, None, 1, decoded.frames, decoded)
+    _check_frame_count(path, 0, None, 1, decoded.frames, decoded)
 
 
 class VideoWriter:
-    """A video file written piece by piece, for videos too long to be held in memory; a context manager.
+    """Writes a video file piece by piece, for videos that do not fit in memory; a context manager.
 
-    The file appears under its name, whole, when the block ends well; after an exception there is nothing new at all.
+    The file appears under its name when the block ends without an exception, and not at all otherwise.
 
         with AudioTrack("in.mp4") as audio, VideoWriter("out.mp4", fps=25, audio=audio) as writer:
             for frames in pieces:  # uint8 (T, H, W, 3)
                 writer.write(frames)
 
-    The suffix chooses the container; a .gif becomes an animated GIF, and is held in memory (a GIF is one palette and
-    a list). `quality` is on x264's CRF scale, 0 (best) to 51; a GIF knows no quality. The default pixel format plays
-    everywhere but keeps colour at half resolution and needs even sizes: an odd side is padded by repeating its last row
-    or column. "yuv444p" keeps colours and odd sizes exactly, but browsers may not play it. `preset` is x264's speed
-    setting and `tune` what it is tuned for ("psnr": the pixels, not the eye), ignored by other codecs. `audio` goes along as it is; where the container cannot hold it, it is left out
-    and `audio.notes` says why. Raises VideoError for a rate that `check_fps` refuses, a URL, a file that cannot be written,
-    and a missing `codec`, with the encoders at hand.
+    Args:
+        path: its suffix selects the container; .gif makes an animated GIF, whose frames are held in memory.
+        fps: frames per second, see `check_fps`.
+        codec: an encoder of FFmpeg.
+        quality: on x264's CRF scale, from 0 (best) to 51; ignored for a GIF.
+        pixel_format: the default plays everywhere, but halves the colour resolution and pads odd sides by repeating the
+            last row or column. "yuv444p" keeps full colour and odd sizes, but browsers may not play it.
+        preset, tune: x264's speed preset and tuning ("psnr" favours pixel error over appearance); x265 takes them too,
+            other codecs ignore them.
+        audio: copied without encoding; if the container cannot hold it, it is left out and `audio.notes` says why.
+
+    Raises VideoError for an invalid rate, a URL, a file that cannot be written, and an encoder that is not available.
     """
 
     def __init__(
@@ -244,18 +249,16 @@ class VideoWriter:
 
 
 def check_fps(fps: float) -> float:
-    """The frames per second as a float; VideoError unless they are a number from `LEAST_FPS` to `MOST_FPS`."""
-    if not isinstance(fps, Real) or not LEAST_FPS <= fps <= MOST_FPS:
-        raise VideoError(
-            f"fps is {fps!r}; it must be a number from {LEAST_FPS:g} to {MOST_FPS:g}, to be written to files"
-        )
+    """Return the frames per second as a float. Raises VideoError unless they are from `MIN_FPS` to `MAX_FPS`."""
+    if not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:
+        raise VideoError(f"fps is {fps!r}; it must be a number from {MIN_FPS:g} to {MAX_FPS:g}, to be written to files")
     return float(fps)
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) -> None:
-    """Write uint8 (T, H, W, 3) RGB frames to a video file, or to an animated GIF if the suffix is .gif; atomic.
+    """Write uint8 (T, H, W, 3) RGB frames to a video file atomically.
 
-    `encoding` is what `VideoWriter` takes: codec, quality, pixel_format, preset, tune, audio. Raises VideoError.
+    `encoding` holds further arguments of `VideoWriter`. Raises VideoError.
     """
     with VideoWriter(path, fps, **encoding) as writer:
         writer.write(frames)
@@ -263,29 +266,26 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, **encoding) ->
 
 @cache
 def movies_are_written() -> bool:
-    """Whether training and its like write videos beside their pictures; without PyAV they do not, and one note says so."""
+    """Whether scripts write videos beside their pictures; prints a note once if PyAV is missing."""
     if not has_pyav():
         print("note: pictures only, no videos beside them: PyAV is missing (pip install av)")
     return has_pyav()
 
 
-# Reading
-
-
 @dataclass
 class _Decoded:
-    """How many frames the header promises (0: it does not say) and how many were decoded, returned or not."""
+    """Number of frames by the header (0: unknown), and number of frames decoded so far, returned or not."""
 
-    promised: int
+    expected: int
     frames: int = 0
 
 
 def _pictures(
     path, container, stream, decoded: _Decoded, start: int, count: int | None, stride: int
 ) -> Iterator[np.ndarray]:
-    """Yield the chosen frames of an opened stream as uint8 (H, W, 3), rotated as the file asks."""
+    """Yield the chosen frames of an opened stream as uint8 (H, W, 3), with rotation metadata applied."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    convert = av.video.reformatter.VideoReformatter()  # one for all frames: setting it up costs more than a small frame
+    convert = av.video.reformatter.VideoReformatter()  # shared: its set-up costs more than converting a small frame
     for index, frame in enumerate(container.decode(stream)):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
@@ -294,7 +294,7 @@ def _pictures(
             size = size or (frame.width, frame.height)
             if (frame.width, frame.height) != size:
                 raise VideoError(f"{path}: the frame size changes at frame {index}; re-encode the file")
-            # FFmpeg's rotation counts counter-clockwise, as rot90 does
+            # Both FFmpeg's rotation and rot90 are counter-clockwise.
             pixels = convert.reformat(frame, format="rgb24").to_ndarray()
             yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
         if index == last:
@@ -305,8 +305,8 @@ def _read_frame_file(path, start: int, count: int | None, stride: int, max_pixel
     frames = open_frames(path, max_pixels)
     chosen = frames[start::stride] if count is None else frames[start : start + (count - 1) * stride + 1 : stride]
     _check_memory(path, chosen.nbytes)
-    _check_promise(path, start, count, stride, len(chosen), _Decoded(len(frames), len(frames)))
-    return np.array(chosen)  # a copy: nothing of the file stays open
+    _check_frame_count(path, start, count, stride, len(chosen), _Decoded(len(frames), len(frames)))
+    return np.array(chosen)  # a copy, so that the file does not stay mapped
 
 
 def _check_choice(path, start: int, count: int | None, stride: int) -> None:
@@ -321,14 +321,14 @@ def _check_memory(path, needed: int) -> None:
         raise VideoError(f"{path}: needs more than {MAX_BYTES >> 30} GiB of frames; read a part of it (start, count)")
 
 
-def _check_promise(path, start: int, count: int | None, stride: int, got: int, decoded: _Decoded) -> None:
-    """Refuse a decode that ended early in silence; headers that miscount by 2 frames or 2 % are common."""
-    held, promised = decoded.frames, decoded.promised
+def _check_frame_count(path, start: int, count: int | None, stride: int, got: int, decoded: _Decoded) -> None:
+    """Raise ShortVideoError if decoding stopped early; headers that are off by 2 frames or 2 % are common."""
+    held, expected = decoded.frames, decoded.expected
     if count is not None and got < count:
         wanted = f"asked for {count} frames from frame {start}" + (f" at stride {stride}" if stride > 1 else "")
         raise ShortVideoError(f"{path}: {wanted}, but the video holds {held}", held)
-    if count is None and held < promised - max(2, promised // 50):
-        raise ShortVideoError(f"{path}: truncated: the header promises {promised} frames, {held} decode", held)
+    if count is None and held < expected - max(2, expected // 50):
+        raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
     if not got:
         raise ShortVideoError(f"{path}: holds {held} frames, none at or after frame {start}", held)
 
@@ -339,9 +339,6 @@ def _count_packets(container, stream) -> int:
 
 def _fps(stream) -> float:
     return float(stream.average_rate or stream.base_rate or 25)
-
-
-# Writing
 
 
 def _rational(fps: float) -> Fraction:

@@ -1,4 +1,4 @@
-"""Makers of small videos with sound, and with frames at uneven times, for tests."""
+"""Writes small test videos with audio and with variable frame rates."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -10,7 +10,7 @@ RATE = 16_000
 
 
 def write_with_sound(path: Path, frames: np.ndarray, fps: int, codec: str = "aac", delay: float = 0.0) -> Path:
-    """Write uint8 (T, H, W, 3) frames and a tone of about the same length; the pictures begin `delay` seconds late."""
+    """Write uint8 (T, H, W, 3) frames and a tone of about the same length; the frames start after `delay` seconds."""
     seconds = len(frames) / fps + delay
     tone = np.sin(2 * np.pi * 440 * np.arange(int(seconds * RATE)) / RATE)[None]
     tone = np.ascontiguousarray(tone / 2, np.float32) if codec == "aac" else (tone * 2**14).astype(np.int16)
@@ -34,7 +34,7 @@ def write_with_sound(path: Path, frames: np.ndarray, fps: int, codec: str = "aac
 
 
 def sound_of(path: Path) -> np.ndarray:
-    """The samples of a file's sound, float (n,); empty without."""
+    """The audio samples of a file, float (n,); empty without audio."""
     with av.open(str(path)) as container:
         if not container.streams.audio:
             return np.zeros(0)
@@ -43,7 +43,7 @@ def sound_of(path: Path) -> np.ndarray:
 
 
 def sound_start(path: Path) -> float:
-    """The second at which the first sample of a file's sound comes."""
+    """The time in seconds of the first audio sample of a file."""
     with av.open(str(path)) as container:
         frame = next(container.decode(audio=0))
         return float(frame.pts * frame.time_base)

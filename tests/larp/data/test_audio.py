@@ -1,4 +1,4 @@
-"""Sound goes from one file into another as it is, or it is said why not."""
+"""Audio is copied from one file to another unchanged, or a note states why not."""
 
 from larp.data.audio import AudioTrack
 from larp.data.container import VideoError
@@ -12,7 +12,7 @@ FRAMES = np.random.default_rng(0).integers(0, 255, (30, 16, 16, 3), dtype=np.uin
 
 
 def carried(source, out) -> list[str]:
-    """Write other pictures with the sound of `source`; what was noted."""
+    """Write other frames with the audio of `source`; return the notes."""
     with AudioTrack(source) as audio, VideoWriter(out, 10, audio=audio) as writer:
         for start in range(0, 30, 7):
             writer.write(FRAMES[start : start + 7])
@@ -20,7 +20,7 @@ def carried(source, out) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv", ".avi", ".ts", ".flv", ".m4v", ".3gp"])
-def test_sound_arrives_sample_for_sample(tmp_path, suffix):
+def test_audio_is_copied_exactly(tmp_path, suffix):
     source = write_with_sound(tmp_path / "a.mp4", FRAMES, 10)
     assert carried(source, tmp_path / f"b{suffix}") == []
     before, after = sound_of(source), sound_of(tmp_path / f"b{suffix}")
@@ -30,7 +30,7 @@ def test_sound_arrives_sample_for_sample(tmp_path, suffix):
     assert probe(tmp_path / f"b{suffix}").frames == 30
 
 
-def test_sound_is_timed_from_the_first_picture(tmp_path):
+def test_audio_is_timed_from_the_first_frame(tmp_path):
     source = write_with_sound(tmp_path / "a.mkv", FRAMES, 10, codec="pcm_s16le", delay=1.0)
     carried(source, tmp_path / "b.mkv")
     with AudioTrack(tmp_path / "b.mkv") as audio:
@@ -39,30 +39,30 @@ def test_sound_is_timed_from_the_first_picture(tmp_path):
 
 
 @pytest.mark.parametrize("suffix, words", [(".gif", "a .gif holds none"), (".mpg", ".mpg cannot hold aac, .mkv can")])
-def test_what_cannot_hold_the_sound_is_written_without_it(tmp_path, suffix, words):
+def test_containers_without_audio_are_written_without_it(tmp_path, suffix, words):
     (note,) = carried(write_with_sound(tmp_path / "a.mp4", FRAMES, 10), tmp_path / f"b{suffix}")
     assert note.startswith("the sound was left out") and words in note
     assert sound_of(tmp_path / f"b{suffix}").size == 0 and probe(tmp_path / f"b{suffix}").frames == 30
 
 
-def test_a_silent_video_needs_no_note(tmp_path):
+def test_a_video_without_audio_gives_no_note(tmp_path):
     write_video(tmp_path / "a.mp4", FRAMES, 10)
     assert carried(tmp_path / "a.mp4", tmp_path / "b.mp4") == []
 
 
-def test_what_is_no_video_is_refused(tmp_path):
+def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.mp4").write_text("hello")
     with pytest.raises(VideoError, match=r"a.mp4: does not begin like a video"), AudioTrack(tmp_path / "a.mp4"):
         pass
 
 
-def test_a_failing_write_is_not_blamed_on_the_sound(tmp_path):
+def test_a_failed_write_is_not_reported_as_an_audio_error(tmp_path):
     source = write_with_sound(tmp_path / "a.mp4", FRAMES, 10)
     with pytest.raises(OSError, match=r"disk"), AudioTrack(source):
         raise OSError("disk")
 
 
-def test_real_sound_that_does_not_decode_is_carried_all_the_same(tmp_path, clips_root):
+def test_audio_that_does_not_decode_is_copied(tmp_path, clips_root):
     for name in ("video_with_failing_audio.mp4", "test.avi"):
         assert carried(clips_root / "odd" / name, tmp_path / "b.mp4") == []
         with AudioTrack(tmp_path / "b.mp4") as audio:

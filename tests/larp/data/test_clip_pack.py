@@ -1,4 +1,4 @@
-"""Packs of clips: what goes in comes out, whichever decoder is at hand, and a damaged pack is refused in a line."""
+"""Packs of clips: they unpack to their contents with either decoder, and damaged packs are refused in one line."""
 
 import json
 import os
@@ -23,7 +23,7 @@ TINY = PackOptions(size=32, max_frames=12, held_out_frames=4, crf=12)
 
 
 def moving(seed: int, frames: int = 20, height: int = 40, width: int = 48) -> np.ndarray:
-    """A coloured square on a shaded ground, which tells left from right, red from blue and one frame from another."""
+    """A coloured square on a gradient, asymmetric in space, colour and time."""
     ramp = np.linspace(30, 200, width).astype(np.uint8)
     video = np.empty((frames, height, width, 3), np.uint8)
     video[:] = np.stack([ramp, np.roll(ramp, 5 * seed), ramp[::-1]], axis=-1)
@@ -34,7 +34,7 @@ def moving(seed: int, frames: int = 20, height: int = 40, width: int = 48) -> np
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A UCF-101 of two classes, and a folder of captioned clips of other things with a broken one among them."""
+    """UCF-101 with two classes, and a folder of other captioned clips, one of them broken."""
     root = tmp_path_factory.mktemp("data")
     lists = root / "ucf/ucfTrainTestlist"
     lists.mkdir(parents=True)
@@ -68,7 +68,7 @@ def pack(home) -> Path:
 
 
 def rewritten(pack: Path, to: Path, member: str, change) -> Path:
-    """A copy of a pack, sound as a zip file, with one member changed."""
+    """A copy of a pack, valid as a zip file, with one member changed."""
     with zipfile.ZipFile(pack) as old, zipfile.ZipFile(to, "w") as new:
         for name in old.namelist():
             data = old.read(name)
@@ -95,7 +95,7 @@ def test_a_pack_keeps_splits_labels_and_captions(pack, tmp_path):
     assert len(labelled) == 6 and None not in [item.label for item in labelled.items]
 
 
-def test_more_videos_are_for_training_alone_and_have_no_class(home, tmp_path, monkeypatch):
+def test_videos_of_more_are_unlabelled_training_videos(home, tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_DATA", str(tmp_path / "data"))
     more = [f"jsonl:{home / 'more/clips.jsonl'}", "shapes:count=6,size=16"]
     report = pack_clips([f"ucf101:{home / 'ucf'}"], tmp_path / "box.clips", TINY, more=more)
@@ -150,7 +150,7 @@ def test_real_clips_come_back(clips_root, tmp_path):
         assert frames.shape == (24, 64, 64, 3)
 
 
-def test_a_second_call_leaves_a_whole_folder_alone(pack, tmp_path):
+def test_a_second_call_leaves_a_complete_folder_unchanged(pack, tmp_path):
     unpack_clips(pack, tmp_path / "box")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "box").rglob("*")}
     assert not unpack_clips(pack, tmp_path / "box").fresh
@@ -160,7 +160,7 @@ def test_a_second_call_leaves_a_whole_folder_alone(pack, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["short.npy", "clips.jsonl", "labelled.jsonl"])
-def test_a_second_call_finds_every_file_that_is_gone_or_changed(pack, tmp_path, name):
+def test_a_second_call_finds_missing_and_changed_files(pack, tmp_path, name):
     unpack_clips(pack, tmp_path / "box")
     file = tmp_path / "box" / name
     data = file.read_bytes()
@@ -174,7 +174,7 @@ def test_a_second_call_finds_every_file_that_is_gone_or_changed(pack, tmp_path, 
     assert not unpack_clips(pack, tmp_path / "box").fresh
 
 
-def test_an_empty_folder_is_taken(pack, tmp_path):
+def test_an_empty_folder_is_accepted(pack, tmp_path):
     (tmp_path / "box").mkdir()
     assert unpack_clips(pack, tmp_path / "box").clips == 8
 
@@ -202,7 +202,7 @@ def wandering(data: bytes) -> bytes:
         (lambda pack, to: None, "no such file"),
     ],
 )
-def test_damage_is_told_in_a_line_and_leaves_nothing(pack, tmp_path, capsys, spoil, reason):
+def test_a_damaged_pack_gives_one_line_and_leaves_no_files(pack, tmp_path, capsys, spoil, reason):
     bad = tmp_path / "bad.clips"
     spoil(pack, bad)
     with pytest.raises(DataError, match=reason) as caught:
@@ -233,7 +233,7 @@ def test_a_clip_of_another_length_is_refused(pack, tmp_path):
         unpack_clips(bad, tmp_path / "box")
 
 
-def test_packing_refuses_what_it_cannot_do(home, tmp_path):
+def test_packing_refuses_unusable_input(home, tmp_path):
     more = f"folder:{home / 'more'}"
     with pytest.raises(DataError, match="would be packed under the name of"):
         pack_clips([more, more], tmp_path / "x.clips")
@@ -258,7 +258,7 @@ def test_a_copy_of_a_held_out_video_is_left_out_of_training(home, tmp_path):
     assert report.skipped == (("a.mp4", reason),) and report.clips == {"train": 3, "validation": 2, "test": 2}
 
 
-def test_where_nothing_can_be_written_is_told_before_the_work(home, pack, tmp_path, monkeypatch):
+def test_an_unwritable_destination_is_reported_before_the_work(home, pack, tmp_path, monkeypatch):
     monkeypatch.setattr("larp.data.clip_pack._encode", None)
     monkeypatch.setattr("larp.data.clip_unpack._unpack", None)
     (tmp_path / "file").touch()
@@ -279,7 +279,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(home, pack, tmp_pa
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_told_with_path_and_reason(home, pack, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_path_and_reason(home, pack, tmp_path, monkeypatch):
     def full(path, *_, **__) -> int:
         with open("/dev/full", "wb", buffering=0) as file:
             return file.write(b"x")
@@ -294,7 +294,7 @@ def test_a_full_disk_is_told_with_path_and_reason(home, pack, tmp_path, monkeypa
     assert not any(tmp_path.iterdir())
 
 
-def test_the_commands_say_what_they_did(home, tmp_path, capsys):
+def test_the_commands_report_their_results(home, tmp_path, capsys):
     out = tmp_path / "more.clips"
     main(["pack-clips", "--data", f"folder:{home / 'more'}", "-o", str(out), "--size", "32", "--max-frames", "5"])
     said = capsys.readouterr().out.splitlines()

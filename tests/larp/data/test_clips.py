@@ -1,4 +1,4 @@
-"""Frames to clips and back, clip starts, and the pictures for people."""
+"""Frames to clips and back, clip starts, and contact sheets."""
 
 import math
 
@@ -44,12 +44,12 @@ def test_resize_is_antialiased_bilinear_of_the_short_side_then_centre_crop():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 200), (200, 7), (31, 33)])
-def test_any_size_becomes_the_asked_size(size):
+def test_any_size_is_resized_to_the_requested_size(size):
     assert resize_frames(noise(2, *size), 16, 24).shape == (2, 16, 24, 3)
 
 
 def resized_then_cropped(video: np.ndarray, frame: tuple[int, int]) -> np.ndarray:
-    """What `resize_frames` stands for: the whole picture resized, its centre cut out."""
+    """The definition of `resize_frames`: resize the whole frame, then crop the centre."""
     scale = max(new / old for new, old in zip(frame, video.shape[1:3], strict=True))
     new = [max(side, round(old * scale)) for side, old in zip(frame, video.shape[1:3], strict=True)]
     top, left = ((whole - side) // 2 for whole, side in zip(new, frame, strict=True))
@@ -58,21 +58,21 @@ def resized_then_cropped(video: np.ndarray, frame: tuple[int, int]) -> np.ndarra
 
 # Codes of stored videos rest on every bit.
 @pytest.mark.parametrize("size", [(240, 320), (64, 64), (360, 640), (65, 64), (640, 360), (64, 256), (256, 64)])
-def test_ordinary_pictures_keep_every_bit(size):
+def test_ordinary_frames_equal_the_plain_resize(size):
     video = noise(2, *size)
     assert np.array_equal(resize_frames(video, 64, 64), resized_then_cropped(video, (64, 64)))
 
 
 @pytest.mark.parametrize("size", [(2, 31), (31, 2), (1, 400), (90, 1001), (1300, 120), (40, 500)])
 @pytest.mark.parametrize("frame", [(16, 16), (16, 24), (15, 8)])
-def test_very_long_pictures_are_what_the_whole_picture_gives(size, frame):
+def test_elongated_frames_are_close_to_the_plain_resize(size, frame):
     video = noise(2, *size)
     apart = np.abs(resize_frames(video, *frame) - resized_then_cropped(video, frame).astype(int))
     assert apart.max() <= 1 and (apart > 0).mean() < 0.02  # where one of two sums is rounded up, the other down
 
 
 @pytest.mark.parametrize("size", [(1, 16000), (16000, 1), (3, 12000)])
-def test_the_work_is_bounded_whatever_the_aspect_ratio(monkeypatch, size):
+def test_the_work_is_bounded_for_any_aspect_ratio(monkeypatch, size):
     made = []
     real = F.interpolate
 
@@ -86,7 +86,7 @@ def test_the_work_is_bounded_whatever_the_aspect_ratio(monkeypatch, size):
 
 
 @pytest.mark.parametrize("count, given, framed", [(7, 5, 5), (40, 32, 4), (40, 3, 3), (40, 0, 0), (5, 5, 5)])
-def test_given_frames_are_framed_and_leave_room_for_the_others(tmp_path, count, given, framed):
+def test_given_frames_get_a_border_and_leave_room_for_the_others(tmp_path, count, given, framed):
     contact_sheet([np.full((count, 16, 16, 3), 40, np.uint8)], [""], tmp_path / "a.png", cell=16, given=given)
     row = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))[24, :, :].astype(int)  # through the pictures
     blue, dark = row[:, 2] - row[:, 0] > 100, (row == 40).all(1)

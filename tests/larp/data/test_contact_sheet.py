@@ -28,7 +28,7 @@ def test_videos_are_numbered_and_shown_on_one_sheet(tmp_path):
     assert (sheet == RED).all(axis=-1).sum() == 3 * 8 * 80 * 120
 
 
-def test_pixels_are_repeated_as_often_as_asked(tmp_path):
+def test_pixels_are_repeated_scale_times(tmp_path):
     info = probe(Gallery(tmp_path, 10, scale=3).add("a", video()))
     assert (info.height, info.width) == (48, 72)
     with pytest.raises(ValueError, match=r"scale must be at least 1, got 0"):
@@ -45,6 +45,6 @@ def test_the_same_name_is_replaced_and_the_rest_left_alone(tmp_path):
     assert probe(tmp_path / "000-a.mp4").frames == 5
 
 
-def test_a_sheet_of_nothing_is_refused(tmp_path):
+def test_an_empty_sheet_is_refused(tmp_path):
     with pytest.raises(ValueError, match="0 videos"):
         Gallery(tmp_path, 10).write_sheet()

@@ -1,4 +1,4 @@
-"""The spec grammar, every kind of data, splits that never leak, and an error with a remedy for every mistake."""
+"""The spec grammar, every format, disjoint splits, and errors with remedies."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def touch(path: Path) -> Path:
 
 
 def make_ucf101(root: Path, suffix=".avi", home="UCF-101") -> Path:
-    """Two of three listed classes; groups 1 and 2 are test and train, group 9 is in no list."""
+    """Two of three listed classes; group 1 is test, group 2 is train, group 9 is in no list."""
     lines = {"train": [], "test": []}
     for name in ("Archery", "BasketballDunk", "YoYo"):
         for split, group in (("test", 1), ("train", 2)):
@@ -210,7 +210,7 @@ def test_a_plus_or_comma_in_a_path_is_part_of_it(tmp_path):
         ("jsonl:/dev/null", "'/dev/null' is a folder, a pipe or a device"),
     ],
 )
-def test_unknown_specs_say_what_is_known(spec, message):
+def test_unknown_specs_list_the_known_ones(spec, message):
     with pytest.raises(DataError, match=message):
         open_videos(spec)
 
@@ -224,7 +224,7 @@ def test_an_empty_folder_and_a_single_file_are_refused(tmp_path):
         open_videos(str(tmp_path), "val")
 
 
-def test_splits_that_the_data_do_not_have(tmp_path):
+def test_missing_splits(tmp_path):
     for name in "ab":
         touch(tmp_path / "v" / f"{name}.mp4")
     (tmp_path / "m.csv").write_text("path,split\nv/a.mp4,train\nv/b.mp4,validation\n")

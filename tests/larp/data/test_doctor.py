@@ -1,4 +1,4 @@
-"""The doctor finds what was done to a data set, and nothing where nothing was done."""
+"""The doctor finds the damage done to a data set, and nothing in an intact one."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ def texts(report: Report, severity: str) -> list[str]:
 
 @pytest.fixture
 def ucf(tmp_path) -> Path:
-    """A healthy UCF-101 of two classes, two clips of each for each split; all clips of Archery's first group are test."""
+    """An intact UCF-101 with two classes and two clips per class and split; Archery's first group is test."""
     lists: dict[str, list[str]] = {"train": [], "test": []}
     for name in ("Archery", "Surfing"):
         for split, group in (("test", 1), ("train", 2)):
@@ -42,7 +42,7 @@ def ucf(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_healthy_set_is_counted_and_summed_up(ucf):
+def test_a_correct_set_is_summarised(ucf):
     report = look(f"ucf101:{ucf}")
     assert report.ok and not report.problems
     said = report.describe()
@@ -52,7 +52,7 @@ def test_a_healthy_set_is_counted_and_summed_up(ucf):
     assert "codecs: h264 (8)" in said and "Archery: 2, 2" in said and said.endswith("errors: 0, warnings: 0")
 
 
-def test_what_is_missing_broken_or_short_is_named_with_its_reason(ucf):
+def test_missing_broken_and_short_videos_are_named_with_reasons(ucf):
     folder = ucf / "UCF-101" / "Archery"
     (folder / "v_Archery_g02_c01.avi").unlink()
     (folder / "v_Archery_g02_c02.avi").write_bytes(b"no video")
@@ -65,7 +65,7 @@ def test_what_is_missing_broken_or_short_is_named_with_its_reason(ucf):
     said = report.describe()
     assert "error: ucf101" in said and "train videos that cannot be read: 1 of 4" in said
     assert "  Archery/v_Archery_g02_c02: does not begin like a video file" in said
-    assert "train videos of which there is no file: 1 of 4\n  Archery/v_Archery_g02_c01\n" in said
+    assert "train videos without a file: 1 of 4\n  Archery/v_Archery_g02_c01\n" in said
     assert (
         "test videos that are too short: 1 of 4\n  Archery/v_Archery_g01_c01: has 5 frames, the clip needs 16" in said
     )
@@ -97,7 +97,7 @@ def test_equal_files_are_found_under_any_name(ucf):
     assert "train Archery/v_Archery_g02_c01 = train Archery/v_Archery_g02_c02" in said
 
 
-def test_kinetics_overlap_by_clip_is_an_error_and_by_film_a_warning(tmp_path):
+def test_kinetics_overlap_by_clip_is_an_error_and_by_source_video_a_warning(tmp_path):
     header = "label,youtube_id,time_start,time_end,split\n"
     (tmp_path / "train.csv").write_text(header + "a,aaaaaaaaaaa,0,10,train\na,bbbbbbbbbbb,0,10,train\na,g,0,10,train\n")
     (tmp_path / "val.csv").write_text(header + "a,aaaaaaaaaaa,20,30,val\na,bbbbbbbbbbb,0,10,val\n")
@@ -113,7 +113,7 @@ def test_kinetics_overlap_by_clip_is_an_error_and_by_film_a_warning(tmp_path):
     assert "\n  aaaaaaaaaaa\n" in report.describe()
 
 
-def test_damage_behind_the_first_frame_takes_decoding(tmp_path):
+def test_damage_after_the_first_frame_needs_decoding(tmp_path):
     for number in range(2):
         path = video(tmp_path / f"{number}.avi", frames=60)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
@@ -121,14 +121,14 @@ def test_damage_behind_the_first_frame_takes_decoding(tmp_path):
     assert any("cannot be read: 1 of 1" in text for text in texts(look(f"folder:{tmp_path}", decode=True), "error"))
 
 
-def test_a_split_that_cannot_be_opened_is_an_error_and_the_files_are_looked_at_all_the_same(ucf):
+def test_files_are_examined_although_a_split_cannot_be_opened(ucf):
     shutil.rmtree(ucf / "ucfTrainTestlist")
     report = look(f"ucf101:{ucf}")
     assert [split.split for split in report.splits] == ["all"] and report.splits[0].usable == 8
     assert len(texts(report, "error")) == 1 and "no folder ucfTrainTestlist" in texts(report, "error")[0]
 
 
-def test_long_lists_are_cut_unless_asked_for(tmp_path):
+def test_long_lists_are_truncated_by_default(tmp_path):
     (tmp_path / "m.csv").write_text("path\n" + "".join(f"{number}.mp4\n" for number in range(30)))
     video(tmp_path / "0.mp4"), video(tmp_path / "1.mp4")
     report = look(f"csv:{tmp_path / 'm.csv'}")

@@ -1,4 +1,4 @@
-"""Kinetics-600: the layouts in which people have it, incomplete and damaged as it comes."""
+"""Kinetics-600 in its common layouts, incomplete and damaged."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_the_published_annotation_in_every_layout(tmp_path, files, lists):
     assert batch["clip"].shape == (3, 3, 4, 8, 8) and batch["label"].tolist() == [2, 0, 1]
 
 
-def test_lists_and_videos_may_lie_apart(tmp_path):
+def test_lists_and_videos_may_be_in_different_folders(tmp_path):
     write_lists(tmp_path / "lists")
     make(tmp_path / "videos", *FLAT)
     assert len(open_videos(f"k600:{tmp_path / 'lists'},videos={tmp_path / 'videos'}", "train")) == 3
@@ -80,7 +80,7 @@ def test_lists_and_videos_may_lie_apart(tmp_path):
         open_videos(f"k600:{tmp_path / 'lists'}", "train")
 
 
-def test_validation_may_stand_for_test_but_only_when_asked(tmp_path):
+def test_validation_replaces_test_only_on_request(tmp_path):
     write_lists(make(tmp_path, *FLAT))
     (tmp_path / "test.csv").unlink()
     with pytest.raises(NoSplitError, match=r"no test split; choose train, validation, or add ,test=validation"):

@@ -1,11 +1,17 @@
-"""Batches depend on seed and global position alone: not on ranks, workers, memory, accumulation or interruptions."""
+"""Batches depend on the seed and the global position only; also `in_order`."""
 
 import itertools
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet, open_videos
-from larp.data.loader import ClipLoader, iterate_once
+from larp.data.loader import ClipLoader, in_order, iterate_once
 from larp.data.video import VideoError, read_video, write_video
 
 import numpy as np
@@ -47,7 +53,7 @@ def same(a, b):
     return torch.equal(a["clip"], b["clip"]) and torch.equal(a["index"], b["index"]) and a["caption"] == b["caption"]
 
 
-def test_a_batch_is_what_it_says(videos):
+def test_batch_contents(videos):
     batch = take(ClipLoader(videos, SHAPE, 3, 3, seed=0), 1)[0]
     assert batch["clip"].shape == (3, 3, 4, 16, 16) and batch["clip"].dtype == torch.float32
     assert batch["clip"].min() >= 0 and batch["clip"].max() <= 1
@@ -93,7 +99,7 @@ def test_batches_that_do_not_divide_are_refused(videos):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resuming_goes_on_exactly(videos, workers):
+def test_resuming_is_exact(videos, workers):
     loader = ClipLoader(videos, SHAPE, 4, 2, seed=0, workers=workers)
     batches = iter(loader)
     take(batches, 5)
@@ -118,7 +124,7 @@ def test_resuming_on_other_ranks_works_at_whole_steps_only(videos):
     assert torch.equal(take(two, 1)[0]["clip"][0], take(loader, 2)[1]["clip"][0])
 
 
-def test_resuming_with_other_data_says_what_differs(videos):
+def test_resuming_with_other_data_names_the_differences(videos):
     state = ClipLoader(videos, SHAPE, 4, 4, seed=0).state_dict()
     with pytest.raises(ValueError, match=r"cannot resume.*seed: saved 0, now 1"):
         ClipLoader(videos, SHAPE, 4, 4, seed=1).load_state_dict(state)
@@ -162,7 +168,7 @@ def test_flips_mirror_half_of_the_clips(videos):
     assert all(torch.equal(b, a.flip(-1) if m else a) for a, b, m in zip(plain, flipped, mirrored, strict=True))
 
 
-def test_starts_are_random_or_central(videos):
+def test_starts_are_random_or_centred(videos):
     def level(loader, count):
         return {round(float(b["clip"][0, :, 0, :, -1].mean()), 2) for b in take(loader, count)}
 
@@ -198,8 +204,6 @@ def test_a_fixed_pass_repeats_itself_and_lists_what_it_skipped(with_bad):
 
 
 def test_leaving_a_loader_in_the_middle_leaves_no_thread_behind(videos):
-    import threading
-
     before = threading.active_count()
     batches = iter(ClipLoader(videos, SHAPE, 4, 4, seed=0, workers=3))
     next(batches)
@@ -223,3 +227,64 @@ def test_odd_files_beside_good_ones(clips_root):
         "h265_video.mp4": "has 10 frames, the clip needs 16", "video_0.mov": "has 3 frames, the clip needs 16",
         "video_90.mov": "has 3 frames, the clip needs 16",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_are_in_order_and_few_are_computed_ahead(workers):
+    begun, lock = [], threading.Lock()
+
+    def square(number: int) -> int:
+        with lock:
+            begun.append(number)
+        return number * number
+
+    results = in_order(square, range(100), workers, ahead=2)
+    assert [next(results) for _ in range(5)] == [0, 1, 4, 9, 16]
+    assert len(begun) <= 5 + 2 * workers + 1
+    assert list(results) == [number * number for number in range(5, 100)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_exception_is_raised_at_the_position_of_its_result(workers):
+    results = in_order(lambda number: 1 // (number - 3), range(9), workers)
+    assert [next(results) for _ in range(3)] == [-1, -1, -1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_closing_waits_for_running_calls_and_cancels_the_others():
+    ended = []
+
+    def slow(number: int) -> None:
+        time.sleep(0.1 * number)
+        ended.append(number)
+
+    results = in_order(slow, range(9), 2)
+    next(results)
+    results.close()
+    before = list(ended)
+    time.sleep(0.3)
+    assert ended == before and 1 in ended and 8 not in ended
+
+
+def test_ctrl_c_twice_leaves_no_thread_behind():
+    """torch aborts the process if a thread still runs when the interpreter exits."""
+    code = (
+        "import signal, time; from larp.data.loader import in_order\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "def call(_): print('running', flush=True); time.sleep(1.5); print('done', flush=True)\n"
+        "for _ in in_order(call, range(9), 1): pass"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[3],
+    )
+    assert process.stdout.readline() == "running\n"
+    for _ in range(2):
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    said, error = process.communicate(timeout=60)
+    assert said == "done\n" and error.rstrip().endswith("KeyboardInterrupt")

@@ -1,4 +1,4 @@
-"""Clips cut from videos in memory: what a clip holds, and that it follows from seed and global position alone."""
+"""Clips cut from videos in memory: their contents, which depend on the seed and the global position only."""
 
 import itertools
 import json
@@ -46,14 +46,14 @@ def same(one, other):
 
 
 def plain(monkeypatch, whole=1.0, brightness=0.0, strides=1):
-    """Let all variation but the place of a window be off, or a part of it on."""
-    monkeypatch.setattr(resident, "_WHOLE", whole)
+    """Disable all augmentation except the position of the window, or enable a part of it."""
+    monkeypatch.setattr(resident, "_WHOLE_FRAME_SHARE", whole)
     monkeypatch.setattr(resident, "_BRIGHTNESS", brightness)
-    monkeypatch.setattr(resident, "_BACKWARDS", 0.0)
-    monkeypatch.setattr(resident, "_STRIDES", strides)
+    monkeypatch.setattr(resident, "_REVERSED_SHARE", 0.0)
+    monkeypatch.setattr(resident, "_MAX_STRIDE", strides)
 
 
-def test_a_batch_is_what_it_says(videos):
+def test_batch_contents(videos):
     batch = take(ResidentClips(videos, SHAPE, 4, 4, seed=0), 1)[0]
     assert batch["clip"].shape == (4, 3, 4, 16, 16) and batch["clip"].dtype == torch.float32
     assert batch["clip"].min() >= 0 and batch["clip"].max() <= 1
@@ -86,7 +86,7 @@ def test_another_seed_and_another_epoch_give_other_clips(videos):
     assert not any(torch.equal(clips[index], again[index]) for index in range(6))
 
 
-def test_a_whole_frame_is_what_the_other_loader_reads(videos, monkeypatch):
+def test_a_whole_frame_equals_the_clip_of_the_plain_loader(videos, monkeypatch):
     plain(monkeypatch)
     monkeypatch.setattr(resident, "_MARGIN", 1)
     wanted = {}
@@ -98,7 +98,7 @@ def test_a_whole_frame_is_what_the_other_loader_reads(videos, monkeypatch):
         assert clip.numpy().tobytes() in wanted[index], "one of the windows that decoding gives, to the last bit"
 
 
-def test_a_whole_frame_kept_larger_looks_like_the_one_that_is_read(videos, monkeypatch):
+def test_a_whole_frame_with_margin_is_close_to_the_clip_of_the_plain_loader(videos, monkeypatch):
     plain(monkeypatch)
     batch = take(ResidentClips(videos, SHAPE, 6, 6, seed=0), 1)[0]
     for index, clip in zip(batch["index"].tolist(), batch["clip"], strict=True):
@@ -125,11 +125,11 @@ def test_brightness_and_speed_vary(videos, monkeypatch):
     ratios = (first.mean(dim=(2, 3, 4)) / second.mean(dim=(2, 3, 4))).numpy()
     assert 0.89 < ratios.min() < 0.95 and 1.05 < ratios.max() < 1.11
     assert (ratios.max(1) - ratios.min(1)).max() > 0.05, "each colour by a number of its own"
-    monkeypatch.setattr(resident, "_STRIDES", 3)
+    monkeypatch.setattr(resident, "_MAX_STRIDE", 3)
     third = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
     change = (third[:, 0, -1] - third[:, 0, 0]).mean(dim=(1, 2)) * 255
     assert {round(value / 12) for value in change.tolist()} == {1, 2, 3}, "4 more a frame, over 3 frames"
-    monkeypatch.setattr(resident, "_BACKWARDS", 0.25)
+    monkeypatch.setattr(resident, "_REVERSED_SHARE", 0.25)
     fourth = joined(take(ResidentClips(videos, SHAPE, 12, 12, seed=0), 4))["clip"]
     backwards = (fourth == third.flip(2)).flatten(1).all(1)
     assert 4 <= backwards.sum() <= 20 and torch.equal(fourth[~backwards], third[~backwards])
@@ -155,7 +155,7 @@ def test_videos_that_cannot_be_used_are_skipped(videos, tmp_path):
     assert [name for name, _ in loader.skipped] == ["broken.mp4", "short.mp4"]
 
 
-def test_a_saved_loader_goes_on_with_the_next_batch(videos):
+def test_a_saved_loader_resumes_with_the_next_batch(videos):
     loader = ResidentClips(videos, SHAPE, 4, 2, seed=0)
     batches = iter(loader)
     take(batches, 3)
@@ -171,6 +171,6 @@ def test_a_saved_loader_goes_on_with_the_next_batch(videos):
 
 
 def test_videos_beyond_the_memory_are_refused(videos, monkeypatch):
-    monkeypatch.setattr(resident, "_RESIDENT_GB", 1e-6)
+    monkeypatch.setattr(resident, "_MAX_MEMORY_GB", 1e-6)
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="train without --crop"):
         ResidentClips(videos, SHAPE, 4, 4, seed=0)

@@ -1,4 +1,4 @@
-"""The built-in videos: captions that read back, an honest held-out set, the same pixels each time, and safe writing."""
+"""The built-in videos: parsable captions, disjoint splits, reproducible pixels and atomic writing."""
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ def test_splits_never_share_a_triple():
     assert len(train) == 56 and len(test) == 16 and not train & test
 
 
-def test_captions_read_back_in_every_phrasing():
+def test_captions_of_every_phrasing_are_parsed():
     for triple in TRIPLES:
         for speed in (None, *shapes.SPEEDS):
             for phrase in range(len(shapes.PHRASES)):
@@ -53,12 +53,12 @@ def test_captions_read_back_in_every_phrasing():
         ("a red circle", "direction"),
     ],
 )
-def test_captions_that_do_not_say_enough_are_refused(text, missing):
+def test_incomplete_captions_are_refused(text, missing):
     with pytest.raises(ValueError, match=rf"must name one {missing}"):
         shapes.parse_caption(text)
 
 
-def test_prompts_are_held_out_and_begin_with_the_headline():
+def test_prompts_are_held_out_and_start_with_the_red_circle():
     prompts = shapes.held_out_prompts()
     assert len(prompts) == 64 == len(set(prompts)) and prompts[0] == "a red circle moving left"
     assert Counter(shapes.parse_caption(p).triple for p in prompts).values() and all(
@@ -69,7 +69,7 @@ def test_prompts_are_held_out_and_begin_with_the_headline():
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_rendered_paths_stay_inside_and_move_as_said(size):
+def test_rendered_paths_stay_inside_and_follow_the_attributes(size):
     for k, triple in enumerate(TRIPLES):
         attributes = Attributes(*triple, ("slowly", "quickly")[k % 2])
         video = shapes.render(attributes, seed=k, size=size, frames=8).astype(int)
@@ -87,7 +87,7 @@ def test_rendered_paths_stay_inside_and_move_as_said(size):
 
 
 def test_the_same_seed_gives_the_same_pixels():
-    """The hash pins the bytes: if it changes, VERSION must too, or caches would mix."""
+    """If this hash changes, VERSION must change too, or caches would mix."""
     attributes = Attributes("cyan", "triangle", "up", "quickly")
     video = shapes.render(attributes, seed=5)
     assert np.array_equal(video, shapes.render(attributes, seed=5))
@@ -112,7 +112,7 @@ def test_a_second_call_renders_nothing(tmp_path, monkeypatch):
     assert shapes.materialise("train", count=3) == first
 
 
-def test_a_killed_rendering_leaves_nothing_half(tmp_path, monkeypatch):
+def test_a_killed_rendering_leaves_no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_DATA", str(tmp_path))
     real, done = shapes.write_video, []
 
@@ -129,7 +129,7 @@ def test_a_killed_rendering_leaves_nothing_half(tmp_path, monkeypatch):
     assert len(list(shapes.materialise("train", count=5).glob("*.mp4"))) == 5
 
 
-def test_processes_that_race_end_with_one_folder(tmp_path, monkeypatch):
+def test_concurrent_processes_share_one_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_DATA", str(tmp_path))
     with ThreadPoolExecutor(4) as pool:
         folders = set(pool.map(lambda _: shapes.materialise("train", count=4), range(4)))

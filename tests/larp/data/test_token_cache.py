@@ -1,4 +1,4 @@
-"""The token cache and the extraction that fills it, on small rendered videos and a tiny tokenizer."""
+"""The token cache and its extraction, on small rendered videos and a tiny tokenizer."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_windows_never_overlap_and_are_evenly_spaced():
         assert gaps.min() >= 0 and gaps.max() - gaps.min() <= 1, (frames, starts)
 
 
-def test_windows_at_a_hop_begin_at_the_first_frame():
+def test_windows_with_a_hop_start_at_the_first_frame():
     shape = ClipShape(4, 8, 8, stride=2)
     assert window_starts(40, shape, most=9, hop=7) == [0, 7, 14, 21, 28]
     assert window_starts(40, shape, most=2, hop=16) == [0, 16] and window_starts(39, shape, 9, hop=16) == [0, 16, 32]
@@ -96,7 +96,7 @@ def test_extraction_encodes_the_windows(tokenizer, videos, tmp_path):
         assert torch.equal(tokenizer.encode(repeat_last(clip, 2))[0], cache.conditions[row].long())
 
 
-def test_a_hop_is_taken_and_tells_caches_apart(tokenizer, videos, tmp_path):
+def test_the_hop_is_used_and_is_part_of_the_key(tokenizer, videos, tmp_path):
     cache = extract_tokens(tokenizer, videos, "train", tmp_path, windows=9, hop=5)
     assert cache.starts[cache.videos == 2].tolist() == [0, 5] and cache.starts[cache.videos == 0].tolist() == [0]
     with pytest.raises(TokenCacheError, match="hop is 5, expected 6"):
@@ -104,7 +104,7 @@ def test_a_hop_is_taken_and_tells_caches_apart(tokenizer, videos, tmp_path):
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
-def test_a_header_that_promises_too_much_is_not_believed(videos, windows, monkeypatch):
+def test_a_header_that_overstates_the_frames_is_corrected(videos, windows, monkeypatch):
     info = extraction.probe(videos.items[2].path)
     assert info.frames == 13
     monkeypatch.setattr(extraction, "probe", lambda path: replace(info, frames=20))
@@ -117,7 +117,7 @@ def test_a_header_that_promises_too_much_is_not_believed(videos, windows, monkey
         assert torch.equal(window.clip, frames_to_clip(pixels[window.start : window.start + 4], 16, 16))
 
 
-def test_clips_know_their_frame_rate_and_old_caches_say_that_they_do_not(tokenizer, videos, tmp_path):
+def test_rows_have_a_frame_rate_and_old_caches_have_none(tokenizer, videos, tmp_path):
     write_video(tmp_path / "fast.mp4", np.zeros((8, 16, 16, 3), np.uint8), fps=30000 / 1001)
     some = replace(videos, items=(*videos.items[1:3], VideoItem(tmp_path / "fast.mp4", "fast")))
     cache = extract_tokens(tokenizer, some, "train", tmp_path / "cache", stride=2)
@@ -145,7 +145,9 @@ def test_a_cache_loads_the_tokenizer_and_variant_that_made_it(tokenizer, videos,
     with pytest.raises(CheckpointError, match="absent"):
         cache.load_tokenizer(tmp_path / "absent")
     tokenizer.save_pretrained(tmp_path / "tok")
-    with pytest.raises(TokenCacheError, match=r"cache names its tokenizer as it was typed then: .*give --tokenizer"):
+    with pytest.raises(
+        TokenCacheError, match=r"cache names its tokenizer as it was given at extraction: .*give --tokenizer"
+    ):
         cache.load_tokenizer()
     average.save_pretrained(tmp_path / "tok")
     with pytest.raises(
@@ -154,7 +156,7 @@ def test_a_cache_loads_the_tokenizer_and_variant_that_made_it(tokenizer, videos,
         plain.load_tokenizer()
 
 
-def test_ranks_share_the_work_and_a_stopped_extraction_goes_on(tokenizer, videos, tmp_path, monkeypatch):
+def test_ranks_share_the_work_and_a_stopped_extraction_resumes(tokenizer, videos, tmp_path, monkeypatch):
     whole = extract_tokens(tokenizer, videos, "train", tmp_path / "one")
     assert len(shard_slices(len(videos))) == 2
     with pytest.raises(TokenCacheError, match="1 shards are missing"):
@@ -170,7 +172,7 @@ def test_ranks_share_the_work_and_a_stopped_extraction_goes_on(tokenizer, videos
     assert torch.equal(again.codes, whole.codes), "a finished cache is only opened"
 
 
-def test_a_cache_of_something_else_is_refused(tokenizer, videos, tmp_path):
+def test_a_cache_of_other_data_is_refused(tokenizer, videos, tmp_path):
     extract_tokens(tokenizer, videos, "train", tmp_path)
     TokenCache.open(tmp_path, {"tokenizer": tokenizer.weight_hash(), "flips": False})
     with pytest.raises(TokenCacheError, match=r"windows is 1, expected 2; flips is False, expected True"):
@@ -213,7 +215,7 @@ def test_a_replaced_video_makes_another_cache(tokenizer, videos, tmp_path):
         extract_tokens(tokenizer, one, "train", tmp_path / "cache")
 
 
-def test_nothing_readable_says_why_and_mended_videos_are_tried_again(tokenizer, videos, tmp_path):
+def test_unreadable_videos_are_named_and_tried_again(tokenizer, videos, tmp_path):
     path, folder = tmp_path / "broken.mp4", tmp_path / "cache"
     shutil.copy(videos.items[-1].path, path)
     broken = VideoSet((replace(videos.items[-1], path=path),), (), "test:")
@@ -225,7 +227,7 @@ def test_nothing_readable_says_why_and_mended_videos_are_tried_again(tokenizer, 
     assert extract_tokens(tokenizer, broken, "train", folder).names == ("broken",)
 
 
-def test_every_rank_learns_that_nothing_was_readable(tokenizer, videos, tmp_path, monkeypatch):
+def test_every_rank_raises_if_no_video_is_readable(tokenizer, videos, tmp_path, monkeypatch):
     lock, write = threading.Lock(), tokens.write_json
 
     def write_alone(*arguments) -> None:  # real ranks have a process id each, by which they keep apart
@@ -274,7 +276,7 @@ def test_bad_options(tokenizer, videos, tmp_path, option, words):
         extract_tokens(tokenizer, videos, "train", tmp_path, **option)
 
 
-def test_live_batches_are_what_a_cache_would_hold_of_these_clips(tokenizer, videos):
+def test_live_batches_equal_the_codes_of_a_cache(tokenizer, videos):
     def loader(rank=0, world_size=1) -> ClipLoader:
         shape = ClipShape(4, 16, 16)
         return ClipLoader(videos, shape, 8, 4, seed=3, rank=rank, world_size=world_size, flip=True)

@@ -1,4 +1,4 @@
-"""Video files: odd ones decode or are refused quickly, hostile ones are refused, written ones read back."""
+"""Video files: unusual ones decode or are refused quickly, malicious ones are refused, written ones read back."""
 
 import os
 import signal
@@ -51,14 +51,14 @@ def test_round_trip_keeps_frames_fps_and_pixels(clip):
     ) and info.duration_s == pytest.approx(1.2)
 
 
-def test_part_of_a_video_is_the_same_frames_as_the_whole(clip):
+def test_a_part_of_a_video_equals_the_same_frames_of_the_whole(clip):
     whole, _ = read_video(clip)
     part, _ = read_video(clip, start=3, count=3, stride=4)
     assert np.array_equal(part, whole[3:12:4])
     assert np.array_equal(np.stack(list(iter_frames(clip))), whole)
 
 
-def test_asking_for_more_than_there_is_says_how_much_there_is(clip):
+def test_reading_past_the_end_reports_the_number_of_frames(clip):
     with pytest.raises(ShortVideoError, match=r"clip.mp4.*asked for 16 frames from frame 2.*holds 12") as caught:
         read_video(clip, start=2, count=16)
     assert caught.value.frames == 12
@@ -154,7 +154,7 @@ def test_bad_frames_and_fps_are_refused(tmp_path):
 
 @pytest.mark.parametrize("fps", [0.01, 1000, np.float32(25), Fraction(30000, 1001)])
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".avi"])
-def test_every_rate_that_is_taken_can_be_written(tmp_path, suffix, fps):
+def test_every_accepted_rate_can_be_written(tmp_path, suffix, fps):
     write_video(tmp_path / f"a{suffix}", moving_square(2), fps)
     assert probe(tmp_path / f"a{suffix}").fps == pytest.approx(float(fps))
 
@@ -178,7 +178,7 @@ def test_a_full_disk_is_named_and_not_the_encoder(tmp_path, full_disk, suffix):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_is_named(tmp_path, clip):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, clip):
     with pytest.raises(VideoError, match=r"clip.mp4/a.mp4: cannot be written: (Not a directory|File exists)"):
         write_video(clip / "a.mp4", moving_square(), 10)
 
@@ -209,7 +209,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, clip):
         (b"\x00\x00\x00\x20ftypisom" + bytes(100), "cannot be decoded|no video stream"),
     ],
 )
-def test_what_is_no_video_is_refused(tmp_path, content, reason):
+def test_other_files_are_refused(tmp_path, content, reason):
     path = tmp_path / "a.mp4"
     path.write_bytes(content)
     for read in (read_video, probe, count_frames):
@@ -226,7 +226,7 @@ def test_missing_files_and_folders_are_video_errors(tmp_path):
 
 @pytest.fixture
 def impatient():
-    """Fails a test that waits: a pipe is opened by whoever waits for its writer."""
+    """Fails a test that blocks on opening a pipe."""
 
     def tired(*_):
         raise TimeoutError("waited")
@@ -260,7 +260,7 @@ def test_a_link_to_a_file_is_read(tmp_path, clip):
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_what_names_no_file_is_told_apart(tmp_path, monkeypatch, kind):
+def test_paths_without_a_file_have_different_messages(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(VideoError, match=r"^no video was named"):
         probe(kind(""))
@@ -294,8 +294,8 @@ def test_frames_over_max_pixels_are_refused_before_decoding(clip):
         read_video(clip, max_pixels=100)
 
 
-def test_truncation_never_passes_in_silence(tmp_path):
-    """Cut anywhere, a file gives all the frames that were asked for, or an error."""
+def test_truncation_is_never_silent(tmp_path):
+    """A file truncated anywhere gives all requested frames or an error."""
     write_video(tmp_path / "whole.avi", moving_square(40), 10, codec="mpeg4")
     data = (tmp_path / "whole.avi").read_bytes()
     for cut in (0.3, 0.6, 0.8):

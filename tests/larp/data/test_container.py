@@ -1,4 +1,4 @@
-"""Files of frames are videos like others: read in parts, listed in manifests, refused in a line when they are bad."""
+""".npy files of frames are read like videos, listed in manifests, and refused in one line if damaged."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def clip(tmp_path, frames) -> Path:
     return tmp_path / "clip.npy"
 
 
-def test_it_is_read_as_a_video_is(clip, frames):
+def test_it_is_read_like_a_video(clip, frames):
     assert count_frames(clip) == 12
     found = probe(clip)
     assert (found.width, found.height, found.frames, found.fps) == (20, 16, 12, 25.0)
@@ -38,7 +38,7 @@ def test_it_is_read_as_a_video_is(clip, frames):
     assert np.array_equal(read_video(clip)[0], frames)
 
 
-def test_more_than_there_is_is_refused(clip):
+def test_reading_past_the_end_is_refused(clip):
     with pytest.raises(ShortVideoError, match=r"asked for 8 frames from frame 5, but the video holds 12") as caught:
         read_video(clip, 5, 8)
     assert caught.value.frames == 12
@@ -98,7 +98,7 @@ def spoil(path: Path, kind: str, frames: np.ndarray) -> None:
         ("some text", "damaged one"),
     ],
 )
-def test_bad_files_are_refused_in_a_line(tmp_path, frames, kind, reason):
+def test_bad_files_are_refused_in_one_line(tmp_path, frames, kind, reason):
     path = tmp_path / "x.npy"
     spoil(path, kind, frames)
     for read in (count_frames, probe, read_video, lambda path: next(iter_frames(path))):
