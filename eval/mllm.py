@@ -20,9 +20,8 @@ from larp.data.contact_sheet import contact_sheet
 from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
 from larp.engine.signals import run_script
 from larp.files import check_writable, write_json
-from larp.metrics.protocols import versions
+from larp.metrics.protocols import checkpoint_hashes, versions
 from larp.metrics.shape_checker import read_blob, score
-from larp.metrics.weights import checkpoint_hashes
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm

@@ -27,8 +27,7 @@ from larp.files import write_json
 from larp.metrics.classifier import VERSION, classifier_of, classify_real, require_labels
 from larp.metrics.evaluation import EvaluationConfig, run_evaluation
 from larp.metrics.frame_prediction import BASELINES, COPY
-from larp.metrics.protocols import check_record_path, versions
-from larp.metrics.weights import checkpoint_hashes
+from larp.metrics.protocols import check_record_path, checkpoint_hashes, versions
 from larp.sampling.options import SamplingOptions
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model

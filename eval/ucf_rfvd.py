@@ -82,7 +82,7 @@ def evaluate(config: RfvdConfig) -> dict:
     videos, others, in_split = choose_videos(config)
     metrics = ValidationMetrics(features, perceptual)
     once, more = one_pass(videos, config, shape), one_pass(others, config, shape)
-    done = reconstruct(tokenizer, once, keep=config.show, device=config.device, watch=metrics)
+    done = reconstruct(tokenizer, once, examples=config.show, device=config.device, metrics=metrics)
     spare = [features(batch["clip"]) for batch in tqdm(more, desc="real clips", unit="batch", delay=2)]
     protocol = config.protocol(
         PRESETS["larp-ucf101-rfvd"], features, shape, split=config.split, num_videos=in_split, num_clips=len(done.codes),

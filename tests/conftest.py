@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
-from larp.metrics.sources import SOURCES
+from larp.metrics.weights import SOURCES
 
 import pytest
 import torch

@@ -20,7 +20,7 @@ from larp.engine.backend import Engine, Ranks, make_engine
 from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
 from larp.engine.code_batches import CachedCodes, LiveCodes, open_data
-from larp.engine.distributed import whole, whole_copy
+from larp.engine.distributed import gathered_copy, gathered_weights
 from larp.engine.generator_settings import TrainGeneratorConfig
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
@@ -263,12 +263,12 @@ def bits(scores: dict[str, float]) -> float:
 def current_model(engine: Engine) -> LarpGenerator:
     """Return the generator with all weights of this moment, to sample from. Collective."""
     module = engine.module
-    return whole_copy(module, lambda: LarpGenerator(module.config), engine.config.zero_stage)
+    return gathered_copy(module, lambda: LarpGenerator(module.config), engine.config.zero_stage)
 
 
 def save_model(engine: Engine, folder: Path) -> None:
     """Write the weights of this moment, and their average where there is one. Collective."""
-    with whole(engine.module, engine.config.zero_stage):
+    with gathered_weights(engine.module, engine.config.zero_stage):
         if engine.ranks.is_main:
             engine.module.save_pretrained(folder, ema=engine.average and engine.average.module)
 

@@ -144,7 +144,7 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     perceptual = load_lpips().to(ranks.device) if config.loss.lpips > 0 else None
     metrics = ValidationMetrics()
     if ranks.is_main:
-        metrics = ValidationMetrics.at_hand(config.model.clip_shape, ranks.device, perceptual)
+        metrics = ValidationMetrics.with_available_weights(config.model.clip_shape, ranks.device, perceptual)
     codes = CodebookTracker(engine, config.resets_codes, config.seed)
     return Trainer(config, ranks, clock, engine, adversary, perceptual, metrics, codes)
 
@@ -244,7 +244,7 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
     """Train tokenizer and discriminator on one micro batch; return its losses by name. quantize: with the quantizer."""
     config, engine, place = trainer.config, trainer.tokenizer, trainer.clock.position
     step = engine.step_count
-    adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.takes_part(place) else None
+    adversary = trainer.adversary if trainer.adversary is not None and trainer.adversary.is_active(place) else None
     perceptual = trainer.perceptual if place >= config.loss.lpips_start else None
     clip = batch["clip"].to(trainer.ranks.device)
     noise = BatchNoise(config.seed, step, config.batch_size, batch["sample_offset"], len(clip), trainer.ranks.device)
@@ -255,14 +255,14 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
     out = engine(clip, noise, mix, quantize, prefixes, config.temperature(place))
     with engine.autocast():
         loss, parts = tokenizer_loss(config.loss, clip, out, perceptual, noise)
-    with nullcontext() if adversary is None else adversary.held():
+    with nullcontext() if adversary is None else adversary.frozen():
         if adversary is not None:
-            parts["gan"] = adversary.judge(out.reconstruction)
+            parts["gan"] = adversary.generator_loss(out.reconstruction)
             loss = loss + config.loss.gan * parts["gan"]
         engine.backward(loss)
     engine.step()
-    if adversary is not None and adversary.learns(place, step):
-        parts["discriminator"] = adversary.learn(clip, out.reconstruction.detach(), noise)
+    if adversary is not None and adversary.is_update_step(place, step):
+        parts["discriminator"] = adversary.update(clip, out.reconstruction.detach(), noise)
     trainer.codes.observe(out)
     return {"loss": loss, **parts}
 

@@ -1,1 +1,1 @@
-"""Training machinery around the models: ranks and engines, learning-rate schedules, checkpoints, logs."""
+"""Training: processes and DeepSpeed engines, optimizers, schedules, checkpoints, logs."""

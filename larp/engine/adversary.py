@@ -1,4 +1,4 @@
-"""The discriminator that takes part in a tokenizer's training, in an engine of its own (arXiv 2410.21264, 4.1).
+"""Adversarial training of the tokenizer: a discriminator in a separate engine (arXiv 2410.21264, section 4.1).
 
 Shapes: B batch, T frames, H, W pixels.
 """
@@ -10,15 +10,8 @@ from dataclasses import dataclass
 from larp.engine import backend
 from larp.engine.backend import Engine, Ranks
 from larp.engine.settings import EngineConfig
+from larp.models import losses
 from larp.models.discriminator import Discriminator, DiscriminatorConfig
-from larp.models.losses import (
-    LeCam,
-    discriminator_loss,
-    generator_loss,
-    hinge_discriminator_loss,
-    hinge_generator_loss,
-    r1_penalty,
-)
 from larp.models.noise import BatchNoise
 from larp.models.objective import LossConfig
 from larp.models.tokenizer_config import TokenizerConfig
@@ -37,81 +30,90 @@ class AdversaryConfig:
     lr: float = 3e-5
 
     def discriminator(self, model: TokenizerConfig) -> DiscriminatorConfig:
-        """The discriminator for the clips of a tokenizer."""
+        """Return the config of the discriminator for the clips of a tokenizer."""
         return DiscriminatorConfig(*model.clip_shape, model.patch_size, self.hidden, self.depth, self.heads)
 
 
 class Adversary:
-    """A discriminator in its own engine, which learns to tell reconstructions from clips, and judges them for the tokenizer.
+    """A discriminator in its own engine, and the adversarial losses of tokenizer and discriminator.
 
     Args:
-        engine: of a `Discriminator`, at zero_stage 0 to 2: at stage 3 the raw module gives wrong gradients in silence.
+        engine: of a `Discriminator`, at zero_stage 0 to 2, because the raw module of stage 3 gives wrong gradients.
+        weights: weights, kinds and schedules of the losses.
     """
 
     def __init__(self, engine: Engine, weights: LossConfig):
         self.engine, self.weights = engine, weights
-        self.lecam = LeCam()
+        self.lecam = losses.LeCam()
 
     @property
     def discriminator(self) -> Discriminator:
         """The raw module."""
         return self.engine.module
 
-    def takes_part(self, place: float) -> bool:
-        """Whether the tokenizer feels the discriminator at this place on the schedule."""
-        return place >= self.weights.gan_start
+    def is_active(self, position: float) -> bool:
+        """Whether the adversarial loss applies at this position on the schedule, in steps."""
+        return position >= self.weights.gan_start
 
-    def learns(self, place: float, step: int) -> bool:
-        """Whether the discriminator is updated at this place on the schedule, at this step."""
-        return self.takes_part(place) and step % self.weights.gan_every == 0
+    def is_update_step(self, position: float, step: int) -> bool:
+        """Whether the discriminator is updated at this position on the schedule and this step."""
+        return self.is_active(position) and step % self.weights.gan_every == 0
+
+    def generator_loss(self, reconstruction: Tensor) -> Tensor:
+        """Return the adversarial loss of the tokenizer, a scalar, for reconstructions (B, 3, T, H, W).
+
+        Its backward pass must run inside `frozen` as well.
+        """
+        with self.frozen(), self.engine.autocast():
+            fake = self.discriminator(reconstruction)
+        return losses.hinge_generator_loss(fake) if self.weights.gan_kind == "hinge" else losses.generator_loss(fake)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the discriminator fixed: around `judge` and the backward pass of its loss, where checkpointed blocks run again."""
-        free = [p for p in self.discriminator.parameters() if p.requires_grad]
-        for p in free:
+    def frozen(self) -> Iterator[None]:
+        """Disable gradients of the discriminator's parameters.
+
+        The backward pass of `generator_loss` belongs inside, because checkpointed blocks run forward again there.
+        """
+        trainable = [p for p in self.discriminator.parameters() if p.requires_grad]
+        for p in trainable:
             p.requires_grad_(False)
         try:
             yield
         finally:
-            for p in free:
+            for p in trainable:
                 p.requires_grad_(True)
 
-    def judge(self, reconstruction: Tensor) -> Tensor:
-        """Return the tokenizer's adversarial loss, a scalar, through the raw discriminator held fixed for this pass."""
-        with self.held(), self.engine.autocast():
-            fake = self.discriminator(reconstruction)
-        return hinge_generator_loss(fake) if self.weights.gan_kind == "hinge" else generator_loss(fake)
+    def update(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
+        """Train the discriminator on one micro batch; return its total loss, a scalar.
 
-    def learn(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
-        """Train the discriminator on clips and detached reconstructions (B, 3, T, H, W); return its loss, a scalar.
-
-        To be called for each micro batch of a step. The loss is all of it: LeCam and, where it is due, R1 included.
+        Args:
+            clip, reconstruction: (B, 3, T, H, W); the reconstruction is detached.
+            noise: random numbers of the micro batch.
         """
-        # One pass for both sides: an engine's forward runs once for each backward.
+        # One forward pass for both, because an engine expects one per backward pass.
         real, fake = self.engine(torch.cat([clip, reconstruction])).chunk(2)
-        loss = self.verdict(real, fake, noise) + self.weights.lecam * self.lecam(real, fake)
+        loss = self.discriminator_loss(real, fake, noise) + self.weights.lecam * self.lecam(real, fake)
         if self.weights.r1 and self.engine.step_count % self.weights.r1_every == 0:
-            # The same backward pass takes both: an engine counts one for each micro batch.
-            loss = loss + self.weights.r1 * self.weights.r1_every * r1_penalty(self.discriminator, clip)
+            # Added to the loss, because an engine expects one backward pass per micro batch.
+            loss = loss + self.weights.r1 * self.weights.r1_every * losses.r1_penalty(self.discriminator, clip)
         self.engine.backward(loss)
         self.engine.step()
         means = backend.reduce_mean({"real": real.detach().mean(), "fake": fake.detach().mean()})
         self.lecam.update(means["real"], means["fake"])
         return loss
 
-    def verdict(self, real: Tensor, fake: Tensor, noise: BatchNoise) -> Tensor:
-        """Return the discriminator's adversarial loss for logits (B, 1), a scalar."""
+    def discriminator_loss(self, real: Tensor, fake: Tensor, noise: BatchNoise) -> Tensor:
+        """Return the adversarial loss of the discriminator, a scalar, for logits (B, 1); without LeCam and R1."""
         if self.weights.gan_kind == "hinge":
-            return hinge_discriminator_loss(real, fake)
-        return discriminator_loss(real, fake, noise if self.weights.gan_kind == "smooth" else None)
+            return losses.hinge_discriminator_loss(real, fake)
+        return losses.discriminator_loss(real, fake, noise if self.weights.gan_kind == "smooth" else None)
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint holds beside the engine."""
+        """Return the state that the engine's checkpoint does not hold."""
         return {"lecam_real": self.lecam.real, "lecam_fake": self.lecam.fake}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take up a `state_dict`."""
+        """Load a `state_dict`."""
         self.lecam.real, self.lecam.fake = state["lecam_real"], state["lecam_fake"]
 
 

@@ -1,4 +1,5 @@
-"""The one place that knows DeepSpeed: starting, engines. One CPU process takes the same path as many GPUs.
+"""The only module that imports DeepSpeed: starting and ending a session, and engines. One CPU process runs the same
+code as many GPUs.
 
     ranks = start(seed=0)
     factor = lr_factor("cosine", steps, warmup, 0.01)
@@ -10,9 +11,8 @@
         ...                                     # True: updated; False: skipped for a non-finite gradient
     finish()
 
-Measured facts behind the choices here: deepspeed builds C++ helpers unless told not to, can take 20 s to import (so
-it is imported on use), and at stage 0 in fp32 neither knows the gradient norm nor refuses a non-finite one (so that
-is done here).
+DeepSpeed is imported on use, because the import can take 20 s. At stage 0 in fp32 it computes no gradient norm and does
+not skip non-finite gradients, so `Engine` does both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from larp.engine import signals
-from larp.engine.device_steps import DeviceSteps, fuse, place_counters
+from larp.engine.device_steps import DeviceSteps, fuse, move_step_counters
 from larp.engine.distributed import (
     Ranks,
     barrier,
@@ -45,7 +45,7 @@ from larp.engine.distributed import (
     set_current_ranks,
 )
 from larp.engine.ema import WeightAverage
-from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, deepspeed_settings, micro_batch
+from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, check_trainable, deepspeed_settings, micro_batch
 from larp.kernels.threads import cores
 from larp.models.layers import checkpoint_activations, compile_blocks
 
@@ -72,23 +72,20 @@ __all__ = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------- start and finish
+# Timeout of collectives: other ranks may encode videos or write samples for hours. The end of a rank is detected earlier,
+# by its closed connection or the launcher.
+_TIMEOUT = timedelta(hours=12)
 
-
-# How long a rank waits for the others, which may encode many videos or write samples in the meantime; that one has died, it
-# learns from the connection or the launcher, long before.
-_PATIENCE = timedelta(hours=12)
-
-# The variables that start() set itself because no launcher had; None while no session runs.
+# Environment variables that start() has set in the absence of a launcher; None while no session is open.
 _own_variables: tuple[str, ...] | None = None
 
 
 def start(seed: int) -> Ranks:
-    """Join the other ranks and seed torch, numpy and random with `seed` (the same on all ranks); `finish` undoes it.
+    """Join the process group and seed torch, numpy and random with `seed` (the same on all ranks).
 
-    Works under `deepspeed`, `torchrun` and plain `python` (one process) alike; a second call only seeds again.
-    SIGTERM, and the end of the launcher, are noted for `stop_requested`. OMP_NUM_THREADS is honoured, otherwise torch
-    gets cores // ranks on this machine. Raises ValueError if the launcher set only a part of the variables it should.
+    Works under `deepspeed`, `torchrun` and plain `python` (one process); a second call only seeds again. From here on
+    SIGTERM and the end of the launcher set `stop_requested`. torch uses OMP_NUM_THREADS threads, by default the cores of
+    the machine divided by its ranks. Raises ValueError if a launcher has set only a part of its variables.
     """
     global _own_variables
     _seed_everything(seed)
@@ -103,29 +100,29 @@ def start(seed: int) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not own:
-        # Before the ranks meet: one that waits for the others for ever would not notice that all is over.
+        # Before joining the group, because a rank may wait there for ranks that will not start.
         signals.watch_launcher()
     _init_distributed()
     ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device)
     set_current_ranks(ranks)
     _own_variables = own
-    signals.note_signals()
+    signals.install_handlers()
     return ranks
 
 
 def finish() -> None:
-    """Leave the process group and restore signal handlers and environment; `start` may be called again afterwards."""
+    """Leave the process group and restore signal handlers and environment; `start` may follow."""
     global _own_variables
     if _own_variables is None:
         return
     import deepspeed.comm.comm as comm
 
-    signals.restore()
+    signals.restore_handlers()
     _sharding.clear()
     _restore_linear()
     if torch.distributed.is_initialized():
         comm.destroy_process_group()
-    # deepspeed believes for ever that it is initialised; without this a second start() would skip the real work.
+    # Otherwise deepspeed considers itself initialised, and a second start() would not initialise it.
     comm.cdb = None
     for name in _own_variables:
         os.environ.pop(name, None)
@@ -134,7 +131,7 @@ def finish() -> None:
 
 
 def stop_requested() -> bool:
-    """True on all ranks alike once any rank got SIGTERM or lost its launcher: save and leave. Call it on every rank."""
+    """Whether any rank got SIGTERM or Ctrl-C or lost its launcher; the same on all ranks. Collective."""
     return bool(reduce_sum(torch.tensor(float(signals.stop_flag()))).item())
 
 
@@ -145,9 +142,9 @@ def _seed_everything(seed: int) -> None:
 
 
 def _import_deepspeed() -> str:
-    """Import deepspeed without its chatter and its compilers; returns the name of the device type."""
+    """Import deepspeed without log output and compilation; return the name of the device type."""
     if not torch.accelerator.is_available():
-        # Without this deepspeed warns on every rank that it could find no accelerator.
+        # Otherwise deepspeed warns on every rank that it found no accelerator.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
@@ -155,9 +152,9 @@ def _import_deepspeed() -> str:
     logger = logging.getLogger("DeepSpeed")
     for target in (logger, *logger.handlers):
         target.setLevel(logging.WARNING)
-    # deepspeed's own use of torch functions that were renamed, once for each call.
+    # deepspeed calls deprecated functions of torch, which warn at each call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # A C++ helper: building it takes a minute, and a build that was killed hangs every later run in silence.
+    # Building this C++ extension takes a minute, and an interrupted build blocks all later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return get_accelerator().device_name()
 
@@ -167,18 +164,15 @@ def _init_distributed() -> None:
     from deepspeed.accelerator import get_accelerator
 
     if os.environ["WORLD_SIZE"] == "1":
-        # Nobody else comes to the launcher's port, which is the same for every job on the machine.
+        # The launcher's default port is the same for every job on the machine; a single process can use any.
         os.environ["MASTER_PORT"] = str(free_port())
     try:
-        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=_PATIENCE)
+        deepspeed.init_distributed(get_accelerator().communication_backend_name(), verbose=False, timeout=_TIMEOUT)
     except torch.distributed.DistNetworkError as error:
         raise ValueError(
             f"the ranks cannot meet at port {os.environ['MASTER_PORT']}, perhaps because another job uses it: choose "
             f"another one with `deepspeed --master_port 29501 ...` ({str(error).splitlines()[0]})"
         ) from error
-
-
-# -------------------------------------------------------------------------------------------------------------- engines
 
 
 def make_engine(
@@ -194,35 +188,27 @@ def make_engine(
     max_skipped: int = 10,
     ema: float = 0.0,
 ) -> Engine:
-    """Hand a module and its torch optimizer to DeepSpeed. Call it once for each of several models (a GAN has two).
+    """Make the engine of a module and its torch optimizer. Collective; a GAN has two engines.
 
-    The learning rate of each parameter group is the rate it has now times `lr_factor(step)`. `name` is used in
-    messages. `max_zero_stage=2` is for a model whose raw module takes part in another model's loss. `ema` is the decay
-    of an average of the weights (0: none), for zero_stage 0 to 2. All weights must be float32. Raises ValueError for a
-    stage above these, an optimizer without trainable parameters, and a batch that does not divide.
+    Args:
+        module: with float32 weights.
+        optimizer: the current rate of each parameter group is its peak rate.
+        lr_factor: factor on all rates by step.
+        config: options of the engine.
+        global_batch: clips of a step over all ranks.
+        ranks: this process among all.
+        name: of the model, for messages.
+        max_zero_stage: 2 for a model whose raw module contributes to another model's loss.
+        max_skipped: consecutive skipped updates that end the run.
+        ema: decay of an average of the weights, for zero_stage 0 to 2; 0 for none.
+
+    Raises ValueError for a zero_stage that is too high, an optimizer without trainable parameters, weights that are not
+    float32, and a batch that cannot be divided.
     """
-    # From here on each rank samples its own dropout masks; the first keeps the stream that one process would have.
+    # From here on each rank has its own dropout masks; rank 0 has those of a single process.
     torch.manual_seed(torch.initial_seed() + ranks.rank)
-    if config.zero_stage > max_zero_stage:
-        raise ValueError(
-            f"zero_stage {config.zero_stage} is not possible for the {name}: its raw module takes part in the "
-            "loss of another model, and with the sharded parameters of stage 3 that gives silently wrong gradients; "
-            f"use zero_stage 0 to {max_zero_stage}"
-        )
-    if ema and config.zero_stage > 2:
-        raise ValueError(
-            f"ema = {ema} averages whole weights, and zero_stage 3 cuts those of the {name} up: use zero_stage 0 to 2"
-        )
-    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"the optimizer of the {name} has no trainable parameter: unfreeze a part of it, or do not train it"
-        )
-    others = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()} - {"torch.float32"})
-    if others:
-        raise ValueError(
-            f"the {name} has weights in {', '.join(others)}: load it in float32, `precision` decides the rest"
-        )
-    # Copied before anything is put on the module, and where the module will be.
+    check_trainable(module, optimizer, config, name, max_zero_stage, ema)
+    # Copied on the module's device, before checkpointing and compilation modify the module.
     average = WeightAverage(module.to(ranks.device), ema) if ema else None
     if config.activation_checkpointing:
         checkpoint_activations(module, name)
@@ -231,15 +217,16 @@ def make_engine(
     return Engine(module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average)
 
 
-# The engines of stage 3 that are open: while there are any, torch computes linear layers as they need it.
+# The open engines of stage 3, for which DeepSpeed replaces torch's linear function.
 _sharding: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 class Engine:
     """A module in training: forward, backward, step, save, load. Made by `make_engine`.
 
-    step_count: global batches done, skipped updates included, so that it stays in step with the data.
-    average: of the weights after each update, or None; skipped ones do not count (see `step`).
+    Attributes:
+        step_count: number of global batches, including skipped updates, so that it matches the position in the data.
+        average: EMA of the weights, or None.
     """
 
     def __init__(self, module, optimizer, lr_factor, config, global_batch, ranks, name, max_skipped, average) -> None:
@@ -252,7 +239,7 @@ class Engine:
         if config.zero_stage == 3:
             _sharding.add(self)
         on_gpu = ranks.device.type == "cuda" and config.zero_stage == 0 and config.precision != "fp16"
-        later = on_gpu and fuse(optimizer)
+        fused = on_gpu and fuse(optimizer)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
@@ -260,67 +247,75 @@ class Engine:
         self.step_count = 0
         self._skipped = self._skipped_in_a_row = 0
         self._grad_norm: float | None = None
-        self._later = DeviceSteps(self.module, optimizer, config.clip_grad, ranks.device) if later else None
+        self._device_steps = DeviceSteps(self.module, optimizer, config.clip_grad, ranks.device) if fused else None
         self._apply_lr()
 
     @property
     def module(self) -> nn.Module:
-        """The raw module, for all but the training pass (at stage 3: for nothing that touches parameters)."""
+        """The raw module, for uses other than the training pass; at stage 3 its parameters are sharded."""
         return self._engine.module
 
     @property
     def skipped_count(self) -> int:
-        """How many of the steps were skipped."""
-        return self._skipped if self._later is None else self._later.count()
+        """Number of skipped updates; waits for the device."""
+        return self._skipped if self._device_steps is None else self._device_steps.count()
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm before clipping at the last step, inf if it was skipped, None before the first. On a GPU it is waited for."""
-        if self._later is None or self._later.norm is None:
+        """Global gradient norm before clipping at the last step; inf if skipped, None before the first step.
+
+        Waits for the device.
+        """
+        if self._device_steps is None or self._device_steps.norm is None:
             return self._grad_norm
-        norm = float(self._later.norm)
+        norm = float(self._device_steps.norm)
         return norm if math.isfinite(norm) else math.inf
 
     @property
     def lr(self) -> float:
-        """The first parameter group's learning rate at the last step, or at the first one to come."""
+        """Learning rate of the first parameter group at the last step, or at the first step before it."""
         return self._engine.basic_optimizer.param_groups[0]["lr"]
 
     @property
     def learning_rates(self) -> dict[str, float]:
-        """The same of every part that has a name of its own (`lr_name` of the parameter groups): lr, prior_lr, ..."""
+        """Learning rates by the `lr_name` of the parameter groups: lr, prior_lr, ..."""
         groups = self._engine.basic_optimizer.param_groups
         return {group.get("lr_name", "lr"): group["lr"] for group in groups}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward under the engine's autocast."""
+        """Run the module's forward pass under autocast."""
         return self._engine(*args, **kwargs)
 
     def autocast(self) -> torch.autocast:
-        """The engine's autocast, for passes through the raw module (another model's loss, validation)."""
+        """Return the engine's autocast context, for forward passes of the raw module."""
         dtype = AUTOCAST_TYPES.get(self.config.precision)
         return torch.autocast(self.ranks.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def backward(self, loss: Tensor) -> None:
-        """Add one micro batch's gradients; `loss` is its plain mean, accumulation and loss scale are applied here."""
+        """Accumulate the gradients of one micro batch.
+
+        `loss` is the mean over the micro batch; the engine divides by the accumulation and applies the loss scale.
+        """
         self._engine.backward(loss)
 
     def step(self) -> bool | None:
-        """Call once for each micro batch, after `backward`. True: the weights were updated; False: the gradient was
-        not finite and the update was skipped on all ranks alike; None: the global batch is not complete yet.
+        """Update the weights; to be called after `backward` of each micro batch.
 
-        At stage 0 on a GPU (but for fp16) nothing is waited for: the answer is True, `skipped_count` knows better, and an average
-        takes in the weights that a skipped update left. Raises FloatingPointError after `max_skipped` skipped updates in a row,
-        there one step later.
+        Returns None while the global batch is incomplete, True after an update, and False if the gradient was not finite
+        and the update was skipped, on all ranks alike. At stage 0 on a GPU in fp32 or bf16 the result is True also for
+        skipped updates, because the host does not wait for the device; `skipped_count` counts them, and the average is
+        updated with the unchanged weights.
+
+        Raises FloatingPointError after `max_skipped` consecutive skipped updates (on a GPU one step later).
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return None
         self._apply_lr()
-        if self._later is not None:
-            applied = self._unwatched_step()
+        if self._device_steps is not None:
+            applied = self._device_step()
         else:
-            applied = self._guarded_step() if self.config.zero_stage == 0 else self._sharded_step()
+            applied = self._host_step() if self.config.zero_stage == 0 else self._sharded_step()
             self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         self.step_count += 1
         if applied and self.average is not None:
@@ -336,16 +331,16 @@ class Engine:
             )
         return applied
 
-    def _unwatched_step(self) -> bool:
-        """Stage 0 on a GPU: the same, decided there."""
-        self._skipped_in_a_row = self._later.in_a_row()
+    def _device_step(self) -> bool:
+        """Step at stage 0 on a GPU, which decides whether to skip."""
+        self._skipped_in_a_row = self._device_steps.in_a_row()
         if self._skipped_in_a_row < self._max_skipped:
-            self._later.prepare()
+            self._device_steps.prepare()
             self._engine.step()
         return True
 
-    def _guarded_step(self) -> bool:
-        """Stage 0, where deepspeed does not look: gradients are whole, and already averaged, on every rank."""
+    def _host_step(self) -> bool:
+        """Step at stage 0, where each rank holds all gradients, averaged, and deepspeed does not check them."""
         scaler = self._engine.torch_autocast_z0_gradscaler
         if scaler is not None:
             scaler.unscale_(self._engine.basic_optimizer)
@@ -356,7 +351,7 @@ class Engine:
         if applied and self.config.clip_grad > 0:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.clip_grad, norm)
         if not applied and scaler is None:
-            # An optimizer passes over parameters without gradient: no decay, no momentum, only the counters move on.
+            # Optimizers ignore parameters without gradients, so that step() only advances deepspeed's counters.
             self._engine.zero_grad()
         self._engine.step()
         return applied
@@ -369,16 +364,16 @@ class Engine:
 
     @torch.no_grad()
     def overwrite(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Put a value into a parameter between steps, the same on every rank; for zero_stage 0 to 2."""
+        """Set a parameter between steps to a value that is the same on every rank; for zero_stage 0 to 2."""
         parameter.copy_(value)
         if self.config.zero_stage > 0:
             from deepspeed.utils import safe_set_full_fp32_param
 
-            # Sharded optimizers keep a copy of their own, with which the next step would undo this.
+            # Sharded optimizers hold a copy of the weights, from which the next step would restore the old value.
             safe_set_full_fp32_param(parameter, parameter)
 
     def close(self) -> None:
-        """Let go of the module and the optimizer, so that their memory is free for a next engine; only `close` may follow."""
+        """Release the module and the optimizer, to free their memory for another engine; only `close` may follow."""
         if self._engine is not None:
             self._engine.destroy()
         self._engine = None
@@ -387,16 +382,16 @@ class Engine:
             _restore_linear()
 
     def _apply_lr(self) -> None:
-        # Always by way of the optimizer: loading a checkpoint puts new group objects there.
+        # Read from the optimizer each time, because loading a checkpoint replaces its groups.
         factor = self._lr_factor(self.step_count)
         groups = self._engine.basic_optimizer.param_groups
         for group, initial, others in zip(groups, self._initial_lrs, self._hyperparameters, strict=True):
             group.update(others, lr=initial * factor)
 
     def save(self, folder: Path | str, tag: str, client_state: dict[str, Any]) -> None:
-        """Write weights, optimizer and counters to folder/tag. Collective; not atomic (state.py makes it so).
+        """Write weights, optimizer and counters to folder/tag. Collective; not atomic, see `larp.engine.checkpoint`.
 
-        Frozen weights are left out: who resumes builds the module with them, and a checkpoint of an adapter stays small.
+        Frozen weights are left out, because a resumed run builds the module with them.
         """
         own = {"step_count": self.step_count, "skipped_count": self.skipped_count}
         if self._engine.torch_autocast_z0_gradscaler is not None:
@@ -409,11 +404,15 @@ class Engine:
         )
 
     def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
-        """Read what `save` wrote (None: the latest tag) and return its client_state. Only for checkpoints of this
-        program: it unpickles.
+        """Load a checkpoint of `save` and return its client_state. Unpickles, so it is only for trusted files.
 
-        `universal` reads the output of `python -m deepspeed.checkpoint.ds_to_universal`. Learning rates and other
-        optimizer settings stay those of this run. Raises ValueError if there is no checkpoint.
+        Learning rates and other optimizer settings stay those of this run.
+
+        Args:
+            folder, tag: as for `save`; None loads the latest tag.
+            universal: read the output of `python -m deepspeed.checkpoint.ds_to_universal`.
+
+        Raises ValueError if there is no checkpoint.
         """
         self._engine._config.load_universal_checkpoint = universal
         path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
@@ -421,9 +420,9 @@ class Engine:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]
         self.step_count, self._skipped, self._skipped_in_a_row = own["step_count"], own["skipped_count"], 0
-        if self._later is not None:
-            self._later.restart(self._skipped)
-            place_counters(self._engine.basic_optimizer)
+        if self._device_steps is not None:
+            self._device_steps.restart(self._skipped)
+            move_step_counters(self._engine.basic_optimizer)
         if self._engine.torch_autocast_z0_gradscaler is not None and "scaler" in own:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(own["scaler"])
         self._apply_lr()
@@ -431,7 +430,7 @@ class Engine:
 
 
 def _restore_linear() -> None:
-    """Give torch its own nn.functional.linear back, which the first engine of stage 3 replaces for the whole process."""
+    """Restore torch's nn.functional.linear, which the first engine of stage 3 replaces in the whole process."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patches
 

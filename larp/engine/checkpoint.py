@@ -1,14 +1,15 @@
-"""The run folder and its checkpoints: save, find the newest whole one, check that it fits, resume.
+"""The run folder and its checkpoints: save, find the newest complete one, check that it fits, resume; and trained
+weights to start from.
 
-    runs/NAME/config.json                        what the run was started with
+    runs/NAME/config.json                        options of the run
     runs/NAME/metrics.jsonl, tensorboard/        see log.py
-    runs/NAME/state/step-00000100/ENGINE/        what deepspeed writes for one engine, in place and without syncing
-    runs/NAME/state/step-00000100/ENGINE.ema.pt  the average of its weights, where it has one
-    runs/NAME/state/step-00000100/extra.pt       the trainer's own tensors (moving averages)
+    runs/NAME/state/step-00000100/ENGINE/        deepspeed's files of one engine, written in place and not synced
+    runs/NAME/state/step-00000100/ENGINE.ema.pt  the EMA of its weights, if it has one
+    runs/NAME/state/step-00000100/extra.pt       further state of the trainer
     runs/NAME/state/step-00000100/random-0.pt    random state of rank 0, and so on
-    runs/NAME/state/step-00000100/state.json     the marker, written last: without it a checkpoint is torn, and ignored
+    runs/NAME/state/step-00000100/state.json     the marker, written last; a checkpoint without it is ignored
 
-Reading a checkpoint unpickles (deepspeed offers nothing else): resume only runs that this program wrote.
+Loading a checkpoint unpickles, as deepspeed offers nothing else: resume trusted runs only.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from larp.config import to_dict
-from larp.engine import backend
 from larp.engine.backend import Engine
-from larp.engine.distributed import main_first
+from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
-from larp.files import write_json
+from larp.files import read_json, write_json
 from larp.hub import EMA, LarpModel, resolve, weights_file
 
 import torch
@@ -42,7 +42,7 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class SavedState:
-    """One whole checkpoint; loader_state and model are what was given to `save_state`."""
+    """One complete checkpoint; loader_state and model are the arguments of `save_state`."""
 
     folder: Path
     step: int
@@ -53,26 +53,23 @@ class SavedState:
 
     @property
     def extra(self) -> dict[str, Any]:
-        """The `extra` of `save_state`, read from disk; tensors on the CPU."""
+        """The `extra` of `save_state`, loaded from disk; tensors are on the CPU."""
         return torch.load(self.folder / _EXTRA, map_location="cpu", weights_only=True)
 
 
-# ----------------------------------------------------------------------------------------------------------- run folder
-
-
 def check_folder(folder: Path | str, resume: bool) -> None:
-    """Raise ValueError on every rank if the run folder holds a run already and `resume` is false, or is no folder. Collective."""
+    """Raise ValueError if the run folder is a file, or holds a run and `resume` is false. Collective."""
     main_first(lambda: _check_folder(Path(folder), resume))
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(f"{folder} cannot be a run folder, {there} is a file: choose another place with --out")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{folder} cannot be a run folder, {existing} is a file: choose another place with --out")
     started = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
-    if started and not resume and backend.current_ranks().is_main:
+    if started and not resume and current_ranks().is_main:
         raise ValueError(
-            f"{folder} holds a run already: go on with it with --resume, or choose another folder with --out "
+            f"{folder} holds a run already: continue it with --resume, or choose another folder with --out "
             "(nothing was changed)"
         )
 
@@ -85,75 +82,84 @@ def open_run(
     engines: Mapping[str, Engine] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> SavedState | None:
-    """Make the run folder ready; with `resume` return its newest checkpoint, or None if there is none yet.
+    """Prepare the run folder; with `resume` return its newest checkpoint, or None if there is none. Collective.
 
-    Writes config.json (`config` is the whole config as plain values) before the first step of a new run and leaves
-    that of a resumed one beside it as config.resumed.json, saying which options changed. Collective. Call it when
-    nothing else can fail for a mistake of the user. Raises ValueError, before anything is written or said, as `check_folder`
-    does, if another process trains in the folder, if the checkpoint lies beyond `steps`, the length of the run (None: it has none in steps), and where
-    `engines` are given, as `load_state` does with them and `model`.
+    To be called after all other checks, so that a mistake in the options leaves no run folder. A new run writes
+    config.json. A resumed one writes config.resumed.json and prints the options that changed.
+
+    Args:
+        folder: the run folder.
+        config: all options as plain values.
+        resume: continue the run of the folder.
+        steps: length of the run; None if it is in minutes.
+        engines, model: if given, the checkpoint is checked against them as in `load_state`.
+
+    Raises ValueError, before anything is written or printed, as `check_folder` does, if another process trains in the
+    folder, if the checkpoint is beyond `steps`, and as `load_state` does.
     """
     folder = Path(folder)
     check_folder(folder, resume)
     _lock(folder)
-    # Again: another run may have begun, and ended, since.
+    # Repeated under the lock, because another run may have started and ended since.
     check_folder(folder, resume)
     state = newest_state(folder) if resume else None
     if state is not None and steps is not None and state.step > steps:
         raise ValueError(
-            f"{folder} is at step {state.step} already, beyond the {steps} steps asked for: give more steps, or train anew in "
-            "another folder"
+            f"{folder} is at step {state.step}, beyond the {steps} steps of this run: give more steps, or train in another "
+            "folder"
         )
     if state is not None and engines is not None:
         _check_model(state, model)
         _check_engines(engines, state)
-    if backend.current_ranks().is_main:
+    if current_ranks().is_main:
         folder.mkdir(parents=True, exist_ok=True)
         first = folder / CONFIG_FILE
         if first.exists():
-            _say_changes(json.loads(first.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
+            _print_changes(
+                read_json(first, "restore the file, or train in another folder"), json.loads(json.dumps(config))
+            )
         write_json(folder / ("config.resumed.json" if first.exists() else CONFIG_FILE), dict(config))
-    backend.barrier()
-    if resume and backend.current_ranks().is_main:
-        print(f"going on from step {state.step}" if state else f"{folder} has no whole checkpoint: starting at step 0")
+    barrier()
+    if resume and current_ranks().is_main:
+        print(f"resuming from step {state.step}" if state else f"{folder} has no whole checkpoint: starting at step 0")
     return state
 
 
-# Open files whose locks this process holds, by folder: the system gives them back when the process ends, however it ends.
+# Open lock files by folder; the operating system releases the locks when the process ends.
 _locks: dict[Path, IO] = {}
 
 
 def _lock(folder: Path) -> None:
-    """Make the folder this process's own on the main rank; ValueError on all if another process trains in it. Collective."""
-    taken = False
-    if backend.current_ranks().is_main and (place := folder.resolve()) not in _locks:
+    """Lock the folder on the main rank. Raises ValueError on all ranks if another process trains in it. Collective."""
+    locked = False
+    if current_ranks().is_main and (place := folder.resolve()) not in _locks:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / _LOCK, "a")  # noqa: SIM115 - held while the process lives
+        file = open(folder / _LOCK, "a")  # noqa: SIM115 - open until the process ends
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            taken = True
+            locked = True
             file.close()
         except OSError:
-            # A file system without locks: nothing is promised there.
+            # File systems without locks are used unlocked.
             file.close()
         else:
             _locks[place] = file
-    if backend.broadcast_object(taken):
+    if broadcast_object(locked):
         raise ValueError(
             f"another process trains in {folder} now: wait until it ends, or choose another folder with --out "
             "(nothing was changed)"
         )
 
 
-def _say_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _print_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [text for text in differences(before, now) if not text.startswith(("resume ", "out "))]
     if changed:
         print(f"resuming with other options than the run began with: {'; '.join(changed)}")
 
 
 def newest_state(folder: Path | str) -> SavedState | None:
-    """The newest whole checkpoint of a run folder; torn ones (killed while saving, truncated files) are passed over."""
+    """Return the newest complete checkpoint of a run folder, or None; interrupted and truncated ones are ignored."""
     for candidate in _step_folders(Path(folder)):
         state = _read_marker(candidate)
         if state is not None:
@@ -162,23 +168,20 @@ def newest_state(folder: Path | str) -> SavedState | None:
 
 
 def _step_folders(folder: Path) -> list[Path]:
-    """The checkpoints, newest first, whole or not."""
+    """Return the folders of all checkpoints, newest first, complete or not."""
     return sorted((folder / _STATE).glob("step-*"), reverse=True)
 
 
 def _read_marker(folder: Path) -> SavedState | None:
     try:
-        marker = json.loads((folder / _MARKER).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
+        marker = read_json(folder / _MARKER)
+        complete = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
     except (OSError, ValueError, KeyError):
         return None
-    if not whole:
+    if not complete:
         return None
     names = ("step", "world_size", "zero_stages", "model", "loader_state")
     return SavedState(folder=folder, **{name: marker[name] for name in names})
-
-
-# ----------------------------------------------------------------------------------------------------------------- save
 
 
 def save_state(
@@ -191,19 +194,23 @@ def save_state(
     model: Mapping[str, Any] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Save a checkpoint of the run at `step` and return its folder; afterwards only the newest `keep` are left.
-    Collective.
+    """Save a checkpoint of the run and return its folder; only the newest `keep` checkpoints remain. Collective.
 
-    engines: saved in this order (the discriminator first, the model last). loader_state: JSON-able. extra: numbers,
-    text, tensors in dicts and lists, the same on all ranks. model: the model config as plain values, compared when
-    the run is resumed.
+    Args:
+        engines: saved in this order, the model last.
+        folder: the run folder.
+        step: number of steps done.
+        loader_state: JSON-serialisable.
+        extra: numbers, text and tensors in dicts and lists, the same on all ranks.
+        model: the model config as plain values, compared when the run is resumed.
+        keep: number of checkpoints, at least 1.
     """
-    ranks = backend.current_ranks()
+    ranks = current_ranks()
     target = Path(folder) / _STATE / f"step-{step:08d}"
     if ranks.is_main:
         _remove(target)
         target.mkdir(parents=True)
-    backend.barrier()
+    barrier()
     for name, engine in engines.items():
         engine.save(target, name, {})
     _save_random_state(target / f"random-{ranks.rank}.pt")
@@ -212,7 +219,7 @@ def save_state(
             if engine.average is not None:
                 torch.save(engine.average.state_dict(), target / (name + _AVERAGE))
         torch.save(dict(extra or {}), target / _EXTRA)
-    backend.barrier()
+    barrier()
     if ranks.is_main:
         files = {str(path.relative_to(target)): path for path in sorted(target.rglob("*")) if path.is_file()}
         for path in files.values():
@@ -227,23 +234,23 @@ def save_state(
         }
         write_json(target / _MARKER, marker)
         _sync(target)
-        _forget_old(Path(folder), keep)
-    backend.barrier()
+        _remove_old(Path(folder), keep)
+    barrier()
     return target
 
 
-def _forget_old(folder: Path, keep: int) -> None:
-    """Remove what is older than the newest `keep` whole checkpoints, torn ones included."""
-    whole = 0
+def _remove_old(folder: Path, keep: int) -> None:
+    """Remove all checkpoints, complete or not, that are older than the newest `keep` complete ones."""
+    complete = 0
     for candidate in _step_folders(folder):
-        if whole >= max(1, keep):
+        if complete >= max(1, keep):
             _remove(candidate)
         elif _read_marker(candidate) is not None:
-            whole += 1
+            complete += 1
 
 
 def _remove(folder: Path) -> None:
-    # The marker goes first: killed in between, this leaves a torn checkpoint, not one that looks whole.
+    # The marker is removed first, so that an interrupted removal leaves no checkpoint that looks complete.
     with contextlib.suppress(FileNotFoundError):
         (folder / _MARKER).unlink()
     shutil.rmtree(folder, ignore_errors=True)
@@ -262,9 +269,6 @@ def _save_random_state(path: Path) -> None:
     torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, path)
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
-
-
 def load_state(
     engines: Mapping[str, Engine],
     state: SavedState,
@@ -272,14 +276,20 @@ def load_state(
     *,
     restore_random: bool = True,
 ) -> None:
-    """Put a checkpoint into the engines: weights and their averages, optimizers, counters, and the random state of each
-    rank. Collective.
+    """Load weights, their averages, optimizers, counters and the random state of each rank. Collective.
 
-    engines, model: as for save_state. An average that the checkpoint has not begins with its weights. Raises ValueError, before anything is loaded, if the model config, the engines,
-    a ZeRO stage or (at stages 1 to 3) the number of ranks differ from the checkpoint's; the text names what differs
-    and the way out.
+    An average that the checkpoint lacks starts with its weights. The random state is loaded if the number of ranks is
+    that of the checkpoint.
+
+    Args:
+        engines, model: as for `save_state`.
+        state: the checkpoint.
+        restore_random: load the random state.
+
+    Raises ValueError, before anything is loaded, if the model config, the engines, a ZeRO stage or (at stages 1 to 3) the
+    number of ranks differ from the checkpoint's.
     """
-    ranks = backend.current_ranks()
+    ranks = current_ranks()
     _check_model(state, model)
     _check_engines(engines, state)
     for name, engine in engines.items():
@@ -307,25 +317,25 @@ def _load_average(engine: Engine, path: Path) -> None:
 def changed_values(
     saved: Mapping[str, Any], current: Mapping[str, Any], absent: Any = None, prefix: str = ""
 ) -> dict[str, list]:
-    """{"a.b": [value in saved, value in current]} for each key that differs between two nested dicts of plain values."""
-    found: dict[str, list] = {}
+    """Return {"a.b": [saved value, current value]} for each key that differs between two nested dicts."""
+    changed: dict[str, list] = {}
     for key in [*saved, *(key for key in current if key not in saved)]:
         before, after = saved.get(key, absent), current.get(key, absent)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found |= changed_values(before, after, absent, f"{prefix}{key}.")
+            changed |= changed_values(before, after, absent, f"{prefix}{key}.")
         elif before != after:
-            found[f"{prefix}{key}"] = [before, after]
-    return found
+            changed[f"{prefix}{key}"] = [before, after]
+    return changed
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """'a.b was 1, is 2' for each key that differs between two nested dicts of plain values."""
+    """Return "a.b was 1, is 2" for each key that differs between two nested dicts."""
     changed = changed_values(saved, current, "(absent)")
     return [f"{name} was {before}, is {after}" for name, (before, after) in changed.items()]
 
 
 def _check_model(state: SavedState, model: Mapping[str, Any] | None) -> None:
-    # By way of JSON, as the saved one went: a tuple and a list are the same thing there.
+    # Converted by JSON, like the saved config, because it turns tuples into lists.
     changed = differences(state.model, json.loads(json.dumps(model or {})))
     if changed:
         raise ValueError(
@@ -337,11 +347,10 @@ def _check_model(state: SavedState, model: Mapping[str, Any] | None) -> None:
 def _check_engines(engines: Mapping[str, Engine], state: SavedState) -> None:
     if set(engines) != set(state.zero_stages):
         raise ValueError(
-            f"{state.folder} holds {', '.join(state.zero_stages)}, but this run trains {', '.join(engines)}: "
-            "resume with the options "
-            "of the first run, or start a new run with another --out"
+            f"{state.folder} holds {', '.join(state.zero_stages)}, but this run trains {', '.join(engines)}: resume with the "
+            "options of the first run, or start a new run with another --out"
         )
-    world_size = backend.current_ranks().world_size
+    world_size = current_ranks().world_size
     for name, engine in engines.items():
         saved_stage, stage = state.zero_stages[name], engine.config.zero_stage
         if saved_stage != stage:
@@ -374,10 +383,12 @@ def _universal_advice(engines: Mapping[str, Engine], state: SavedState, world_si
 
 
 def take_weights(model: LarpModel, source: str, free: Collection[str] = ()) -> None:
-    """Put the weights of a trained model into a fresh one, averaged ones where it has them.
+    """Load the weights of a trained model, the averaged ones if it has any, into a new model.
 
-    source: folder or hub name. free: names of fields of the config that may differ. Raises ValueError that names the others
-    that do.
+    Args:
+        model: the new model.
+        source: folder or hub name of the trained one.
+        free: config fields that may differ; ValueError names any others that differ.
     """
     folder = resolve(source)
     variant = EMA if (folder / weights_file(EMA)).exists() else None

@@ -1,14 +1,14 @@
-"""The position of a run on its schedules: by steps, or by the share of its minutes that has passed.
+"""The position of a run on its schedules, by steps or by time.
 
     clock = Clock(steps=3600, minutes=10)
     while not clock.done:
-        ...                       # a step at clock.position: learning rate, temperature, which losses take part
+        ...                       # a step at clock.position: learning rate, temperature, active losses
         clock.advance()           # after each step
-        if clock.due(1200):       # after every 1200 steps of the schedule: here every 200 seconds
+        if clock.due(1200):       # every 1200 steps of the schedule: here every 200 seconds
             ...
 
-A recipe is written in steps. With `minutes` it keeps its shape: what it does at step 900 of 3600 is done after a quarter of the time,
-however many steps the machine has done by then.
+Recipes are written in steps. With `minutes` their schedules are stretched over that time: what belongs to step 900 of
+3600 happens after a quarter of the time, whatever the number of steps so far.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from larp.engine import distributed as ranks
 
 
 class Clock:
-    """The length of a run and the position that it has reached, the same on all ranks.
+    """The length of a run and its position, the same on all ranks.
 
     Args:
-        steps: length of the schedules; without minutes, of the run itself.
-        minutes: length of the run in time, including validation and saving between steps; None counts steps.
+        steps: length of the schedules; without minutes, also of the run.
+        minutes: length of the run in time, including validation and saving; None counts steps.
 
-    step: steps done. position: on the schedule, in steps of the schedule; without minutes it is `step`. before: the position before
-    the last step.
+    Attributes:
+        step: number of steps done.
+        position: position on the schedules in steps; equal to `step` without minutes.
+        before: position before the last step.
+
     Raises ValueError for minutes that are not positive and finite.
     """
 
@@ -41,27 +44,27 @@ class Clock:
         self._since, self._first = time.monotonic(), True
 
     def start(self, step: int = 0, elapsed: float = 0.0) -> None:
-        """Begin to count, or go on after so many steps and seconds.
+        """Start at a number of steps and elapsed seconds, which are 0 unless the run is resumed.
 
-        The time before this call is not counted, and neither is the first step, in which models are compiled.
+        Time before this call and during the first step, in which models are compiled, does not count.
         """
         self.step, self._elapsed, self._since, self._first = step, elapsed, time.monotonic(), True
-        self.position = self._place()
+        self.position = self._position()
         self.before = self.position - 1
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start, including those before the run was resumed."""
+        """Seconds since the start, including those before a resumption."""
         return self._elapsed + time.monotonic() - self._since
 
     @property
     def total(self) -> int | None:
-        """Steps of the run; None if its length is in minutes."""
+        """Number of steps of the run; None if its length is in minutes."""
         return self.steps if self.minutes is None else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """For the log of a run in minutes: the position on the schedule ("place"), and the minutes so far; else empty."""
+        """Metrics for the log of a run in minutes: `place`, the position on the schedule, and elapsed `minutes`."""
         return {} if self.minutes is None else {"place": self.position, "minutes": self.elapsed / 60}
 
     @property
@@ -70,24 +73,24 @@ class Clock:
         return self.position >= self.steps
 
     def advance(self) -> None:
-        """Count a step. Collective if the run has minutes: the time of the first rank counts."""
+        """Count a step. Collective for a run in minutes, which uses the time of rank 0."""
         self.step += 1
         if self._first:
             self._since, self._first = time.monotonic(), False
-        self.before, self.position = self.position, self._place()
+        self.before, self.position = self.position, self._position()
 
     def due(self, every: int) -> bool:
         """Whether the last step passed a multiple of `every` on the schedule."""
         return self.position // every > self.before // every
 
     def on_schedule(self, factor: Callable[[float], float], first: int = 0) -> Callable[[int], float]:
-        """Return `factor`, such as a learning-rate factor, as a function of the step that is evaluated at the position of the clock.
+        """Return `factor`, a function of the step such as a learning-rate factor, evaluated at the current position.
 
-        first: position at which the stage of the factor begins.
+        first: position that `factor` counts from, for a later stage of a run.
         """
         return factor if self.minutes is None else lambda _: factor(max(0.0, self.position - first))
 
-    def _place(self) -> float:
+    def _position(self) -> float:
         if self.minutes is None:
             return self.step
         return min(1.0, ranks.broadcast_object(self.elapsed) / (60 * self.minutes)) * self.steps

@@ -1,8 +1,7 @@
-"""What a generator trains on, step by step: rows of a token cache, or clips that are encoded as they are needed.
+"""Training data of a generator: rows of a token cache, or clips encoded on the fly.
 
-`open_data` makes either from the options of training/train_generator.py.
-
-Both know from the number of a step which clips belong to it, so that a resumed run goes on with the same ones.
+`open_data` makes either from the options of training/train_generator.py. The clips of a step are a function of its
+number, so that a resumed run continues with the same ones.
 
 Shapes: b clips of a micro batch, N codes of a clip.
 """
@@ -30,7 +29,7 @@ class CodeBatch(NamedTuple):
     """One micro batch of one rank."""
 
     offset: int
-    """The place of its first clip in the global batch."""
+    """Position of its first clip in the global batch."""
     codes: Tensor
     """int64 (b, N)."""
     condition: Tensor
@@ -41,11 +40,11 @@ class CachedCodes:
     """The clips of a token cache, in a new order each epoch.
 
     Args:
-        cache: of clips that have what the task needs.
+        cache: with the labels or conditions that the task needs.
         task: "class" or "frame-prediction".
         global_batch, micro_batch: clips of a step over all ranks, and of one pass on one rank.
         seed: of the order.
-        ranks: this process among those that share a step out.
+        ranks: this process among those that share a step.
     """
 
     def __init__(self, cache: TokenCache, task: str, global_batch: int, micro_batch: int, seed: int, ranks: Ranks):
@@ -54,12 +53,12 @@ class CachedCodes:
         self.classes, self.skipped = cache.classes, list(cache.skipped)
 
     def __len__(self) -> int:
-        """Clips of an epoch."""
+        """Number of clips in an epoch."""
         return len(self.cache)
 
     @property
     def key(self) -> dict[str, Any]:
-        """Everything that changes a code, see `larp.data.token_cache.token_key`."""
+        """Everything that the codes depend on, see `larp.data.token_cache.token_key`."""
         return self.cache.key
 
     def step(self, step: int) -> Iterator[CodeBatch]:
@@ -72,17 +71,18 @@ class CachedCodes:
 
 
 class LiveCodes:
-    """Clips at random places of videos, other ones in each epoch, encoded at every step.
+    """Clips at random positions of the videos, encoded at every step.
 
-    A cache saves the tokenizer's time and the decoding; this needs no disk, and sees all of a long video.
+    Other than a cache this needs no disk space and covers all of a long video, but decodes and encodes in every step.
 
     Args:
-        tokenizer: a LarpTokenizer, on the device that it should run on.
-        videos: the data; ValueError if the task is "class" and one has none.
-        stride, flips: every n-th frame makes a clip; mirror half of the clips.
+        tokenizer: a LarpTokenizer on its device.
+        videos: the data; ValueError if the task is "class" and a video has no class.
+        task, global_batch, micro_batch, seed, ranks: as for `CachedCodes`.
+        stride: a clip takes every `stride`-th frame.
+        flips: mirror half of the clips.
         condition_frames: given frames of frame prediction.
         workers: threads that decode ahead.
-        task, global_batch, micro_batch, seed, ranks: as for `CachedCodes`.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LiveCodes:
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
-        """Clips of an epoch: one of each video."""
+        """Number of clips in an epoch: one of each video."""
         return len(self.videos)
 
     @property
@@ -132,7 +132,7 @@ class LiveCodes:
             loader.step, loader.micro = step, 0
             self._batches = live_batches(self.tokenizer, loader, self.task, self.condition_frames)
         for row in range(0, loader.rank_rows, loader.micro_batch):
-            # Cloned, because what comes out of the tokenizer's inference mode cannot take part in a gradient.
+            # Cloned, because autograd cannot use tensors made in the tokenizer's inference mode.
             yield CodeBatch(loader.rank_offset + row, *(part.clone() for part in next(self._batches)))
 
 

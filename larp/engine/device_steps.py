@@ -1,7 +1,7 @@
-"""Steps of an optimizer that skip a gradient that is not finite without telling the host, which would have to wait for it.
+"""Optimizer steps that skip a non-finite gradient on the device, without synchronising with the host.
 
-A GPU runs behind the program that feeds it. A number that is read back stops the program until all is done, and then the GPU until
-there is work again; here the answer is read one step later, when it has long been there.
+Reading a number from a GPU stalls the program until the queued work is done, and then the GPU until new work arrives.
+Here the number of skipped steps is read one step later, when it is already available.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 
 def fuse(optimizer: Optimizer) -> bool:
-    """Let Adam and AdamW, alone or beside Muon, run in torch's fused kernel, which takes `found_inf`; False for all others."""
+    """Switch Adam or AdamW, alone or beside Muon, to torch's fused kernel, which supports `found_inf`; else return False."""
     adam = getattr(optimizer, "adam", optimizer)
     if type(adam) not in (Adam, AdamW):
         return False
@@ -21,8 +21,8 @@ def fuse(optimizer: Optimizer) -> bool:
     return True
 
 
-def place_counters(optimizer: Optimizer) -> None:
-    """Put Adam's step counters, as a checkpoint from another device left them, where its fused kernel wants them."""
+def move_step_counters(optimizer: Optimizer) -> None:
+    """Move Adam's step counters, after loading a checkpoint, to the device and dtype that its fused kernel needs."""
     adam = getattr(optimizer, "adam", optimizer)
     for parameter, state in adam.state.items():
         if "step" in state:
@@ -30,22 +30,23 @@ def place_counters(optimizer: Optimizer) -> None:
 
 
 class DeviceSteps:
-    """Clips the gradients of a module and tells its fused optimizer, on the device, whether to skip them.
+    """Clips the gradients of a module and sets `found_inf` of its fused optimizer, on the device.
 
-    norm: of the last gradient, a scalar tensor before clipping.
+    Attributes:
+        norm: norm of the last gradient before clipping, a scalar tensor on the device; None before the first step.
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, clip: float, device: torch.device):
         self.module, self.optimizer, self.clip = module, optimizer, clip
         self.norm: Tensor | None = None
-        # How many steps were skipped, in all and in a row: counted there, and copied here without waiting.
+        # Number of skipped steps, in total and in a row: counted on the device, copied to the host asynchronously.
         self.counts = torch.zeros(2, device=device)
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         self._copy = torch.zeros(2, pin_memory=device.type == "cuda")
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make ready for the optimizer's step, after the backward pass."""
+        """Clip gradients and set `found_inf`; to be called between the backward pass and the optimizer's step."""
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         self.norm = nn.utils.get_total_norm(gradients)
         if self.clip > 0:
@@ -53,7 +54,7 @@ class DeviceSteps:
         skipped = (~self.norm.isfinite()).float()
         adam = getattr(self.optimizer, "adam", self.optimizer)
         adam.found_inf = self.optimizer.found_inf = skipped
-        # In all: one more if this one is skipped. In a row: the same, or none.
+        # A skipped step increments both counts; any other step resets the second one.
         self.counts.add_(skipped)
         self.counts[1].mul_(skipped)
         self._copy.copy_(self.counts, non_blocking=True)
@@ -61,16 +62,16 @@ class DeviceSteps:
             self._event.record()
 
     def in_a_row(self) -> int:
-        """How many steps up to the last prepared one were skipped one after the other; does not wait for later work."""
+        """Number of consecutive skipped steps up to the last prepared one; does not wait for later work."""
         if self._event is not None:
             self._event.synchronize()
         return int(self._copy[1])
 
     def count(self) -> int:
-        """How many were skipped in all; waits for the device."""
+        """Total number of skipped steps; waits for the device."""
         return int(self.counts[0])
 
     def restart(self, count: int) -> None:
-        """Go on from so many skipped steps."""
+        """Set the total number of skipped steps, when a checkpoint is loaded."""
         self.counts.copy_(torch.tensor([float(count), 0.0]))
         self._copy.zero_()

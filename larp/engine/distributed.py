@@ -1,4 +1,4 @@
-"""Who trains together: the ranks, what launchers tell about them, and the few collectives that trainers need."""
+"""The processes (ranks) of a run: the launcher's environment, collectives, and weights that ZeRO stage 3 shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PO
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this process is among the processes that train together."""
+    """This process among the processes of a run."""
 
     rank: int = 0
     world_size: int = 1
@@ -26,7 +26,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that prints and writes shared files."""
+        """Whether this is the process that prints and writes shared files."""
         return self.rank == 0
 
 
@@ -34,18 +34,21 @@ _current: Ranks | None = None
 
 
 def current_ranks() -> Ranks:
-    """The Ranks of the running session, or those of a lone CPU process outside one."""
+    """Return the Ranks of the open session; outside of one, those of a single CPU process."""
     return _current or Ranks()
 
 
 def set_current_ranks(ranks: Ranks | None) -> None:
-    """For backend.start and backend.finish only."""
+    """Set or clear `current_ranks`; for backend.start and backend.finish only."""
     global _current
     _current = ranks
 
 
 def fill_in_environment(environment: MutableMapping[str, str]) -> tuple[str, ...]:
-    """Set the launcher's variables for one process if no launcher did; returns the names that were set."""
+    """Set the launcher's variables for a single process if no launcher has; return the names that were set.
+
+    Raises ValueError if only a part of them is set.
+    """
     given = [name for name in _RANK_VARIABLES if name in environment]
     if "RANK" in given or "WORLD_SIZE" in given:
         missing = sorted(set(_RANK_VARIABLES) - set(given))
@@ -60,20 +63,20 @@ def fill_in_environment(environment: MutableMapping[str, str]) -> tuple[str, ...
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
+    """Return an unused TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def local_world_size() -> int:
-    """Ranks on this machine, as the launcher says; 1 without one."""
-    # torchrun says LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
+    """Return the number of ranks on this machine; 1 without a launcher."""
+    # Set by torchrun and by the deepspeed launcher, respectively.
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum over ranks of a tensor of the same shape and dtype on each; a new tensor on the device of the input."""
+    """Return the sum over ranks of a tensor with equal shape and dtype, as a new tensor on its device. Collective."""
     ranks = current_ranks()
     total = tensor.detach().clone()
     if ranks.world_size > 1:
@@ -83,7 +86,7 @@ def reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensors of all ranks, of one shape, joined along axis 0 in the order of the ranks."""
+    """Return the tensors of all ranks, of equal shape, concatenated along axis 0 in rank order. Collective."""
     ranks = current_ranks()
     if ranks.world_size == 1:
         return tensor
@@ -93,17 +96,17 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Every rank's object (anything picklable), in the order of the ranks."""
+    """Return the objects of all ranks (anything picklable) in rank order. Collective."""
     ranks = current_ranks()
     if ranks.world_size == 1:
         return [obj]
-    box = [None] * ranks.world_size
-    torch.distributed.all_gather_object(box, obj)
-    return box
+    objects = [None] * ranks.world_size
+    torch.distributed.all_gather_object(objects, obj)
+    return objects
 
 
 def reduce_mean(values: dict[str, Tensor | float]) -> dict[str, float]:
-    """The mean over ranks of named scalars; all ranks pass the same names in the same order."""
+    """Return the mean over ranks of named scalars; all ranks pass the same names in the same order. Collective."""
     if not values:
         return {}
     numbers = torch.tensor([float(value) for value in values.values()], dtype=torch.float64)
@@ -112,48 +115,48 @@ def reduce_mean(values: dict[str, Tensor | float]) -> dict[str, float]:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called this."""
     if current_ranks().world_size > 1:
         torch.distributed.barrier()
 
 
 def broadcast_object(obj: Any) -> Any:
-    """Give every rank the main rank's object (anything picklable)."""
+    """Return the object (anything picklable) of the main rank on all ranks. Collective."""
     ranks = current_ranks()
     if ranks.world_size == 1:
         return obj
-    box = [obj]
-    torch.distributed.broadcast_object_list(box, src=0, device=ranks.device)
-    return box[0]
+    objects = [obj]
+    torch.distributed.broadcast_object_list(objects, src=0, device=ranks.device)
+    return objects[0]
 
 
 def main_first(work: Callable[[], Any]) -> Any:
-    """`work()` of the main rank, and then, when what it left on disk is there, of each other one. Collective.
+    """Call `work()` on the main rank, then, so that its files exist, on the other ranks; return its result. Collective.
 
-    What the main rank raises for a mistake of the user (ValueError, OSError) is raised on all of them, where `of_main` of the
-    error says that it is told already: see larp.engine.signals.run_script.
+    A ValueError or OSError of the main rank is raised on all ranks. On the other ranks its attribute `reported` is True,
+    and larp.engine.signals.run_script does not print it again.
     """
-    ranks, found, error = current_ranks(), None, None
+    ranks, result, error = current_ranks(), None, None
     if ranks.is_main:
         try:
-            found = work()
+            result = work()
         except (ValueError, OSError) as raised:
             error = raised
-    told = broadcast_object(None if error is None else str(error))
+    message = broadcast_object(None if error is None else str(error))
     if error is not None:
         raise error
-    if told is not None:
-        again = ValueError(told)
-        again.of_main = True
-        raise again
-    return found if ranks.is_main else work()
+    if message is not None:
+        repeated = ValueError(message)
+        repeated.reported = True
+        raise repeated
+    return result if ranks.is_main else work()
 
 
 @contextmanager
-def whole(module: nn.Module, zero_stage: int) -> Iterator[None]:
-    """Inside, every rank holds all weights, also those that stage 3 shards; changes are not kept. Collective.
+def gathered_weights(module: nn.Module, zero_stage: int) -> Iterator[None]:
+    """Let every rank hold all weights of a module, including those that stage 3 shards. Collective.
 
-    For reading weights, saving among them; do not call the module inside.
+    For reading weights only: changes are discarded, and the module must not be called inside.
     """
     parameters = list(module.parameters())
     sharded = zero_stage == 3
@@ -166,16 +169,16 @@ def whole(module: nn.Module, zero_stage: int) -> Iterator[None]:
             parameters[0].partition(param_list=parameters, has_been_updated=False)
 
 
-def whole_copy(module: nn.Module, make: Callable[[], nn.Module], zero_stage: int) -> nn.Module:
-    """Return the module, or where stage 3 shards it a copy with all weights, for other uses than training. Collective.
+def gathered_copy(module: nn.Module, make: Callable[[], nn.Module], zero_stage: int) -> nn.Module:
+    """Return the module, or at stage 3 a copy with all weights, for uses other than training. Collective.
 
-    `make()` builds a module of the same shape. No random numbers are sampled, which training would miss.
+    `make()` builds a module of the same shape. The random state is not changed.
     """
     if zero_stage < 3:
         return module
     with torch.device("meta"):
         copy = make()
-    with whole(module, zero_stage):
+    with gathered_weights(module, zero_stage):
         weights = {name: weight.detach().clone() for name, weight in module.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which often is the better model at the end of a training."""
+"""Exponential moving average (EMA) of a model's weights."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class WeightAverage:
-    """A copy of a module whose weights follow those in training: average <- decay * average + (1 - decay) * weights.
+    """A copy of a module updated by average <- decay * average + (1 - decay) * weights.
 
-    torch's AveragedModel, in float32 like the weights; buffers are copied. The first update copies the weights.
+    Based on torch's AveragedModel, in float32. The first update copies the weights; buffers are always copied.
 
     Args:
-        module: whole (not sharded) on every rank, as at zero_stage 0 to 2.
-        decay: between 0 and 1: about the last 1 / (1 - decay) updates count. ValueError outside.
+        module: not sharded, as at zero_stage 0 to 2.
+        decay: in (0, 1), else ValueError; the average covers about the last 1 / (1 - decay) updates.
     """
 
     def __init__(self, module: nn.Module, decay: float):
@@ -30,21 +30,21 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the weights of the module after a step of its optimizer."""
+        """Update the average with the weights of the module, after a step of its optimizer."""
         averaged, weights = list(self.module.parameters()), list(module.parameters())
-        # torch's own update sends its counter to the device each time, and waits for it.
+        # AveragedModel.update_parameters would synchronise with the device to read its counter.
         if self._averaged.n_averaged == 0:
             torch._foreach_copy_(averaged, weights)
         else:
             torch._foreach_lerp_(averaged, weights, 1 - self._decay)
-        for kept, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            kept.copy_(buffer)
+        for averaged_buffer, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            averaged_buffer.copy_(buffer)
         self._averaged.n_averaged += 1
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return the averaged weights and how many updates they hold."""
+        """Return the averaged weights and the number of updates."""
         return self._averaged.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up a `state_dict` of the same model."""
+        """Load a `state_dict` of the same model."""
         self._averaged.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""The options of training/train_generator.py: the docstring under a field is its text in `--help`."""
+"""The options of training/train_generator.py; the docstring of a field is its text in `--help`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,20 +21,20 @@ class TrainGeneratorConfig:
     task: Task = "class"
     """class: clips of a class. frame-prediction: clips that continue given frames."""
     tokens: Path | None = None
-    """Token cache to train on (training/extract_tokens.py); without it, `tokenizer` and `data` make one in `out`."""
+    """Token cache to train on (training/extract_tokens.py); by default one is made in `out` from `tokenizer` and `data`."""
     eval_tokens: Path | None = None
-    """Token cache to validate on; without it, every 20th video of `tokens` is held out."""
+    """Token cache to validate on; by default every 20th video of `tokens` is held out."""
     tokenizer: str | None = None
-    """The tokenizer of the codes, for extraction and for the samples; by default the one that the cache names."""
+    """The tokenizer of the codes, for extraction and samples; by default the one that the cache names."""
     data: str | None = None
     """Data spec to extract tokens from."""
     eval_data: str | None = None
-    """Data spec to validate on (its test split); by default that of `data`."""
+    """Data spec to validate on (its test split); by default `data`."""
     live: bool = False
     """Encode clips at random places of the videos of `data` at every step, in place of a token cache. Each epoch then has other clips, and
     each step also takes the time of the tokenizer. Held-out clips are extracted in either case."""
     stride: int = 1
-    """When extracting or live: every n-th frame of a video is a frame of the clip."""
+    """When extracting or live: a clip takes every n-th frame of a video."""
     windows: int = 1
     """When extracting: most clips of a video."""
     flips: bool = False
@@ -42,7 +42,7 @@ class TrainGeneratorConfig:
     condition_frames: int = 5
     """When extracting or live, for frame prediction: number of given frames."""
     workers: int = 2
-    """When extracting or live: threads that decode videos, for each process."""
+    """When extracting or live: threads per process that decode videos."""
     out: Path = Path("runs/generator")
     """Run folder."""
     size: str = "tiny"
@@ -64,7 +64,7 @@ class TrainGeneratorConfig:
     start_from: str | None = None
     """Folder or hub name of a generator of the same shape to begin with: its averaged weights, where it has them."""
     batch_size: int = 64
-    """Clips in a step, over all processes."""
+    """Clips per step, over all processes."""
     eval_every: int = 100
     log_every: int = 10
     save_every: int = 500
@@ -74,7 +74,7 @@ class TrainGeneratorConfig:
     with `ema`."""
     seed: int = 0
     resume: bool = False
-    """Go on from the newest checkpoint of the run folder."""
+    """Continue from the newest checkpoint in `out`."""
     wandb: str | None = None
     """Project of Weights & Biases to log to (pip install 'larp-mllm[wandb]')."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -1,5 +1,6 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard if it is installed, Weights & Biases if asked for, a
-progress bar. Only the main rank writes.
+"""Logs of a run: metrics.jsonl, TensorBoard if installed, Weights & Biases on request, and a progress bar.
+
+Only the main rank writes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from larp.engine.backend import Ranks
+from larp.engine.distributed import Ranks
 from larp.files import write_text
 
 from tqdm import tqdm
@@ -23,7 +24,7 @@ _WANDB_ID = "wandb-id.txt"
 
 
 def check_wandb(project: str | None) -> None:
-    """Raise ValueError if a project of Weights & Biases is named, but its package is not installed."""
+    """Raise ValueError if a project of Weights & Biases is given but its package is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             f"wandb = {project!r} asks for Weights & Biases, which is not installed: pip install 'larp-mllm[wandb]', or "
@@ -34,11 +35,17 @@ def check_wandb(project: str | None) -> None:
 class RunLog:
     """Metrics and progress of one run; a context manager.
 
-    folder: the run folder (created). total_steps: length of the progress bar; None: unknown. resume_step: the step that training
-    goes on from; lines of metrics.jsonl beyond it are cut, so that the file has one line for each step however often
-    the run was resumed. show: names of the metrics to put behind the progress bar (empty: all of them, up to four).
-    wandb: the project of Weights & Biases that gets the same numbers, and `config`, the run's options as plain values;
-    its own settings (WANDB_MODE=offline, WANDB_ENTITY, ...) are honoured. Raises ValueError if it does not start.
+    Args:
+        folder: the run folder; created if missing.
+        ranks: this process among all.
+        total_steps: length of the progress bar; None if unknown.
+        resume_step: step that training resumes from. Later lines of metrics.jsonl are removed, so that each step has one
+            line.
+        show: names of the metrics in the progress bar; by default the first four.
+        wandb: project of Weights & Biases that gets the same metrics; its environment variables (WANDB_MODE, ...) apply.
+        config: options of the run as plain values, for Weights & Biases.
+
+    Raises ValueError if Weights & Biases does not start.
     """
 
     def __init__(
@@ -64,15 +71,15 @@ class RunLog:
         if self._main:
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / METRICS_FILE
-            _cut(path, resume_step)
+            _truncate(path, resume_step)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
             self._board = _open_tensorboard(self.folder / "tensorboard", resume_step)
             self._wandb = _open_wandb(wandb, self.folder, config or {}) if wandb is not None else None
 
     def metrics(self, step: int, values: Mapping[str, float], **labels: str) -> None:
-        """Append {"step", "time" (Unix seconds), **labels, **values} and move the bar to `step`; not finite becomes null.
+        """Append a line {"step", "time" (Unix seconds), **labels, **values} and move the progress bar to `step`.
 
-        labels: words such as the stage of the training, for the file alone.
+        Values that are not finite become null. `labels` are text, such as the stage of the training, for the file only.
         """
         if self._file is None:
             return
@@ -91,7 +98,7 @@ class RunLog:
         self.progress(step)
 
     def progress(self, step: int) -> None:
-        """Move the progress bar to `step` (for the steps that write no metrics)."""
+        """Move the progress bar to `step`, for steps without metrics."""
         self._bar.update(step - self._bar.n)
 
     def say(self, text: str) -> None:
@@ -120,12 +127,12 @@ class RunLog:
 
 
 def read_metrics(folder: Path | str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, without a last line that was torn by a crash. Empty if there is no file."""
+    """Return the lines of a run's metrics.jsonl, without incomplete ones; empty without the file."""
     path = Path(folder) / METRICS_FILE
-    return _whole_lines(path) if path.exists() else []
+    return _complete_lines(path) if path.exists() else []
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def _complete_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -137,10 +144,10 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _cut(path: Path, resume_step: int) -> None:
+def _truncate(path: Path, resume_step: int) -> None:
     if path.exists():
-        kept = [record for record in _whole_lines(path) if record["step"] <= resume_step]
-        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+        selected = [record for record in _complete_lines(path) if record["step"] <= resume_step]
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in selected))
 
 
 def _open_tensorboard(folder: Path, resume_step: int) -> Any:
@@ -148,7 +155,7 @@ def _open_tensorboard(folder: Path, resume_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # What an interrupted run wrote beyond its last checkpoint is hidden, as in metrics.jsonl.
+    # Events after the checkpoint that is resumed are hidden, as in metrics.jsonl.
     return SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
 
 
@@ -156,9 +163,9 @@ def _open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
     check_wandb(project)
     import wandb
 
-    # A resumed run goes on with the same curves: steps that it repeats, wandb has already.
-    remembered = folder / _WANDB_ID
-    identity = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else None
+    # A resumed run continues the same wandb run, which ignores repeated steps.
+    id_file = folder / _WANDB_ID
+    identity = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None
     try:
         run = wandb.init(
             project=project, name=folder.name, dir=str(folder), config=dict(config), id=identity, resume="allow"
@@ -168,5 +175,5 @@ def _open_wandb(project: str, folder: Path, config: Mapping[str, Any]) -> Any:
             f"Weights & Biases does not start ({error}): log in with `wandb login`, set WANDB_MODE=offline, or leave the "
             "option wandb out"
         ) from error
-    write_text(remembered, run.id + "\n")
+    write_text(id_file, run.id + "\n")
     return run

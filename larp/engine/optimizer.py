@@ -1,4 +1,4 @@
-"""Which optimizer a recipe names, and which weights decay."""
+"""Optimizers: Adam, AdamW and Muon, their options, and their parameter groups."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ class OptimizerConfig:
     """Optimizer and learning-rate schedule of one model."""
 
     name: Literal["adam", "adamw", "muon"] = "adamw"
-    """`muon`: Muon for the matrices inside blocks, AdamW for the rest; whole matrices are needed, so zero_stage 0 only."""
+    """`muon`: Muon for the matrices of blocks, AdamW for the rest; zero_stage 0 only, because Muon needs whole matrices."""
     lr: float = 1e-4
     """Peak learning rate of Adam's part."""
     matrix_lr: float = 0.02
-    """Peak learning rate of Muon's part; unused by the others."""
+    """Peak learning rate of Muon's part."""
     prior_lr: float | None = None
-    """Peak learning rate of a tokenizer's prior, by default `lr`. Under muon its matrices follow: matrix_lr * prior_lr / lr."""
+    """Peak learning rate of a tokenizer's prior, by default `lr`. Muon's rate for it is matrix_lr * prior_lr / lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Of Adam's part."""
     weight_decay: float = 0.0
-    """On matrices; vectors, tables and embeddings do not decay."""
+    """For weights of linear layers and convolutions; not for vectors, tables and embeddings."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"
-    """What the learning rate does after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     warmup: int = 0
     """Steps of linear warm-up."""
     warmup_epochs: float | None = None
-    """The same in epochs (passes over the training data), in place of `warmup`."""
+    """Warm-up in epochs (passes over the training data), in place of `warmup`."""
     final: float = 0.01
     """Learning rate at the end, as a share of the peak."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Where schedule `step` lowers the learning rate, as shares of the run."""
+    """Shares of the run at which schedule `step` lowers the learning rate."""
     gamma: float | None = None
-    """What schedule `step` multiplies it by there; by default what ends at `final`."""
+    """Factor of schedule `step` at each milestone; by default the one that ends at `final`."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "matrix_lr", "prior_lr"):
@@ -56,21 +56,21 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.warmup_epochs = {self.warmup_epochs} must not be negative")
 
     def lr_factor(self, steps: int, steps_per_epoch: float) -> Callable[[int], float]:
-        """Return the factor on the learning rates at each step of a run of `steps`; see `larp.engine.schedules.lr_factor`."""
+        """Return the factor on the learning rates by step for a run of `steps`, see `larp.engine.schedules.lr_factor`."""
         epochs = self.warmup_epochs
         warmup = self.warmup if epochs is None else round(epochs * steps_per_epoch)
         return lr_factor(self.schedule, steps, warmup, self.final, self.milestones, self.gamma)
 
 
-# Where the models keep their repeated blocks; embeddings, heads and bottlenecks are Adam's.
-_REPEATED = ("encoder.blocks.", "decoder.blocks.", "prior.blocks.", "layers.")
+# Prefixes of the repeated blocks, whose matrices Muon trains; embeddings, heads and bottlenecks are trained by AdamW.
+_BLOCKS = ("encoder.blocks.", "decoder.blocks.", "prior.blocks.", "layers.")
 _PRIOR = "prior."
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of matrices (n, rows, columns) near 1 by Newton-Schulz iterations, in float32.
+    """Orthogonalise matrices (n, rows, columns) approximately by Newton-Schulz iterations, in float32.
 
-    Muon's quintic (Jordan et al. 2024) does not converge to 1 but to about 0.7 ... 1.2, which serves as well.
+    With Muon's quintic (Jordan et al. 2024) singular values end between about 0.7 and 1.2, which is sufficient.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -82,12 +82,13 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum (Nesterov, 0.95) whose updates of matrices are orthogonalised, with decoupled weight decay.
+    """Nesterov momentum with orthogonalised updates of matrices and decoupled weight decay.
 
-    The mathematics of torch.optim.Muon, but in float32 and with all matrices of a shape in one product: torch's bfloat16 turns the last
-    bit of a gradient into 0.4 % of an update, so that two processes drift from one, and it takes the matrices one by one.
+    The algorithm of torch.optim.Muon, in float32 and with all matrices of one shape in one product. In torch's bfloat16 a
+    change of the last bit of a gradient changes an update by 0.4 %, so that two processes diverge from one.
 
-    found_inf: as that of torch's fused optimizers, a scalar tensor that is 1 where a step shall change nothing; None: never.
+    Attributes:
+        found_inf: as in torch's fused optimizers, a scalar tensor, 1 if a step must not change anything, or None.
     """
 
     def __init__(
@@ -112,30 +113,32 @@ class Muon(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), alike in shapes.items():
-                updates = orthogonalise(torch.stack(self._directions(alike, group["momentum"])))
+            for (rows, columns), matrices in shapes.items():
+                updates = orthogonalise(torch.stack(self._directions(matrices, group["momentum"])))
                 rate, decay = group["lr"] * max(1.0, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
                 if self.found_inf is not None:
                     updates, decay = updates * (1 - self.found_inf), decay * (1 - self.found_inf)
-                torch._foreach_mul_(alike, 1 - decay)
-                torch._foreach_add_(alike, list(updates.unbind()), alpha=-rate)
+                torch._foreach_mul_(matrices, 1 - decay)
+                torch._foreach_add_(matrices, list(updates.unbind()), alpha=-rate)
 
-    def _directions(self, alike: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
-        buffers = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p, dtype=torch.float32)) for p in alike]
-        gradients = [p.grad.float() for p in alike]
+    def _directions(self, matrices: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
+        buffers = [
+            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p, dtype=torch.float32)) for p in matrices
+        ]
+        gradients = [p.grad.float() for p in matrices]
         if self.found_inf is not None:
-            # What is not finite becomes what moves no momentum.
-            bad = self.found_inf.bool()
-            gradients = [torch.where(bad, kept, fresh) for kept, fresh in zip(buffers, gradients, strict=True)]
+            # A gradient equal to the momentum leaves it unchanged.
+            skip = self.found_inf.bool()
+            gradients = [torch.where(skip, buffer, grad) for buffer, grad in zip(buffers, gradients, strict=True)]
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return torch._foreach_lerp(gradients, buffers, momentum)
 
 
 class MuonAdamW(Optimizer):
-    """Two optimizers behind one face: Muon for `matrices`, torch's AdamW for `others` (both parameter groups).
+    """Muon for `matrices` and torch's AdamW for `others` (both are parameter groups) as one optimizer.
 
-    On small budgets Muon leaves the plateau where every clip is painted in its mean colour several times sooner than AdamW
-    (LOG.md). Learning rates are set through `param_groups`, which are those of the two.
+    `param_groups` are those of both. On small budgets Muon leaves the plateau at which every reconstruction is the mean
+    colour several times sooner than AdamW (LOG.md).
     """
 
     def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], config: OptimizerConfig) -> None:
@@ -157,22 +160,22 @@ class MuonAdamW(Optimizer):
         self.adam.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both parts."""
+        """Return the states of both optimizers."""
         return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up a `state_dict` of the same split."""
+        """Load a `state_dict` of the same parameter groups."""
         self.muon.load_state_dict(state_dict["muon"])
         self.adam.load_state_dict(state_dict["adam"])
         self._share_groups()
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int = 0) -> Optimizer:
-    """Make the optimizer for a module's trainable parameters.
+    """Return the optimizer of a module's trainable parameters.
 
-    Each parameter group carries its own peak rate as `lr`, and as `lr_name` the name of that rate in the log: lr, matrix_lr,
-    prior_lr, prior_matrix_lr. The prior's groups exist only where `prior_lr` is given. Raises ValueError for Muon with sharded
-    parameters, and for a `prior_lr` without a prior.
+    Each parameter group has its peak rate as `lr` and the name of that rate in the log as `lr_name`: lr, matrix_lr,
+    prior_lr or prior_matrix_lr. The prior has its own groups only if `prior_lr` is given. Raises ValueError for Muon with
+    ZeRO sharding, and for a `prior_lr` without a prior.
     """
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     parts = {"": named}
@@ -202,14 +205,14 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int 
 def _groups(
     module: nn.Module, config: OptimizerConfig, prefix: str, named: list[tuple[str, nn.Parameter]]
 ) -> list[dict[str, Any]]:
-    """The parameter groups of one part of a module: the prior, or all the rest."""
+    """Return the parameter groups of one part of a module: the prior, or everything else."""
     lr = config.prior_lr if prefix else config.lr
     own = {"lr": lr, "lr_name": "prior_lr" if prefix else "lr"}
     if config.name == "adam":
         return [{"params": [p for _, p in named], **own}]
     linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d)}
     muon = config.name == "muon"
-    inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_REPEATED)}
+    inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_BLOCKS)}
     matrices = {"lr": config.matrix_lr * (lr / config.lr), "lr_name": "prior_matrix_lr" if prefix else "matrix_lr"}
     groups = [
         {"params": [p for _, p in named if id(p) in inside], "weight_decay": config.weight_decay, **matrices},

@@ -1,6 +1,6 @@
-"""Clips that show what a generator has learned, while it trains and at the end.
+"""Samples of a generator during and after its training.
 
-Shapes: n clips, T frames, H x W pixels.
+Shapes: T frames, H x W pixels.
 """
 
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 GUIDANCE = 1.25
-"""Guidance scale where unconditional clips were trained on and none is asked for; that of the paper."""
+"""Default guidance scale of a model trained with condition dropout; that of the paper."""
 OLD_FPS = 12
-"""Frames per second of clips whose token cache does not know it."""
+"""Frames per second for token caches that store none."""
 _BATCH = 8
 
 
 @dataclass(frozen=True)
 class SamplingConfig(GuidedSampling):
-    """The clips that are sampled in training; ValueError for values out of range."""
+    """The clips that are sampled in training. Raises ValueError for values out of range."""
 
     every: int = 0
-    """Steps from one contact sheet samples/step-NUMBER.png of the weights of that moment to the next; 0 makes none."""
+    """Steps between contact sheets samples/step-NUMBER.png of the current weights; 0 writes none."""
     clips: int = 16
-    """How many, then and when training ends; class-conditional runs go round the classes. 0 samples nothing."""
+    """Number of clips, cycling through the classes of a class-conditional model; 0 samples nothing."""
     guidance_scale: float | None = None
-    """Scale of classifier-free guidance; 1 is off. By default 1.25 if conditions are dropped in training (condition_dropout), else 1."""
+    """Scale of classifier-free guidance; 1 is off. By default 1.25 with condition dropout in training (condition_dropout), else 1."""
 
     def __post_init__(self):
         for name in ("every", "clips"):
@@ -46,25 +46,25 @@ class SamplingConfig(GuidedSampling):
 
     @property
     def guided(self) -> bool:
-        """Whether a guidance other than 1 is asked for."""
+        """Whether a guidance scale other than 1 is set."""
         return any(scale not in (None, 1) for scale in (self.guidance_scale, self.guidance_final))
 
     def resolve(self, default: float) -> GuidedSampling:
-        """The options for `generate`, with `default` as the guidance scale where none is asked for."""
+        """Return the options for `generate`, with `default` as the guidance scale if none is set."""
         return GuidedSampling.of(self, **({"guidance_scale": default} if self.guidance_scale is None else {}))
 
 
 class Samples:
-    """A fixed list of conditions with a name each, for which any state of a generator writes clips; the ranks share it out.
+    """Samples clips for a fixed list of named conditions; the ranks share the work, and all methods are collective.
 
     Args:
-        clips: how many.
+        clips: number of clips.
         sampling: how their codes are sampled.
         tokenizer: the LarpTokenizer of the codes, on the device of the generator.
-        held_out: the cache whose given frames frame prediction goes on from, and whose frame rate the clips get.
+        held_out: cache with the given frames for frame prediction, and the frame rate of the clips.
         model_config: the `GeneratorConfig`.
-        seed: of the sampling; each clip keeps its random numbers from one state of the generator to the next.
-        ranks: this process among those that take part. All methods are collective.
+        seed: of the sampling; each clip uses the same random numbers in every call.
+        ranks: this process among all.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Samples:
         seed: int,
         ranks: Ranks,
     ):
-        # An interval without a code is an error now, not in the middle of a training.
+        # A guidance interval without a code is reported before training.
         guidance_scales(sampling, tokenizer.num_tokens)
         self.sampling, self.tokenizer, self.seed, self.ranks = sampling, tokenizer, seed, ranks
         self.fps = held_out.frame_rate(OLD_FPS)
         self.names, self.condition = _conditions(clips, model_config, held_out)
 
     def sample(self, model: LarpGenerator) -> list[np.ndarray]:
-        """Write all clips with the weights that the model has now, as uint8 (T, H, W, 3) frames; whole on every rank."""
+        """Return all clips sampled with the current weights, uint8 (T, H, W, 3), on every rank."""
         count, ranks = len(self.names), self.ranks
         own = range(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
         videos = []
@@ -95,13 +95,13 @@ class Samples:
         return [video for part in gather_objects(videos) for video in part]
 
     def write_sheet(self, model: LarpGenerator, path: Path) -> None:
-        """Write a contact sheet of clips of this moment."""
+        """Write a contact sheet of clips sampled with the current weights."""
         videos = self.sample(model)
         if self.ranks.is_main:
             contact_sheet(videos, self.names, path)
 
     def write_gallery(self, model: LarpGenerator, folder: Path) -> str:
-        """Write each clip as an MP4, and all on folder/sheet.png; return the path of the sheet."""
+        """Write each clip as an MP4 and a contact sheet, folder/sheet.png; return the path of the sheet."""
         videos, gallery = self.sample(model), Gallery(folder, self.fps)
         if self.ranks.is_main:
             for name, video in zip(self.names, videos, strict=True):
@@ -112,9 +112,9 @@ class Samples:
 
 
 def tokenizer_of(held_out: TokenCache, ranks: Ranks) -> LarpTokenizer | None:
-    """Load the tokenizer that a cache names; None if that fails on any rank, with the reason on the screen. Collective.
+    """Load the tokenizer of a cache; if that fails on any rank, print the reason and return None. Collective.
 
-    For what a run can do without: a model is worth more than its samples.
+    Training runs without samples in that case.
     """
     tokenizer, reason = None, "another process cannot load the tokenizer"
     try:
@@ -129,7 +129,7 @@ def tokenizer_of(held_out: TokenCache, ranks: Ranks) -> LarpTokenizer | None:
 
 
 def _conditions(clips: int, config: GeneratorConfig, held_out: TokenCache) -> tuple[list[str], Tensor]:
-    """Return names and conditions of the clips: the classes in turn, or given frames of held-out clips, evenly spaced."""
+    """Return names and conditions: the classes in turn, or the given frames of evenly spaced held-out clips."""
     if config.task == "class":
         labels = torch.arange(clips) % config.num_classes
         return [config.class_names[label] for label in labels.tolist()], labels

@@ -16,13 +16,19 @@ def lr_factor(
     milestones: Sequence[float] = (0.5, 0.75),
     gamma: float | None = None,
 ) -> Callable[[int], float]:
-    """Return the factor in (0, 1] on the learning rate at step 0, 1, ... total - 1: linear warm-up over `warmup` steps, then
-    the schedule `name`.
+    """Return the factor on the learning rate as a function of the step, in [0, 1].
 
-    "cosine" falls along half a cosine to `final` at the last step. "step" is multiplied by `gamma` at each of the `milestones`,
-    which are shares of the run; without a gamma, by what gives `final` after the last of them. "constant" stays at 1. Steps
-    beyond the end have the last factor. Raises ValueError for an unknown name, a warm-up that is not shorter than
-    the run, a `final` outside [0, 1], milestones that do not rise within (0, 1), or a gamma outside (0, 1].
+    Args:
+        name: after the warm-up, "cosine" falls along half a cosine to `final` at the last step, "step" multiplies by
+            `gamma` at each milestone, and "constant" stays at 1.
+        total: steps of the run; later steps use the last factor.
+        warmup: steps of linear warm-up.
+        final: factor at the end.
+        milestones: shares of the run.
+        gamma: by default the value that reaches `final` at the last milestone.
+
+    Raises ValueError for an unknown name, a warm-up that is not shorter than the run, `final` outside [0, 1], milestones
+    that do not increase within (0, 1), and gamma outside (0, 1].
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule '{name}', expected one of {', '.join(SCHEDULES)}")
@@ -62,9 +68,9 @@ def _check_milestones(milestones: Sequence[float]) -> Sequence[float]:
 
 
 def ramp(step: int, total: int, fraction: float, peak: float) -> float:
-    """Return a value that rises linearly from 0 at step 0 to `peak` after `fraction` of `total` steps, and then stays.
+    """Return a value that rises linearly from 0 at step 0 to `peak` after `fraction` of `total` steps, then stays.
 
-    LARP's scheduled sampling has fraction 0.3 and peak 0.5.
+    LARP's scheduled sampling uses fraction 0.3 and peak 0.5.
     """
     length = fraction * total
     return peak if step >= length else peak * step / length

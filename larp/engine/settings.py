@@ -1,4 +1,4 @@
-"""How a model is trained: sharding, precision, accumulation, clipping; and how DeepSpeed is told."""
+"""Options of an engine: sharding, precision, accumulation, clipping; and DeepSpeed's configuration made from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from larp.engine.distributed import Ranks
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST_BUCKET = 200_000_000
@@ -16,20 +17,20 @@ _LARGEST_BUCKET = 200_000_000
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is trained: sharding, precision, accumulation, clipping. ValueError for values that cannot work."""
+    """Options of an engine. Raises ValueError for values that cannot work."""
 
     zero_stage: int = 0
-    """ZeRO stage: 0 keeps a copy of everything on each rank, 1 shards optimizer states, 2 gradients, 3 parameters."""
+    """ZeRO stage: 0 shards nothing, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast type of the forward pass; weights and gradients stay float32. fp16 works at zero_stage 0 only."""
     accumulation: int = 1
-    """Micro batches per rank that make one optimizer step."""
+    """Micro batches per rank and optimizer step."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum global gradient norm; 0 disables clipping."""
     activation_checkpointing: bool = False
-    """Compute the insides of blocks again for the gradient rather than keep them: less memory, about a third more work."""
+    """Recompute the activations of blocks in the backward pass: less memory for about a third more computation."""
     compile: bool = False
-    """torch.compile the blocks (needs a C++ compiler). Checkpoints are the same with and without."""
+    """torch.compile the blocks (needs a C++ compiler). Checkpoints do not depend on it."""
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
@@ -48,7 +49,10 @@ class EngineConfig:
 
 
 def micro_batch(global_batch: int, accumulation: int, ranks: Ranks) -> int:
-    """Clips per rank and micro batch: global_batch / (accumulation * world_size); ValueError if that is not whole."""
+    """Return the clips per rank and micro batch, global_batch / (accumulation * world_size).
+
+    Raises ValueError if that is not a whole number.
+    """
     parts = accumulation * ranks.world_size
     nearest = max(1, round(global_batch / parts)) * parts
     if global_batch < 1 or global_batch % parts:
@@ -59,17 +63,42 @@ def micro_batch(global_batch: int, accumulation: int, ranks: Ranks) -> int:
     return global_batch // parts
 
 
+def check_trainable(
+    module: nn.Module, optimizer: Optimizer, config: EngineConfig, name: str, max_zero_stage: int, ema: float
+) -> None:
+    """Raise ValueError if an engine cannot train a module; the arguments are those of `backend.make_engine`."""
+    if config.zero_stage > max_zero_stage:
+        raise ValueError(
+            f"zero_stage {config.zero_stage} is not possible for the {name}: its raw module takes part in the "
+            "loss of another model, and with the sharded parameters of stage 3 that gives silently wrong gradients; "
+            f"use zero_stage 0 to {max_zero_stage}"
+        )
+    if ema and config.zero_stage > 2:
+        raise ValueError(
+            f"ema = {ema} averages whole weights, and zero_stage 3 cuts those of the {name} up: use zero_stage 0 to 2"
+        )
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(
+            f"the optimizer of the {name} has no trainable parameter: unfreeze a part of it, or do not train it"
+        )
+    others = sorted({str(p.dtype) for p in module.parameters() if p.is_floating_point()} - {"torch.float32"})
+    if others:
+        raise ValueError(
+            f"the {name} has weights in {', '.join(others)}: load it in float32, `precision` decides the rest"
+        )
+
+
 def deepspeed_settings(module: nn.Module, config: EngineConfig, global_batch: int, ranks: Ranks) -> dict[str, Any]:
-    """The configuration that DeepSpeed is given for a module."""
+    """Return DeepSpeed's configuration for a module."""
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    # The default buckets are buffers of 2 GB each, however small the model is.
-    # Even, because the sharded optimizers align them to two elements.
+    # The default buckets are buffers of 2 GB each, even for small models. The size is even because sharded optimizers
+    # align buckets to two elements.
     bucket = min(_LARGEST_BUCKET, max(trainable, 2) // 2 * 2)
     settings: dict[str, Any] = {
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch(global_batch, config.accumulation, ranks),
         "gradient_accumulation_steps": config.accumulation,
-        # Stage 0 clips in Engine._guarded_step, which has to know the norm anyway.
+        # At stage 0 Engine clips, because it needs the norm anyway.
         "gradient_clipping": config.clip_grad if config.zero_stage > 0 else 0.0,
         "zero_optimization": {
             "stage": config.zero_stage,
@@ -78,13 +107,13 @@ def deepspeed_settings(module: nn.Module, config: EngineConfig, global_batch: in
         },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
-        # It would wait for the device before each forward pass and after each step, to tell a speed that nobody reads.
+        # The throughput timer would synchronise with the device before each forward pass and after each step.
         "timers": {"throughput": {"enabled": False}},
     }
     if config.zero_stage == 3:
         settings["zero_optimization"]["stage3_prefetch_bucket_size"] = bucket
     if config.precision != "fp32":
         dtype = str(AUTOCAST_TYPES[config.precision]).removeprefix("torch.")
-        # An empty list of "safe" modules keeps the gradients float32 while they travel between ranks.
+        # Without lower-precision modules the gradients are reduced in float32.
         settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return settings

@@ -1,7 +1,7 @@
-"""SIGTERM and Ctrl-C become a flag that a trainer polls, and a rank whose launcher has died stops too instead of running on.
+"""How a script ends: exit status and message, and SIGTERM, Ctrl-C and a dead launcher as a flag that trainers poll.
 
-SIGTERM to the `deepspeed` runner kills the runner only: neither its launcher process nor the ranks learn of it. So a
-rank watches the chain of processes that started it, and treats a break in the chain like SIGTERM.
+SIGTERM to the `deepspeed` runner kills only the runner, not its launcher process or the ranks. Each rank therefore
+watches the processes that started it and treats the end of one of them like SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,40 +24,62 @@ _stop_watching: threading.Event | None = None
 _old_handlers: dict[int, Any] = {}
 
 
-def stop_flag() -> bool:
-    """True once this process got SIGTERM or Ctrl-C, or lost its launcher. One rank's view: see backend.stop_requested
-    for all ranks'.
+def run_script(prog: str, main: Callable[[], Any]) -> None:
+    """Run a script's `main`; report errors that the user can fix in one message, with exit status 2 and no traceback.
+
+    These are ValueError, OSError with a file name, and FloatingPointError (a loss that is not finite). A rank that only
+    repeats an error of the main rank prints nothing. If the result has a key `stopped_at`, because the run was asked to
+    stop, the exit status is 143 after SIGTERM and 130 after Ctrl-C, so that later commands do not run.
     """
+    try:
+        result = main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if isinstance(error, OSError) and error.filename is None:
+            raise
+        if not getattr(error, "reported", False):
+            print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    if isinstance(result, dict) and "stopped_at" in result:
+        sys.exit(128 + _stopped_by)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Everything is written. Skipping the interpreter's shutdown avoids rare aborts in communication threads whose
+        # peers have exited, which a launcher would report as a failed training.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def stop_flag() -> bool:
+    """Whether this process got SIGTERM or Ctrl-C, or lost its launcher; see backend.stop_requested for all ranks."""
     return _requested.is_set()
 
 
-def stopped_by() -> int:
-    """The signal that asked the last run of this process to stop: SIGINT for Ctrl-C, else SIGTERM."""
-    return _stopped_by
+def install_handlers() -> None:
+    """Record SIGTERM and the first Ctrl-C in `stop_flag` instead of exiting.
 
-
-def watch_launcher() -> None:
-    """Raise SIGTERM in this process when a process of its launcher's chain ends, SIGKILL if it is there 300 s later."""
-    global _stop_watching
-    _stop_watching = threading.Event()
-    arguments = (launcher_chain(), _stop_watching)
-    threading.Thread(target=_watch, args=arguments, name="launcher-watch", daemon=True).start()
-
-
-def note_signals() -> None:
-    """Note SIGTERM and the first Ctrl-C instead of dying from them. Does nothing outside the main thread, where Python
-    allows no handlers.
+    Does nothing outside the main thread, where Python allows no signal handlers.
     """
     global _stopped_by
     _requested.clear()
     _stopped_by = int(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            _old_handlers[number] = signal.signal(number, _note)
+            _old_handlers[number] = signal.signal(number, _handle)
 
 
-def restore() -> None:
-    """Give the signals back to whoever had them, and end the watch."""
+def watch_launcher() -> None:
+    """Start a thread that raises SIGTERM in this process when its launcher ends, and SIGKILL 300 s later."""
+    global _stop_watching
+    _stop_watching = threading.Event()
+    arguments = (launcher_chain(), _stop_watching)
+    threading.Thread(target=_watch, args=arguments, name="launcher-watch", daemon=True).start()
+
+
+def restore_handlers() -> None:
+    """Restore the previous signal handlers and stop watching the launcher."""
     global _stop_watching
     if _stop_watching is not None:
         _stop_watching.set()
@@ -70,16 +92,16 @@ def restore() -> None:
 
 
 def launcher_chain() -> tuple[int, ...]:
-    """Process ids of the launcher: this process's parent and, for deepspeed's launch.py, the runner above it."""
+    """Return the process ids of the launcher: the parent and, for deepspeed's launch.py, its parent, the runner."""
     parent = os.getppid()
     if "deepspeed.launcher.launch" not in _command_line(parent):
         return (parent,)
     runner = _parent_of(parent)
-    # ssh and pdsh start launch.py on other machines: there only the parent says anything.
+    # On other machines ssh or pdsh starts launch.py, so that only the parent can be watched.
     return (parent, runner) if "deepspeed" in _command_line(runner) else (parent,)
 
 
-def _note(signum: int, frame: FrameType | None) -> None:
+def _handle(signum: int, frame: FrameType | None) -> None:
     global _stopped_by
     if signum == signal.SIGINT:
         if _requested.is_set():
@@ -106,38 +128,9 @@ def _command_line(pid: int) -> str:
 
 
 def _parent_of(pid: int) -> int:
-    """The parent's process id, 0 if the process is gone (or on a system without /proc)."""
+    """Return the parent's process id; 0 if the process has ended or there is no /proc."""
     try:
-        # The command name in parentheses may hold spaces; the state and the parent follow its last parenthesis.
+        # The command name in parentheses may contain spaces; state and parent follow the last parenthesis.
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return 0
-
-
-def run_script(prog: str, main: Callable[[], Any]) -> None:
-    """Run a script's `main`; what the user can mend ends it with one message and exit status 2, no traceback.
-
-    That is a ValueError, an OSError that names a file (one that cannot be written, say), or a FloatingPointError: a loss
-    that is no number any more. Of several ranks, those that merely repeat an error of the main one say nothing. A training
-    run that was told to stop, and returns where in `stopped_at`, ends with 143 (as SIGTERM does) or 130 (as Ctrl-C does), so
-    that what follows it does not start.
-    """
-    try:
-        result = main()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, OSError) and error.filename is None:
-            raise
-        if not getattr(error, "of_main", False):
-            print(f"{prog}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    if isinstance(result, dict) and "stopped_at" in result:
-        sys.exit(128 + stopped_by())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # All is written. Leaving at once spares the interpreter's long goodbye, in which communication threads whose peers are
-        # gone abort now and then (seen once in a dozen runs), and a launcher takes that for a failed training.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)

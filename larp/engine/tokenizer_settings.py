@@ -1,4 +1,4 @@
-"""The options of training/train_tokenizer.py: the docstring under a field is its text in `--help`."""
+"""The options of training/train_tokenizer.py; the docstring of a field is its text in `--help`."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class TrainTokenizerConfig:
     out: Path = Path("runs/tokenizer")
     """Run folder."""
     resume: bool = False
-    """Go on from the newest checkpoint in `out`."""
+    """Continue from the newest checkpoint in `out`."""
     steps: int | None = None
     """Optimizer steps; by default 150,000, unless `epochs` is given."""
     epochs: float | None = None
@@ -40,7 +40,7 @@ class TrainTokenizerConfig:
     start_from: str | None = None
     """Folder or hub name of a tokenizer of the same shape to begin with: its averaged weights, where it has them."""
     batch_size: int = 128
-    """Clips of one step over all processes."""
+    """Clips per step, over all processes."""
     seed: int = 0
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, saved as model.ema.safetensors; 0 is off. It averages about the last

@@ -1,1 +1,1 @@
-"""Measures of clips: Frechet distance, PSNR, SSIM, LPIPS, and the protocols that travel with every figure."""
+"""Metrics of clips: Frechet distance, PSNR, SSIM, LPIPS, classifiers, and the protocols of published figures."""

@@ -1,6 +1,6 @@
-"""The two sides of a figure of generation: real clips sampled from a data set, and clips made for their conditions.
+"""The two sets of clips of a generation metric, real and generated ones, and the table of their distances.
 
-Shapes: B clips, T frames, H x W pixels, N codes of a clip, n clips in all.
+Shapes: b clips of a batch, T frames, H x W pixels, N codes of a clip, n clips in all, D feature width.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from tqdm import tqdm
 _TASKS = {"class": "is conditional on classes", "frame-prediction": "predicts frames"}
 
 
-def countable(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[str, str]]]:
-    """The readable videos in sorted path order, their numbers of frames, and (name, reason) of the unreadable ones."""
+def readable_videos(videos: VideoSet) -> tuple[list[VideoItem], list[int], list[tuple[str, str]]]:
+    """Return the readable videos sorted by name, their numbers of frames, and (name, reason) of the unreadable ones."""
     items, counts, skipped = [], [], []
     ordered = sorted(videos.items, key=lambda item: item.name)
     for item in tqdm(ordered, desc="counting frames", unit="video", delay=2):
@@ -48,20 +48,22 @@ def skipped_entries(skipped: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 class RealClips:
-    """Real clips, sampled as LARP's protocol does, and others beside them; a video that turns out damaged is replaced.
+    """Real clips sampled by LARP's protocol, and as many further clips for the real-vs-real floor.
+
+    Clips of a video that turns out to be damaged are replaced by the first further clips, then by the remaining windows
+    in an order given by the seed.
 
     Args:
-        videos: clips are sampled from those that `countable` finds readable.
-        shape: of a clip; windows, of the frames that it reaches over, do not overlap.
-        num_clips, seed: as in `larp.metrics.protocols.sample_windows`, which samples as many others, if there are so many.
-        batch: clips at a time.
+        videos: the data set; clips are sampled from its readable videos.
+        shape: of a clip; windows do not overlap.
+        num_clips, seed: as in `larp.metrics.protocols.sample_windows`.
+        batch: clips per batch.
 
-    In the place of a damaged video's clips come the first of the others, and then of all further windows in an order that
-    the seed decides. ValueError if there are too few windows.
+    Raises ValueError if there are too few windows.
     """
 
     def __init__(self, videos: VideoSet, shape: ClipShape, num_clips: int, seed: int, batch: int):
-        self.items, counts, self._unreadable = countable(videos)
+        self.items, counts, self._unreadable = readable_videos(videos)
         self.shape, self.num_clips, self.batch = shape, num_clips, batch
         self.windows, spare = sample_windows(counts, shape.span, num_clips, seed, spare=num_clips)
         everything = ((video, k * shape.span) for video, count in enumerate(counts) for k in range(count // shape.span))
@@ -78,19 +80,19 @@ class RealClips:
 
     @property
     def skipped(self) -> list[dict[str, str]]:
-        """The unreadable videos, and those that turned out damaged so far, as `skipped_entries`."""
+        """The unreadable videos and the damaged ones found so far, as `skipped_entries`."""
         damaged = [(self.items[video].name, reason) for video, reason in self._damaged.items()]
         return skipped_entries([*self._unreadable, *damaged])
 
     def sampled(self) -> Iterator[Tensor]:
-        """The clips in batches (b, 3, T, H, W); `windows`, of (video, first frame), says afterwards which they are.
+        """Yield the sampled clips in batches (b, 3, T, H, W); afterwards `windows` lists their (video, first frame).
 
-        ValueError that names a damaged video if no other is left to take its place.
+        Raises ValueError if no window is left to replace one of a damaged video.
         """
         return self._batches(self._all_sampled())
 
     def others(self) -> Iterator[Tensor]:
-        """Up to `num_clips` further clips, in batches (b, 3, T, H, W); to be read once, after the sampled ones."""
+        """Yield up to `num_clips` further clips in batches (b, 3, T, H, W); to be read once, after `sampled`."""
         return self._batches(clip for clip, _ in islice(self._in_reserve(), self.num_clips))
 
     def _all_sampled(self) -> Iterator[Tensor]:
@@ -102,8 +104,8 @@ class RealClips:
             if clip is None:
                 video, reason = list(self._damaged.items())[-1]
                 raise ValueError(
-                    f"{self.items[video].name} is damaged ({reason}), and no window of another video is left in its place: "
-                    f"mend or leave out the damaged videos ({len(self._damaged)} so far), or ask for fewer than {self.num_clips} clips"
+                    f"{self.items[video].name} is damaged ({reason}), and no window of another video is left to replace it: "
+                    f"repair or remove the damaged videos ({len(self._damaged)} so far), or ask for fewer than {self.num_clips} clips"
                 )
             yield clip
 
@@ -131,22 +133,22 @@ class RealClips:
 def load_pair(
     generator: str, tokenizer: str, task: Task, device: str, variant: str | None = None
 ) -> tuple[LarpGenerator, LarpTokenizer]:
-    """Load a generator for `task` and the tokenizer whose codes it writes, in its variant, on the device.
+    """Load a generator for `task` and its tokenizer, in weight variant `variant`, on the device.
 
-    ValueError (CheckpointError for the files) if the generator has another task or the two do not belong together.
+    Raises CheckpointError for unreadable files, ValueError if the generator has another task or another tokenizer.
     """
     codec = LarpTokenizer.from_pretrained(tokenizer, device=device, variant=variant)
-    writer = LarpGenerator.from_pretrained(generator, device=device)
-    if writer.config.task != task:
-        raise ValueError(f"--generator {generator} {_TASKS[writer.config.task]}; this needs one that {_TASKS[task]}")
-    writer.check_tokenizer(codec.num_tokens, codec.codebook_size, codec.weight_hash())
-    return writer, codec
+    model = LarpGenerator.from_pretrained(generator, device=device)
+    if model.config.task != task:
+        raise ValueError(f"--generator {generator} {_TASKS[model.config.task]}; this needs one that {_TASKS[task]}")
+    model.check_tokenizer(codec.num_tokens, codec.codebook_size, codec.weight_hash())
+    return model, codec
 
 
 def class_numbers(generator: LarpGenerator, videos: VideoSet, labels: Sequence[int]) -> Tensor:
-    """The generator's class numbers (n,) for labels of the data set: by name where it stores names, else by position.
+    """Return the generator's class indices (n,) for labels of a data set, matched by name if it stores names.
 
-    ValueError for a generator without classes, a class that it does not know, or another number of classes.
+    Raises ValueError for a generator without classes, an unknown class, or another number of classes.
     """
     if generator.config.class_names:
         return generator.class_labels([videos.classes[label] for label in labels])
@@ -167,10 +169,13 @@ def generated_clips(
     seed: int,
     batch_size: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
+    """Yield one clip for each row of a condition: batches of clips (b, 3, T, H, W) in [0, 1] and their codes (b, N).
 
-    condition: class numbers (n,), or given codes and separator (n, N + 1). sampling, seed: as in
-    `larp.sampling.sample.generate`. A clip does not depend on the batch that it is made in.
+    Args:
+        generator, tokenizer: the tokenizer decodes the generator's codes.
+        condition: class indices (n,), or given codes and separator (n, N + 1).
+        batch_size: clips per pass; it does not affect the clips.
+        sampling, seed: as in `larp.sampling.sample.generate`.
     """
     with tqdm(total=len(condition), desc="generating", unit="clip", delay=2) as bar:
         for first in range(0, len(condition), batch_size):
@@ -182,7 +187,7 @@ def generated_clips(
 
 @torch.inference_mode()
 def reconstructed_clips(tokenizer: LarpTokenizer, clips: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of clips (b, 3, T, H, W) in [0, 1] as they came, and what the tokenizer makes of them, on its device."""
+    """Yield batches of clips (b, 3, T, H, W) in [0, 1], and their reconstructions on the tokenizer's device."""
     for clip in clips:
         yield clip, tokenizer.decode(tokenizer.encode(clip.to(tokenizer.codebook.device)))
 
@@ -190,7 +195,7 @@ def reconstructed_clips(tokenizer: LarpTokenizer, clips: Iterable[Tensor]) -> It
 def frechet_row(
     name: str, real: Tensor, other: Tensor, repeats: int, seed: int, paired: bool = False
 ) -> dict[str, Any]:
-    """A row of a table of Frechet distances from the same real features (n, D): of features `other` (n, D), by name.
+    """Return a row of the table of Frechet distances: from real features (n, D) to features `other` (n, D).
 
     repeats, seed, paired: as in `larp.metrics.frechet.bootstrap_deviation`.
     """
@@ -203,11 +208,11 @@ def frechet_row(
 
 
 def floor_row(floor: tuple[float, int]) -> dict[str, Any]:
-    """The row of the distance of real clips from other real clips, see `larp.metrics.frechet.real_floor`."""
+    """Return the row of the real-vs-real distance, see `larp.metrics.frechet.real_floor`."""
     return {"clips": "other real clips (the floor)", "value": floor[0], "deviation": None, "num_clips": floor[1]}
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """A row of a table of Frechet distances as a line for a person."""
-    spread = "" if row["deviation"] is None else f" ± {1.96 * row['deviation']:.2f}"
-    return f"  {row['clips']:<34} {row['value']:.2f}{spread} (N={row['num_clips']})"
+    """Return a row of the table of Frechet distances as text."""
+    interval = "" if row["deviation"] is None else f" ± {1.96 * row['deviation']:.2f}"
+    return f"  {row['clips']:<34} {row['value']:.2f}{interval} (N={row['num_clips']})"

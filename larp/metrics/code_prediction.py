@@ -1,4 +1,4 @@
-"""How well a generator predicts held-out codes: bits, and how often the likeliest codes are right.
+"""How well a generator predicts held-out codes: bits per code, top-1 and top-5 accuracy.
 
 Shapes: b clips of a batch, N codes of a clip, K codebook size.
 """
@@ -21,17 +21,17 @@ def predict_codes(
     """Return bits_per_token, bits_per_clip, top1 and top5 over all clips of a cache. Collective.
 
     Args:
-        predict: (codes int64 (b, N), condition) -> teacher-forced logits (b, N, K); every rank calls it equally often, as
-            sharded weights need.
-        cache, task: the clips, and what they are conditioned on.
-        batch_size: clips in one pass on one rank.
-        ranks: this process among those that share the clips out.
+        predict: maps (codes int64 (b, N), condition) to teacher-forced logits (b, N, K). Every rank calls it equally
+            often, as sharded weights require.
+        cache, task: the clips, and the kind of their condition.
+        batch_size: clips per pass on one rank.
+        ranks: this process among those that share the clips.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     own = torch.arange(ranks.rank, len(cache), ranks.world_size)
     for first in range(0, -(-len(cache) // ranks.world_size), batch_size):
         rows = own[first : first + batch_size]
-        # The last ranks may have nothing left: they pass any clip, which does not count.
+        # A rank without clips in the last pass runs one that is not counted.
         codes, condition = cache.batch(rows if len(rows) else torch.tensor([0]), task, ranks.device)
         logits = predict(codes, condition)
         if not len(rows):

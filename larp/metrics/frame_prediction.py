@@ -1,6 +1,7 @@
-"""How well predicted frames follow from given ones, and what it takes to beat doing nothing.
+"""Quality of predicted frames, compared with copying the last given frame and with reconstruction.
 
-Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W pixels; clips are float (B, 3, T, H, W) in [0, 1].
+Shapes: B clips of T frames: G given and P = T - G predicted ones; H x W pixels; N codes. Clips are float
+(B, 3, T, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from larp.models.tokenizer import LarpTokenizer
 from torch import Tensor
 
 PREDICTION, COPY, RECONSTRUCTION = "prediction", "copy of the last given frame", "reconstruction"
-# What a generator reaches that writes the codes it was given: copying, at the sharpness that codes allow.
+# The result of a generator that repeats the given codes: a copy with the sharpness of the tokenizer.
 CODED_COPY = "copy through the tokenizer"
 BASELINES = (COPY, CODED_COPY, RECONSTRUCTION)
 WAYS = (PREDICTION, *BASELINES)
@@ -24,10 +25,10 @@ WAYS = (PREDICTION, *BASELINES)
 def baselines(
     tokenizer: LarpTokenizer, clip: Tensor, given: int, given_codes: Tensor, codes: Tensor
 ) -> dict[str, Tensor]:
-    """Clips (B, 3, T, H, W) without a prediction: the last of the first `given` frames held still, the same through the
-    tokenizer, and the tokenizer's reconstruction, which is the ceiling of what codes can show.
+    """Return the baselines (B, 3, T, H, W) by name: the last given frame repeated, the same through the tokenizer, and the
+    reconstruction of the clip, an upper bound for codes.
 
-    given_codes, codes: (B, N) of `repeat_last(clip, given)` and of the clip.
+    given_codes, codes: codes (B, N) of `repeat_last(clip, given)` and of the clip.
     """
     return {
         COPY: repeat_last(clip, given),
@@ -37,17 +38,17 @@ def baselines(
 
 
 def as_frames(clip: Tensor, given: int) -> Tensor:
-    """The predicted frames of clips (B, 3, T, H, W) as clips of one frame, (B * P, 3, 1, H, W)."""
+    """Return the predicted frames of clips (B, 3, T, H, W) as clips of one frame, (B * P, 3, 1, H, W)."""
     return clip[:, :, given:].transpose(1, 2).flatten(0, 1)[:, :, None]
 
 
-def frame_psnr(clip: Tensor, made: Tensor, given: int) -> Tensor:
-    """PSNR in dB of each predicted frame of `made` against that of `clip`: (B, P) float64 on the CPU."""
-    return psnr(as_frames(clip, given), as_frames(made, given)).view(len(clip), -1).double().cpu()
+def frame_psnr(clip: Tensor, predicted: Tensor, given: int) -> Tensor:
+    """Return the PSNR in dB of each predicted frame against that of `clip`: (B, P) float64 on the CPU."""
+    return psnr(as_frames(clip, given), as_frames(predicted, given)).view(len(clip), -1).double().cpu()
 
 
 def paired_gain(gain: Tensor) -> dict[str, Any]:
-    """The mean of differences (n,) with its 95 % interval, and the share of positive ones; n at least 2."""
+    """Return the mean of differences (n,), its 95 % interval, and the share of positive ones; n is at least 2."""
     mean, reach = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
     return {
         "mean": mean,
@@ -57,8 +58,9 @@ def paired_gain(gain: Tensor) -> dict[str, Any]:
 
 
 def psnr_figures(values: dict[str, Tensor]) -> dict[str, Any]:
-    """Figures of PSNRs (n, P) of predicted frames, by the way in which these were made: over clips and frames the mean,
-    frame by frame, and the median over clips, since a frame that is copied exactly counts as 100 dB.
+    """Return mean, median over clips, and mean per frame of PSNRs (n, P), each by the method that made the frames.
+
+    The median is robust to exactly copied frames, which have 100 dB.
     """
     return {
         "mean": {way: v.mean().item() for way, v in values.items()},

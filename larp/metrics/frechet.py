@@ -1,6 +1,6 @@
-"""Frechet distance between two sets of features, from float64 moments that merge in any order.
+"""Frechet distance between two sets of features, from float64 moments that can be merged in any order.
 
-Letters: n features of width D; a, b the two sets.
+Shapes: n features of width D.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, sum and sum of outer products of a set of features, which is all that the Frechet distance needs.
+    """Count, sum and sum of outer products of a set of features.
 
-    Merging the moments of shards gives the moments of the whole set, so any number of processes, in any order, yields
-    the same figure up to float64 rounding.
+    Merging the moments of shards gives those of the whole set, so that the Frechet distance does not depend on the number
+    of processes, up to float64 rounding.
     """
 
     count: int
-    """Number of features seen."""
+    """Number of features."""
     sum: Tensor
     """(D,) float64."""
     outer: Tensor
@@ -31,12 +31,12 @@ class Moments:
 
     @classmethod
     def empty(cls, dim: int) -> Moments:
-        """The moments of no features of width `dim`: where an accumulation starts."""
+        """Return the moments of an empty set of features of width `dim`."""
         return cls(0, torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dim, dtype=torch.float64))
 
     @classmethod
     def of(cls, features: Tensor) -> Moments:
-        """The moments of `features` (n, D), any floating dtype; ValueError for another shape or non-finite values."""
+        """Return the moments of floating-point features (n, D). Raises ValueError for other shapes and non-finite values."""
         if features.ndim != 2:
             raise ValueError(f"Moments: features must have shape (n, D), got {tuple(features.shape)}")
         if not torch.isfinite(features).all():
@@ -48,11 +48,11 @@ class Moments:
         return cls(len(wide), wide.sum(dim=0), wide.T @ wide)
 
     def update(self, features: Tensor) -> Moments:
-        """These moments with `features` (n, D) added; a new object, the old one stays as it is."""
+        """Return new moments with `features` (n, D) added."""
         return self + Moments.of(features)
 
     def merge(self, other: Moments) -> Moments:
-        """The moments of both sets together; ValueError if their widths differ."""
+        """Return the moments of both sets together. Raises ValueError if their widths differ."""
         if self.dim != other.dim:
             raise ValueError(f"Moments of widths {self.dim} and {other.dim} do not merge: use one feature extractor")
         return Moments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
@@ -66,14 +66,14 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """(D,) float64 mean; ValueError if no feature was seen."""
+        """Mean, (D,) float64. Raises ValueError for an empty set."""
         if self.count == 0:
             raise ValueError("Moments of no features have no mean: no clip was read")
         return self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D) float64 covariance with division by n (StyleGAN-V and LARP; TATS divides by n - 1)."""
+        """Covariance, (D, D) float64, divided by n as in StyleGAN-V and LARP (TATS divides by n - 1)."""
         return self.outer / self.count - torch.outer(self.mean, self.mean)
 
     def save(self, path: str | Path) -> None:
@@ -83,7 +83,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Read moments that `save` wrote; ValueError naming the file if it holds anything else."""
+        """Read moments written by `save`. Raises ValueError for other files."""
         try:
             with safe_open(str(path), framework="pt") as stored:
                 count, total, outer = (stored.get_tensor(name) for name in ("count", "sum", "outer"))
@@ -96,15 +96,15 @@ class Moments:
 
 def _symmetric_sqrt(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
-    # Rounding leaves the null space of a rank-deficient covariance slightly negative.
+    # Rounding makes eigenvalues of a rank-deficient covariance slightly negative.
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """Squared Frechet distance |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
+    """Return the squared Frechet distance |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64.
 
-    The square root is taken by two symmetric eigendecompositions: (S_a S_b)^(1/2) has the trace of
-    (S_a^(1/2) S_b S_a^(1/2))^(1/2). ValueError if the widths differ or a set is empty. Source: Dowson and Landau 1982;
+    The trace of the square root is that of (S_a^(1/2) S_b S_a^(1/2))^(1/2), computed by two symmetric
+    eigendecompositions. Raises ValueError if the widths differ or a set is empty. Source: Dowson and Landau 1982;
     Unterthiner et al. 2018 (FVD).
     """
     if a.dim != b.dim:
@@ -117,11 +117,17 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def bootstrap_deviation(a: Tensor, b: Tensor, repeats: int, seed: int, paired: bool = False) -> float:
-    """Standard deviation of the Frechet distance over `repeats` resamplings of the clips of both sets.
+    """Return the standard deviation of the Frechet distance over `repeats` bootstrap samples of both sets.
 
-    a (n, D) and b (m, D) float features. `paired` samples the same rows from both sets (reconstructions beside their
-    originals). Only the spread is returned, because resampling repeats clips and so shifts the distance itself upward.
-    ValueError for fewer than 2 repeats, or for a paired sample from sets of different sizes.
+    The mean of the bootstrap distances is not an estimate of the distance, because repeated clips increase it.
+
+    Args:
+        a, b: float features (n, D) and (m, D).
+        repeats: number of samples, at least 2.
+        seed: of the samples.
+        paired: sample the same rows of both sets, for reconstructions and their originals.
+
+    Raises ValueError for fewer than 2 repeats, and for paired sets of different sizes.
     """
     if repeats < 2:
         raise ValueError(f"bootstrap: repeats must be at least 2, got {repeats}")
@@ -137,10 +143,10 @@ def bootstrap_deviation(a: Tensor, b: Tensor, repeats: int, seed: int, paired: b
 
 
 def real_floor(features: Tensor, num_clips: int, seed: int) -> tuple[float, int]:
-    """Frechet distance between two disjoint samples of real features: what a perfect generator would score at this size.
+    """Return the Frechet distance between two disjoint samples of real features (m, D), and their size.
 
-    features (m, D). The samples have `num_clips` each, or m // 2 where there are not enough; the number used is returned
-    beside the distance, because the floor falls about as 1 / n. ValueError for fewer than 4 features.
+    It is the expected score of a perfect generator at this sample size, and decreases about as 1 / n. Each sample has
+    `num_clips` features, or m // 2 if there are too few. Raises ValueError for fewer than 4 features.
     """
     if len(features) < 4:
         raise ValueError(f"real-vs-real floor: at least 4 real clips are needed, got {len(features)}")

@@ -1,7 +1,8 @@
 """Video features for the Frechet distance: the published I3D, or an I3D with fixed random weights.
 
-I3D is Inception-v1 with every filter inflated to 3-D (Carreira and Zisserman 2017), 400 Kinetics logits.
-Letters: B clips, T frames, H x W pixels, D feature width.
+I3D is Inception-v1 with filters inflated to 3-D and 400 Kinetics logits (Carreira and Zisserman 2017).
+
+Shapes: B clips, T frames, H x W pixels, D feature width.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ _BLOCKS = {
 
 
 class ClipFeatures(Interface):
-    """What turns clips into features."""
+    """Interface of feature extractors."""
 
     name: str
-    """Name that every figure made with these features carries."""
+    """Name of the features, part of every figure computed with them."""
     dim: int
     """Feature width D."""
     min_frames: int
-    """Shortest clip it takes."""
+    """Minimum number of frames of a clip."""
     weights_hash: str
-    """SHA-256 of the weight file, or what stands for it."""
+    """SHA-256 of the weight file, or a description of random weights."""
 
     def __call__(self, clip: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W) in [0, 1] -> (B, D) float32 on the CPU."""
+        """Return the features of clips (B, 3, T, H, W) in [0, 1]: (B, D) float32 on the CPU."""
         ...
 
 
@@ -74,10 +75,10 @@ class _Inception(nn.Module):
 
 
 class I3D(nn.Module):
-    """Inception-v1 inflated to 3-D, without the fixed 224x224 input: the last feature map is averaged whole.
+    """Inception-v1 inflated to 3-D, for inputs of any size: the last feature map is averaged completely.
 
-    forward: (B, 3, T, H, W) float in [-1, 1], any T, H, W -> logits (B, num_classes). `width` scales the channels of
-    every layer (1 = published). The weights are torch's defaults until `calibrate_random` sets them.
+    Maps clips (B, 3, T, H, W) in [-1, 1] to logits (B, num_classes). `width` scales the channels of all layers (1 as
+    published). `calibrate_random` sets the weights.
     """
 
     def __init__(self, num_classes: int = 400, width: float = 1.0):
@@ -110,7 +111,7 @@ class I3D(nn.Module):
 
 
 def _calibration_clips(generator: torch.Generator) -> Tensor:
-    """(8, 3, 16, 64, 64) in [-1, 1]: noise of equal power at every scale of space and time, as in real video."""
+    """Return noise clips (8, 3, 16, 64, 64) in [-1, 1] with equal power at every scale, as in real video."""
     clips = torch.zeros(8, 3, 16, 64, 64)
     for cells in (1, 2, 4, 8, 16):
         noise = torch.randn(8, 3, cells, 4 * cells, 4 * cells, generator=generator)
@@ -120,10 +121,10 @@ def _calibration_clips(generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def calibrate_random(model: I3D, seed: int) -> None:
-    """Give `model` random weights of `seed` whose features neither vanish nor saturate, in place.
+    """Set random weights by `seed`, in place, such that features neither vanish nor saturate.
 
-    Kaiming-normal filters; the means and variances of every batch norm, which stay fixed afterwards, are those that
-    seeded noise clips with a natural spectrum give; the logits of those clips have standard deviation 1 in the mean.
+    Filters are Kaiming-normal. Batch norms get the statistics of seeded noise clips with a natural spectrum, and the
+    logits of these clips are scaled to a mean standard deviation of 1.
     """
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
@@ -132,18 +133,18 @@ def calibrate_random(model: I3D, seed: int) -> None:
         if isinstance(module, nn.BatchNorm3d):
             module.momentum = 1.0
     clips = _calibration_clips(generator)
-    # In training mode each batch norm stores the statistics of this one batch (momentum 1).
+    # In training mode with momentum 1, batch norms store the statistics of this batch.
     model.train()(clips)
     logits = model.eval()(clips)
     model.logits.weight /= logits.std(dim=0).mean()
 
 
 class RandomI3D:
-    """I3D with fixed random weights, for machines without the published ones; its figures are never called FVD.
+    """I3D with fixed random weights, for machines without the published ones; its figures are not FVD.
 
-    Clips go in at their own resolution (no resizing to 224x224: a random network has no native size, and 64x64 takes a
-    tenth of the time). `width` scales the channels (small for tests), `seed` fixes the weights. The same seed gives the
-    same features on one machine; across machines they agree to float32 rounding.
+    Clips are not resized to 224x224, since a random network has no native size, and 64x64 takes a tenth of the time.
+    `width` scales the channels. A seed gives the same features on one machine; across machines they agree to float32
+    rounding.
     """
 
     name = RANDOM_NAME
@@ -159,16 +160,16 @@ class RandomI3D:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W) in [0, 1] -> (B, 400) float32 on the CPU; ValueError for other shapes or ranges."""
+        """Return the features (B, 400) of clips (B, 3, T, H, W) in [0, 1]. Raises ValueError for other shapes or ranges."""
         check_clip(clip, self)
         return self.model(clip.to(self.device).float() * 2 - 1).float().cpu()
 
 
 class PublishedI3D:
-    """The I3D file of StyleGAN-V, which the published LARP figures use.
+    """The torchscript I3D of StyleGAN-V, with which the published LARP figures were measured.
 
-    Looked for at `path`, LARP_I3D, ~/.cache/larp; WeightsMissing names the file and the places. The file is code as
-    well as weights, so it is loaded only if its SHA-256 is that of `source` (ValueError otherwise).
+    Searched at `path`, then LARP_I3D, then the cache folder; raises WeightsMissing if not found. The file contains code,
+    so it is loaded only if its SHA-256 is that of `source`; raises ValueError otherwise.
     """
 
     name = PUBLISHED_NAME
@@ -188,15 +189,15 @@ class PublishedI3D:
 
     @torch.no_grad()
     def __call__(self, clip: Tensor) -> Tensor:
-        """clip (B, 3, T, H, W) in [0, 1], T >= 10 -> (B, 400) float32 on the CPU; ValueError for anything else."""
+        """Return the features (B, 400) of clips (B, 3, T, H, W) in [0, 1], T >= 10. Raises ValueError for others."""
         check_clip(clip, self)
         scaled = clip.to(self.device).float() * 2 - 1
-        # The file resizes to 224x224 itself; rescale=True would expect values in [0, 255].
+        # The network resizes to 224x224; rescale=True would expect values in [0, 255].
         return self.model(scaled, rescale=False, resize=True, return_features=True).float().cpu()
 
 
 def check_clip(clip: Tensor, features: ClipFeatures) -> None:
-    """ValueError unless clip is (B, 3, T, H, W) in [0, 1] with enough frames; unclamped frames change the figure."""
+    """Raise ValueError unless `clip` is (B, 3, T, H, W) in [0, 1] with at least `features.min_frames` frames."""
     if clip.ndim != 5 or clip.shape[1] != 3:
         raise ValueError(f"{features.name}: needs clips (B, 3, T, H, W), got {tuple(clip.shape)}")
     if clip.shape[2] < features.min_frames:
@@ -211,10 +212,10 @@ def open_features(
     path: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ClipFeatures:
-    """The feature extractor `name`; "auto" takes the published I3D where its file is at hand, else random weights.
+    """Return the feature extractor `name`; "auto" uses the published I3D if its file is found, else random weights.
 
-    `path` is the published file. ValueError if the named weights are missing, if a given path does not exist, or if a
-    path is given together with random weights.
+    `path` is the published file. Raises ValueError if the named weights are missing, if `path` does not exist, or if it
+    is given with random weights.
     """
     if name == RANDOM_NAME and path is not None:
         raise ValueError(f"features {RANDOM_NAME} have no weight file, but {path} was given: drop one of the two")

@@ -1,4 +1,4 @@
-"""LPIPS: the distance of two clips in the feature space of VGG16 or AlexNet, frame by frame; metric and training loss.
+"""LPIPS: perceptual distance of two clips, frame by frame, by features of VGG16 or AlexNet; metric and training loss.
 
 Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", version 0.1.
 Letters: B clips, T frames, H x W pixels, C channels of one feature map.
@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from larp.metrics.sources import LPIPS, LPIPS_ALEXNET
-from larp.metrics.weights import LPIPS_HEADS, VGG16, WeightsMissing
+from larp.metrics.weights import LPIPS, LPIPS_ALEXNET, LPIPS_HEADS, VGG16, WeightsMissing
 from larp.models.losses import check_pair
 
 import torch
@@ -18,18 +17,18 @@ from torch import Tensor, nn
 
 Net = Literal["vgg16", "alexnet"]
 SOURCES = {"vgg16": LPIPS, "alexnet": LPIPS_ALEXNET}
-"""The rows of `larp.metrics.sources` that hold the published weights of each network."""
-# Channels of the 13 convolutions; "pool" halves the resolution. Positions in the list expand to torchvision's indices.
+"""The published weights of each network."""
+# Output channels of the 13 convolutions; "pool" halves the resolution.
 _VGG16_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512)
-# Index in `features` of the five feature maps that are compared, with the channels there.
+# The five feature maps that are compared: index in `features` and number of channels.
 _TAPS = {
     "vgg16": {3: 64, 8: 128, 15: 256, 22: 512, 29: 512},
     "alexnet": {1: 64, 4: 192, 7: 384, 9: 256, 11: 256},
 }
 SMALLEST = 16
-"""Pixels of the shorter side of a frame that still gives every layer of VGG16 a feature map."""
+"""Minimum of height and width in pixels for VGG16: smaller frames leave some layers without a feature map."""
 _SMALLEST = {"vgg16": SMALLEST, "alexnet": 31}
-# The normalisation that LPIPS 0.1 applies to images in [-1, 1]: nearly ImageNet's mean and deviation.
+# Normalisation of images in [-1, 1] in LPIPS 0.1, close to ImageNet's mean and standard deviation.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 
@@ -66,8 +65,8 @@ def _alexnet() -> nn.Sequential:
 class Lpips(nn.Module):
     """LPIPS with VGG16 or AlexNet; frozen, always in evaluation mode, differentiable in its inputs.
 
-    Built with torch's random weights (tests); `Lpips.load` reads the published ones. State keys: `features.N.weight`
-    and `.bias` as in torchvision's networks, and `heads.i` (1, C, 1, 1).
+    The constructor gives random weights, for tests; `Lpips.load` reads the published ones. State keys are
+    `features.N.weight` and `features.N.bias`, as in torchvision's networks, and `heads.i` (1, C, 1, 1).
     """
 
     def __init__(self, net: Net = "vgg16") -> None:
@@ -75,7 +74,7 @@ class Lpips(nn.Module):
         if net not in SOURCES:
             raise ValueError(f"LPIPS has no network '{net}': choose vgg16 or alexnet")
         self.net = net
-        # cuDNN's and oneDNN's 16-bit convolutions want the channels last.
+        # cuDNN's and oneDNN's 16-bit convolutions are faster with channels last.
         features = _vgg16() if net == "vgg16" else _alexnet()
         self.features = features.to(memory_format=torch.channels_last)
         self.heads = nn.ParameterList(nn.Parameter(torch.full((1, c, 1, 1), 1 / c)) for c in _TAPS[net].values())
@@ -85,29 +84,30 @@ class Lpips(nn.Module):
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Lpips:
-        """Stays in evaluation mode: it is a fixed yardstick, also inside a module that is set to train."""
+        """Stay in evaluation mode, also as a part of a module in training mode."""
         return super().train(False)
 
     @classmethod
     def load(cls, path: str | Path | None = None, net: Net = "vgg16", dtype: torch.dtype = torch.float32) -> Lpips:
-        """LPIPS with the published weights.
+        """Return LPIPS with the published weights.
 
         Args:
-            path: a safetensors file of `larp-mllm fetch`. Without it, VGG16 takes the authors' two files where both are at
-                hand (LARP_VGG16 and LARP_LPIPS, else the cache folder), else the fetched file in the cache folder
-                (~/.cache/larp, or LARP_CACHE); AlexNet takes the fetched one.
-            dtype: of the convolutions, and of their products outside autocast. The stored float16 is no limit here.
+            path: a safetensors file of `larp-mllm fetch`. By default VGG16 uses the authors' two files if both exist
+                (LARP_VGG16 and LARP_LPIPS, else the cache folder), otherwise the fetched file in the cache folder
+                (LARP_CACHE, by default ~/.cache/larp). AlexNet uses the fetched file.
+            net: the network.
+            dtype: of the convolutions, and outside autocast of their computation. The fetched file stores float16.
 
-        WeightsMissing names the files and where to place them; ValueError if a file is not the published one, or a tensor
-        is missing.
+        Raises WeightsMissing, which states where to place the files, and ValueError if a file is not the published one or
+        lacks a tensor.
         """
-        # Whether the weights are at hand must not change what a training samples afterwards.
+        # Loading must not change the random numbers of a training.
         with torch.random.fork_rng(devices=[]):
             model = cls(net)
         source = SOURCES[net]
         files = source.find() if path is None else (Path(path),)
         if not files:
-            raise WeightsMissing(f"LPIPS needs its weights, and they are not at hand. {source.remedy}")
+            raise WeightsMissing(f"LPIPS needs its weights, which were not found. {source.remedy}")
         if len(files) == 2:
             state, model.weights_hash = _authors(model, *files)
         else:
@@ -117,11 +117,11 @@ class Lpips(nn.Module):
         return model
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each pair of clips: a, b (B, 3, T, H, W) in [0, 1] -> (B,) float32, mean over frames.
+        """Return the distance of each pair of clips, a and b (B, 3, T, H, W) in [0, 1]: (B,) float32, mean over frames.
 
-        Convolutions run in the type of their weights, or in autocast's; normalisation and distance in float32. Nothing
-        is kept for the gradient of a side that asks for none. Values outside [0, 1] are taken as they are (training
-        losses need unclamped outputs). ValueError for shapes that differ or frames smaller than 16x16 (AlexNet: 31x31).
+        Convolutions run in the dtype of their weights or of autocast, normalisation and distance in float32. An input
+        without gradient stores no activations. Values outside [0, 1] are not clamped, as training needs. Raises
+        ValueError for different shapes and for frames smaller than 16x16 (AlexNet: 31x31).
         """
         check_pair(a, b, "lpips")
         smallest = _SMALLEST[self.net]
@@ -144,17 +144,17 @@ class Lpips(nn.Module):
 
 
 def available(net: Net = "vgg16") -> bool:
-    """Whether the weights of LPIPS are at hand; WeightsMissing if an environment variable names a file that does not exist."""
+    """Whether the weights are found. Raises WeightsMissing if an environment variable names a missing file."""
     return bool(SOURCES[net].find())
 
 
 def _unit(features: Tensor) -> Tensor:
-    # The gradient of this norm at an all-zero vector is zero; of the root of a sum of squares it would be infinite.
+    # vector_norm has gradient 0 at the zero vector; the root of a sum of squares would have an infinite one.
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
 def _authors(model: Lpips, vgg16: Path, heads: Path) -> tuple[dict[str, Tensor], str]:
-    """The state of `model` from torchvision's VGG16 file and the authors' heads for it, and the SHA-256 of both."""
+    """Return the state of `model` from torchvision's VGG16 file and the authors' heads, and the SHA-256 of both."""
     hashes = VGG16.verify(vgg16), LPIPS_HEADS.verify(heads)
     backbone, linear = (torch.load(path, map_location="cpu", weights_only=True) for path in (vgg16, heads))
     state = {key: value for key, value in backbone.items() if key.startswith("features")}

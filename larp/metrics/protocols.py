@@ -1,7 +1,7 @@
-"""Named protocols of the Frechet figures, and the record that travels with every number.
+"""Named protocols of Frechet figures, and the record with everything that a figure depends on.
 
-A figure is comparable with published ones only if nothing of its protocol differs from a preset: what differs is listed
-in the record, and the figure is named after its features, so that random ones are never called FVD.
+A figure is comparable with published ones only if its protocol equals a preset. The record lists all differences, and
+names the figure after its features, so that figures of random features are never called FVD.
 """
 
 from __future__ import annotations
@@ -16,42 +16,43 @@ from typing import Any, Literal
 
 from larp.files import check_writable
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures
+from larp.metrics.weights import file_sha256
 
 import torch
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a Frechet figure is measured; every field changes the figure. The presets are those of arXiv 2410.21264."""
+    """Definition of a Frechet figure; every field affects its value. The presets are those of arXiv 2410.21264."""
 
     name: str
-    """The preset that it is, or that it was made from by `dataclasses.replace`."""
+    """Name of the preset, also of one modified by `dataclasses.replace`."""
     figure: Literal["gFVD", "rFVD", "frame-prediction FVD"]
-    """What the figure is called when it is measured with the published I3D."""
+    """Name of the figure when it is measured with the published I3D."""
     dataset: str
-    """Which videos are the real ones."""
+    """Data set of the real videos."""
     split: Literal["train", "test", "all", "validation"]
-    """Their split."""
+    """Split of the real videos."""
     real_set: str
-    """Which clips of them, and how they are sampled."""
+    """Which clips of the videos are used, and how they are sampled."""
     num_videos: int | None
-    """Videos that the whole split holds; None where published counts differ."""
+    """Number of videos in the complete split; None where published counts differ."""
     num_clips: int
-    """Clips on each side."""
+    """Number of clips in each of the two sets."""
     frames: int
     """Length of a clip at the native frame rate."""
     height: int
-    """Pixels of the frames that are scored."""
+    """Height in pixels of the scored frames."""
     width: int
-    """Pixels of the frames that are scored."""
+    """Width in pixels of the scored frames."""
     frame_rule: str
     """Which frames are scored, and how they are resized."""
     features: str
     """Name of the feature extractor."""
     seed: int
-    """Of the sampling of real clips, and of sampling."""
+    """Seed for sampling real clips and generating."""
     choices: tuple[str, ...] = ()
-    """Where the published protocol leaves room or is not reproducible, and what we do."""
+    """Our choices where the published protocol is ambiguous or not reproducible."""
 
     @property
     def metric(self) -> str:
@@ -60,7 +61,7 @@ class Protocol:
 
     @property
     def deviations(self) -> tuple[str, ...]:
-        """Every field that differs from the preset of this name, as "field: here instead of there"."""
+        """The fields that differ from the preset of this name, as "field: value instead of preset value"."""
         preset = PRESETS[self.name]
         pairs = ((field.name, getattr(self, field.name), getattr(preset, field.name)) for field in fields(self))
         return tuple(
@@ -139,12 +140,16 @@ Window = tuple[int, int]
 def sample_windows(
     frame_counts: Sequence[int], frames: int, num_clips: int, seed: int, spare: int = 0
 ) -> tuple[list[Window], list[Window]]:
-    """Draw clips from all non-overlapping windows of `frames` frames, as LARP's generation protocol does.
+    """Sample windows from all non-overlapping windows of `frames` frames, as in LARP's generation protocol.
 
-    frame_counts: frames of each video, in sorted path order; windows are listed video by video. Returns `num_clips`
-    sampled by random.Random(seed).sample, and up to `spare` of the others (for the real-vs-real floor), each as (video,
-    first frame).
-    ValueError if there are fewer windows than clips: nothing is sampled twice.
+    Args:
+        frame_counts: number of frames of each video, in sorted path order.
+        frames: length of a window.
+        num_clips, seed: size of the sample, which is that of random.Random(seed).sample.
+        spare: maximum number of further windows, for the real-vs-real floor.
+
+    Returns the sample and the further windows, each window as (video, first frame). Raises ValueError if there are fewer
+    windows than clips, since none is sampled twice.
     """
     windows = [(video, k * frames) for video, count in enumerate(frame_counts) for k in range(count // frames)]
     if num_clips < 1 or num_clips > len(windows):
@@ -167,11 +172,17 @@ def result(
     checkpoints: Mapping[str, str],
     **extra: Any,
 ) -> dict[str, Any]:
-    """The JSON-able record of one Frechet figure: the number and everything that it depends on.
+    """Return the JSON-serialisable record of one Frechet figure: its value and everything that it depends on.
 
-    deviation: bootstrap standard deviation of `value`. floor: real-vs-real distance and the clips on each of its sides
-    (see `larp.metrics.frechet.real_floor`). checkpoints: name -> hash. extra: further settings, such as the guidance
-    scale. ValueError if the features are not those of the protocol.
+    Args:
+        protocol: as it was measured.
+        value, deviation: the distance and its bootstrap standard deviation.
+        floor: real-vs-real distance and its number of clips, see `larp.metrics.frechet.real_floor`.
+        features: the feature extractor.
+        checkpoints: hashes by name.
+        extra: further settings, such as the guidance scale.
+
+    Raises ValueError if the features are not those of the protocol.
     """
     if features.name != protocol.features:
         raise ValueError(f"measured with {features.name}, but the protocol says {protocol.features}")
@@ -185,7 +196,7 @@ def result(
         "floor": {
             "value": floor[0],
             "num_clips": floor[1],
-            # The floor falls as 1 / n, so that smaller samples can be carried over to the size of the figure.
+            # The floor is proportional to 1 / n, so that it can be extrapolated to the size of the figure.
             "at_num_clips": floor[0] * floor[1] / protocol.num_clips,
         },
         "comparable": not reasons,
@@ -200,9 +211,9 @@ def result(
 
 
 def check_record_path(out: Path) -> None:
-    """Raise ValueError unless a record can be written to `out` and pictures beside it, under its name; makes its folder.
+    """Raise ValueError unless a record can be written to `out` and pictures beside it; create its folder.
 
-    To be called before anything is computed, which may take hours.
+    To be called before the computation, which may take hours.
     """
     if out.suffix.lower() in (".png", ".mp4"):
         raise ValueError(
@@ -215,8 +226,13 @@ def check_record_path(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
+def checkpoint_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every safetensors file below a model's folder, by relative path."""
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+
+
 def versions() -> dict[str, str]:
-    """The versions that a figure depends on: larp, torch, python."""
+    """Return the versions of larp, torch and python."""
     try:
         own = metadata.version("larp-mllm")
     except metadata.PackageNotFoundError:
@@ -225,7 +241,7 @@ def versions() -> dict[str, str]:
 
 
 def summary(record: Mapping[str, Any]) -> str:
-    """The figure as a person should read it: name, value, spread, N, floor, and whether it may be compared."""
+    """Describe a record as text: name, value, 95 % interval, N, floor, and whether it is comparable."""
     floor = record["floor"]
     here = "" if floor["num_clips"] == record["num_clips"] else f", so about {floor['at_num_clips']:.2f} here"
     lines = [

@@ -1,6 +1,6 @@
-"""Frame-by-frame likeness of two clips: PSNR and SSIM, one value per video.
+"""SSIM of two clips, and the mean-colour baseline of PSNR, which is in `larp.models.losses`; one value per video.
 
-Letters: B videos, T frames, H x W pixels; clips are float (B, 3, T, H, W) in [0, 1].
+Shapes: B videos, T frames, H x W pixels; clips are float (B, 3, T, H, W) in [0, 1].
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def _blur(images: Tensor, window: Tensor) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each video: (B,) float32, mean over frames, channels and pixels.
+    """Return the structural similarity of each video: (B,) float32, mean over frames, channels and pixels.
 
-    Gaussian window of 11x11, sigma 1.5, no padding, data range 1, constants 0.01 and 0.03, each channel by itself (Wang
-    et al. 2004). ValueError for shapes that differ or frames smaller than 11x11.
+    Gaussian window of 11x11 with sigma 1.5, no padding, data range 1, constants 0.01 and 0.03, separate channels (Wang
+    et al. 2004). Raises ValueError for different shapes and for frames smaller than 11x11.
     """
     check_pair(a, b, "ssim")
     if min(a.shape[-2:]) < _WINDOW:
@@ -47,8 +47,5 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_colour(clip: Tensor) -> Tensor:
-    """Every video painted in its own mean colour (mean over T, H, W per channel): the baseline that PSNR must beat.
-
-    clip (B, 3, T, H, W) -> the same shape.
-    """
+    """Replace every pixel of a video by the mean over T, H and W of its channel: a baseline for PSNR, same shape."""
     return clip.mean(dim=(2, 3, 4), keepdim=True).expand_as(clip)

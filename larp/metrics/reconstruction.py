@@ -1,6 +1,6 @@
-"""How well a tokenizer gives clips back: one pass over a set serves training's validation and the evaluator alike.
+"""Reconstruction metrics of a tokenizer, for validation in training and for evaluation.
 
-Shapes: B videos, N tokens, K codebook size.
+Shapes: B videos, T frames, H x W pixels, N codes of a clip, n clips in all, D feature width.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from larp.metrics import lpips
 from larp.metrics.frechet import Moments, frechet_distance, real_floor
 from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures, PublishedI3D
 from larp.metrics.psnr_ssim import mean_colour, ssim
-from larp.metrics.sources import I3D_KINETICS, LPIPS
+from larp.metrics.weights import I3D_KINETICS, LPIPS
 from larp.models.losses import psnr
 from larp.models.quantizer import usage
 from larp.models.tokenizer import LarpTokenizer, TokenizerOutput
@@ -27,21 +27,21 @@ from tqdm import tqdm
 
 @dataclass
 class Reconstruction:
-    """Figures of a set of clips, and some of the clips themselves.
-
-    metrics: psnr and ssim (means over videos), mean_colour_psnr (the baseline), codes_used and perplexity of the codes, prior_top1
-        and prior_top5 (teacher-forced, greedy codes) and prior_bits (per token) if the tokenizer has a prior, num_clips, and what
-        a `ValidationMetrics` adds.
-    codes: (n, N) int64. originals, reconstructions: uint8 (T, H, W, 3) of clips from all over the set.
-    """
+    """Metrics of a set of clips, and examples."""
 
     metrics: dict[str, float]
+    """psnr in dB and ssim (means over videos), mean_colour_psnr (the baseline), codes_used and perplexity of the codes,
+    num_clips; with a prior its prior_top1 and prior_top5 (teacher-forced) and prior_bits per code; and those of
+    `ValidationMetrics`."""
     codes: Tensor
+    """(n, N) int64."""
     originals: list[np.ndarray] = field(default_factory=list)
+    """uint8 (T, H, W, 3) of clips spaced evenly over the set."""
     reconstructions: list[np.ndarray] = field(default_factory=list)
+    """uint8 (T, H, W, 3) of the same clips."""
 
     def write(self, stem: str, fps: float) -> tuple[str, ...]:
-        """Write `stem`.mp4 (originals left of reconstructions; not without PyAV) and `stem`.png (a contact sheet); return the names."""
+        """Write `stem`.png, a contact sheet, and with PyAV `stem`.mp4, originals left of reconstructions; return the names."""
         pairs = [np.concatenate(pair, axis=2) for pair in zip(self.originals, self.reconstructions, strict=True)]
         contact_sheet(pairs[:8], ["original | reconstruction"] * len(pairs[:8]), f"{stem}.png", columns=4, cell=96)
         if not movies_are_written():
@@ -51,28 +51,30 @@ class Reconstruction:
 
 
 class ValidationMetrics:
-    """Looks on while clips are reconstructed: LPIPS, and the features of a Frechet distance.
+    """LPIPS and the features of a Frechet distance, accumulated over batches.
 
     Args:
-        features: of real and of decoded clips; None leaves them out.
-        perceptual: None leaves LPIPS out.
+        features: feature extractor, or None.
+        perceptual: LPIPS, or None.
 
-    real, decoded: features of each batch, (b, D). distances: LPIPS of each batch, (b,). All are of the last pass.
-    notes: what is not measured, and why; a sentence each.
+    Attributes:
+        real, decoded: features (B, D) of each batch since `reset`.
+        distances: LPIPS (B,) of each batch since `reset`.
+        notes: the metrics that are not measured, and why, one sentence each.
     """
 
     def __init__(self, features: ClipFeatures | None = None, perceptual: lpips.Lpips | None = None):
         self.features, self.perceptual = features, perceptual
         self.notes: list[str] = []
-        self.start()
+        self.reset()
 
     @classmethod
-    def at_hand(
+    def with_available_weights(
         cls, clip_shape: tuple[int, int, int], device="cpu", perceptual: lpips.Lpips | None = None
     ) -> "ValidationMetrics":
-        """What validation can measure here of clips (T, H, W): LPIPS and rFVD, each where its published weights are at hand.
+        """Return the metrics for clips of shape (T, H, W) whose published weights are found.
 
-        `perceptual` is an LPIPS that is loaded already. Raises ValueError for a weight file that is not the published one.
+        `perceptual` is an LPIPS that is already loaded. Raises ValueError for a weight file that is not the published one.
         """
         notes = []
         if min(clip_shape[1:]) < lpips.SMALLEST:
@@ -81,34 +83,35 @@ class ValidationMetrics:
         elif perceptual is None and lpips.available():
             perceptual = lpips.Lpips.load().to(device)
         elif perceptual is None:
-            notes.append(f"validation without LPIPS: its weights are not at hand. {LPIPS.remedy}")
+            notes.append(f"validation without LPIPS: its weights were not found. {LPIPS.remedy}")
         features = None
         if clip_shape[0] < PublishedI3D.min_frames:
             notes.append(f"validation without rFVD, which needs clips of {PublishedI3D.min_frames} frames")
         elif not I3D_KINETICS.find():
-            notes.append(f"validation without rFVD: its weights are not at hand. {I3D_KINETICS.remedy}")
+            notes.append(f"validation without rFVD: its weights were not found. {I3D_KINETICS.remedy}")
         else:
             features = PublishedI3D(device=device)
-        watch = cls(features, perceptual)
-        watch.notes = notes
-        return watch
+        metrics = cls(features, perceptual)
+        metrics.notes = notes
+        return metrics
 
-    def start(self) -> None:
-        """Forget the last pass."""
+    def reset(self) -> None:
+        """Discard all batches."""
         self.real, self.decoded, self.distances = [], [], []
 
-    def see(self, clip: Tensor, again: Tensor) -> None:
-        """Take in a batch of clips (B, 3, T, H, W) and its reconstructions, both in [0, 1]."""
+    def update(self, clip: Tensor, reconstruction: Tensor) -> None:
+        """Add a batch of clips (B, 3, T, H, W) and its reconstructions, both in [0, 1]."""
         if self.features is not None:
             self.real.append(self.features(clip))
-            self.decoded.append(self.features(again))
+            self.decoded.append(self.features(reconstruction))
         if self.perceptual is not None:
-            self.distances.append(self.perceptual(clip, again).cpu())
+            self.distances.append(self.perceptual(clip, reconstruction).cpu())
 
-    def metrics(self) -> dict[str, float]:
-        """Return what the pass gave: lpips; rfvd, and rfvd_floor, which real clips in place of decoded ones would score.
+    def compute(self) -> dict[str, float]:
+        """Return lpips, rfvd, and rfvd_floor, the expected score of real clips in place of decoded ones.
 
-        rFVD needs the published features and four clips. Its floor comes from halves of the set and falls as 1 / clips.
+        rFVD needs the published features and at least four clips. Its floor is measured between halves of the set and
+        extrapolated to its size as 1 / n.
         """
         figures = {"lpips": torch.cat(self.distances).double().mean().item()} if self.distances else {}
         if self.features is None or self.features.name != PUBLISHED_NAME or sum(map(len, self.real)) < 4:
@@ -123,47 +126,59 @@ class ValidationMetrics:
 
 @torch.no_grad()
 def reconstruct(
-    model: LarpTokenizer, batches: Collection[dict], keep: int = 8, device="cpu", watch: ValidationMetrics | None = None
+    model: LarpTokenizer,
+    batches: Collection[dict],
+    examples: int = 8,
+    device="cpu",
+    metrics: ValidationMetrics | None = None,
 ) -> Reconstruction:
-    """Encode and decode every clip of `batches` (dicts with `clip`, as `larp.data.loader.iterate_once` yields them).
+    """Encode and decode every clip of `batches` with the nearest codes, and compare the clamped output.
 
-    Codes are the nearest ones and the output is clamped, as at use; figures are computed in float32, also under autocast. `watch`
-    sees every batch, and its metrics join the others. The model is left in the mode it came in.
+    The model is in evaluation mode meanwhile. Metrics are computed in float32, also under autocast.
+
+    Args:
+        model: the tokenizer.
+        batches: dicts with `clip`, as from `larp.data.loader.iterate_once`.
+        examples: number of clips to return.
+        device: of the model.
+        metrics: further metrics; reset first.
+
+    Raises ValueError if there is no clip.
     """
     training = model.training
     model.eval()
-    watch = watch or ValidationMetrics()
-    watch.start()
-    figures: dict[str, list[Tensor]] = {}
+    metrics = metrics or ValidationMetrics()
+    metrics.reset()
+    columns: dict[str, list[Tensor]] = {}
     result = Reconstruction({}, torch.empty(0, model.num_tokens, dtype=torch.int64))
     codes = []
-    # From all over the pass: a set sorted by class then shows every class.
-    shown = Counter(round(place * (len(batches) - 1) / max(1, keep - 1)) for place in range(keep))
+    # Evenly spaced batches, so that the examples of a set sorted by class show many classes.
+    shown = Counter(round(place * (len(batches) - 1) / max(1, examples - 1)) for place in range(examples))
     bar = tqdm(batches, desc="reconstructing", unit="batch", delay=2, leave=False)
     for number, batch in enumerate(bar):
         clip = batch["clip"].to(device)
         out = model(clip)
-        again = out.reconstruction.float().clamp(0, 1)
+        decoded = out.reconstruction.float().clamp(0, 1)
         with torch.autocast(clip.device.type, enabled=False):
-            for name, values in figures_of(clip, again, out).items():
-                figures.setdefault(name, []).append(values.cpu())
-            watch.see(clip, again)
+            for name, values in clip_metrics(clip, decoded, out).items():
+                columns.setdefault(name, []).append(values.cpu())
+            metrics.update(clip, decoded)
         codes.append(out.quantized.codes.cpu())
         for i in range(min(len(clip), shown[number])):
             result.originals.append(clip_to_frames(clip[i]))
-            result.reconstructions.append(clip_to_frames(again[i]))
+            result.reconstructions.append(clip_to_frames(decoded[i]))
     model.train(training)
     if not codes:
         raise ValueError("there is no clip to reconstruct: the set is empty, or none of its videos could be read")
     result.codes = torch.cat(codes)
-    result.metrics = {name: torch.cat(values).double().mean().item() for name, values in figures.items()}
-    result.metrics |= usage(result.codes, model.codebook_size) | {"num_clips": len(result.codes)} | watch.metrics()
+    result.metrics = {name: torch.cat(values).double().mean().item() for name, values in columns.items()}
+    result.metrics |= usage(result.codes, model.codebook_size) | {"num_clips": len(result.codes)} | metrics.compute()
     return result
 
 
-def figures_of(clip: Tensor, again: Tensor, out: TokenizerOutput) -> dict[str, Tensor]:
-    """The figures of each clip of a batch (B,): its likeness to its reconstruction, and how the prior did."""
-    rows = {"psnr": psnr(clip, again), "ssim": ssim(clip, again), "mean_colour_psnr": psnr(clip, mean_colour(clip))}
+def clip_metrics(clip: Tensor, decoded: Tensor, out: TokenizerOutput) -> dict[str, Tensor]:
+    """Return the metrics of each clip of a batch, (B,): its similarity to `decoded`, and the accuracy of the prior."""
+    rows = {"psnr": psnr(clip, decoded), "ssim": ssim(clip, decoded), "mean_colour_psnr": psnr(clip, mean_colour(clip))}
     if out.prior is not None:
         bits = out.prior.loss / np.log(2)
         each = {"prior_top1": out.prior.top1, "prior_top5": out.prior.top5, "prior_bits": bits}

@@ -1,8 +1,7 @@
-"""The analytic checker of shape videos: it finds the coloured blob in each frame, and its path, and names what it sees.
+"""An analytic classifier of shape videos: it detects the coloured blob of each frame and reads colour, shape and direction.
 
-No network and no training, so its verdict is the same everywhere. Colour is the hue of the blob's pixels, direction the
-larger side of a straight line fitted through its centres, shape the best match among rendered templates of the same
-area.
+It is deterministic and not trained. The colour is the hue of the blob's pixels, the direction that of a line fitted to
+its centres, and the shape the best match among rendered templates of similar area.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ from larp.data.shapes import COLOURS, DIRECTIONS, SHAPES, Attributes, coverage
 import numpy as np
 import torch
 
-# Saturation (largest minus smallest channel) of a pixel that is surely coloured; noise of 0.03 on grey stays under it,
-# and the palest of COLOURS has 0.63.
-_SEEN = 0.25
-_SMALLEST = 0.003  # a blob covers this share of a frame; the built-in ones cover about 0.08
-_ONE_HUE = 0.4  # below this agreement of hues (see _coherence) it is no blob
-_STILL = 0.06  # a path shorter than this share of the frame has no direction
+# Minimum saturation (largest minus smallest channel) of a coloured pixel. Noise of 0.03 on grey is below it; the palest
+# of COLOURS has 0.63.
+_MIN_SATURATION = 0.25
+_MIN_AREA = 0.003  # minimum share of the frame covered by a blob; the built-in ones cover about 0.08
+_MIN_COHERENCE = 0.4  # minimum agreement of hues within a blob, see _coherence
+_MIN_TRAVEL = 0.06  # shorter paths, as a share of the frame's shorter side, have no direction
 
 
 @dataclass(frozen=True)
 class BlobReading:
-    """What the checker sees in a clip; a field is None when it cannot be told, and then its confidence is 0.
+    """The attributes read from a clip; a field that cannot be determined is None, with confidence 0.
 
-    `found` is the share of frames with a blob. Confidences are in [0, 1], 0 meaning that the runner-up fits as well.
-    `travel` is the length of the path as a share of the frame's shorter side (0.25 is slow and 0.5 quick in the built-
-    in videos).
+    Confidences are in [0, 1]; 0 means that the second-best value fits equally well. `travel` is the length of the path as
+    a share of the frame's shorter side (0.25 is slow and 0.5 quick in the built-in videos). `found` is the share of
+    frames with a blob.
     """
 
     colour: str | None = None
@@ -44,10 +43,9 @@ class BlobReading:
 
 
 def read_blob(clip: torch.Tensor) -> BlobReading:
-    """Read colour, shape and direction of the one blob in a clip, float (3, T, H, W) in [0, 1].
+    """Read colour, shape and direction of the blob in a clip, float (3, T, H, W) in [0, 1].
 
-    A blob must be seen in at least half of the frames, else every field is None. Raises ValueError for other tensor
-    shapes.
+    All fields are None unless at least half of the frames have a blob. Raises ValueError for other tensor shapes.
     """
     if clip.ndim != 4 or clip.shape[0] != 3:
         raise ValueError(f"a clip is (3, T, H, W), not {tuple(clip.shape)}")
@@ -58,7 +56,7 @@ def read_blob(clip: torch.Tensor) -> BlobReading:
         return BlobReading(found=found)
     pixels, weight = pixels[present], weight[present]
     chroma = pixels - pixels.mean(axis=-1, keepdims=True)
-    if _coherence(chroma, weight) < _ONE_HUE:
+    if _coherence(chroma, weight) < _MIN_COHERENCE:
         return BlobReading()
     colour, colour_confidence, hue = _colour(chroma, weight)
     x, y = _centres(weight)
@@ -72,10 +70,10 @@ def read_blob(clip: torch.Tensor) -> BlobReading:
 
 
 def score(clips: Iterable[torch.Tensor], expected: Sequence[Attributes]) -> dict[str, float]:
-    """Compare clips with the attributes they should show: shares of right answers and the number of clips.
+    """Compare the attributes read from clips with the expected ones.
 
-    Returns colour_accuracy, direction_accuracy, shape_accuracy in [0, 1] (a field that cannot be told is wrong) and n.
-    Raises ValueError if there are not as many clips as attributes, or none.
+    Returns colour_accuracy, direction_accuracy and shape_accuracy in [0, 1], and n, the number of clips; a field that is
+    None counts as wrong. Raises ValueError if the numbers of clips and attributes differ or are 0.
     """
     readings = [read_blob(clip) for clip in clips]
     if len(readings) != len(expected) or not readings:
@@ -92,24 +90,24 @@ def score(clips: Iterable[torch.Tensor], expected: Sequence[Attributes]) -> dict
 
 
 def _blob_weight(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return each pixel's saturation inside the blob, 0 outside (T, H, W), and which frames hold a blob (T,)."""
+    """Return the saturation of pixels inside the blob, 0 outside, (T, H, W), and which frames have a blob, (T,)."""
     saturation = pixels.max(axis=-1) - pixels.min(axis=-1)
     area = saturation.shape[1] * saturation.shape[2]
-    few = max(2, round(_SMALLEST * area))
-    # the few-th largest value rather than the largest: one stray pixel must not set the level
+    few = max(2, round(_MIN_AREA * area))
+    # The few-th largest value, because a single outlier must not set the threshold.
     peak = np.partition(saturation.reshape(len(saturation), -1), area - few, axis=1)[:, area - few]
-    mask = saturation > np.maximum(_SEEN, 0.5 * peak)[:, None, None]
-    return np.where(mask, saturation, 0.0), (peak > _SEEN) & (mask.sum(axis=(1, 2)) >= few)
+    mask = saturation > np.maximum(_MIN_SATURATION, 0.5 * peak)[:, None, None]
+    return np.where(mask, saturation, 0.0), (peak > _MIN_SATURATION) & (mask.sum(axis=(1, 2)) >= few)
 
 
 def _coherence(chroma: np.ndarray, weight: np.ndarray) -> float:
-    """Tell how far the blob's pixels agree on a hue: 1 for one colour, about 0 for coloured noise."""
+    """Return the agreement of hues of the blob's pixels: 1 for one colour, about 0 for coloured noise."""
     together = np.linalg.norm(np.einsum("thwc,thw->c", chroma, weight))
     return float(together / max((np.linalg.norm(chroma, axis=-1) * weight).sum(), 1e-9))
 
 
 def _colour(chroma: np.ndarray, weight: np.ndarray) -> tuple[str, float, np.ndarray]:
-    """Return the nearest colour by hue, how far ahead of the second it is, and the blob's unit chroma vector (3,)."""
+    """Return the nearest colour by hue, its confidence, and the blob's unit chroma vector (3,)."""
     mean = np.einsum("thwc,thw->c", chroma, weight)
     hue = mean / max(np.linalg.norm(mean), 1e-9)
     table = np.array(list(COLOURS.values()), dtype=np.float64)
@@ -129,26 +127,25 @@ def _centres(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _direction(times: np.ndarray, x: np.ndarray, y: np.ndarray, seen: int, size: tuple[int, int]):
-    """Fit a line through the centres; return direction (None if still), confidence and travel (share of the frame)."""
+    """Fit a line to the centres; return direction (None without motion), confidence and travel."""
     if seen < 2:
         return None, 0.0, 0.0
     length = times[-1] - times[0]
     dx, dy = (float(np.polyfit(times, centre, 1)[0]) * length / min(size) for centre in (x, y))
     travel = float(np.hypot(dx, dy))
-    if travel < _STILL:
+    if travel < _MIN_TRAVEL:
         return None, 0.0, travel
     along = {name: dx * sx + dy * sy for name, (sx, sy) in DIRECTIONS.items()}
     return max(along, key=along.get), float(1 - min(abs(dx), abs(dy)) / max(abs(dx), abs(dy))), travel
 
 
 def _shape(strength: np.ndarray, weight: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str, float]:
-    """Match the blob, averaged over frames around its centre, with templates of many sizes and blurs by correlation.
+    """Correlate the blob, averaged over frames around its centre, with templates of several sizes and blurs.
 
-    `strength` (T, H, W) is how much of the blob's colour each pixel holds. Returns the shape and how far it is ahead.
+    `strength` (T, H, W) is the component of each pixel along the blob's colour. Returns the shape and its confidence.
     """
-    size = round(
-        10 * float((weight > 0).sum(axis=(1, 2)).mean()) ** 0.5
-    )  # in tenths of a pixel, so that templates are shared
+    # In tenths of a pixel, so that templates are shared between clips.
+    size = round(10 * float((weight > 0).sum(axis=(1, 2)).mean()) ** 0.5)
     window = _window(size)
     mean = _aligned_mean(strength, x, y, window)
     mean = (mean - mean.mean()).ravel()
@@ -164,12 +161,11 @@ def _window(size: int) -> np.ndarray:
 
 
 def _aligned_mean(strength: np.ndarray, x: np.ndarray, y: np.ndarray, window: np.ndarray) -> np.ndarray:
-    """Average a window of each frame around its centre, read between pixels; what lies outside counts as 0."""
+    """Average a window around the centre of each frame, with bilinear interpolation and zero padding."""
     frames, height, width = strength.shape
     padded = np.pad(strength, ((0, 0), (1, 1), (1, 1)))
-    rows = np.clip(
-        y[:, None] + 0.5 + window, 0, height + 0.999
-    )  # + 0.5: pixel 0 of the frame is 1 here, and centred at 0.5
+    # Pixel 0 has index 1 after padding and its centre at 0.5, hence + 0.5.
+    rows = np.clip(y[:, None] + 0.5 + window, 0, height + 0.999)
     columns = np.clip(x[:, None] + 0.5 + window, 0, width + 0.999)
     r, c = rows.astype(int), columns.astype(int)
     fr, fc, t = (rows - r)[:, :, None], (columns - c)[:, None, :], np.arange(frames)[:, None, None]
@@ -183,10 +179,10 @@ def _aligned_mean(strength: np.ndarray, x: np.ndarray, y: np.ndarray, window: np
 
 @lru_cache(maxsize=256)
 def _templates(name: str, size: int) -> np.ndarray:
-    """Return a shape in sizes around `size` (root of its area, in tenths of a pixel), sharp and more and more blurred.
+    """Return templates of a shape in sizes around `size` (root of the area, in tenths of a pixel) with several blurs.
 
-    One flattened window a row, mean 0 and length 1. Most are smaller than `size`, because thresholded areas grow with
-    blur.
+    One flattened window per row, with mean 0 and norm 1. Most are smaller than `size`, because blur increases the
+    thresholded area.
     """
     window, side, rows = _window(size), size / 10, []
     dx, dy = window[None, :].astype(float), window[:, None].astype(float)

@@ -59,7 +59,7 @@ class TokenizerValidation:
         batches = iterate_once(self.chosen, self.shape, batch=16, workers=self.workers)
         # Compiled blocks would be compiled again for each size of a validation batch.
         with engine.autocast(), torch.compiler.set_stance("force_eager"):
-            return reconstruct(model, batches, device=engine.ranks.device, watch=self.metrics)
+            return reconstruct(model, batches, device=engine.ranks.device, metrics=self.metrics)
 
 
 def open_validation(data: str, chooses: bool) -> VideoSet:

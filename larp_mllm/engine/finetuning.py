@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from larp.engine.checkpoint import differences
-from larp.engine.distributed import Ranks, barrier, whole
+from larp.engine.distributed import Ranks, barrier, gathered_weights
 from larp_mllm.locate import find_model
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import not_finite
@@ -103,7 +103,7 @@ def write_model(
     model: LarpMllmForCausalLM, processor: LarpMllmProcessor, lora: bool, folder: Path, zero_stage: int, ranks: Ranks
 ) -> None:
     """Write a model in training as a folder that `Mllm.load` reads, replaced as a whole. Collective."""
-    with whole(model, zero_stage):
+    with gathered_weights(model, zero_stage):
         if ranks.is_main:
             part = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from larp.engine.distributed import whole
+from larp.engine.distributed import gathered_weights
 from larp_mllm.engine.finetuning import Method, TrainedPart
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 
@@ -127,7 +127,7 @@ def stage_at(plan: Sequence[Stage], step: int, name: str | None = None) -> Stage
 
 def save_adapter(model: LarpMllmForCausalLM, folder: Path, zero_stage: int, is_main: bool) -> None:
     """Write the unsharded weights of the adapter into a run folder; the file is whole or absent. Collective."""
-    with whole(model.adapter, zero_stage):
+    with gathered_weights(model.adapter, zero_stage):
         if is_main:
             path = folder / ADAPTER_FILE
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -272,12 +272,12 @@ def test_run_script_ends_after_ctrl_c_with_130(capsys):
         raise KeyboardInterrupt
 
     def saved_first():
-        signals.note_signals()
+        signals.install_handlers()
         try:
             signal.raise_signal(signal.SIGINT)
             return {"stopped_at": 3} if signals.stop_flag() else {}
         finally:
-            signals.restore()
+            signals.restore_handlers()
 
     for main in (interrupted, saved_first):
         with pytest.raises(SystemExit) as stopped:

@@ -397,7 +397,7 @@ def test_validation_takes_lpips_and_rfvd_where_their_weights_are_at_hand(recipe,
     options = ["--recipe", str(recipe), "--steps", "2", "--eval-clips", "4"]
     assert {"lpips", "rfvd"}.isdisjoint(main([*options, "--out", str(tmp_path / "without")]))
     assert (
-        capsys.readouterr().out.count("validation without rFVD: its weights are not at hand. Run `larp-mllm fetch i3d`")
+        capsys.readouterr().out.count("validation without rFVD: its weights were not found. Run `larp-mllm fetch i3d`")
         == 1
     )
     state = Lpips().state_dict()

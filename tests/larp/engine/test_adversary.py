@@ -42,14 +42,14 @@ def clips(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(4, 3, 2, 16, 16, generator=generator), torch.rand(4, 3, 2, 16, 16, generator=generator)
 
 
-def train(judge: Adversary, updates: int) -> list[float]:
+def train(adversarial: Adversary, updates: int) -> list[float]:
     losses = []
     for step in range(updates):
-        parts = judge.engine.config.accumulation
+        parts = adversarial.engine.config.accumulation
         pairs = zip(*(side.chunk(parts) for side in clips(step)), strict=True)
         rows = 4 // parts
         noise = (BatchNoise(0, step, 4, i * rows, rows) for i in range(parts))
-        losses.append(sum(judge.learn(*pair, n).item() / parts for pair, n in zip(pairs, noise, strict=True)))
+        losses.append(sum(adversarial.update(*pair, n).item() / parts for pair, n in zip(pairs, noise, strict=True)))
     return losses
 
 
@@ -123,8 +123,8 @@ def test_r1_is_exact_in_half_precision():
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_lazy_r1_trains_like_plain_torch(ranks, stage, accumulation):
-    judge = adversary(ranks, replace(WEIGHTS, r1=0.01, r1_every=2), zero_stage=stage, accumulation=accumulation)
-    losses = train(judge, 5)
+    adversarial = adversary(ranks, replace(WEIGHTS, r1=0.01, r1_every=2), zero_stage=stage, accumulation=accumulation)
+    losses = train(adversarial, 5)
     assert losses == pytest.approx(plain(5, 0.01, 2), rel=1e-4)
     without = train(adversary(ranks, zero_stage=stage, accumulation=accumulation), 5)
     assert losses[0] > without[0] and losses[1] != pytest.approx(without[1], rel=1e-4), (
@@ -135,20 +135,22 @@ def test_lazy_r1_trains_like_plain_torch(ranks, stage, accumulation):
 def test_kinds_of_adversarial_loss(ranks):
     first = {}
     for kind in ("smooth", "plain", "hinge"):
-        judge = adversary(ranks, replace(WEIGHTS, gan_kind=kind))
+        adversarial = adversary(ranks, replace(WEIGHTS, gan_kind=kind))
         with torch.no_grad():
-            real, fake = (judge.discriminator(side) for side in clips(0))
-        first[kind] = train(judge, 1)[0]
+            real, fake = (adversarial.discriminator(side) for side in clips(0))
+        first[kind] = train(adversarial, 1)[0]
         reconstruction = clips(1)[1].requires_grad_()
-        judge.judge(reconstruction).backward()
+        adversarial.generator_loss(reconstruction).backward()
         assert reconstruction.grad.abs().sum() > 0
-        assert all(p.grad is None or not p.grad.any() for p in judge.discriminator.parameters())
+        assert all(p.grad is None or not p.grad.any() for p in adversarial.discriminator.parameters())
     assert first["plain"] == pytest.approx(discriminator_loss(real, fake).item(), rel=1e-5)
     assert first["hinge"] == pytest.approx(((1 - real).relu() + (1 + fake).relu()).mean().item() / 2, rel=1e-5)
     assert len(set(first.values())) == 3
     with torch.no_grad():
         hinge = adversary(ranks, replace(WEIGHTS, gan_kind="hinge"))
-        torch.testing.assert_close(hinge.judge(clips(0)[1]), hinge_generator_loss(hinge.discriminator(clips(0)[1])))
+        torch.testing.assert_close(
+            hinge.generator_loss(clips(0)[1]), hinge_generator_loss(hinge.discriminator(clips(0)[1]))
+        )
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,7 @@ def test_a_refused_resume_changes_and_says_nothing(new_engine, tmp_path, capsys)
             open_run(tmp_path, {"width": width}, True, 9, now, {"width": width})
     assert not (tmp_path / "config.resumed.json").exists() and capsys.readouterr().out == ""
     assert open_run(tmp_path, {"width": 8}, True, 9, engines, {"width": 8}).step == 1
-    assert "going on from step 1" in capsys.readouterr().out
+    assert "resuming from step 1" in capsys.readouterr().out
 
 
 def test_a_file_is_no_run_folder(ranks, tmp_path):

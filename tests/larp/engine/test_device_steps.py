@@ -1,6 +1,6 @@
 """Steps that a GPU skips by itself: what they leave alone, what they count, and that the others are the usual ones."""
 
-from larp.engine.device_steps import DeviceSteps, fuse, place_counters
+from larp.engine.device_steps import DeviceSteps, fuse, move_step_counters
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
 from larp.models.generator import GeneratorConfig, LarpGenerator
 
@@ -83,7 +83,7 @@ def test_counters_of_another_device_are_put_in_place():
     for state in optimizer.state.values():
         state["step"] = 1.0
     fuse(optimizer)
-    place_counters(optimizer)
+    move_step_counters(optimizer)
     gradients(module, 1)
     optimizer.step()
     assert all(state["step"] == 2 for state in optimizer.state.values())

@@ -1,12 +1,11 @@
-"""The judge of classes: what it tells apart, that it repeats itself, its cache, and how agreement is counted."""
+"""The classifier of classes: what it tells apart, that it repeats itself, its cache, and how agreement is counted."""
 
 import json
 import os
 
 from larp.data.clips import ClipShape
 from larp.data.video import write_video
-from larp.metrics import classifier
-from larp.metrics.classifier import ClipClassifier, agreement, classifier_of, describe, soften, train, wilson
+from larp.metrics.classifier import ClipClassifier, agreement, blur, classifier_of, clip_features, train, wilson
 
 import numpy as np
 import pytest
@@ -46,14 +45,14 @@ def manifest(folder, labelled: bool = True, count: int = 4) -> str:
 
 
 def test_it_tells_colours_and_motion_of_clips_that_it_never_saw():
-    judge = train(batches(0), CLASSES)
+    classifier = train(batches(0), CLASSES)
     for clips, labels in batches(1):
-        assert (judge.predict(clips) == labels).float().mean() > 0.9
+        assert (classifier.predict(clips) == labels).float().mean() > 0.9
 
 
 def test_it_still_knows_clips_without_detail():
-    judge = train(batches(0), CLASSES)
-    hits = [(judge.predict(soften(clips, 1, 2)) == labels) for clips, labels in batches(1)]
+    classifier = train(batches(0), CLASSES)
+    hits = [(classifier.predict(blur(clips, 1, 2)) == labels) for clips, labels in batches(1)]
     assert torch.cat(hits).float().mean() > 0.9
 
 
@@ -66,16 +65,16 @@ def test_the_same_clips_give_the_same_classifier_whatever_the_batches():
 
 def test_softening_takes_detail_and_keeps_the_rest():
     clip = clips_of(1, 2, 0)
-    soft = soften(clip, 2, 4)
+    soft = blur(clip, 2, 4)
     assert soft.shape == clip.shape and soft.mean().item() == pytest.approx(clip.mean().item(), abs=0.02)
-    assert soft.std(dim=(3, 4)).mean() < 0.7 * clip.std(dim=(3, 4)).mean() and torch.equal(soften(clip, 1, 1), clip)
+    assert soft.std(dim=(3, 4)).mean() < 0.7 * clip.std(dim=(3, 4)).mean() and torch.equal(blur(clip, 1, 1), clip)
 
 
 def test_saved_and_loaded(tmp_path):
-    judge = train(batches(0), CLASSES, {"data": "mine"})
-    judge.save(tmp_path / "new" / "judge.safetensors")
-    again = ClipClassifier.load(tmp_path / "new" / "judge.safetensors")
-    assert (again.classes, again.key) == (CLASSES, {"data": "mine"}) and torch.equal(again.weight, judge.weight)
+    classifier = train(batches(0), CLASSES, {"data": "mine"})
+    classifier.save(tmp_path / "new" / "classifier.safetensors")
+    again = ClipClassifier.load(tmp_path / "new" / "classifier.safetensors")
+    assert (again.classes, again.key) == (CLASSES, {"data": "mine"}) and torch.equal(again.weight, classifier.weight)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"bad\.safetensors: not a saved classifier"):
         ClipClassifier.load(tmp_path / "bad.safetensors")
@@ -84,11 +83,11 @@ def test_saved_and_loaded(tmp_path):
 def test_it_is_trained_once_for_the_same_videos(tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_DATA", str(tmp_path / "cache"))
     data = manifest(tmp_path)
-    judge = classifier_of(data, SHAPE)
-    assert judge.classes == tuple(sorted(CLASSES)) and judge.key["shape"] == [6, 16, 16, 1]
+    classifier = classifier_of(data, SHAPE)
+    assert classifier.classes == tuple(sorted(CLASSES)) and classifier.key["shape"] == [6, 16, 16, 1]
     calls = []
     monkeypatch.setattr(classifier, "train", lambda *a: calls.append(a) or train(*a))
-    assert torch.equal(classifier_of(data, SHAPE).weight, judge.weight) and not calls
+    assert torch.equal(classifier_of(data, SHAPE).weight, classifier.weight) and not calls
     os.utime(tmp_path / "0-0.mp4", (1, 1))
     assert classifier_of(data, SHAPE) and len(calls) == 1
     assert classifier_of(data, ClipShape(4, 16, 16)) and len(calls) == 2
@@ -103,7 +102,7 @@ def test_mistakes_are_named(tmp_path):
         train([(clips_of(0, 3, 0), torch.zeros(3, dtype=torch.int64))], CLASSES[:1])
     for shape in ((2, 1, 6, 16, 16), (2, 3, 1, 16, 16), (2, 3, 6, 4, 16), (3, 6, 16, 16)):
         with pytest.raises(ValueError, match="at least 2 frames and 8x8"):
-            describe(torch.rand(shape))
+            clip_features(torch.rand(shape))
 
 
 def test_agreement_counts_and_bounds():
@@ -116,7 +115,7 @@ def test_agreement_counts_and_bounds():
     # The textbook's example, and the ends that the normal approximation gets wrong.
     np.testing.assert_allclose(wilson(5, 10), [0.2366, 0.7634], atol=1e-4)
     assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1 and wilson(10, 10)[0] == pytest.approx(0.7225, abs=1e-4)
-    with pytest.raises(ValueError, match="2 wanted classes for 1 clips"):
+    with pytest.raises(ValueError, match="2 labels for 1 clips"):
         agreement([0, 1], torch.tensor([0]), CLASSES)
     with pytest.raises(ValueError, match="at least 1"):
         agreement([], torch.tensor([], dtype=torch.int64), CLASSES)
@@ -131,7 +130,7 @@ def test_it_knows_real_clips(clips_root, tmp_path, monkeypatch):
 
     monkeypatch.setenv("LARP_DATA", str(tmp_path))
     data, shape = f"ucf101:{clips_root / 'ucf101'}", ClipShape(16, 64, 64)
-    judge = classifier_of(data, shape)
-    rows = [(judge.predict(b["clip"]), b["label"]) for b in iterate_once(open_videos(data, "test"), shape, 16)]
-    taken_for, labels = (torch.cat(part) for part in zip(*rows, strict=True))
-    assert agreement(labels, taken_for, judge.classes)["accuracy"] > 0.77
+    classifier = classifier_of(data, shape)
+    rows = [(classifier.predict(b["clip"]), b["label"]) for b in iterate_once(open_videos(data, "test"), shape, 16)]
+    predictions, labels = (torch.cat(part) for part in zip(*rows, strict=True))
+    assert agreement(labels, predictions, classifier.classes)["accuracy"] > 0.77

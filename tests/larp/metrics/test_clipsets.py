@@ -129,7 +129,7 @@ def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
 def test_too_few_readable_windows_are_an_error(videos):
     damage(videos.items[0].path)
     clips = RealClips(videos, ClipShape(4, 16, 16), 9, 42, 4)
-    with pytest.raises(ValueError, match=r"0.mp4 is damaged \(.*mend or leave out.* or ask for fewer than 9 clips"):
+    with pytest.raises(ValueError, match=r"0.mp4 is damaged \(.*repair or remove.* or ask for fewer than 9 clips"):
         list(clips.sampled())
 
 

@@ -15,8 +15,7 @@ from dataclasses import replace
 
 from larp.metrics import fetching
 from larp.metrics.fetching import describe, fetch, read_arrays
-from larp.metrics.sources import SOURCES, Package, Source, tensors_sha256
-from larp.metrics.weights import WeightFile, WeightsMissing, file_sha256
+from larp.metrics.weights import SOURCES, Package, Source, WeightFile, WeightsMissing, file_sha256, tensors_sha256
 
 import numpy as np
 import pytest

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 from larp.metrics import lpips as module
 from larp.metrics.lpips import Lpips, available
-from larp.metrics.sources import LPIPS, LPIPS_ALEXNET, tensors_sha256
-from larp.metrics.weights import LPIPS_HEADS, VGG16, WeightsMissing, file_sha256
+from larp.metrics.weights import LPIPS, LPIPS_ALEXNET, LPIPS_HEADS, VGG16, WeightsMissing, file_sha256, tensors_sha256
 
 import pytest
 import torch

@@ -67,9 +67,9 @@ def batches(count=3, size=2):
 
 
 def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(tokenizer, fake_weights):
-    watch = ValidationMetrics.at_hand(SHAPE)
-    assert watch.notes == []
-    metrics = reconstruct(tokenizer, batches(), watch=watch).metrics
+    validation = ValidationMetrics.with_available_weights(SHAPE)
+    assert validation.notes == []
+    metrics = reconstruct(tokenizer, batches(), metrics=validation).metrics
     clips = torch.cat([batch["clip"] for batch in batches()])
     with torch.no_grad():
         decoded = tokenizer.eval()(clips).reconstruction.clamp(0, 1)
@@ -79,30 +79,35 @@ def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(toke
     ]
     assert metrics["rfvd"] == pytest.approx(frechet_distance(*map(Moments.of, colours)), rel=1e-4)
     assert 0 < metrics["rfvd_floor"] < metrics["rfvd"] and metrics["num_clips"] == 6
-    again = reconstruct(tokenizer, batches(), watch=watch).metrics
+    again = reconstruct(tokenizer, batches(), metrics=validation).metrics
     assert again == metrics, "a second pass starts anew"
 
 
 def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
-    watch = ValidationMetrics.at_hand(SHAPE)
-    assert [note.split(":")[0] for note in watch.notes] == ["validation without LPIPS", "validation without rFVD"]
-    assert "larp-mllm fetch lpips" in watch.notes[0] and "i3d_torchscript.pt" in watch.notes[1]
-    metrics = reconstruct(tokenizer, batches(), watch=watch).metrics
+    validation = ValidationMetrics.with_available_weights(SHAPE)
+    assert [note.split(":")[0] for note in validation.notes] == ["validation without LPIPS", "validation without rFVD"]
+    assert "larp-mllm fetch lpips" in validation.notes[0] and "i3d_torchscript.pt" in validation.notes[1]
+    metrics = reconstruct(tokenizer, batches(), metrics=validation).metrics
     assert {"lpips", "rfvd"}.isdisjoint(metrics) and metrics == reconstruct(tokenizer, batches()).metrics
 
 
 def test_clips_that_the_networks_cannot_take_are_left_out_with_a_reason(fake_weights):
-    watch = ValidationMetrics.at_hand((8, 8, 32))
-    assert watch.features is None and watch.perceptual is None
-    assert ["16 pixels" in watch.notes[0], "10 frames" in watch.notes[1]] == [True, True]
+    validation = ValidationMetrics.with_available_weights((8, 8, 32))
+    assert validation.features is None and validation.perceptual is None
+    assert ["16 pixels" in validation.notes[0], "10 frames" in validation.notes[1]] == [True, True]
     ready = Lpips()
-    assert ValidationMetrics.at_hand(SHAPE, perceptual=ready).perceptual is ready, "a loaded one is not loaded again"
+    assert ValidationMetrics.with_available_weights(SHAPE, perceptual=ready).perceptual is ready, (
+        "a loaded one is not loaded again"
+    )
 
 
 def test_random_features_and_few_clips_give_no_rfvd(tokenizer, fake_weights):
-    metrics = reconstruct(tokenizer, batches(), watch=ValidationMetrics(RandomI3D(width=0.05))).metrics
+    metrics = reconstruct(tokenizer, batches(), metrics=ValidationMetrics(RandomI3D(width=0.05))).metrics
     assert "rfvd" not in metrics, "FVD is only what the published network measures"
-    assert "rfvd" not in reconstruct(tokenizer, batches(1), watch=ValidationMetrics.at_hand(SHAPE)).metrics
+    assert (
+        "rfvd"
+        not in reconstruct(tokenizer, batches(1), metrics=ValidationMetrics.with_available_weights(SHAPE)).metrics
+    )
 
 
 def test_figures_are_exact_under_autocast(tokenizer):
