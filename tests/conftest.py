@@ -82,9 +82,9 @@ def fetched(own_home, monkeypatch):
         monkeypatch.setenv("LARP_CACHE", USERS_CACHE)
 
     def need(name: str) -> Path:
-        kept = SOURCES[name].kept
-        if not kept.is_file():
+        path = SOURCES[name].converted
+        if not path.is_file():
             pytest.skip(f"needs published weights: larp-mllm fetch {name}")
-        return kept
+        return path
 
     return need

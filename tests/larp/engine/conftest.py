@@ -1,4 +1,4 @@
-"""One session for all engine tests: starting deepspeed costs more than all of them together."""
+"""One DeepSpeed session for all engine tests, because starting it takes longer than the tests."""
 
 from larp.engine import backend
 from larp.engine.backend import EngineConfig, make_engine
@@ -16,7 +16,7 @@ def _session():
 
 @pytest.fixture
 def ranks(_session):
-    """The ranks of a lone process, freshly seeded."""
+    """The ranks of a single process, freshly seeded."""
     return backend.start(seed=0)
 
 

@@ -1,4 +1,4 @@
-"""The adversary in its engine: what each option changes, and that sharding and accumulation change nothing."""
+"""The adversary: effect of each option; sharding and accumulation change nothing."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ WEIGHTS = LossConfig(lecam=0.0)
 
 @pytest.fixture(scope="module")
 def ranks():
-    """The ranks of a lone process."""
+    """The ranks of a single process."""
     yield backend.start(seed=0)
     backend.finish()
 

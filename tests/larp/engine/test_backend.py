@@ -74,11 +74,11 @@ def test_lower_precision_stays_close_and_keeps_float32_weights(new_engine, train
             )
 
 
-def test_deepspeed_measures_no_speed_for_which_it_would_wait(new_engine):
+def test_deepspeed_does_not_time_its_throughput(new_engine):
     assert not new_engine()._engine.tput_timer.config.enabled
 
 
-def test_step_says_whether_it_stepped(new_engine):
+def test_step_returns_whether_weights_were_updated(new_engine):
     engine = new_engine(EngineConfig(accumulation=2))
     before = weights(engine)
     engine.backward(engine(torch.ones(4, 4)).mean())
@@ -118,7 +118,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(new_engine, train):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_rate_of_each_group_is_really_used(new_engine, stage):
+def test_the_rate_of_each_group_is_used(new_engine, stage):
     engine = new_engine(EngineConfig(zero_stage=stage), factor=lambda step: float(step == 1))
     moved = []
     for _ in range(2):
@@ -167,7 +167,7 @@ def test_clipping_is_one_option_away(new_engine):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_two_engines_train_against_each_other(new_engine, stage):
-    """A GAN step: the generator's loss goes through the raw discriminator, which must not feel it."""
+    """A GAN step: the generator's loss uses the raw discriminator, which must get no gradient from it."""
     config = EngineConfig(zero_stage=stage, accumulation=2)
     generator, critic = new_engine(config), None
     torch.manual_seed(1)
@@ -215,7 +215,7 @@ def test_an_overwritten_weight_stays_until_it_is_trained(new_engine, train, tmp_
     assert torch.equal(engine.module[0].weight, value)
 
 
-def test_settings_that_cannot_work_are_refused(new_engine):
+def test_invalid_settings_are_refused(new_engine):
     with pytest.raises(ValueError, match=r"discriminator.*another model.*wrong gradients.*0 to 2"):
         new_engine(EngineConfig(zero_stage=3), name="discriminator", max_zero_stage=2)
     with pytest.raises(ValueError, match="zero_stage is 4"):
@@ -234,7 +234,7 @@ def test_settings_that_cannot_work_are_refused(new_engine):
         make_engine(half, torch.optim.SGD(half.parameters()), lambda s: 1.0, EngineConfig(), 8, Ranks())
 
 
-def test_micro_batch_says_which_numbers_do_not_divide():
+def test_micro_batch_names_the_numbers_that_do_not_divide():
     assert micro_batch(16, 2, Ranks(world_size=4)) == 2
     with pytest.raises(
         ValueError, match=r"batch_size 10 .* 2 micro batches .* 4 ranks: .* multiple of 8, for example 8"
@@ -248,14 +248,14 @@ def test_one_process_reduces_to_itself(ranks):
     assert backend.broadcast_object({"a": 1}) == {"a": 1}
 
 
-def test_what_the_first_rank_refuses_all_refuse_and_one_tells(monkeypatch, capsys):
+def test_an_error_of_the_main_rank_is_raised_on_all_and_printed_once(monkeypatch, capsys):
     sent, worked = [], []
 
     def work():
         worked.append(rank_module.current_ranks().rank)
         raise ValueError("record 3 is damaged")
 
-    # The two ranks one after the other: what the first one broadcasts is what the second one gets.
+    # The two ranks run one after the other: the second receives what the first has broadcast.
     monkeypatch.setattr(rank_module, "broadcast_object", lambda obj: sent.append(obj) or sent[0])
     for rank in (0, 1):
         monkeypatch.setattr(rank_module, "_current", Ranks(rank, 2))
@@ -265,7 +265,7 @@ def test_what_the_first_rank_refuses_all_refuse_and_one_tells(monkeypatch, capsy
     assert worked == [0] and capsys.readouterr().err == "x.py: record 3 is damaged\n"
 
 
-def test_the_ranks_wait_for_one_that_works_alone(ranks):
+def test_collectives_have_a_long_timeout(ranks):
     group = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
     assert group.options._timeout >= timedelta(hours=12)
 
@@ -280,7 +280,7 @@ def test_start_can_follow_finish_and_seeds_alike():
     assert backend.start(3) == first and torch.distributed.is_initialized()
 
 
-def test_a_half_set_environment_is_named():
+def test_an_incomplete_environment_is_named():
     with pytest.raises(ValueError, match=r"RANK are set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT, WORLD_SIZE are not"):
         rank_module.fill_in_environment({"RANK": "0"})
 
@@ -355,7 +355,7 @@ def test_two_processes_train_to_the_losses_of_one(tmp_path, stage):
     assert (one["world"], two["world"]) == (1, 2)
     finite = [i for i in range(4) if i != 2]
     assert [two["losses"][i] for i in finite] == pytest.approx([one["losses"][i] for i in finite], rel=1e-5)
-    # What two ranks saved, one rank goes on with: directly at stage 0, else by a conversion that the error spells out.
+    # One rank resumes the checkpoint of two: directly at stage 0, else after the conversion that the error states.
     resumed = launch(torchrun(1, str(stage), str(tmp_path / "two"), "--resume"), tmp_path)
     if stage > 0:
         assert (

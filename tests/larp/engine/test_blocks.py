@@ -55,7 +55,7 @@ def generator_loss(model):
 
 
 def train(model, loss_of, steps=2, **engine_options):
-    """Losses, the gradient of the last step and the bytes that it kept."""
+    """Return losses, the gradient of the last step, and the bytes stored for it."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     engine = make_engine(model, optimizer, lambda step: 1.0, EngineConfig(**engine_options), 2, RANKS)
     losses, kept = [], {}
@@ -118,8 +118,8 @@ def test_compiling_needs_a_compiler(monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_checkpoints_are_the_same_and_go_on_without(monkeypatch, tmp_path):
-    """With torch's tracing but without its C++: what the engine does with the blocks is the same."""
+def test_compiled_checkpoints_are_the_same_and_resume_without(monkeypatch, tmp_path):
+    """With torch's tracing but without its C++ compiler."""
     compiled = []
     compile_in_place = nn.Module.compile
 
@@ -153,7 +153,7 @@ def test_compiled_checkpoints_are_the_same_and_go_on_without(monkeypatch, tmp_pa
 
 @pytest.mark.slow
 def test_compiling_changes_no_loss():
-    """With the real compiler, which takes ten seconds for each kind of block."""
+    """With the C++ compiler, which takes ten seconds for each kind of block."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     losses, gradients, _ = train(discriminator(depth=1), discriminator_loss)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back tensor for tensor, torn ones are passed over, misfits are named."""
+"""Checkpoints: exact resumption, incomplete ones are ignored, mismatches are named."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_the_learning_rate_of_the_new_run_wins(new_engine, train, tmp_path):
     assert resumed.lr == 0.5e-2
 
 
-def test_only_the_newest_are_kept_and_torn_ones_are_ignored(new_engine, tmp_path):
+def test_only_the_newest_checkpoints_remain_and_incomplete_ones_are_ignored(new_engine, tmp_path):
     engine = new_engine()
     for step in range(1, 5):
         save_state({"critic": engine, "model": engine}, tmp_path, step, {}, keep=2)
@@ -108,7 +108,7 @@ def test_resuming_an_unstarted_run_starts_it(ranks, tmp_path):
     assert (tmp_path / "run/config.json").exists()
 
 
-def test_a_checkpoint_that_does_not_fit_says_what_differs(new_engine, tmp_path):
+def test_a_mismatch_of_a_checkpoint_is_named(new_engine, tmp_path):
     engine = new_engine(EngineConfig(zero_stage=1))
     save_state({"model": engine}, tmp_path, 1, {}, model={"tokens": {"count": 16}, "width": 8})
     state = newest_state(tmp_path)
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_does_not_fit_says_what_differs(new_engine, tmp_path):
         load_state({"model": engine}, four, state.model)
 
 
-def test_at_stage_0_another_number_of_ranks_goes_on(new_engine, train, tmp_path):
+def test_at_stage_0_another_number_of_ranks_resumes(new_engine, train, tmp_path):
     engine = new_engine()
     train(engine, 0, 2)
     save_state({"model": engine}, tmp_path, 2, {})
@@ -141,7 +141,7 @@ def test_a_missing_checkpoint_is_named(new_engine, tmp_path):
         new_engine(name="critic").load(tmp_path)
 
 
-def test_a_folder_serves_one_process_at_a_time(ranks, tmp_path):
+def test_a_folder_is_locked_by_one_process(ranks, tmp_path):
     (tmp_path / "run").mkdir()
     hold = "import fcntl, time; f = open('run/.lock', 'a'); fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdout=subprocess.PIPE, text=True) as other:
@@ -153,7 +153,7 @@ def test_a_folder_serves_one_process_at_a_time(ranks, tmp_path):
     open_run(tmp_path / "run", {}, resume=True, steps=9)
 
 
-def test_a_refused_resume_changes_and_says_nothing(new_engine, tmp_path, capsys):
+def test_a_refused_resume_writes_and_prints_nothing(new_engine, tmp_path, capsys):
     engines = {"model": new_engine()}
     open_run(tmp_path, {"width": 8}, False, 9, engines, {"width": 8})
     save_state(engines, tmp_path, 1, {}, model={"width": 8})
@@ -170,7 +170,7 @@ def test_a_refused_resume_changes_and_says_nothing(new_engine, tmp_path, capsys)
     assert "resuming from step 1" in capsys.readouterr().out
 
 
-def test_a_file_is_no_run_folder(ranks, tmp_path):
+def test_a_file_is_refused_as_run_folder(ranks, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file/run"):
         with pytest.raises(ValueError, match=r"file is a file: choose another place with --out"):
@@ -182,7 +182,7 @@ def test_a_file_is_no_run_folder(ranks, tmp_path):
     [(train_tokenizer, "open_videos", []), (train_generator, "open_data", ["--task", "class"])],
     ids=["tokenizer", "generator"],
 )
-def test_a_run_folder_is_looked_at_before_the_data(script, first, options, ranks, tmp_path, monkeypatch):
+def test_the_run_folder_is_checked_before_the_data(script, first, options, ranks, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(script, first, lambda *_: pytest.fail("opened its data first"))
     with pytest.raises(ValueError, match="is a file: choose another place with --out"):
@@ -191,6 +191,6 @@ def test_a_run_folder_is_looked_at_before_the_data(script, first, options, ranks
 
 def test_a_run_is_not_resumed_beyond_its_end(new_engine, tmp_path):
     save_state({"model": new_engine()}, tmp_path, 12, {}, {})
-    with pytest.raises(ValueError, match="at step 12 already, beyond the 10 steps"):
+    with pytest.raises(ValueError, match="at step 12, beyond the 10 steps"):
         open_run(tmp_path, {}, resume=True, steps=10)
     assert open_run(tmp_path, {}, resume=True, steps=12).step == 12

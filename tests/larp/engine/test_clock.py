@@ -1,4 +1,4 @@
-"""The clock of a run: steps as they are counted, or the share of its minutes that has passed, on a time that the tests set."""
+"""The clock of a run, by steps or by minutes, with a simulated time."""
 
 from larp.engine import clock as clock_file
 from larp.engine.clock import Clock
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def time(monkeypatch):
-    """A time in seconds that stands still: `time.now += 1`."""
+    """A simulated time in seconds: `time.now += 1`."""
 
     class Time:
         now = 1000.0
@@ -49,7 +49,7 @@ def test_minutes_are_a_share_of_the_schedule(time):
     assert clock.done and clock.position == 600, "never beyond the end"
 
 
-def test_what_is_done_now_and_then_is_done_as_often_however_long_a_step_is(time):
+def test_periodic_actions_do_not_depend_on_the_time_of_a_step(time):
     for seconds in (0.25, 1.0, 7.0):
         clock, due = Clock(steps=300, minutes=1), []
         clock.start()
@@ -61,7 +61,7 @@ def test_what_is_done_now_and_then_is_done_as_often_however_long_a_step_is(time)
         assert all(0 <= place - 100 * number <= 5 * seconds for number, place in enumerate(due, 1))
 
 
-def test_schedules_are_read_at_the_place_on_them(time):
+def test_schedules_are_evaluated_at_the_position(time):
     steps, minutes = Clock(steps=100), Clock(steps=100, minutes=1)
     assert steps.on_schedule(lambda place: place)(7) == 7
     whole, stage = minutes.on_schedule(lambda place: place), minutes.on_schedule(lambda place: place, first=40)
@@ -73,7 +73,7 @@ def test_schedules_are_read_at_the_place_on_them(time):
     assert (whole(7), stage(7)) == (50, 10)
 
 
-def test_a_resumed_clock_goes_on_from_its_seconds(time):
+def test_a_resumed_clock_continues_from_its_seconds(time):
     clock = Clock(steps=100, minutes=1)
     clock.start(step=40, elapsed=30)
     assert (clock.step, clock.position) == (40, 50) and not clock.done
@@ -88,6 +88,6 @@ def test_a_resumed_clock_goes_on_from_its_seconds(time):
 
 
 @pytest.mark.parametrize("minutes", [0, -1.0, float("nan"), float("inf")])
-def test_minutes_that_are_no_length_are_refused(minutes):
+def test_invalid_minutes_are_refused(minutes):
     with pytest.raises(ValueError, match="minutes"):
         Clock(10, minutes)

@@ -1,4 +1,4 @@
-"""Steps that a GPU skips by itself: what they leave alone, what they count, and that the others are the usual ones."""
+"""Steps skipped on the device: they change nothing and are counted; other steps equal those of the plain optimizer."""
 
 from larp.engine.device_steps import DeviceSteps, fuse, move_step_counters
 from larp.engine.optimizer import OptimizerConfig, build_optimizer
@@ -24,7 +24,7 @@ def gradients(module: torch.nn.Module, step: int, poison: bool = False) -> None:
 
 
 def tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Weights, and all that the optimizer keeps."""
+    """Return the weights and the optimizer's state."""
     parts = (optimizer.muon, optimizer.adam) if hasattr(optimizer, "adam") else (optimizer,)
     states = [state[name] for part in parts for state in part.state.values() for name in sorted(state)]
     return [tensor.detach().clone() for tensor in (*module.parameters(), *states)]
@@ -75,7 +75,7 @@ def test_other_steps_are_those_of_the_plain_optimizer(name):
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_counters_of_another_device_are_put_in_place():
+def test_step_counters_are_moved_to_the_device():
     module = model()
     optimizer = build_optimizer(module, OptimizerConfig("adamw", 1e-2))
     gradients(module, 0)
@@ -89,6 +89,6 @@ def test_counters_of_another_device_are_put_in_place():
     assert all(state["step"] == 2 for state in optimizer.state.values())
 
 
-def test_an_optimizer_without_a_fused_kernel_is_left_alone():
+def test_an_optimizer_without_a_fused_kernel_is_unchanged():
     optimizer = torch.optim.SGD(model().parameters())
     assert not fuse(optimizer) and optimizer.param_groups[0]["fused"] is None

@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, what it leaves out, and that checkpoints hold it."""
+"""The EMA of the weights: its values, skipped updates, and checkpoints."""
 
 from larp.engine.backend import EngineConfig
 from larp.engine.checkpoint import load_state, newest_state, save_state
@@ -48,7 +48,7 @@ def test_a_resumed_run_ends_with_the_same_average(new_engine, train, tmp_path, s
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.average.module).items())
 
 
-def test_an_average_that_was_not_saved_begins_with_the_weights(new_engine, train, tmp_path):
+def test_an_average_that_was_not_saved_starts_with_the_weights(new_engine, train, tmp_path):
     engine = new_engine()
     train(engine, 0, 2)
     save_state({"model": engine}, tmp_path, 2, {})
@@ -58,7 +58,7 @@ def test_an_average_that_was_not_saved_begins_with_the_weights(new_engine, train
     assert all(torch.equal(value, expected[name]) for name, value in weights(resumed.average.module).items())
 
 
-def test_what_cannot_be_averaged_is_refused(new_engine):
+def test_invalid_averages_are_refused(new_engine):
     with pytest.raises(ValueError, match=r"ema = 1\.5 is a decay between 0 and 1"):
         new_engine(ema=1.5)
     with pytest.raises(ValueError, match="zero_stage 0 to 2"):

@@ -38,7 +38,7 @@ def test_a_resumed_run_has_one_line_for_each_step(tmp_path):
     assert [(line["step"], line["loss"]) for line in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 2)]
 
 
-def test_other_ranks_write_and_say_nothing(tmp_path, capsys):
+def test_other_ranks_write_and_print_nothing(tmp_path, capsys):
     with RunLog(tmp_path / "run", Ranks(rank=1, world_size=2), 10) as log:
         log.metrics(1, {"loss": 1.0})
         log.progress(2)
@@ -56,7 +56,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Weights & Biases, as far as a log sees of it."""
+    """A stand-in for Weights & Biases."""
     fake = types.ModuleType("wandb")
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.errors = types.SimpleNamespace(Error=type("Error", (Exception,), {}))
@@ -82,7 +82,7 @@ def wandb(monkeypatch):
     return fake
 
 
-def test_wandb_gets_the_same_numbers_and_a_resumed_run_goes_on_there(tmp_path, wandb):
+def test_wandb_gets_the_same_numbers_and_a_resumed_run_continues_there(tmp_path, wandb):
     for resume_step in (0, 1):
         with RunLog(tmp_path / "run", Ranks(), 10, resume_step, wandb="larp", config={"steps": 10}) as log:
             log.metrics(resume_step + 1, {"loss": torch.tensor(0.5)})
@@ -100,7 +100,7 @@ def test_wandb_is_used_only_where_asked_and_by_the_main_rank(tmp_path, wandb):
     assert wandb.runs == [] and not (tmp_path / "wandb-id.txt").exists()
 
 
-def test_wandb_that_is_absent_or_does_not_start_says_what_to_do(tmp_path, wandb, monkeypatch):
+def test_missing_or_failing_wandb_states_the_remedy(tmp_path, wandb, monkeypatch):
     def init(**settings):
         raise wandb.errors.Error("no API key")
 
@@ -113,14 +113,14 @@ def test_wandb_that_is_absent_or_does_not_start_says_what_to_do(tmp_path, wandb,
     check_wandb(None)
 
 
-def test_write_json_writes_null_for_what_is_no_number(tmp_path):
+def test_write_json_writes_null_for_numbers_that_are_not_finite(tmp_path):
     write_json(tmp_path / "x.json", {"a": float("nan"), "b": [1.5, (float("inf"), 2)], "c": {"d": -float("inf")}})
     assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
         "a": None, "b": [1.5, [None, 2]], "c": {"d": None},
     }  # fmt: skip
 
 
-def test_write_json_replaces_whole_files(tmp_path):
+def test_write_json_is_atomic(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(TypeError):

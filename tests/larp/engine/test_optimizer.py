@@ -1,4 +1,4 @@
-"""Which weights each optimizer gets, and that Muon with AdamW saves and loads."""
+"""Parameter groups of each optimizer; saving and loading of Muon with AdamW."""
 
 import copy
 
@@ -44,7 +44,7 @@ def tokenizer() -> LarpTokenizer:
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw", "muon"])
-def test_the_prior_moves_at_its_own_rate_and_the_rest_does_not_notice(name):
+def test_the_prior_has_its_own_rate_and_the_rest_is_unaffected(name):
     before = tokenizer()
     moved = {}
     for prior_lr in (None, 1e-3, 1e-4):
@@ -85,7 +85,7 @@ def test_the_priors_rate_keeps_its_peak_through_the_schedule(ranks, name, stage)
     assert engine.learning_rates == pytest.approx(expected)
 
 
-def test_a_rate_for_a_prior_that_is_not_there_is_refused():
+def test_a_prior_rate_without_a_prior_is_refused():
     with pytest.raises(ValueError, match=r"optimizer\.prior_lr = 0\.1 is given, but there is no prior"):
         build_optimizer(small(), OptimizerConfig("adamw", prior_lr=0.1))
     with pytest.raises(ValueError, match=r"optimizer\.prior_lr = -1 must be positive"):
@@ -112,7 +112,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_follows_its_groups():
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
-def test_muon_is_torchs_but_for_its_precision():
+def test_muon_equals_torchs_up_to_precision():
     torch.manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 8), (8, 24), (24, 8))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
@@ -147,7 +147,7 @@ def test_muon_resumes_exactly():
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_muon_is_refused_where_matrices_are_cut_up():
+def test_muon_is_refused_with_sharding():
     with pytest.raises(ValueError, match="zero_stage 0"):
         build_optimizer(small(), OptimizerConfig("muon"), zero_stage=1)
     with pytest.raises(ValueError, match="closure"):

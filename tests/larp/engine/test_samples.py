@@ -1,4 +1,4 @@
-"""larp/engine/samples.py: which clips are sampled in training, and that every option of the sampling acts."""
+"""larp/engine/samples.py: the conditions of the samples, and the effect of every option."""
 
 from larp.data.token_cache import TokenCache
 from larp.engine.distributed import Ranks
@@ -57,7 +57,7 @@ def sampled(tokenizer, task="class", ranks=Ranks(), clips=4, **options) -> np.nd
     return np.stack(samples.sample(model))
 
 
-def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tokenizer):
+def test_conditions_are_the_classes_in_turn_or_evenly_spaced_clips(tokenizer):
     config, cache = SamplingConfig(), cache_of(6, 25.0)
     for task, names in (("class", ["Archery", "Surfing", "Archery"]), ("frame-prediction", ["v0", "v2", "v4"])):
         samples = Samples(3, config.resolve(1.0), tokenizer, cache, model_of(task).config, 0, Ranks())
@@ -76,12 +76,12 @@ def test_conditions_are_the_classes_in_turn_or_clips_from_all_over_the_cache(tok
     ],
     ids=lambda options: next(iter(options)),
 )  # fmt: skip
-def test_every_option_acts(tokenizer, task, options):
+def test_every_option_has_an_effect(tokenizer, task, options):
     plain = dict(guidance_scale=2.5) if "guidance_scale" not in options else {}
     assert not np.array_equal(sampled(tokenizer, task, **plain, **options), sampled(tokenizer, task, **plain))
 
 
-def test_a_rank_writes_its_share_of_the_same_clips(tokenizer):
+def test_each_rank_samples_its_share_of_the_same_clips(tokenizer):
     whole = sampled(tokenizer, clips=5)
     parts = []
     for rank in (0, 1):

@@ -1,10 +1,11 @@
-"""The classifier of classes: what it tells apart, that it repeats itself, its cache, and how agreement is counted."""
+"""The classifier of clips: accuracy, determinism, cache, and agreement."""
 
 import json
 import os
 
 from larp.data.clips import ClipShape
 from larp.data.video import write_video
+from larp.metrics import classifier as module
 from larp.metrics.classifier import ClipClassifier, agreement, blur, classifier_of, clip_features, train, wilson
 
 import numpy as np
@@ -44,13 +45,13 @@ def manifest(folder, labelled: bool = True, count: int = 4) -> str:
     return f"jsonl:{folder / 'list.jsonl'}"
 
 
-def test_it_tells_colours_and_motion_of_clips_that_it_never_saw():
+def test_colours_and_motion_of_unseen_clips_are_classified():
     classifier = train(batches(0), CLASSES)
     for clips, labels in batches(1):
         assert (classifier.predict(clips) == labels).float().mean() > 0.9
 
 
-def test_it_still_knows_clips_without_detail():
+def test_blurred_clips_are_classified():
     classifier = train(batches(0), CLASSES)
     hits = [(classifier.predict(blur(clips, 1, 2)) == labels) for clips, labels in batches(1)]
     assert torch.cat(hits).float().mean() > 0.9
@@ -86,7 +87,7 @@ def test_it_is_trained_once_for_the_same_videos(tmp_path, monkeypatch):
     classifier = classifier_of(data, SHAPE)
     assert classifier.classes == tuple(sorted(CLASSES)) and classifier.key["shape"] == [6, 16, 16, 1]
     calls = []
-    monkeypatch.setattr(classifier, "train", lambda *a: calls.append(a) or train(*a))
+    monkeypatch.setattr(module, "train", lambda *a: calls.append(a) or train(*a))
     assert torch.equal(classifier_of(data, SHAPE).weight, classifier.weight) and not calls
     os.utime(tmp_path / "0-0.mp4", (1, 1))
     assert classifier_of(data, SHAPE) and len(calls) == 1
@@ -123,7 +124,7 @@ def test_agreement_counts_and_bounds():
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_it_knows_real_clips(clips_root, tmp_path, monkeypatch):
+def test_real_clips_are_classified(clips_root, tmp_path, monkeypatch):
     """Four of five test clips of six classes of UCF-101, from groups of videos that it was not trained on."""
     from larp.data.datasets import open_videos
     from larp.data.loader import iterate_once

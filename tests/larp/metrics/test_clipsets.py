@@ -100,7 +100,7 @@ def windows_of(clips):
     return [(grey // 80, round(grey % 80 / 10) * 4) for grey in (max(0, grey + 3) for grey in greys)]
 
 
-def test_real_clips_are_the_protocols(videos):
+def test_real_clips_follow_the_protocol(videos):
     clips = RealClips(videos, ClipShape(4, 16, 16), 5, 42, 2)
     sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
     assert [len(batch) for batch in RealClips(videos, ClipShape(4, 16, 16), 5, 42, 2).sampled()] == [2, 2, 1]
@@ -108,7 +108,7 @@ def test_real_clips_are_the_protocols(videos):
     assert windows_of(clips.others()) == spare and clips.skipped == []
 
 
-def test_a_damaged_video_is_replaced_in_its_place_and_named(videos):
+def test_clips_of_a_damaged_video_are_replaced_and_it_is_named(videos):
     sampled, spare = sample_windows([16] * 3, 4, 5, 42, spare=5)
     damage(videos.items[sampled[0][0]].path)
     found = []

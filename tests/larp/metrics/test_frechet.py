@@ -17,7 +17,7 @@ def test_golden_value(golden_root):
     assert value == pytest.approx(float(golden["frechet"]), rel=1e-6)
 
 
-def test_any_sharding_gives_the_same_moments():
+def test_moments_do_not_depend_on_sharding():
     whole = features(101)
     merged = Moments.empty(6)
     for shard in (whole[70:], whole[:3], whole[3:70]):
@@ -59,7 +59,7 @@ def test_file_round_trip_and_wrong_file(tmp_path):
         Moments.load(path)
 
 
-def test_errors_say_what_is_wrong():
+def test_errors():
     with pytest.raises(ValueError, match=r"\(n, D\)"):
         Moments.of(torch.zeros(3))
     with pytest.raises(ValueError, match="1 of 2 features are not finite"):
@@ -70,7 +70,7 @@ def test_errors_say_what_is_wrong():
         frechet_distance(Moments.empty(3), Moments.empty(3))
 
 
-def test_floor_uses_disjoint_draws_and_reports_their_size():
+def test_the_floor_uses_disjoint_samples_and_reports_their_size():
     real = features(100)
     value, size = real_floor(real, 20, seed=0)
     assert size == 20 and value > 0
@@ -78,7 +78,7 @@ def test_floor_uses_disjoint_draws_and_reports_their_size():
     assert real_floor(real, 20, seed=0)[0] == value != real_floor(real, 20, seed=1)[0]
 
 
-def test_bootstrap_spread_shrinks_with_more_clips_and_pairs_rows():
+def test_the_bootstrap_deviation_shrinks_with_more_clips_and_pairs_rows():
     few = bootstrap_deviation(features(20), features(20, seed=1), repeats=20, seed=0)
     many = bootstrap_deviation(features(2000), features(2000, seed=1), repeats=20, seed=0)
     assert many < few

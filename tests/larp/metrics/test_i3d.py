@@ -1,4 +1,4 @@
-"""Random I3D: deterministic, informative, quick; the published file: how it is found, checked and called."""
+"""Random I3D, and how the published file is found, verified and called."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def no_weights(monkeypatch, tmp_path):
 
 
 class FakeI3D(torch.nn.Module):
-    """Answers like the published file, and shows in its features how it was called."""
+    """Imitates the published file; its features encode its arguments."""
 
     def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False):
         features = torch.zeros(x.shape[0], 400)
@@ -56,7 +56,7 @@ def test_random_features_are_deterministic_and_differ_between_clips(tiny):
     assert float(torch.pdist(a).min()) > 0.1
 
 
-def test_random_features_see_motion(tiny):
+def test_random_features_depend_on_motion(tiny):
     still = clips(1)[:, :, :1].expand(-1, -1, 8, -1, -1)
     moving = torch.stack([still[:, :, t].roll(3 * t, dims=-1) for t in range(8)], dim=2)
     assert float((tiny(still) - tiny(moving)).norm(dim=1).min()) > 0.1
@@ -72,7 +72,7 @@ def test_distance_grows_with_damage(tiny):
     assert floor < little < much
 
 
-def test_random_i3d_never_says_fvd(tiny):
+def test_random_i3d_is_never_called_fvd(tiny):
     assert tiny.name == "frechet-random-i3d" and "random" in tiny.weights_hash
 
 
@@ -114,7 +114,7 @@ def test_another_file_is_refused_before_it_is_loaded(fake_file):
         PublishedI3D(fake_file)
 
 
-def test_missing_file_names_itself_and_its_place(no_weights, monkeypatch, tmp_path):
+def test_a_missing_file_and_its_places_are_named(no_weights, monkeypatch, tmp_path):
     with pytest.raises(WeightsMissing) as error:
         open_features("fvd-i3d-styleganv")
     assert "i3d_torchscript.pt" in str(error.value) and str(tmp_path / "empty") in str(error.value)

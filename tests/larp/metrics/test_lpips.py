@@ -1,4 +1,4 @@
-"""LPIPS: key names of the published files, a distance that behaves like one, gradients, errors."""
+"""LPIPS: key names of the published files, properties of the distance, gradients, errors."""
 
 import json
 from dataclasses import replace
@@ -42,7 +42,7 @@ def test_distance_is_per_video_zero_for_equal_and_symmetric(model):
 
 
 def test_distance_is_the_published_formula():
-    """Written out from LPIPS 0.1 (lpips.LPIPS(net="vgg")), which gives these very numbers for the same weights."""
+    """The formula of LPIPS 0.1 (lpips.LPIPS(net="vgg")), which gives the same values for the same weights."""
     torch.manual_seed(3)
     model = Lpips()
     weights = model.state_dict()
@@ -137,7 +137,7 @@ def test_shapes_are_checked(model):
 
 @pytest.fixture
 def fake_fetched(no_weights, tmp_path, monkeypatch):
-    """A file like the fetched one, with random weights that are taken as if they were published."""
+    """A file like the fetched one, with random weights that pass for the published ones."""
     state = {key: value.half() if key.startswith("features") else value for key, value in Lpips().state_dict().items()}
     (tmp_path / "empty").mkdir()
     path = tmp_path / "empty" / "lpips-vgg16.safetensors"
@@ -147,7 +147,7 @@ def fake_fetched(no_weights, tmp_path, monkeypatch):
     return path
 
 
-def test_the_fetched_file_serves_where_the_authors_are_absent(fake_fetched, tmp_path):
+def test_the_fetched_file_is_used_without_the_authors_files(fake_fetched, tmp_path):
     assert available()
     loaded = Lpips.load()
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}, "stored in 16 bits, computed in float32"
@@ -172,7 +172,7 @@ def test_another_or_a_damaged_file_is_refused(fake_fetched, tmp_path):
 
 @pytest.mark.parametrize("net", ["vgg16", "alexnet"])
 def test_sixteen_bits_under_autocast_and_as_weights(net):
-    """Convolutions in bfloat16, everything else in float32: near the float32 distance, with a gradient that points its way."""
+    """Convolutions in bfloat16, everything else in float32: distance and gradient are close to float32."""
     model = Lpips(net)
     for head in model.heads:
         head.copy_(torch.rand_like(head))
@@ -192,7 +192,7 @@ def test_sixteen_bits_under_autocast_and_as_weights(net):
         assert torch.nn.functional.cosine_similarity(rough.flatten(), gradient.flatten(), dim=0) > 0.9
 
 
-def test_a_target_without_gradient_keeps_nothing(model):
+def test_a_target_without_gradient_stores_no_activations(model):
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         model(clip(0), clip(1))

@@ -1,4 +1,4 @@
-"""Presets, what makes a figure comparable, the window rule, and the record."""
+"""Presets, comparability, sampling of windows, and the record."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_an_unchanged_preset_is_comparable():
         ({"seed": 0}, "seed: 0 instead of 42"),
     ],
 )
-def test_every_change_makes_it_incomparable_and_is_named(change, reason):
+def test_every_change_is_named_and_makes_the_figure_incomparable(change, reason):
     figure = record(replace(GFVD, **change), PUBLISHED)
     assert not figure["comparable"] and figure["reasons"] == [reason]
     assert "NOT comparable" in summary(figure) and reason in summary(figure)
@@ -57,7 +57,7 @@ def test_random_features_are_never_called_fvd():
         record(GFVD, RANDOM)
 
 
-def test_the_record_holds_what_the_number_depends_on():
+def test_the_record_holds_everything_that_the_figure_depends_on():
     figure = json.loads(json.dumps(record(GFVD, PUBLISHED, guidance_scale=1.25)))
     assert figure["value"] == 100.0 and figure["interval_95"] == [pytest.approx(96.08), pytest.approx(103.92)]
     assert figure["floor"] == {"value": 20.0, "num_clips": 5000, "at_num_clips": 10.0}

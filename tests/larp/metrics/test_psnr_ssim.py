@@ -24,7 +24,7 @@ def test_psnr_takes_the_error_over_the_whole_video():
     assert float(psnr(a, b)) == pytest.approx(-10 * torch.tensor(0.02).log10().item(), abs=1e-4)
 
 
-def test_ssim_agrees_with_the_oracle():
+def test_ssim_agrees_with_pytorch_msssim():
     oracle = pytest.importorskip("pytorch_msssim")
     a = clip(0)
     b = (a + 0.2 * clip(1) - 0.1).clamp(0, 1)
@@ -34,7 +34,7 @@ def test_ssim_agrees_with_the_oracle():
     torch.testing.assert_close(ssim(a, a), torch.ones(2))
 
 
-def test_mean_colour_paints_each_video():
+def test_mean_colour_is_per_video():
     a = clip(2)
     painted = mean_colour(a)
     assert painted.shape == a.shape
@@ -42,7 +42,7 @@ def test_mean_colour_paints_each_video():
     assert float(painted[0, 0].std()) < 1e-6
 
 
-def test_errors_say_what_is_wrong():
+def test_errors():
     with pytest.raises(ValueError, match=r"psnr.*one shape"):
         psnr(clip(0), clip(0, frames=2))
     with pytest.raises(ValueError, match=r"ssim.*one shape"):

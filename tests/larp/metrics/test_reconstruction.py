@@ -1,4 +1,4 @@
-"""One pass of reconstruction: what validation measures where the published weights are at hand, and where they are not."""
+"""Reconstruction metrics, with and without published weights."""
 
 from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.i3d import RandomI3D
@@ -17,7 +17,7 @@ SHAPE = (10, 16, 16)
 
 
 class FakeI3D(torch.nn.Module):
-    """Answers like the published file: with the mean colour of each frame."""
+    """Imitates the published file; its features are the mean colour of each frame."""
 
     def forward(self, x: torch.Tensor, rescale: bool = True, resize: bool = False, return_features: bool = False):
         return torch.nn.functional.pad(x.mean(dim=(3, 4)).flatten(1), (0, 370))
@@ -48,7 +48,7 @@ def no_weights(monkeypatch, tmp_path):
 
 @pytest.fixture
 def fake_weights(no_weights, monkeypatch, tmp_path):
-    """Files with random weights in the places of the published ones, taken as if they were."""
+    """Files with random weights that pass for the published ones."""
     torch.manual_seed(1)
     state = Lpips().state_dict()
     torch.save({key: value for key, value in state.items() if key.startswith("features")}, tmp_path / "vgg.pth")
@@ -66,7 +66,7 @@ def batches(count=3, size=2):
     return [{"clip": torch.rand(size, 3, *SHAPE, generator=generator)} for _ in range(count)]
 
 
-def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(tokenizer, fake_weights):
+def test_validation_measures_lpips_and_rfvd_if_their_weights_exist(tokenizer, fake_weights):
     validation = ValidationMetrics.with_available_weights(SHAPE)
     assert validation.notes == []
     metrics = reconstruct(tokenizer, batches(), metrics=validation).metrics
@@ -83,7 +83,7 @@ def test_validation_measures_lpips_and_rfvd_where_their_weights_are_at_hand(toke
     assert again == metrics, "a second pass starts anew"
 
 
-def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
+def test_missing_weights_are_noted(tokenizer, no_weights):
     validation = ValidationMetrics.with_available_weights(SHAPE)
     assert [note.split(":")[0] for note in validation.notes] == ["validation without LPIPS", "validation without rFVD"]
     assert "larp-mllm fetch lpips" in validation.notes[0] and "i3d_torchscript.pt" in validation.notes[1]
@@ -91,7 +91,7 @@ def test_without_weights_it_says_so_and_goes_on(tokenizer, no_weights):
     assert {"lpips", "rfvd"}.isdisjoint(metrics) and metrics == reconstruct(tokenizer, batches()).metrics
 
 
-def test_clips_that_the_networks_cannot_take_are_left_out_with_a_reason(fake_weights):
+def test_clips_too_small_or_short_for_the_networks_are_noted(fake_weights):
     validation = ValidationMetrics.with_available_weights((8, 8, 32))
     assert validation.features is None and validation.perceptual is None
     assert ["16 pixels" in validation.notes[0], "10 frames" in validation.notes[1]] == [True, True]
@@ -111,7 +111,7 @@ def test_random_features_and_few_clips_give_no_rfvd(tokenizer, fake_weights):
 
 
 def test_figures_are_exact_under_autocast(tokenizer):
-    """Convolutions of SSIM in 16 bits would move its second digit."""
+    """Convolutions in 16 bits would change the second digit of SSIM."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         metrics = reconstruct(tokenizer, batches()).metrics
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The analytic checker: right on rendered clips, robust to blur and noise, and silent where there is no blob."""
+"""The analytic checker: rendered clips, blur and noise, and clips without a blob."""
 
 from larp.data import shapes
 from larp.data.clips import pixels_to_clip
@@ -21,7 +21,7 @@ def blurred(clip, noise, box=3):
     return (smooth + noise * torch.randn(smooth.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
 
 
-def test_clean_clips_are_read_right(rendered):
+def test_clean_clips_are_read_correctly(rendered):
     result = score(*rendered)
     assert result["n"] == 300
     assert (
@@ -45,13 +45,13 @@ def test_shapes_survive_a_strong_blur(rendered):
     )
 
 
-def test_travel_tells_the_speed(rendered):
+def test_travel_depends_on_the_speed(rendered):
     for clip, attributes in list(zip(*rendered, strict=True))[:40]:
         assert read_blob(clip).travel == pytest.approx(shapes.SPEEDS[attributes.speed], rel=0.15)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.06])
-def test_a_grey_clip_scores_nothing(noise):
+def test_a_grey_clip_scores_zero(noise):
     clip = (
         torch.full((3, 16, 32, 32), 0.3) + noise * torch.randn(3, 16, 32, 32, generator=torch.manual_seed(0))
     ).clamp(0, 1)
@@ -61,7 +61,7 @@ def test_a_grey_clip_scores_nothing(noise):
     assert result == {"colour_accuracy": 0.0, "direction_accuracy": 0.0, "shape_accuracy": 0.0, "n": 1}
 
 
-def test_coloured_noise_is_no_blob():
+def test_coloured_noise_has_no_blob():
     assert read_blob(torch.rand(3, 16, 32, 32, generator=torch.manual_seed(0))).colour is None
 
 

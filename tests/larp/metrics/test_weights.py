@@ -1,4 +1,4 @@
-"""Weight files: where they are looked for, and that they are the published ones."""
+"""Weight files: search order and hashes."""
 
 import hashlib
 
@@ -13,7 +13,7 @@ def published(tmp_path, content=b"weights"):
     return WeightFile("w.pt", "LARP_NO_SUCH", origin.as_uri(), hashlib.sha256(content).hexdigest(), "some weights")
 
 
-def test_places_in_order(tmp_path, monkeypatch):
+def test_search_order(tmp_path, monkeypatch):
     monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
     source = published(tmp_path)
     assert source.find() is None
@@ -33,6 +33,6 @@ def test_places_in_order(tmp_path, monkeypatch):
     assert source.locate(tmp_path / "by_argument") == tmp_path / "by_argument"
 
 
-def test_published_hashes_are_whole():
+def test_published_hashes_have_full_length():
     assert VGG16.sha256.startswith("397923af")  # torchvision puts the beginning into the name
     assert all(len(source.sha256) == 64 for source in (I3D_STYLEGANV, VGG16, LPIPS_HEADS))
