@@ -9,7 +9,6 @@ that was stopped and skips those that finished.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from larp.config import parse, to_dict
 from larp.data.token_cache import TokenCache
 from larp.engine.log import read_metrics
 from larp.engine.signals import run_script
-from larp.files import write_json
+from larp.files import read_json, write_json
 from larp.metrics.protocols import check_record_path, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,7 +96,7 @@ def run_once(config: AdapterConfig, adapter: str, seed: int) -> dict[str, Any]:
     """
     run, options = config.runs / f"{adapter}-{seed}", options_of(config, adapter, seed)
     run.mkdir(parents=True, exist_ok=True)
-    known = json.loads((run / OPTIONS).read_text()) if (run / OPTIONS).is_file() else None
+    known = read_json(run / OPTIONS, "delete the folder, and run again") if (run / OPTIONS).is_file() else None
     if known not in (None, options):
         raise ValueError(
             f"{run} holds a training with other options ({' '.join(known)}; now {' '.join(options)}): choose another --runs"
@@ -109,12 +108,12 @@ def run_once(config: AdapterConfig, adapter: str, seed: int) -> dict[str, Any]:
         script = ROOT / "training/train_mllm.py"
         stage(run / FIGURES, script, *options, "--out", run, resumes=True, environment=own)
         write_json(run / FIGURES, read_run(run))
-    return json.loads((run / FIGURES).read_text())
+    return read_json(run / FIGURES, "delete it, and run again")
 
 
 def read_run(run: Path) -> dict[str, Any]:
     """What a finished training says: its figures on held-out clips, and [step, bits per code] of its batches on the way."""
-    report = json.loads((run / "report.json").read_text())
+    report = read_json(run / "report.json", "delete the folder, and run again")
     lines = [line for line in read_metrics(run) if line.get("video_bits") is not None]
     return {
         "figures": {name: report["eval"][name] for name in SHOWN if name in report["eval"]},

@@ -9,7 +9,6 @@ where it was stopped and skips the stages that finished.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from statistics import mean, stdev
 from bench.jobs import stage
 from larp.config import parse, to_dict
 from larp.engine.signals import run_script
-from larp.files import write_json
+from larp.files import read_json, write_json
 from larp.metrics.protocols import check_record_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +105,7 @@ def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float
         stage(run / "gfvd.json", ROOT / "eval/ucf_gfvd.py", "--generator", run / "generator/model", *common,
               "--num-clips", config.num_clips, "--out", run / "gfvd.json")  # fmt: skip
     records = {name: run / f"{name}.json" for name in ("rfvd", "gfvd")} | {"generator": run / "generator/report.json"}
-    read = {name: json.loads(path.read_text()) for name, path in records.items() if path.exists()}
+    read = {name: read_json(path, "delete it, and run again") for name, path in records.items() if path.exists()}
     found = {name: dig(read, keys) for name, keys in FIGURES.items()}
     return {name: value for name, value in found.items() if value is not None}
 
