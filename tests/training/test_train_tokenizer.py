@@ -143,7 +143,7 @@ def test_resuming_says_what_changed_and_refuses_another_discriminator(recipe, cu
     for changed, words in (
         (["--optimizer.name", "adamw"], r"optimizer\.name was muon, is adamw"),
         (["--continuous", "0", "--reset-codes-every", "0"], "resets_codes was True, is False"),
-        (["--steps", "3"], "at step 4 already, beyond the 3 steps"),
+        (["--steps", "3"], "at step 4, beyond the 3 steps"),
     ):
         with pytest.raises(ValueError, match=words):
             main([*options, "--steps", "6", "--resume", *changed])
