@@ -22,7 +22,7 @@ from larp.engine.adversary import Adversary, open_adversary
 from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
-from larp.engine.codebook import CodebookTracker
+from larp.engine.codebook_reset import CodebookTracker
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped

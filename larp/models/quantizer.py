@@ -1,4 +1,4 @@
-"""The stochastic vector quantizer, always in float32 (arXiv 2410.21264, section 3.2), and the reset of unused codes.
+"""The stochastic vector quantizer, always in float32 (arXiv 2410.21264, section 3.2), and how many of its codes are used.
 
 Shapes: B batch, N tokens, K codebook size, d code dimension.
 """
@@ -114,70 +114,6 @@ def sample_codes(probabilities: Tensor, uniform: Tensor) -> Tensor:
     # Scaled by the last entry, which is not exactly 1 because of rounding.
     threshold = uniform[..., None].to(cdf) * cdf[..., -1:]
     return torch.searchsorted(cdf, threshold, right=True).squeeze(-1).clamp_max(probabilities.shape[-1] - 1)
-
-
-class CodebookResetter:
-    """Counts the use of codes, stores recent latents, and resets unused codes to stored latents.
-
-    An option of the small recipes, off in the published one: in a short training most codes never leave their initial position.
-    The caller gathers codes and latents over all processes first, so that every process makes the same choice.
-
-    Args:
-        codebook_size: K.
-        memory: number of recent latents to store; by default 8 K, at least 16384.
-    """
-
-    def __init__(self, codebook_size: int, memory: int | None = None):
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
-        self.memory = memory or max(16384, 8 * codebook_size)
-        self.latents = torch.empty(0)
-
-    def observe(self, latents: Tensor, codes: Tensor | None) -> None:
-        """Store normalised latents (B, N, d) and count their codes (B, N), unless None."""
-        fresh = latents.detach().float().flatten(0, -2)
-        self.latents = torch.cat([self.latents.to(fresh).reshape(-1, fresh.shape[-1]), fresh])[-self.memory :]
-        if codes is not None:
-            self.counts = add_counts(self.counts.to(codes.device), codes)
-
-    def cluster(self, iterations: int = 10, seed: int = 0) -> Tensor:
-        """Return a new codebook (K, d) by spherical k-means over the stored latents, and reset the counts."""
-        generator = torch.Generator().manual_seed(seed)
-        size = len(self.counts)
-        centres = self.latents[torch.randint(len(self.latents), (size,), generator=generator)]
-        for _ in range(iterations):
-            nearest = (self.latents @ centres.T).argmax(-1)
-            sums = torch.zeros_like(centres).index_add_(0, nearest, self.latents)
-            empty = (torch.bincount(nearest, minlength=size) == 0)[:, None]
-            sums = torch.where(
-                empty, self.latents[torch.randint(len(self.latents), (size,), generator=generator)], sums
-            )
-            centres = F.normalize(sums, dim=-1)
-        self.counts.zero_()
-        return centres
-
-    def idle(self) -> Tensor:
-        """Return the codes not used since the counts were last reset, (M,) int64."""
-        return (self.counts == 0).nonzero().squeeze(-1)
-
-    def resample(self, codebook: Tensor, codes: Tensor, seed: int) -> Tensor:
-        """Return a copy of the codebook (K, d) whose rows `codes` (M,) are stored latents, and reset the counts."""
-        generator = torch.Generator().manual_seed(seed)
-        picks = torch.randint(len(self.latents), (len(codes),), generator=generator)
-        # The noise separates codes that got the same latent.
-        rows = self.latents[picks]
-        rows = rows + 0.01 * torch.randn(rows.shape, generator=generator).to(rows)
-        renewed = codebook.detach().clone()
-        renewed[codes.to(renewed.device)] = F.normalize(rows, dim=-1).to(renewed)
-        self.counts.zero_()
-        return renewed
-
-    def state_dict(self) -> dict:
-        """Return the counts and the stored latents, on the CPU."""
-        return {"counts": self.counts.cpu().clone(), "latents": self.latents.cpu()}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a state of `state_dict`."""
-        self.counts, self.latents = state["counts"].clone(), state["latents"]
 
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
