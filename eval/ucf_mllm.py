@@ -180,7 +180,7 @@ class Job:
             "clips": f"{shape.frames} frames of {shape.height}x{shape.width} at stride {shape.stride}, short side resized, centre crop",
             "bits": "teacher-forced, over code logits alone; all clips of the cache; intervals of 95 % with videos as clusters",
             "agreement": "larp.metrics.classifier; real: centre clips; generated: 8 bits, classes and phrasings in turn; Wilson's intervals",
-            "captions": "centre clips, likeliest words; class read by larp_mllm.metrics.figures.class_in_caption; none read is wrong",
+            "captions": "centre clips, likeliest words; class read by larp_mllm.metrics.scores.class_in_caption; none read is wrong",
             "continuation": "windows that do not overlap, sampled by the seed; no text, no guidance; PSNR of predicted frames, mean over clips",
             "model": {
                 "base": own.text_config.model_type,

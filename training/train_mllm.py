@@ -24,12 +24,12 @@ from larp.engine.signals import run_script
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.report import finished_message, finished_report, option_changes, summary
 from larp_mllm.engine.results import evaluate_text, finish_run, sample_on_the_way
 from larp_mllm.engine.scoring import METRIC_SUMS, mean_metrics, metric_sums, micro_batches
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.staged_run import StagedRun, build
 from larp_mllm.engine.stages import stage_at, stages
+from larp_mllm.engine.training_report import finished_message, finished_report, option_changes, summary
 from larp_mllm.model.base_models import is_tiny
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.sequence import TokenSequence

@@ -15,8 +15,8 @@ from pathlib import Path
 from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
+from larp.data.in_memory_clips import ResidentClips
 from larp.data.loader import ClipLoader
-from larp.data.resident import ResidentClips
 from larp.engine import backend
 from larp.engine.adversary import Adversary, open_adversary
 from larp.engine.backend import Engine, Ranks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from larp.data.clips import resize_frames, scale_frames
-from larp.data.container import MAX_PIXELS
+from larp.data.open_video import MAX_PIXELS
 
 import numpy as np
 

@@ -18,7 +18,7 @@ from larp.codec.token_file import TokenHeader, TokenizedVideo
 from larp.config import check_count
 from larp.data.audio import AudioTrack
 from larp.data.clips import clip_to_frames, pixels_to_clip
-from larp.data.container import opened
+from larp.data.open_video import opened
 from larp.data.video import VideoInfo, VideoWriter, iter_frames, probe
 from larp.models.tokenizer import LarpTokenizer, shortest_lengths
 

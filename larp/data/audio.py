@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import DECODE_ERRORS, opened
+from larp.data.open_video import DECODE_ERRORS, opened
 
 if TYPE_CHECKING:
     import av

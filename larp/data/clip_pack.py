@@ -1,7 +1,7 @@
 """Packs the clips of data sets into one small file, for training where the videos do not fit or PyAV is missing.
 
 A pack is a zip file that holds one H.264 video per clip and their manifest, clips.jsonl. Unpacked, it is a folder of
-.npy files (larp/data/container.py) with two manifests for the `jsonl:` spec: clips.jsonl lists all clips, and
+.npy files (larp/data/open_video.py) with two manifests for the `jsonl:` spec: clips.jsonl lists all clips, and
 labelled.jsonl those with a class.
 """
 

@@ -17,9 +17,9 @@ from typing import Literal
 
 from larp.data.clip_pack import LABELLED, MANIFEST, check_size, json_lines, make_room, thread_count
 from larp.data.clips import resize_frames
-from larp.data.container import has_pyav
 from larp.data.listing import DataError
 from larp.data.loader import in_order
+from larp.data.open_video import has_pyav
 from larp.data.video import VideoError, read_video
 
 import numpy as np

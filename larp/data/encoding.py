@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import DECODE_ERRORS, MAX_BYTES, VideoError, av
+from larp.data.open_video import DECODE_ERRORS, MAX_BYTES, VideoError, av
 
 import numpy as np
 

@@ -17,7 +17,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.container import (
+from larp.data.encoding import Encoding, Gif, Movie, check_encoder
+from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
     MAX_BYTES,
@@ -30,7 +31,6 @@ from larp.data.container import (
     open_frames,
     opened,
 )
-from larp.data.encoding import Encoding, Gif, Movie, check_encoder
 from larp.files import check_output
 
 import numpy as np

@@ -11,10 +11,10 @@ from larp.sampling.options import GuidedSampling
 from larp_mllm.cli import options
 
 if TYPE_CHECKING:
+    from larp.engine.generator_run import Training
     from larp.models.generator import LarpGenerator
     from larp.models.tokenizer import LarpTokenizer
     from larp.sampling.long_clips import LongClip
-    from larp.sampling.training_info import Training
 
 CLASS_GUIDANCE = 1.25
 DESCRIPTION = f"""\
@@ -107,9 +107,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the videos and the sheet; print their paths and seams."""
     from larp.data.clips import clip_to_frames
     from larp.data.contact_sheet import Gallery, check_scale
+    from larp.engine.generator_run import find_training
     from larp.hub import choose_device
     from larp.models.generator import LarpGenerator
-    from larp.sampling.training_info import find_training
 
     folder, sampling = _check(arguments), _sampling(arguments)
     device = choose_device(arguments.device)
@@ -257,9 +257,9 @@ def _videos(
     sampling: GuidedSampling,
 ) -> tuple[list[str], "Iterator[LongClip]"]:
     """Return the names of the videos, and an iterator over the videos."""
+    from larp.engine.generator_run import find_training
     from larp.models.generator import LarpGenerator
     from larp.sampling.long_clips import GIVEN, last_frames, sample_classes, sample_continuations
-    from larp.sampling.training_info import find_training
 
     import torch
 

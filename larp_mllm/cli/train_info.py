@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the report or the progress."""
     import json
 
-    from larp_mllm.engine.report import describe_training, read_training
+    from larp_mllm.engine.training_report import describe_training, read_training
     from larp_mllm.locate import find_model
 
     found = read_training(find_model() if arguments.model is None else arguments.model)

@@ -8,13 +8,19 @@ from pathlib import Path
 from larp.engine.backend import Ranks, barrier, broadcast_object, micro_batch
 from larp.engine.distributed import main_first
 from larp_mllm.data.corpus import Corpus
-from larp_mllm.engine.finetuning import non_finite_tensor, write_model
 from larp_mllm.engine.perplexity import score_text
-from larp_mllm.engine.report import environment_info, non_finite_figures, reject_non_finite, summary, write_report
 from larp_mllm.engine.samples import write_samples
 from larp_mllm.engine.scoring import score_corpus
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.staged_run import StagedRun
+from larp_mllm.engine.trained_weights import non_finite_tensor, write_model
+from larp_mllm.engine.training_report import (
+    environment_info,
+    non_finite_figures,
+    reject_non_finite,
+    summary,
+    write_report,
+)
 from larp_mllm.locate import set_default_model
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import text_tokenizer_hash

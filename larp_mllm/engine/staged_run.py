@@ -19,9 +19,10 @@ from larp.engine.clock import Clock
 from larp.engine.schedules import lr_factor
 from larp_mllm.data.corpus import Corpus, TokenCaches
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.finetuning import load_start_weights, make_optimizer, prepare_training
+from larp_mllm.engine.lora import prepare_training
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter
+from larp_mllm.engine.trained_weights import load_start_weights, make_optimizer
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.pipeline import Mllm
@@ -82,7 +83,7 @@ class StagedRun:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     """Peak learning rates of each stage."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
-    """See `larp_mllm.engine.report.option_changes`."""
+    """See `larp_mllm.engine.training_report.option_changes`."""
 
     @property
     def step(self) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from larp.engine.distributed import gathered_weights
-from larp_mllm.engine.finetuning import Method, TrainedPart
+from larp_mllm.engine.lora import Method, TrainedPart
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 
 from safetensors import SafetensorError

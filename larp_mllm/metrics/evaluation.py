@@ -17,7 +17,7 @@ from larp.metrics.clipsets import RealClips, skipped_entries
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
 from larp_mllm.data.dataset import PHRASINGS, caption_phrases, drop_mirrored_directions
 from larp_mllm.generation.sampling import VideoSampling
-from larp_mllm.metrics.figures import caption_figures, clustered_mean, code_bits, frequency_bits
+from larp_mllm.metrics.scores import caption_figures, clustered_mean, code_bits, frequency_bits
 from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 

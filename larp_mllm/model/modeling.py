@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from larp.hub import check_fit
-from larp_mllm.model.adapter import TokenAdapter
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
+from larp_mllm.model.token_adapter import TokenAdapter
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
 

@@ -161,8 +161,9 @@ def train_generator_steps(config: EngineConfig, _: Path, ranks: backend.Ranks) -
 
 
 def train_mllm_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> dict[str, dict]:
-    from larp_mllm.engine.finetuning import make_optimizer, prepare_training
+    from larp_mllm.engine.lora import prepare_training
     from larp_mllm.engine.stages import JointConfig
+    from larp_mllm.engine.trained_weights import make_optimizer
     from larp_mllm.processing.sequence import encode, text_to_video, video_to_text
     from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 

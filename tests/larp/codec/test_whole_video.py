@@ -16,7 +16,7 @@ from larp.codec.whole_video import (
     tokenize_video,
 )
 from larp.data.clips import clip_to_frames, frames_to_clip
-from larp.data.container import VideoError
+from larp.data.open_video import VideoError
 from larp.data.video import iter_frames, probe, read_video, write_video
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer

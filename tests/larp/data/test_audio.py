@@ -1,7 +1,7 @@
 """Audio is copied from one file to another unchanged, or a note states why not."""
 
 from larp.data.audio import AudioTrack
-from larp.data.container import VideoError
+from larp.data.open_video import VideoError
 from larp.data.video import VideoWriter, probe, write_video
 from tests.larp.data.odd_videos import sound_of, sound_start, write_with_sound
 

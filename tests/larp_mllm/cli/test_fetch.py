@@ -9,7 +9,7 @@ import pytest
 def test_without_a_name_it_lists(capsys):
     main(["fetch"])
     output = capsys.readouterr().out
-    assert output.splitlines()[0].split() == ["name", "at", "hand", "download", "licence", "what"]
+    assert output.splitlines()[0].split() == ["name", "local", "files", "download", "licence", "what"]
     assert "\nlpips  " in output and "\ni3d  " in output
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import larp.sampling.long_clips
 from larp.data import token_cache as tokens
 from larp.data.video import probe, write_video
+from larp.engine.generator_run import Training, find_training
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
-from larp.sampling.training_info import Training, find_training
 from larp_mllm.cli import main
 from tests.larp.codec.test_whole_video import noise, random_tokenizer
 from tests.larp.models.test_generator import random_generator

@@ -2,8 +2,8 @@
 
 import json
 
-from larp_mllm.engine import report as reports
-from larp_mllm.engine.report import finished_report, option_changes
+from larp_mllm.engine import training_report as reports
+from larp_mllm.engine.training_report import finished_report, option_changes
 
 import pytest
 

@@ -2,7 +2,7 @@
 
 import resource
 
-from larp_mllm.engine.finetuning import prepare_training
+from larp_mllm.engine.lora import prepare_training
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 
 import pytest

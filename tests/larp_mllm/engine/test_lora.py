@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from larp.engine.distributed import Ranks
-from larp_mllm.engine.finetuning import make_optimizer, merged_weights, prepare_training, write_model
+from larp_mllm.engine.lora import merged_weights, prepare_training
 from larp_mllm.engine.stages import AlignConfig, JointConfig, load_adapter, save_adapter, stage_at, stages
+from larp_mllm.engine.trained_weights import make_optimizer, write_model
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_mllm
 

@@ -1,8 +1,8 @@
-"""larp_mllm.metrics.figures: bits, intervals, and classes named in captions."""
+"""larp_mllm.metrics.scores: bits, intervals, and classes named in captions."""
 
 import math
 
-from larp_mllm.metrics.figures import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
+from larp_mllm.metrics.scores import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
 from tests.larp_mllm.tiny import K, N
 
 import pytest

@@ -1,7 +1,7 @@
 """TokenAdapter: initial values, what the rows are computed from, gradients."""
 
-from larp_mllm.model.adapter import CodebookRows, TokenAdapter
 from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.token_adapter import CodebookRows, TokenAdapter
 from tests.larp_mllm.families import FAMILIES
 
 import pytest

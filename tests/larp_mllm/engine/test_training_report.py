@@ -5,9 +5,9 @@ import math
 
 from larp.config import to_dict
 from larp_mllm.cli import main
-from larp_mllm.engine.report import describe_training, non_finite_figures, read_training, write_report
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import JointConfig
+from larp_mllm.engine.training_report import describe_training, non_finite_figures, read_training, write_report
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

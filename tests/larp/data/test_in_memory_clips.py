@@ -3,11 +3,11 @@
 import itertools
 import json
 
-from larp.data import resident
+from larp.data import in_memory_clips as resident
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoItem, VideoSet
+from larp.data.in_memory_clips import ResidentClips
 from larp.data.loader import ClipLoader
-from larp.data.resident import ResidentClips
 from larp.data.video import write_video
 
 import numpy as np

@@ -1,11 +1,12 @@
-"""Which weights of a model are trained and at which rates; where they start from; the model written with LoRA merged."""
+"""The weights of a model in training: where they start from, their optimizer, and the model that is written."""
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from larp.engine.checkpoint import differences
 from larp.engine.distributed import Ranks, barrier, gathered_weights
+from larp_mllm.engine.lora import merged_weights
 from larp_mllm.locate import find_model
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import not_finite
@@ -14,13 +15,8 @@ from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor, t
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
-Method = Literal["lora", "full"]
-TrainedPart = Literal["adapter", "lora", "full"]
-# The projections of attention and MLP, by the names that Llama, Qwen and Mistral share.
-LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_LORA = "default"
 # The fields of a base's config that decide the shapes and the meaning of its weights.
 _BASE_FIELDS = (
     "model_type",
@@ -32,33 +28,6 @@ _BASE_FIELDS = (
     "num_key_value_heads",
     "tie_word_embeddings",
 )
-
-
-def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int = 32, lora_alpha: int | None = None):
-    """Freeze what is not trained and add LoRA; returns peft's LoraModel, whose layers are inside `model.base`, or None.
-
-    Args:
-        part: "adapter": the base stays frozen. "lora": adapter, and low-rank updates of the base's projections. "full": all.
-        lora_alpha: the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
-
-    Raises ValueError for a base without LORA_LAYERS.
-    """
-    if part == "full":
-        return None
-    model.base.requires_grad_(False)
-    if part == "adapter":
-        return None
-    from peft import LoraConfig, LoraModel
-
-    alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
-    try:
-        return LoraModel(model.base, settings, _LORA)
-    except ValueError as error:
-        raise ValueError(
-            f"LoRA finds none of the layers {', '.join(LORA_LAYERS)} in this base ({type(model.base).__name__}): train it "
-            "with --joint.method full"
-        ) from error
 
 
 def make_optimizer(
@@ -112,22 +81,6 @@ def write_model(
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
     barrier()
-
-
-@torch.no_grad()
-def merged_weights(model: LarpMllmForCausalLM) -> dict[str, Tensor]:
-    """Return the state dict with LoRA merged into the base; the model is not changed.
-
-    Tensors without LoRA are shared with the model, not copied.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            update = layer.get_delta_weight(_LORA)
-            weights[f"{name}.base_layer.weight"] = layer.base_layer.weight + update.to(layer.base_layer.weight)
-    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
 
 
 def non_finite_tensor(folder: Path) -> str | None:

@@ -1,0 +1,57 @@
+"""LoRA on the language model: which weights are trained, and the updates merged into the base."""
+
+from typing import Literal
+
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+
+import torch
+from torch import Tensor
+
+Method = Literal["lora", "full"]
+TrainedPart = Literal["adapter", "lora", "full"]
+# The projections of attention and MLP, by the names that Llama, Qwen and Mistral share.
+LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_LORA = "default"
+
+
+def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int = 32, lora_alpha: int | None = None):
+    """Freeze what is not trained and add LoRA; returns peft's LoraModel, whose layers are inside `model.base`, or None.
+
+    Args:
+        part: "adapter": the base stays frozen. "lora": adapter, and low-rank updates of the base's projections. "full": all.
+        lora_alpha: the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
+
+    Raises ValueError for a base without LORA_LAYERS.
+    """
+    if part == "full":
+        return None
+    model.base.requires_grad_(False)
+    if part == "adapter":
+        return None
+    from peft import LoraConfig, LoraModel
+
+    alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
+    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    try:
+        return LoraModel(model.base, settings, _LORA)
+    except ValueError as error:
+        raise ValueError(
+            f"LoRA finds none of the layers {', '.join(LORA_LAYERS)} in this base ({type(model.base).__name__}): train it "
+            "with --joint.method full"
+        ) from error
+
+
+@torch.no_grad()
+def merged_weights(model: LarpMllmForCausalLM) -> dict[str, Tensor]:
+    """Return the state dict with LoRA merged into the base; the model is not changed.
+
+    Tensors without LoRA are shared with the model, not copied.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" not in name}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            update = layer.get_delta_weight(_LORA)
+            weights[f"{name}.base_layer.weight"] = layer.base_layer.weight + update.to(layer.base_layer.weight)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in weights.items()}
