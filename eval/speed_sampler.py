@@ -29,8 +29,9 @@ from larp.kernels.threads import threads
 from larp.metrics.protocols import check_record_path, versions
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator
 from larp.sampling.decoder import BlockWeights, Decoder
+from larp.sampling.guidance import apply_guidance
 from larp.sampling.options import SamplingOptions, check_guidance_scale
-from larp.sampling.sample import apply_guidance, row_uniforms, sample_logits
+from larp.sampling.sample import row_uniforms, sample_logits
 
 import torch
 import torch.nn.functional as F

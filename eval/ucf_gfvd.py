@@ -36,8 +36,8 @@ from larp.metrics.protocols import PRESETS, result, summary
 from larp.models.generator import LarpGenerator
 from larp.models.quantizer import usage
 from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.guidance import guidance_scales
 from larp.sampling.options import GuidedSampling, check_guidance_scale
-from larp.sampling.sample import guidance_scales
 
 import numpy as np
 import torch

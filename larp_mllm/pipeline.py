@@ -23,7 +23,7 @@ from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import chat_segments, stop_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
-from larp_mllm.processing.sequence import encode
+from larp_mllm.processing.token_sequence import encode
 from larp_mllm.processing.video_inputs import read_whole_video
 from larp_mllm.video import Video
 

@@ -32,7 +32,7 @@ from larp_mllm.engine.stages import stage_at, stages
 from larp_mllm.engine.training_report import finished_message, finished_report, option_changes, summary
 from larp_mllm.model.base_models import is_tiny
 from larp_mllm.pipeline import Mllm
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
 from torch import Tensor

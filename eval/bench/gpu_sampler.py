@@ -11,8 +11,9 @@ from larp.kernels.packed_linear import Weights
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.sampling import reused_decoder
 from larp.sampling.decoder import Decoder
+from larp.sampling.guidance import apply_guidance
 from larp.sampling.options import GuidedSampling
-from larp.sampling.sample import apply_guidance, generate, row_uniforms, sample_logits
+from larp.sampling.sample import generate, row_uniforms, sample_logits
 
 import torch
 from torch import Tensor

@@ -17,7 +17,6 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.encoding import Encoding, Gif, Movie, check_encoder
 from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
@@ -31,6 +30,7 @@ from larp.data.open_video import (
     open_frames,
     opened,
 )
+from larp.data.video_encoders import Encoding, Gif, Movie, check_encoder
 from larp.files import check_output
 
 import numpy as np

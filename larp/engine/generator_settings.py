@@ -5,10 +5,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from larp.engine.clock import check_minutes
-from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.engine.settings import EngineConfig
+from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps
 from larp.models.generator import Task
 
 DEFAULT_STEPS = 1000

@@ -12,8 +12,9 @@ from larp.data.token_cache import TokenCache
 from larp.engine.distributed import Ranks, barrier, gather_objects, reduce_sum
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.guidance import guidance_scales
 from larp.sampling.options import GuidedSampling
-from larp.sampling.sample import generate, guidance_scales
+from larp.sampling.sample import generate
 
 import numpy as np
 import torch

@@ -8,10 +8,10 @@ from pathlib import Path
 from larp.config import to_dict
 from larp.engine.adversary import AdversaryConfig
 from larp.engine.clock import check_minutes
-from larp.engine.lengths import shorten, typed_number, warmup_in_steps
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.schedules import ramp
 from larp.engine.settings import EngineConfig
+from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps
 from larp.models.objective import LossConfig
 from larp.models.tokenizer_config import TokenizerConfig
 

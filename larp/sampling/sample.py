@@ -1,4 +1,4 @@
-"""Sampling codes from an autoregressive model: temperature, top-k, top-p, min-p, guidance, and the codes of clips.
+"""Sampling codes from an autoregressive model: temperature, top-k, top-p, min-p, and the codes of clips.
 
 Every random number belongs to a row of the batch. The same seed and row index give the same clip for any batch size, bit for
 bit on a CPU that supports packed weights. Decoding is in larp.sampling.decoder.
@@ -6,7 +6,6 @@ bit on a CPU that supports packed weights. Decoding is in larp.sampling.decoder.
 Shapes: B rows, N codes, K codebook size.
 """
 
-import math
 from typing import TYPE_CHECKING
 
 from larp.kernels.packed_linear import Weights
@@ -19,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from larp.models.generator import LarpGenerator
+from larp.sampling.guidance import apply_guidance, guidance_scales
 
 
 def sample_logits(
@@ -134,31 +134,6 @@ def generate(
         codes[:, 0] = choose(decoder.prefill(condition), torch.zeros(1, dtype=torch.int64, device=device))
         decoder.run_steps(step, count, progress)
         return codes.clone()
-
-
-def guidance_scales(sampling: GuidedSampling, count: int) -> Tensor:
-    """Return the guidance scale of each of `count` codes, float32; 1 is off. Raises ValueError if no code is guided."""
-    start, stop, final = sampling.guidance_start, sampling.guidance_stop, sampling.guidance_final
-    # 1e-6 less, because 0.7 * 10 is 7.000000000000001 in floating point.
-    first, last = (math.ceil(share * count - 1e-6) for share in (start, stop))
-    if first >= last:
-        raise ValueError(
-            f"guidance runs from {start} to {stop}, which holds none of a clip's {count} codes: move start and stop apart"
-        )
-    scales = torch.ones(count)
-    final = sampling.guidance_scale if final is None else final
-    scales[first:last] = torch.linspace(sampling.guidance_scale, final, last - first)
-    scales[last - 1] = final
-    return scales
-
-
-def apply_guidance(logits: Tensor, scale: float | Tensor) -> Tensor:
-    """Return `unconditional + scale * (conditional - unconditional)`, (B, K), of logits (2 B, K), conditional first.
-
-    A scale of 1 returns the conditional logits bit for bit.
-    """
-    conditional, unconditional = logits.chunk(2)
-    return torch.lerp(unconditional, conditional, scale)
 
 
 def check_condition(model: "LarpGenerator", condition: Tensor) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
 from torch import Tensor

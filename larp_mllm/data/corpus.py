@@ -13,7 +13,7 @@ from larp_mllm.data.leakage import HELD_OUT, held_out_rows, same_text, same_vide
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
 from larp_mllm.processing.processor import LarpMllmProcessor
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 from torch.utils.data import Subset
 

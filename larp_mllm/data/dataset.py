@@ -15,7 +15,7 @@ from larp.models.noise import BatchNoise
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.processing.chat import chat_segments
-from larp_mllm.processing.sequence import (
+from larp_mllm.processing.token_sequence import (
     Layout,
     TokenSequence,
     check_length,

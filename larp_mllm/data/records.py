@@ -23,7 +23,7 @@ from larp_mllm.data.leakage import content_numbers
 from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
 from larp_mllm.processing.chat import chat_parts, chat_segments, check_loss, check_text
 from larp_mllm.processing.processor import LarpMllmProcessor
-from larp_mllm.processing.sequence import (
+from larp_mllm.processing.token_sequence import (
     PLACEHOLDER,
     TokenSequence,
     check_length,

@@ -17,7 +17,7 @@ from larp.data.listing import text_lines
 from larp_mllm.data.leakage import HELD_OUT, content_numbers, held_out_rows
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import check_text
-from larp_mllm.processing.sequence import Layout, TokenSequence
+from larp_mllm.processing.token_sequence import Layout, TokenSequence
 
 import torch
 from tqdm import tqdm

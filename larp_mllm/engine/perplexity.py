@@ -11,7 +11,7 @@ from larp_mllm.data.dataset import evaluation_rows
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
 from torch import Tensor

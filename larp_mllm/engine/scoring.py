@@ -8,7 +8,7 @@ from larp_mllm.data.collate import collate
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.data.dataset import CaptionedVideos, evaluated_tasks, evaluation_rows
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
 from torch import Tensor

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from larp.engine.clock import check_minutes
-from larp.engine.lengths import shorten, typed_number
 from larp.engine.settings import EngineConfig
+from larp.engine.shorter_runs import shorten, typed_number
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.stages import AlignConfig, JointConfig, stages

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from larp.kernels.threads import threads
-from larp.sampling.sample import apply_guidance
+from larp.sampling.guidance import apply_guidance
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.processing.sequence import check_length
+from larp_mllm.processing.token_sequence import check_length
 
 import torch
 import torch.nn.functional as F

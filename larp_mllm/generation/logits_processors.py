@@ -3,7 +3,7 @@
 Shapes: B sequences, R rows (2 B with guidance), S ids so far, V ids.
 """
 
-from larp.sampling.sample import apply_guidance
+from larp.sampling.guidance import apply_guidance
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.model.vocabulary import Vocabulary
 

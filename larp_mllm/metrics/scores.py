@@ -12,7 +12,7 @@ from larp.data.datasets import humanize
 from larp.metrics.classifier import wilson
 from larp_mllm.data.dataset import PHRASINGS
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.processing.sequence import check_length
+from larp_mllm.processing.token_sequence import check_length
 
 import torch
 import torch.nn.functional as F

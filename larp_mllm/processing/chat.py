@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from larp_mllm.checks import check_encodable
-from larp_mllm.processing.plain_text import control_ids
-from larp_mllm.processing.sequence import Segment
+from larp_mllm.processing.text_to_ids import control_ids
+from larp_mllm.processing.token_sequence import Segment
 
 ROLES = ("system", "user", "assistant")
 

@@ -20,8 +20,8 @@ from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
 from larp_mllm.processing.batching import BatchOptions, batch_ids, check_side, to_id_list
 from larp_mllm.processing.chat import chat_segments
-from larp_mllm.processing.plain_text import PlainText
-from larp_mllm.processing.sequence import PLACEHOLDER, Layout, encode
+from larp_mllm.processing.text_to_ids import PlainText
+from larp_mllm.processing.token_sequence import PLACEHOLDER, Layout, encode
 from larp_mllm.processing.tokenizer_checks import (
     check_saved,
     check_tokenizers,

@@ -164,7 +164,7 @@ def train_mllm_steps(config: EngineConfig, out: Path, ranks: backend.Ranks) -> d
     from larp_mllm.engine.lora import prepare_training
     from larp_mllm.engine.stages import JointConfig
     from larp_mllm.engine.trained_weights import make_optimizer
-    from larp_mllm.processing.sequence import encode, text_to_video, video_to_text
+    from larp_mllm.processing.token_sequence import encode, text_to_video, video_to_text
     from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 
     mllm = tiny_mllm("tiny-qwen2")

@@ -7,7 +7,7 @@ from larp_mllm.generation.progress import Progress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.chat import chat_segments, stop_ids
-from larp_mllm.processing.sequence import encode
+from larp_mllm.processing.token_sequence import encode
 from larp_mllm.video import Video
 from tests.larp_mllm.tiny import colourful_mllm, favour_videos
 

@@ -130,7 +130,7 @@ def test_pieces_must_have_one_size_and_there_must_be_one(tmp_path):
 
 
 def test_a_gif_beyond_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("larp.data.encoding.MAX_BYTES", 10_000)
+    monkeypatch.setattr("larp.data.video_encoders.MAX_BYTES", 10_000)
     with pytest.raises(VideoError, match=r"choose an .mp4"):
         write_video(tmp_path / "a.gif", moving_square(), 10)
     assert os.listdir(tmp_path) == []

@@ -1,8 +1,9 @@
 """Sampling: guidance against a naive loop, reproducibility, distributions, invalid options."""
 
 from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.sampling.guidance import apply_guidance, guidance_scales
 from larp.sampling.options import GuidedSampling, SamplingOptions
-from larp.sampling.sample import apply_guidance, generate, guidance_scales, row_uniforms, sample_logits
+from larp.sampling.sample import generate, row_uniforms, sample_logits
 
 import pytest
 import torch

@@ -2,7 +2,7 @@
 
 from larp_mllm.data.collate import collate, pack
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import Layout, TokenSequence, encode, text_to_video, video_to_text
+from larp_mllm.processing.token_sequence import Layout, TokenSequence, encode, text_to_video, video_to_text
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from larp_mllm.data.leakage import same_videos_of_records
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import ENOUGH, shipped_text
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 from tests.larp_mllm.tiny import open_cache
 
 import pytest

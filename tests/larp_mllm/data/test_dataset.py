@@ -21,7 +21,7 @@ from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import chat_segments
-from larp_mllm.processing.sequence import TokenSequence, encode
+from larp_mllm.processing.token_sequence import TokenSequence, encode
 from tests.larp_mllm.tiny import CAPTIONS, K, open_cache
 
 import pytest

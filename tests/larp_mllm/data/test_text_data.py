@@ -5,7 +5,7 @@ import sys
 
 from larp_mllm.data.text_data import TextSet, open_text
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
-from larp_mllm.processing.sequence import Layout
+from larp_mllm.processing.token_sequence import Layout
 
 import pytest
 

@@ -5,7 +5,7 @@ import math
 from larp_mllm.data.text_data import shipped_text
 from larp_mllm.engine.perplexity import score_text, text_perplexity
 from larp_mllm.model.vocabulary import IGNORE
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest

@@ -3,7 +3,7 @@
 from larp.engine.distributed import Ranks
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.engine.scoring import score_corpus
-from larp_mllm.processing.sequence import TokenSequence
+from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
 

@@ -1,8 +1,8 @@
 """Chats through the chat templates of the families of base models."""
 
 from larp_mllm.processing.chat import DEFAULT_TEMPLATE, chat_segments, stop_ids
-from larp_mllm.processing.plain_text import PlainText, control_ids
-from larp_mllm.processing.sequence import Segment
+from larp_mllm.processing.text_to_ids import PlainText, control_ids
+from larp_mllm.processing.token_sequence import Segment
 from tests.larp_mllm.chat_templates import CHATML, FAMILIES, LLAMA2, build
 
 import pytest

@@ -7,8 +7,8 @@ from contextlib import suppress
 from larp_mllm.model.base_models import BaseError, load_base
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
-from larp_mllm.processing.plain_text import PlainText, control_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
+from larp_mllm.processing.text_to_ids import PlainText, control_ids
 from tests.larp_mllm.tiny import tiny_video_tokenizer
 from tests.larp_mllm.tokenizers import BUILDERS, llama2_json, qwen3
 

@@ -1,7 +1,7 @@
 """Segments -> ids and labels."""
 
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
-from larp_mllm.processing.sequence import (
+from larp_mllm.processing.token_sequence import (
     Layout,
     Segment,
     check_length,
