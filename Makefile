@@ -79,7 +79,7 @@ gpu-kit: wheelhouse
 	test -n "$(PACK)" || { echo "PACK names no packed clips: make gpu-kit PACK=box.clips (larp-mllm pack-clips makes them)"; exit 2; }
 	rm -rf build/gpu-kit && mkdir -p build/gpu-kit/wheels
 	cp build/wheelhouse/*.whl build/gpu-kit/wheels/ && cp "$(PACK)" build/gpu-kit/box.clips
-	$(BIN)/larp-mllm fetch lpips && $(BIN)/python -c 'import shutil; from larp.metrics.sources import LPIPS; shutil.copy(LPIPS.kept, "build/gpu-kit")'
+	cp "$$($(BIN)/larp-mllm fetch lpips | tail -1)" build/gpu-kit
 	du -ch build/gpu-kit
 
 lint: install
