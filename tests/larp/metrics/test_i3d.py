@@ -1,9 +1,15 @@
-"""Random I3D, and how the published file is found, verified and called."""
+"""Random I3D; how the published weights are found, verified and called; the I3D of the original FVD against its own values."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
+from larp.data.clips import frames_to_clip
+from larp.data.video import read_video
 from larp.metrics.frechet import Moments, frechet_distance
-from larp.metrics.i3d import I3D, PublishedI3D, RandomI3D, open_features
+from larp.metrics.i3d import I3D, PublishedI3D, RandomI3D, TfHubI3D, open_features
+from larp.metrics.i3d_kinetics import KineticsI3D, pad_same, resize
+from larp.metrics.protocols import PRESETS
 from larp.metrics.weights import I3D_STYLEGANV, WeightsMissing, file_sha256
 
 import pytest
@@ -131,3 +137,71 @@ def test_contradictory_or_unknown_names(tmp_path):
         open_features("frechet-random-i3d", path=tmp_path)
     with pytest.raises(ValueError, match="unknown features 'fvd'"):
         open_features("fvd")
+
+
+# Between all-zero and all-one clips: the original in TensorFlow for 30 frames, and for the others the same network checked against it.
+TFHUB_DISTANCES = {10: 569.77, 12: 552.77, 16: 152.90, 24: 66.29, 30: 151.39236}
+
+
+@pytest.fixture(scope="module")
+def tfhub_features():
+    cached = Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp") / "i3d-kinetics-400.safetensors"
+    if not cached.is_file():
+        pytest.skip("needs published weights: larp-mllm fetch i3d")
+    return TfHubI3D(cached)
+
+
+@pytest.mark.parametrize(
+    "frames", [10, *(pytest.param(count, marks=pytest.mark.slow) for count in TFHUB_DISTANCES if count > 10)]
+)
+def test_distances_of_constant_clips_are_those_of_the_original(tfhub_features, frames):
+    zeros, ones = (tfhub_features(torch.full((1, 3, frames, 64, 64), value)) for value in (0.0, 1.0))
+    # The Frechet distance of two points.
+    assert float((zeros - ones).double().square().sum()) == pytest.approx(TFHUB_DISTANCES[frames], rel=1e-4)
+
+
+def test_its_figures_are_called_fvd_but_not_compared_with_the_torchscript(tfhub_features):
+    protocol = replace(PRESETS["larp-ucf101-gfvd"], features=tfhub_features.name)
+    assert protocol.metric == "gFVD" and any("features" in reason for reason in protocol.deviations)
+    with pytest.raises(ValueError, match="at least 10 frames"):
+        tfhub_features(torch.zeros(1, 3, 9, 64, 64))
+
+
+@pytest.mark.slow
+def test_real_clips_get_the_class_names_of_kinetics(tfhub_features, clips_root):
+    """Among six action names, most of the UCF-101 clips get their own; HorseRace is no class of Kinetics, riding a horse is."""
+    classes = {
+        "Archery": 5,
+        "BasketballDunk": 107,
+        "PlayingPiano": 241,
+        "PlayingViolin": 250,
+        "HorseRace": 273,
+        "Surfing": 337,
+    }
+    hits = []
+    for number, name in enumerate(classes):
+        for path in sorted((clips_root / "ucf101/UCF-101" / name).glob("*_g08_*"))[:2]:
+            frames, _ = read_video(path)
+            middle = len(frames) // 2
+            clip = frames_to_clip(frames[middle - 8 : middle + 8], 128, 128)
+            hits.append(int(tfhub_features(clip[None])[0, list(classes.values())].argmax()) == number)
+    assert len(hits) == 12 and sum(hits) >= 10
+
+
+def test_an_odd_pad_has_its_extra_cell_at_the_end():
+    x = torch.ones(1, 1, 8, 8, 7)
+    assert pad_same(x, (7, 7, 7), (2, 2, 2)).shape[2:] == (13, 13, 13)
+    padded = pad_same(x, (2, 2, 2), (2, 2, 2))
+    assert padded.shape[2:] == (8, 8, 8) and padded[0, 0, 0, 0].tolist() == [1.0] * 7 + [0.0]
+
+
+def test_the_network_of_the_original_has_its_shapes():
+    model = KineticsI3D()
+    # 12,697,264 with the affine part of the batch norms, of which the folded ones have the shift alone.
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == 12_697_264
+        - sum(layer.out_channels for layer in model.modules() if isinstance(layer, torch.nn.Conv3d))
+        + model.logits.out_channels
+    )
+    assert resize(torch.rand(2, 3, 4, 20, 30)).shape == (2, 3, 4, 224, 224)
