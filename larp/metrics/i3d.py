@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 from typing import Protocol as Interface
 
-from larp.metrics.i3d_kinetics import CLASSES, MIN_FRAMES, KineticsI3D, resize
+from larp.metrics.i3d_kinetics import BLOCKS, CLASSES, MIN_FRAMES, KineticsI3D, resize
 from larp.metrics.weights import I3D_KINETICS, I3D_STYLEGANV, WeightFile
 
 import torch
@@ -23,19 +23,6 @@ TFHUB_NAME = "fvd-i3d-tfhub"
 FVD_NAMES = (PUBLISHED_NAME, TFHUB_NAME)
 """Features whose Frechet distance is an FVD: the same Kinetics weights, in torchscript and as the original pads."""
 RANDOM_NAME = "frechet-random-i3d"
-
-# Output channels of each Inception block: 1x1 | 3x3 reduce, 3x3 | second 3x3 reduce, 3x3 | pool projection.
-_BLOCKS = {
-    "3b": (64, 96, 128, 16, 32, 32),
-    "3c": (128, 128, 192, 32, 96, 64),
-    "4b": (192, 96, 208, 16, 48, 64),
-    "4c": (160, 112, 224, 24, 64, 64),
-    "4d": (128, 128, 256, 24, 64, 64),
-    "4e": (112, 144, 288, 32, 64, 64),
-    "4f": (256, 160, 320, 32, 128, 128),
-    "5b": (256, 160, 320, 32, 128, 128),
-    "5c": (384, 192, 384, 48, 128, 128),
-}
 
 
 class ClipFeatures(Interface):
@@ -99,9 +86,9 @@ class I3D(nn.Module):
             _Unit(stem[0], stem[1], 3),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), padding=(0, 1, 1)),
         ]
-        pools = {"4b": nn.MaxPool3d(3, 2, padding=1), "5b": nn.MaxPool3d(2, 2, ceil_mode=True)}
+        pools = {"Mixed_4b": nn.MaxPool3d(3, 2, padding=1), "Mixed_5b": nn.MaxPool3d(2, 2, ceil_mode=True)}
         channels = stem[1]
-        for name, outputs in _BLOCKS.items():
+        for name, outputs in BLOCKS.items():
             if name in pools:
                 layers.append(pools[name])
             layers.append(_Inception(channels, *map(scaled, outputs)))

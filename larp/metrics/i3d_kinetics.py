@@ -19,7 +19,7 @@ SIZE = 224
 """Rows and columns of a frame that the network takes."""
 MIN_FRAMES = 10
 # Output channels of each block: 1x1 | 1x1, 3x3 | 1x1, 3x3 | 1x1 after the pool.
-_BLOCKS = {
+BLOCKS = {
     "Mixed_3b": (64, 96, 128, 16, 32, 32),
     "Mixed_3c": (128, 128, 192, 32, 96, 64),
     "Mixed_4b": (192, 96, 208, 16, 48, 64),
@@ -102,7 +102,7 @@ class KineticsI3D(nn.Module):
         }
         pools = {"Mixed_4b": ("MaxPool3d_4a_3x3", 3), "Mixed_5b": ("MaxPool3d_5a_2x2", 2)}
         channels = 192
-        for name, outputs in _BLOCKS.items():
+        for name, outputs in BLOCKS.items():
             if name in pools:
                 pool, kernel = pools[name]
                 layers[pool] = _MaxPool((kernel,) * 3, (2, 2, 2))
