@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +35,8 @@ import torch
 
 CONFIG_FILE = "config.json"
 _STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"
+# Keys of `SavedState.model` that checkpoints of earlier versions have, and their names now.
+_RENAMED = {"keeps_codes": "resets_codes"}
 _UNIVERSAL = "-universal"
 _AVERAGE = ".ema.pt"
 _LOCK = ".lock"
@@ -181,7 +183,8 @@ def _read_marker(folder: Path) -> SavedState | None:
     if not complete:
         return None
     names = ("step", "world_size", "zero_stages", "model", "loader_state")
-    return SavedState(folder=folder, **{name: marker[name] for name in names})
+    state = SavedState(folder=folder, **{name: marker[name] for name in names})
+    return replace(state, model={_RENAMED.get(name, name): value for name, value in state.model.items()})
 
 
 def save_state(

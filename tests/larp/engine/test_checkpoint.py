@@ -85,6 +85,11 @@ def test_only_the_newest_checkpoints_remain_and_incomplete_ones_are_ignored(new_
     assert newest_state(tmp_path / "nowhere") is None
 
 
+def test_checkpoints_of_earlier_versions_are_read(new_engine, tmp_path):
+    save_state({"model": new_engine()}, tmp_path, 1, {}, model={"keeps_codes": True, "other": 1})
+    assert newest_state(tmp_path).model == {"resets_codes": True, "other": 1}
+
+
 def test_saving_the_same_step_again_replaces_it(new_engine, train, tmp_path):
     engine = new_engine()
     save_state({"model": engine}, tmp_path, 1, {"position": 1})
