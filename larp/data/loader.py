@@ -119,7 +119,10 @@ class ClipLoader:
             for key, value in self._identity().items()
             if state.get(key) != value
         ]:
-            raise ValueError(f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}")
+            raise ValueError(
+                f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}. Give the options of the "
+                "first run, or train in another folder"
+            )
         if state["micro"] and (state["micro_batch"] != self.micro_batch):
             raise ValueError(
                 f"the loader was saved within a step at micro_batch={state['micro_batch']}, now {self.micro_batch}; "
