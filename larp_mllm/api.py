@@ -195,9 +195,13 @@ def chat(
     check_count("max_videos", max_videos, least=0)
     check_progress(progress)
     video = VideoSampling(guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    text = TextSampling(
-        temperature=text_temperature, top_k=text_top_k, top_p=text_top_p, max_new_tokens=max_new_tokens, seed=seed
-    )
+    try:
+        text = TextSampling(
+            temperature=text_temperature, top_k=text_top_k, top_p=text_top_p, max_new_tokens=max_new_tokens, seed=seed
+        )
+    except ValueError as error:
+        # Videos have options of the same names.
+        raise ValueError(f"text: {error}") from None
     return open_model(model, device, dtype).chat(messages, video, text, max_videos, progress)
 
 
