@@ -57,7 +57,7 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 @dataclass(frozen=True)
 class PredictionConfig(GeneratorEvaluationConfig):
-    """Measure how well a frame-prediction LARP generator continues given frames. Guidance needs one trained with null_condition."""
+    """Measure how well a frame-prediction LARP generator continues given frames. Guidance needs one trained with --condition-dropout."""
 
     split: Literal["auto", "train", "validation", "test", "all"] = "auto"
     """Which videos; auto: validation, the published choice, where the data have one, else test."""

@@ -27,8 +27,10 @@ PROMPT = "a red circle moving left"
 def main() -> None:
     """Run the stages, then print the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
-    parser.add_argument("--prompt", default=PROMPT, help="what to generate at the end")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
+    )
+    parser.add_argument("--prompt", default=PROMPT, help="what to generate at the end (default: %(default)s)")
     parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run left in --out")
     parser.add_argument("--tokenizer-options", default="", help="more options for train_tokenizer.py, in one string")
     parser.add_argument("--mllm-options", default="", help="more options for train_mllm.py, in one string")

@@ -30,7 +30,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class SamplingConfig(GuidedSampling):
-    """The clips that are sampled in training. Raises ValueError for values out of range."""
+    """The clips that are sampled in training."""
 
     every: int = 0
     """Steps between contact sheets samples/step-NUMBER.png of the current weights; 0 writes none."""

@@ -17,7 +17,7 @@ _LARGEST_BUCKET = 200_000_000
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of an engine. Raises ValueError for values that cannot work."""
+    """Options of an engine."""
 
     zero_stage: int = 0
     """ZeRO stage: 0 shards nothing, 1 shards optimizer states, 2 also gradients, 3 also parameters."""

@@ -26,7 +26,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("video", type=Path, help="a video file, of any size")
     parser.add_argument("--seconds", type=float, required=True, help="seconds to add to the video")
-    parser.add_argument("--prompt", default="", help="what the video shows (default: not said)")
+    parser.add_argument("--prompt", default="", help="what the video shows")
     options.add_videos_out(parser, "the video's name-continued")
     options.add_seed(parser)
     options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=1.0)

@@ -19,7 +19,7 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument(
         "--model",
-        help="folder of a trained model or of its run, or owner/name on the hub (default: see larp-mllm --help)",
+        help="folder of a trained model or of its run, or a hub name (default: see larp-mllm --help)",
     )
     parser.add_argument("--to", type=Path, required=True, help="folder to write; renamed into place when complete")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export there")

@@ -24,10 +24,10 @@ its average. Videos may have any length; memory use does not grow with it."""
 
 
 class Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults other than None and False, and keep the line breaks of descriptions."""
+    """Show defaults other than None, False and empty ones, and keep the line breaks of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        hidden = action.default is None or action.default is False
+        hidden = action.default is None or action.default is False or action.default in ("", [])
         return action.help if hidden else super()._get_help_string(action)
 
 

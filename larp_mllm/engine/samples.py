@@ -19,14 +19,16 @@ _SMALLEST = 256  # pixels of height to scale MP4s up to: players blur smaller on
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Samples in training; ValueError for values out of range."""
+    """Videos and captions that are sampled in training."""
 
     every: int = 0
     """Write a contact sheet and captions to samples/step-NUMBER every n steps; 0 writes none before the end."""
     videos: int = 8
     """Videos to sample for captions of held-out videos, and held-out videos to caption; 0 samples nothing."""
     guidance_scale: float = 2.0
+    """Scale of classifier-free guidance of the videos, 0 to 1000; 1 is off."""
     temperature: float = 1.0
+    """Divides the logits of the videos' codes, 1e-4 to 1e6; 0 always takes the likeliest."""
 
     def __post_init__(self):
         for name in ("every", "videos"):
