@@ -120,3 +120,9 @@ def test_importing_the_package_is_light():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(run.stdout) == []
     assert "it offers" in run.stderr
+
+
+def test_chat_says_whether_an_option_is_of_text_or_of_videos():
+    for option, start in (("text_top_p", "text: top_p is 2"), ("top_p", "top_p is 2")):
+        with pytest.raises(ValueError, match=f"^{start}"):
+            larp_mllm.chat([{"role": "user", "content": "hi"}], **{option: 2})

@@ -126,7 +126,7 @@ def test_resuming_on_other_ranks_works_at_whole_steps_only(videos):
 
 def test_resuming_with_other_data_names_the_differences(videos):
     state = ClipLoader(videos, SHAPE, 4, 4, seed=0).state_dict()
-    with pytest.raises(ValueError, match=r"cannot resume.*seed: saved 0, now 1"):
+    with pytest.raises(ValueError, match=r"cannot resume.*seed: saved 0, now 1\. Give the options of the"):
         ClipLoader(videos, SHAPE, 4, 4, seed=1).load_state_dict(state)
     fewer = VideoSet(videos.items[:3], videos.classes, "test")
     with pytest.raises(ValueError, match=r"videos: saved"):
