@@ -8,7 +8,7 @@ from larp.engine.clock import check_minutes
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.engine.settings import EngineConfig
-from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps
+from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps, without_minutes
 from larp.models.generator import Task
 
 DEFAULT_STEPS = 1000
@@ -117,11 +117,12 @@ class TrainGeneratorConfig:
 
     def adjusted(self, typed: Mapping[str, str]) -> "TrainGeneratorConfig":
         """Return this recipe for the length that was `typed`: in a shorter run, the warm-up is shorter in proportion."""
+        config = without_minutes(self, ("steps", "epochs"), typed)
         steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
         if steps is not None and self.epochs is not None and "epochs" not in typed:
             optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
-            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
-        config = shorten(self, ("optimizer.warmup",), steps, self.steps or DEFAULT_STEPS, typed)
+            return replace(config, steps=int(steps), epochs=None, optimizer=optimizer)
+        config = shorten(config, ("optimizer.warmup",), steps, self.steps or DEFAULT_STEPS, typed)
         return shorten(config, ("optimizer.warmup", "optimizer.warmup_epochs"), epochs, self.epochs, typed)
 
     def in_steps(self, clips: int) -> "TrainGeneratorConfig":

@@ -22,6 +22,14 @@ def typed_number(typed: Mapping[str, str], option: str) -> float | None:
     return number if 0 < number < float("inf") else None
 
 
+def without_minutes(config: Config, lengths: Sequence[str], typed: Mapping[str, str]) -> Config:
+    """Return a config without the minutes of its recipe if one of the options `lengths` was typed and `minutes` was not.
+
+    Where a run has minutes, its steps only scale the schedules; a user who types steps means the end of the run.
+    """
+    return replace(config, minutes=None) if "minutes" not in typed and not typed.keys().isdisjoint(lengths) else config
+
+
 def shorten(
     config: Config, counts: Sequence[str], length: float | None, written: float | None, typed: Mapping[str, str]
 ) -> Config:

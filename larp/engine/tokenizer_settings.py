@@ -11,7 +11,7 @@ from larp.engine.clock import check_minutes
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.schedules import ramp
 from larp.engine.settings import EngineConfig
-from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps
+from larp.engine.shorter_runs import shorten, typed_number, warmup_in_steps, without_minutes
 from larp.models.objective import LossConfig
 from larp.models.tokenizer_config import TokenizerConfig
 
@@ -125,12 +125,13 @@ class TrainTokenizerConfig:
 
     def adjusted(self, typed: Mapping[str, str]) -> "TrainTokenizerConfig":
         """Return this recipe for the length that was `typed`: in a shorter run, warm-up and starts of losses are earlier in proportion."""
+        config = without_minutes(self, ("steps", "epochs"), typed)
         steps, epochs = typed_number(typed, "steps"), typed_number(typed, "epochs")
         if steps is not None and self.epochs is not None and "epochs" not in typed:
             optimizer = warmup_in_steps(self.optimizer, int(steps), self.epochs, typed)
-            return replace(self, steps=int(steps), epochs=None, optimizer=optimizer)
+            return replace(config, steps=int(steps), epochs=None, optimizer=optimizer)
         counts = ("optimizer.warmup", "loss.lpips_start", "loss.gan_start")
-        config = shorten(self, counts, steps, self.steps or DEFAULT_STEPS, typed)
+        config = shorten(config, counts, steps, self.steps or DEFAULT_STEPS, typed)
         return shorten(config, (*counts, "optimizer.warmup_epochs"), epochs, self.epochs, typed)
 
     def in_steps(self, videos: int) -> "TrainTokenizerConfig":

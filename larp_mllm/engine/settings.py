@@ -8,7 +8,7 @@ from typing import Literal
 
 from larp.engine.clock import check_minutes
 from larp.engine.settings import EngineConfig
-from larp.engine.shorter_runs import shorten, typed_number
+from larp.engine.shorter_runs import shorten, typed_number, without_minutes
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.stages import AlignConfig, JointConfig, stages
@@ -116,7 +116,8 @@ class TrainMllmConfig:
 
     def adjusted(self, typed: Mapping[str, str]) -> "TrainMllmConfig":
         """Return this recipe for the lengths of stages that were `typed`: in a shorter stage, the warm-up is shorter in proportion."""
-        config = shorten(self, ("align.warmup",), typed_number(typed, "align.steps"), self.align.steps, typed)
+        config = without_minutes(self, ("align.steps", "joint.steps"), typed)
+        config = shorten(config, ("align.warmup",), typed_number(typed, "align.steps"), self.align.steps, typed)
         return shorten(config, ("joint.warmup",), typed_number(typed, "joint.steps"), self.joint.steps, typed)
 
     @property

@@ -1,5 +1,7 @@
 """A recipe in a shorter run: what it counts in steps follows, unless it was typed."""
 
+from dataclasses import replace
+
 from larp.config import parse
 from larp.engine.generator_settings import TrainGeneratorConfig
 from larp.engine.schedules import lr_factor
@@ -37,6 +39,18 @@ def test_every_recipe_takes_a_short_length(name, steps):
     assert bool(config.optimizer.warmup) == bool(warm and int(steps) > 1)
 
 
+def test_typed_steps_end_a_run_whose_recipe_has_minutes():
+    for config, name, steps in (
+        (TrainTokenizerConfig, "tokenizer-box-cpu", "--steps"),
+        (TrainGeneratorConfig, "generator-box-cpu", "--steps"),
+        (TrainMllmConfig, "mllm-box-cpu", "--joint.steps"),
+    ):
+        assert read(config, "--recipe", name).minutes > 1
+        assert read(config, "--recipe", name, steps, "30").minutes is None
+        assert read(config, "--recipe", name, steps, "30", "--minutes", "2").minutes == 2
+        assert read(config, "--recipe", name, "--minutes", "2").minutes == 2
+
+
 @pytest.mark.parametrize("name", MLLMS)
 def test_every_recipe_of_a_language_model_takes_short_stages(name):
     config = read(TrainMllmConfig, "--recipe", name, "--joint.steps", "30")
@@ -53,14 +67,15 @@ def test_the_defaults_take_a_short_length_too():
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, *GENERATORS, *MLLMS])
 def test_the_length_of_the_recipe_changes_nothing_when_it_is_typed(name):
+    """But for its minutes, which a typed length replaces."""
     if name in MLLMS:
         config = read(TrainMllmConfig, "--recipe", name)
         lengths = ["--align.steps", str(config.align.steps), "--joint.steps", str(config.joint.steps)]
-        assert read(TrainMllmConfig, "--recipe", name, *lengths) == config
+        assert read(TrainMllmConfig, "--recipe", name, *lengths) == replace(config, minutes=None)
         return
     config = read(config_of(name), "--recipe", name)
     length = ["--epochs", str(config.epochs)] if config.epochs else ["--steps", str(config.steps)]
-    assert read(config_of(name), "--recipe", name, *length) == config
+    assert read(config_of(name), "--recipe", name, *length) == replace(config, minutes=None)
 
 
 def test_what_counts_steps_keeps_its_share():
