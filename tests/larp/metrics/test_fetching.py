@@ -286,6 +286,8 @@ main(["fetch", "lpips-alexnet"])
         if pid.is_file() and pid.read_text().strip():
             break
         time.sleep(0.1)
+    # The child may write before the parent has returned from starting it.
+    time.sleep(1)
     started.send_signal(signal.SIGTERM)
     said = started.communicate(timeout=30)[1]
     assert started.returncode == 143 and said.endswith("larp-mllm: stopped\n")
