@@ -9,26 +9,13 @@ from larp.engine.adversary import AdversaryConfig
 from larp.kernels import matmul
 from larp.models.discriminator import Discriminator
 from larp.models.prior import PriorConfig
-from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from tests.eval.bench.test_reference import ADVERSARY, CONFIG, build
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-
-CONFIG = TokenizerConfig(
-    num_frames=4, height=16, width=24, patch_size=(2, 8, 8), decoder_patch_size=(2, 4, 8), num_tokens=6, codebook_size=32,
-    code_dim=8, encoder_width=32, encoder_depth=2, encoder_heads=4, decoder_width=16, decoder_depth=3, decoder_heads=2,
-    prior=PriorConfig(depth=2, heads=2, width=24, positions=6, dropout=0.0),
-)  # fmt: skip
-ADVERSARY = AdversaryConfig(hidden=16, depth=2, heads=2).discriminator(CONFIG)
-
-
-def build() -> LarpTokenizer:
-    model = LarpTokenizer(CONFIG)
-    torch.nn.init.normal_(model.head.weight, std=0.05)
-    return model
 
 
 def counted(work) -> int:
