@@ -24,6 +24,8 @@ from larp.engine.signals import run_script
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
+from larp_mllm.data.records import RecordSet
+from larp_mllm.engine.own_answers import own_answers
 from larp_mllm.engine.results import evaluate_text, finish_run, sample_on_the_way
 from larp_mllm.engine.scoring import METRIC_SUMS, mean_metrics, metric_sums, micro_batches
 from larp_mllm.engine.settings import TrainMllmConfig
@@ -75,7 +77,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     videos = open_token_caches(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
     corpus = open_data(config, videos, mllm)
-    mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text)
+    mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text, ask_base(config, mllm))
     before = newest_state(config.out) if config.resume else None
     named = before.loader_state.get("stage") if before and config.minutes is not None else None
     stage = stage_at(plan, before.step if before else 0, named)
@@ -103,6 +105,13 @@ def open_data(config: TrainMllmConfig, videos: TokenCaches, mllm: Mllm) -> Corpu
         stride=mllm.model.config.frame_stride, encoded=config.out / "records", text=config.text,
         eval_text=config.eval_text, sequence_length=config.sequence_length,
     )  # fmt: skip
+
+
+def ask_base(config: TrainMllmConfig, mllm: Mllm) -> RecordSet | None:
+    """Return the base's own answers to plain questions, if they are trained on; random weights have none. Collective."""
+    if config.tasks.own_answers == 0 or is_tiny(config.base):
+        return None
+    return main_first(lambda: own_answers(mllm, config.out / "own-answers.jsonl"))
 
 
 def resume(run: StagedRun, options: dict) -> None:

@@ -28,13 +28,42 @@ from larp_mllm.processing.token_sequence import (
 import torch
 
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
-TASKS = (*VIDEO_TASKS, "interleaved", "text")
+TASKS = (*VIDEO_TASKS, "interleaved", "text", "own_answers")
 
 # Class names are more often actions than things, and users phrase prompts in any of these ways.
 PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
-# The caption comes after a colon or alone, so that "surfing" fits as well as "a person surfing".
-REQUESTS = ("{}", "Show me a video: {}", "Make a short video of this: {}", "Please draw me a clip. It shows: {}")
-QUESTIONS = ("What does this video show?", "Describe this video.", "What is happening here?")
+# The caption comes after a colon or alone, so that "surfing" fits as well as "a person surfing". Many forms, so that a request in
+# words of its own is understood (LOG.md).
+REQUESTS = (
+    "{}",
+    "Show me a video: {}",
+    "Make a short video of this: {}",
+    "Please draw me a clip. It shows: {}",
+    "Generate a video: {}",
+    "Generate a clip. {}",
+    "I want to watch this: {}",
+    "I would like to see a video. It shows: {}",
+    "Create a video with this content: {}",
+    "Can you make a video of this? {}",
+    "Could you show me a clip? Topic: {}",
+    "Video, please: {}",
+    "Let me see it as a video: {}",
+    "Give me a clip of the following: {}",
+    "Play a video for me: {}",
+    "Film this: {}",
+    "Please animate this: {}",
+    "Produce a few seconds of video: {}",
+    "What would this look like on video? {}",
+    "Next, show: {}",
+)
+QUESTIONS = (
+    "What does this video show?",
+    "Describe this video.",
+    "What is happening here?",
+    "What can you see in the clip?",
+    "What is this about?",
+    "Please say in a few words what happens in this video.",
+)
 NUM_DIALOGUES = len(REQUESTS) + len(QUESTIONS)
 """Number of forms of a chat about one video."""
 
@@ -60,6 +89,9 @@ class Tasks:
     """Records of text and videos in any order, and chats."""
     text: float = 0.2
     """Text alone, so that the language model keeps what it knows."""
+    own_answers: float = 0.2
+    """What a pretrained base with a chat template answers to questions that come with the package, so that it goes on answering in
+    words."""
     caption_dropout: float = 0.1
     """Probability that text-to-video is learned without its caption, which guidance needs; in [0, 1)."""
     continuation_text: float = 0.5
@@ -85,6 +117,7 @@ class TrainingMix:
         videos: data of the tasks in VIDEO_TASKS, or None.
         records: data of the task interleaved, or None.
         text: data of the task text, or None.
+        own_answers: data of the task own_answers, or None.
 
     Raises ValueError if no task has both a weight and data.
     """
@@ -95,11 +128,13 @@ class TrainingMix:
         videos: "CaptionedVideos | None" = None,
         records: RecordSet | None = None,
         text: TextSet | None = None,
+        own_answers: RecordSet | None = None,
     ):
         self.tasks, self.videos = tasks, videos
         self._sources = {task: (0, videos) for task in (videos.tasks if videos else ())}
         self._sources |= {"interleaved": (1, records)} if records else {}
         self._sources |= {"text": (2, text)} if text else {}
+        self._sources |= {"own_answers": (3, own_answers)} if own_answers else {}
         weights = {task: getattr(tasks, task) for task in TASKS if task in self._sources and getattr(tasks, task) > 0}
         if not weights:
             raise ValueError(
