@@ -5,6 +5,7 @@ hidden width, K codes.
 """
 
 import inspect
+import math
 import os
 from copy import copy
 from dataclasses import dataclass
@@ -113,7 +114,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             **extra,
         )
         model = cls(config, base).to(embedding.weight.device, base.dtype)
-        model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight)
+        model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight, _hidden_norm(base))
         return model
 
     @classmethod
@@ -390,6 +391,14 @@ def select_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
             hidden[positions] if positions.dtype == torch.bool else hidden.take_along_dim(positions[..., None], dim=1)
         )
     return hidden[:, slice(-positions, None) if isinstance(positions, int) else positions]
+
+
+@torch.no_grad()
+def _hidden_norm(base: PreTrainedModel) -> float:
+    """Return the average norm of the hidden states that a base's head gets, of some text ids."""
+    ids = torch.arange(min(64, base.config.vocab_size, base.config.max_position_embeddings), device=base.device)
+    norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean().item()
+    return norm if math.isfinite(norm) else 0.0  # a damaged base is reported where its text is scored
 
 
 def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:

@@ -6,6 +6,7 @@ of the base's rows, are the baseline (`kind="free"`).
 Every parameter belongs to a submodule whose forward is called: under ZeRO-3 a bare nn.Parameter would be empty here.
 """
 
+import math
 from typing import get_args
 
 from larp_mllm.model.configuration import AdapterKind
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 
-# Head rows as long as those of text make a pretrained base sure of random codes: 34 bits a code at the first step where equal
-# probabilities give 13, and twelve steps later still 17 (LOG.md).
-_HEAD_FACTOR = 0.1
+# Standard deviation of the code logits at the first step, at most. Head rows as long as those of text give 5 with SmolLM2: 34 bits
+# a code at the first step, where equal probabilities give 13, and still 17 twelve steps later (LOG.md).
+_LOGIT_SPREAD = 0.5
 
 
 class CodebookRows(nn.Module):
@@ -36,8 +37,8 @@ class CodebookRows(nn.Module):
         return self.mlp(codebook) + self.residual(indices)
 
     @torch.no_grad()
-    def initialize(self, codebook: Tensor, embeddings: Tensor, factor: float = 1.0) -> None:
-        """Initialise: residual zero; centred rows with `factor` times the average norm of `embeddings` (rows, hidden)."""
+    def initialize(self, codebook: Tensor, embeddings: Tensor, most: float = math.inf) -> None:
+        """Initialise: residual zero; centred rows with the average norm of `embeddings` (rows, hidden), at most `most`."""
         first, last = self.mlp[0], self.mlp[2]
         for linear in (first, last):
             nn.init.xavier_uniform_(linear.weight)
@@ -45,7 +46,7 @@ class CodebookRows(nn.Module):
         nn.init.zeros_(self.residual.weight)
         rows = self.mlp[1](first(codebook)) @ last.weight.T
         mean = rows.mean(0)
-        scale = factor * embeddings.norm(dim=-1).mean() / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
+        scale = embeddings.norm(dim=-1).mean().clamp_max(most) / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
         last.weight.mul_(scale)
         if last.bias is not None:
             last.bias.copy_(-mean * scale)
@@ -63,9 +64,10 @@ class FreeRows(nn.Module):
         return self.rows(torch.arange(codebook.shape[0], device=codebook.device))
 
     @torch.no_grad()
-    def initialize(self, codebook: Tensor, embeddings: Tensor, factor: float = 1.0) -> None:
-        """Initialise: normal with the mean and `factor` times the standard deviation of `embeddings` (rows, hidden) per channel."""
-        mean, std = embeddings.mean(0), factor * embeddings.std(0)
+    def initialize(self, codebook: Tensor, embeddings: Tensor, most: float = math.inf) -> None:
+        """Initialise: normal with the mean and standard deviation of `embeddings` (rows, hidden), the latter of norm `most` at most."""
+        mean, std = embeddings.mean(0), embeddings.std(0)
+        std = std * (most / std.norm()).clamp_max(1.0)
         self.rows.weight.copy_(mean + std * torch.randn_like(self.rows.weight))
 
 
@@ -89,8 +91,13 @@ class TokenAdapter(nn.Module):
         self.control_output = nn.Embedding(2, hidden)
 
     @torch.no_grad()
-    def initialize(self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor) -> None:
+    def initialize(
+        self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor, hidden_norm: float = 0.0
+    ) -> None:
         """Initialise from the codebook (K, d) and the base model's embedding and head rows (V, hidden).
+
+        hidden_norm: average norm of the hidden states that the head gets. The larger, the shorter the head rows of codes, so that
+        they begin nearly equally probable; 0: as long as the base's.
 
         Raises ValueError for a codebook of another shape.
         """
@@ -100,7 +107,8 @@ class TokenAdapter(nn.Module):
             )
         self.codebook.copy_(codebook)
         self.code_input.initialize(self.codebook, input_embeddings)
-        self.code_output.initialize(self.codebook, output_embeddings, _HEAD_FACTOR)
+        most = _LOGIT_SPREAD * output_embeddings.shape[-1] ** 0.5 / hidden_norm if hidden_norm else math.inf
+        self.code_output.initialize(self.codebook, output_embeddings, most)
         for controls, rows in ((self.control_input, input_embeddings), (self.control_output, output_embeddings)):
             controls.weight.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(controls.weight))
 

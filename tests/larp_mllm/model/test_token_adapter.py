@@ -49,6 +49,19 @@ def test_rows_are_initialised_to_the_norm_of_every_family(family):
         assert centred_norm(rows) == pytest.approx(table.weight.norm(dim=-1).mean().item(), rel=0.03)
 
 
+@pytest.mark.parametrize("kind", ["codebook", "free"])
+def test_codes_begin_nearly_equally_probable_for_a_base_with_large_hidden_states(kind):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(FAMILIES["qwen2-tied"]())
+    with torch.no_grad():
+        base.base_model.norm.weight.fill_(30.0)
+        base.get_output_embeddings().weight.mul_(20)
+    model = LarpMllmForCausalLM.from_base(base, 0, torch.randn(K, WIDTH), 4, kind)
+    hidden = base.base_model(input_ids=torch.arange(40)[None]).last_hidden_state
+    spread = model.code_logits(hidden).std(-1).mean().item()
+    assert 0.3 < spread < 0.6
+
+
 def test_codebook_rows_are_the_mlp_of_the_codebook_plus_a_residual_of_zero():
     adapter = initialized()
     assert not adapter.code_input.residual.weight.any() and not adapter.code_output.residual.weight.any()
