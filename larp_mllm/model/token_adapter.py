@@ -14,7 +14,6 @@ from larp_mllm.model.configuration import AdapterKind
 import torch
 from torch import Tensor, nn
 
-
 # Standard deviation of the code logits at the first step, at most. Head rows as long as those of text give 5 with SmolLM2: 34 bits
 # a code at the first step, where equal probabilities give 13, and still 17 twelve steps later (LOG.md).
 _LOGIT_SPREAD = 0.5
