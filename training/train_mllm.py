@@ -1,11 +1,12 @@
 """Train a language model to read and write videos: text and codes in any order, next-token prediction.
 
     deepspeed training/train_mllm.py                                      # tiny-qwen2 on runs/tokens
+    deepspeed training/train_mllm.py --base SmolLM2-135M-Instruct
     deepspeed training/train_mllm.py --base Qwen2-0.5B --tokens runs/tokens/ucf101
 
-Two stages by default: align (the language model frozen, the adapter trained), then joint (LoRA, or all weights). Needs a
-token cache (training/extract_tokens.py) or records of text and videos; leaves OUT/model for larp_mllm.generate,
-OUT/samples, OUT/report.json.
+Two stages by default: align (the language model frozen, the adapter trained), then joint (LoRA, or all weights). Data are a
+token cache (training/extract_tokens.py), by default one of the built-in captioned videos, which is made if it is missing, or
+records of text and videos. Leaves OUT/model for larp_mllm.generate, OUT/samples, OUT/report.json.
 """
 
 import re
@@ -25,10 +26,11 @@ from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
 from larp_mllm.data.records import RecordSet
+from larp_mllm.engine.built_in_tokens import make_built_in_tokens
 from larp_mllm.engine.own_answers import own_answers
 from larp_mllm.engine.results import evaluate_text, finish_run, sample_on_the_way
 from larp_mllm.engine.scoring import METRIC_SUMS, mean_metrics, metric_sums, micro_batches
-from larp_mllm.engine.settings import TrainMllmConfig
+from larp_mllm.engine.settings import TOKENS, TrainMllmConfig
 from larp_mllm.engine.staged_run import StagedRun, build
 from larp_mllm.engine.stages import stage_at, stages
 from larp_mllm.engine.training_report import finished_message, finished_report, option_changes, summary
@@ -74,6 +76,8 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
         if ranks.is_main:
             print("\n".join([finished_message(config.out, report), *summary(report)]))
         return report
+    if config.tokens is None and config.token_folder is not None and not (TOKENS / "index.json").is_file():
+        main_first(lambda: make_built_in_tokens(RECIPES.parent, TOKENS, config.tokenizer) if ranks.is_main else None)
     videos = open_token_caches(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
     mllm = build(config, videos, ranks)
     corpus = open_data(config, videos, mllm)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ def fill_in_environment(environment: MutableMapping[str, str]) -> tuple[str, ...
 
     Raises ValueError if only a part of them is set.
     """
-    given = [name for name in _RANK_VARIABLES if name in environment]
+    given = [name for name in RANK_VARIABLES if name in environment]
     if "RANK" in given or "WORLD_SIZE" in given:
-        missing = sorted(set(_RANK_VARIABLES) - set(given))
+        missing = sorted(set(RANK_VARIABLES) - set(given))
         if missing:
             raise ValueError(
                 f"{', '.join(given)} are set but {', '.join(missing)} are not: start with `deepspeed` or "
@@ -59,7 +59,7 @@ def fill_in_environment(environment: MutableMapping[str, str]) -> tuple[str, ...
             )
         return ()
     environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    return _RANK_VARIABLES
+    return RANK_VARIABLES
 
 
 def free_port() -> int:

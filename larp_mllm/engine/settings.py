@@ -35,7 +35,8 @@ class TrainMllmConfig:
     trust_remote_code: bool = False
     """Run the Python code that comes with a base; only for authors you trust."""
     tokens: Path | None = None
-    """Token cache to train on, from training/extract_tokens.py; by default runs/tokens, unless records or text are given."""
+    """Token cache to train on, from training/extract_tokens.py; by default runs/tokens, unless records or text are given.
+    If that is missing, it is made of the built-in captioned videos."""
     eval_tokens: Path | None = None
     """Token cache to evaluate on; by default every 20th video of `tokens`, which is held out."""
     records: tuple[Path, ...] = ()

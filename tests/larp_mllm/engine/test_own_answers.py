@@ -1,0 +1,90 @@
+"""The base's own answers to plain questions as training data."""
+
+import copy
+import json
+
+from larp_mllm.data.dataset import REQUESTS, TASKS, Tasks, TrainingMix
+from larp_mllm.engine import own_answers as module
+from larp_mllm.engine.own_answers import QUESTIONS, own_answers
+from larp_mllm.generation.sampling import TextSampling
+from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.chat import DEFAULT_TEMPLATE
+
+import pytest
+
+
+@pytest.fixture
+def chatting(qwen, monkeypatch, tmp_path):
+    """A model with a chat template and five questions."""
+    mllm = copy.copy(qwen)
+    mllm.processor = copy.copy(qwen.processor)
+    mllm.processor.tokenizer = copy.deepcopy(qwen.processor.tokenizer)
+    mllm.processor.tokenizer.chat_template = DEFAULT_TEMPLATE
+    questions = tmp_path / "questions.txt"
+    questions.write_text("a red circle\na blue square moving\nred\na\nleft\n")
+    monkeypatch.setattr(module, "QUESTIONS", questions)
+    monkeypatch.setattr(module, "_BATCH", 2)
+    monkeypatch.setattr(module, "_SAMPLING", TextSampling(max_new_tokens=12))
+    return mllm
+
+
+def test_the_answers_are_those_that_the_base_gives_in_a_chat(chatting, tmp_path):
+    records = own_answers(chatting, tmp_path / "run" / "answers.jsonl")
+    chats = [json.loads(line)["messages"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    assert len(records) == len(chats) > 0
+    for question, answer in chats:
+        said = chatting.chat([question], text_sampling=TextSampling(max_new_tokens=12), max_videos=0)["content"]
+        said = said if isinstance(said, str) else "".join(part["text"] for part in said)
+        parts = answer["content"]
+        given = parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
+        assert given.strip() == said.strip()
+
+
+def test_no_end_is_learned_of_an_answer_that_was_cut_off():
+    assert module._message("yes it is", True)["content"] == "yes it is"
+    learned, rest = module._message("yes it is", False)["content"]
+    assert (learned["text"], rest["text"], rest["loss"]) == ("yes it", " is", False)
+
+
+def test_answers_are_asked_for_once(chatting, tmp_path, monkeypatch):
+    path = tmp_path / "answers.jsonl"
+    first = own_answers(chatting, path)
+    monkeypatch.setattr(module, "decode_text", lambda *_: pytest.fail("asked again"))
+    again = own_answers(chatting, path)
+    assert all(a.ids.equal(b.ids) and a.labels.equal(b.labels) for a, b in zip(first, again, strict=True))
+
+
+def test_a_base_without_a_chat_template_is_not_asked(qwen, tmp_path):
+    assert not qwen.processor.tokenizer.chat_template
+    assert own_answers(qwen, tmp_path / "answers.jsonl") is None
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_the_mix_samples_them(chatting, tmp_path):
+    records = own_answers(chatting, tmp_path / "answers.jsonl")
+    mix = TrainingMix(Tasks(**dict.fromkeys(TASKS, 0.0) | {"own_answers": 1.0}), own_answers=records)
+    known = {tuple(record.ids.tolist()) for record in records}
+    batch = mix.batch(0, 20, 0)
+    assert {tuple(sequence.ids.tolist()) for sequence in batch} <= known
+    assert all((sequence.labels != IGNORE).any() for sequence in batch)
+
+
+def test_no_question_of_the_package_is_a_request_for_a_video():
+    questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
+    assert len(set(questions)) == len(questions) > 200
+    starts = tuple(request.partition("{}")[0] for request in REQUESTS if request != "{}")
+    assert not [question for question in questions if question.startswith(starts)]
+
+
+def test_a_pretrained_base_trains_on_its_answers(base, train, tmp_path, monkeypatch, chatting):
+    tokenizer = chatting.processor.tokenizer
+    folder = tmp_path / "base"
+    chatting.model.base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    report = train(tmp_path / "run", "--base", str(folder), "--align.steps", "1", "--joint.steps", "2")
+    assert report["tasks"]["own_answers"] == pytest.approx(0.2 / 1.1)
+    assert (tmp_path / "run" / "own-answers.jsonl").exists()
+    report = train(
+        tmp_path / "off", "--base", str(folder), "--align.steps", "1", "--joint.steps", "2", "--tasks.own-answers", "0"
+    )
+    assert "own_answers" not in report["tasks"] and not (tmp_path / "off" / "own-answers.jsonl").exists()
