@@ -277,10 +277,7 @@ class Mllm:
         """
         check_count("max_videos", max_videos, least=0)
         processor, model, v = self.processor, self.model, self.model.vocabulary
-        segments = chat_segments(
-            messages, processor.tokenizer, processor.encode_text, self._codes_of, add_generation_prompt=True
-        )
-        prompt = encode(segments, processor.layout, add_special_tokens=False).ids.tolist()
+        prompt = self.chat_prompt(messages)
         if len(prompt) >= max_positions(model):
             raise ValueError(
                 f"messages: {len(prompt)} ids, and the answer needs at least one more, but the base model has "
@@ -294,6 +291,14 @@ class Mllm:
             ):
                 answer.append(token_id)
         return answer.message()
+
+    def chat_prompt(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation up to where the answer begins; messages as in `chat`. Raises ValueError for another form."""
+        processor = self.processor
+        segments = chat_segments(
+            messages, processor.tokenizer, processor.encode_text, self._codes_of, add_generation_prompt=True
+        )
+        return encode(segments, processor.layout, add_special_tokens=False).ids.tolist()
 
     def given_frames(self) -> int:
         """The number of frames a continuation starts from. Raises ValueError if the model is not trained for continuation."""

@@ -14,8 +14,7 @@ from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.generation.decode import decode_text
 from larp_mllm.generation.sampling import TextSampling
 from larp_mllm.pipeline import Mllm
-from larp_mllm.processing.chat import chat_segments, stop_ids
-from larp_mllm.processing.token_sequence import encode
+from larp_mllm.processing.chat import stop_ids
 
 from tqdm import tqdm
 
@@ -42,7 +41,7 @@ def own_answers(mllm: Mllm, path: Path) -> RecordSet | None:
 def _asked(mllm: Mllm, questions: list[str]) -> Iterator[dict[str, Any]]:
     """Yield each question with the base's most probable answer as a chat."""
     processor, stops = mllm.processor, stop_ids(mllm.processor.tokenizer)
-    prompts = [_prompt(question, processor) for question in questions]
+    prompts = [mllm.chat_prompt([{"role": "user", "content": question}]) for question in questions]
     training = mllm.model.training
     mllm.model.eval()
     # Questions of similar length, so that a batch holds little padding.
@@ -56,14 +55,6 @@ def _asked(mllm: Mllm, questions: list[str]) -> Iterator[dict[str, Any]]:
                 question = {"role": "user", "content": questions[row]}
                 yield {"messages": [question, _message(text, len(answer) < _SAMPLING.max_new_tokens)]}
     mllm.model.train(training)
-
-
-def _prompt(question: str, processor) -> list[int]:
-    messages = [{"role": "user", "content": question}]
-    segments = chat_segments(
-        messages, processor.tokenizer, processor.encode_text, lambda _: (), add_generation_prompt=True
-    )
-    return encode(segments, processor.layout, add_special_tokens=False).ids.tolist()
 
 
 def _message(text: str, ended: bool) -> dict[str, Any]:

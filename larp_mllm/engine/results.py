@@ -110,9 +110,11 @@ def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
 def training_report(run: StagedRun, recipe: str | None) -> dict:
     """Return the part of the report that describes the training."""
     config, state = run.config, run.state_dict()
+    source = getattr(run.mllm.model.config.text_config, "dequantized_from", None)
     return {
         "recipe": recipe,
         "base": config.base,
+        **({"dequantized_from": source} if source is not None else {}),
         "adapter": config.adapter,
         "steps": run.step,
         "batch_size": config.batch_size,

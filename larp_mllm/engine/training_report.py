@@ -185,7 +185,8 @@ def option_changes(run: Path, options: Mapping[str, Any], step: int, earlier: li
 
 
 def _describe_report(report: dict[str, Any]) -> list[str]:
-    lines = [f"base:     {report['base']}, {report['adapter']} adapter"]
+    quantized = f", dequantized from {report['dequantized_from']}" if "dequantized_from" in report else ""
+    lines = [f"base:     {report['base']}{quantized}, {report['adapter']} adapter"]
     for stage in report["stages"]:
         rates = ", ".join(f"{name} {stage[name]:g}" for name in ("adapter_lr", "llm_lr") if name in stage)
         what = {"adapter": "adapter alone", "full": "everything"}.get(

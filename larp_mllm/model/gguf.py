@@ -52,7 +52,8 @@ def dequantize(path: Path) -> Path:
             weights = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where).state_dict()
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             # A model of its own: the loaded one refuses to be saved, since its config says that it is quantized.
-            model = AutoModelForCausalLM.from_config(_without_quantization(config))
+            # Its config goes with every model that is trained from it, and says where the weights are from.
+            model = AutoModelForCausalLM.from_config(_without_quantization(config, f"{path.name}, SHA-256 {digest}"))
             model.load_state_dict(weights)
             model.tie_weights()
             model.to(torch.bfloat16).save_pretrained(part)
@@ -68,8 +69,8 @@ def dequantize(path: Path) -> Path:
     return folder
 
 
-def _without_quantization(config):
-    values = config.to_dict()
+def _without_quantization(config, source: str):
+    values = config.to_dict() | {"dequantized_from": source}
     for name in ("quantization_config", "_name_or_path"):
         values.pop(name, None)
     return type(config).from_dict(values)

@@ -48,6 +48,7 @@ def test_the_fetched_base_answers_and_is_dequantized_once(fetched, tmp_path, mon
     assert tokenizer.decode(answer).strip() == "Paris"
     folder = dequantize(tmp_path / "cache" / path.name)
     assert json.loads((folder / SOURCE).read_text())["file"] == path.name
+    assert model.config.dequantized_from.startswith(f"{path.name}, SHA-256 ")
     written = (folder / "model.safetensors").stat().st_mtime_ns
     again, _ = load_base(str(tmp_path / "cache" / path.name))
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
