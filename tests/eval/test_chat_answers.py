@@ -5,16 +5,20 @@ import json
 from eval import chat_answers
 from larp_mllm.data.dataset import PHRASINGS, REQUESTS
 from larp_mllm.engine.own_answers import QUESTIONS
-from larp_mllm.processing.chat import DEFAULT_TEMPLATE
 from tests.larp_mllm.tiny import favour_videos, tiny_mllm
 
 import pytest
 
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}\n{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
 
 @pytest.fixture
 def folders(tmp_path):
-    mllm = tiny_mllm()
-    mllm.processor.tokenizer.chat_template = DEFAULT_TEMPLATE
+    mllm = tiny_mllm("tiny-llama")
+    mllm.processor.tokenizer.chat_template = TEMPLATE
     mllm.save(tmp_path / "model")
     mllm.model.base.save_pretrained(tmp_path / "base")
     mllm.processor.tokenizer.save_pretrained(tmp_path / "base")
@@ -25,14 +29,15 @@ def test_a_model_that_was_not_trained_answers_like_its_base(folders, capsys):
     options = ["--model", str(folders / "model"), "--base", str(folders / "base"), "--max-new-tokens", "6"]
     record = chat_answers.main([*options, "--out", str(folders / "out.json")])
     assert record["perplexity"]["before"] == pytest.approx(record["perplexity"]["after"], rel=1e-6)
-    assert all(row["same"] or "<video>" in row["after"] for row in record["plain"])
+    assert record["same_answers"] == 10 and len({row["before"] for row in record["plain"]}) > 1
+    assert record["videos_for_requests"] == record["videos_for_other_questions"] == 0
     assert json.loads((folders / "out.json").read_text())["same_answers"] == record["same_answers"]
     assert "plain questions answered as before" in capsys.readouterr().out
 
 
 def test_videos_are_counted(folders, monkeypatch):
-    mllm = tiny_mllm()
-    mllm.processor.tokenizer.chat_template = DEFAULT_TEMPLATE
+    mllm = tiny_mllm("tiny-llama")
+    mllm.processor.tokenizer.chat_template = TEMPLATE
     favour_videos(mllm, monkeypatch, bonus=100.0)
     assert chat_answers.answer(mllm, "red", 6) == " <video>"
 
@@ -49,7 +54,7 @@ def test_training_sees_none_of_the_prompts():
 
 
 def test_a_base_without_a_chat_template_is_refused(tmp_path):
-    mllm = tiny_mllm()
+    mllm = tiny_mllm("tiny-llama")
     mllm.save(tmp_path / "model")
     mllm.model.base.save_pretrained(tmp_path / "base")
     mllm.processor.tokenizer.save_pretrained(tmp_path / "base")
