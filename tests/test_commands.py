@@ -32,6 +32,7 @@ NOT_RUN = {
     "python eval/ucf_gfvd.py": "says which options it needs; the whole command, in docs/evaluation.md, is run",
     "python eval/speed.py ...": "measures for minutes; `tests/eval/test_speed.py` runs it with tiny sizes",
     "python eval/mllm.py ...": "needs the model of the quickstart, whose test runs it",
+    "python eval/chat_answers.py ...": "needs an instruction-tuned base; `tests/eval/test_chat_answers.py` runs it with a tiny one",
     "python eval/tokenizer_ablation.py ...": "trains nine tokenizers; `tests/eval/test_tokenizer_ablation.py` runs it with tiny sizes",
     "python eval/adapter_ablation.py ...": "trains six models; `tests/eval/test_adapter_ablation.py` runs it with tiny sizes",
 }
@@ -60,6 +61,7 @@ BEFORE = {"deepspeed training/train_mllm.py --base Qwen2-0.5B": "python training
 PLACES = {
     "/path/to/UCF101": "ucf",
     "Qwen2-0.5B": "tiny-qwen2",
+    "SmolLM2-135M-Instruct": "tiny-qwen2",
     "hf:owner/name": "txt:text.txt",
     "--seconds 8": "--seconds 1",
     "larp_mllm/shipped": str(ROOT / "larp_mllm/shipped"),
