@@ -31,6 +31,7 @@ from larp.metrics.weights import (
     cache_folder,
     file_sha256,
     tensors_sha256,
+    writable_cache_folder,
 )
 
 import numpy as np
@@ -60,7 +61,7 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...
     if found := source.find():
         _verify(source, found)
         return found
-    folder = _writable(cache_folder())
+    folder = writable_cache_folder()
     failures = []
     if source.published:
         try:
@@ -283,17 +284,6 @@ def _state(source: Source, files: tuple[Path, ...], size: int) -> str:
     except (OSError, ValueError):
         return f", damaged: delete it and run `larp-mllm fetch {source.name}`"
     return ""
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"the cache folder {folder} cannot be written ({error.strerror}). Set LARP_CACHE to one that can."
-        ) from error
-    return folder
 
 
 @contextmanager

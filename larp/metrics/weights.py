@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +183,19 @@ class Package:
 def cache_folder() -> Path:
     """Return the folder of weight files: LARP_CACHE, by default ~/.cache/larp."""
     return Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp")
+
+
+def writable_cache_folder() -> Path:
+    """Return `cache_folder`, created if it is missing. Raises ValueError if it takes no files."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder} cannot be written ({error.strerror}). Set LARP_CACHE to one that can."
+        ) from error
+    return folder
 
 
 def file_sha256(path: Path) -> str:

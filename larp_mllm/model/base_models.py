@@ -208,7 +208,7 @@ def _dequantize(name: str, file: Path) -> Path:
     try:
         return dequantize(file)
     except ValueError as error:
-        raise BaseError(f"--base {name}: {error}. {_remedy()}") from error
+        raise BaseError(f"--base {name}: {error}") from error
 
 
 def _from_source(

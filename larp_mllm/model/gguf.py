@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 from larp.files import write_json
-from larp.metrics.weights import cache_folder, file_sha256
+from larp.metrics.weights import cache_folder, file_sha256, writable_cache_folder
 from larp_mllm.locate import first_line
-from larp_mllm.model.weights import quiet
+from larp_mllm.model.weights import check_finite, quiet
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -42,6 +42,7 @@ def dequantize(path: Path) -> Path:
         import gguf  # noqa: F401  (transformers reads the file with it)
     except ImportError as error:
         raise ValueError("GGUF files need the package gguf: pip install 'larp-mllm[gguf]'") from error
+    writable_cache_folder()
     where = {"gguf_file": path.name, "local_files_only": True}
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -56,14 +57,15 @@ def dequantize(path: Path) -> Path:
             model = AutoModelForCausalLM.from_config(_without_quantization(config, f"{path.name}, SHA-256 {digest}"))
             model.load_state_dict(weights)
             model.tie_weights()
+            check_finite(model, "dequantized")
             model.to(torch.bfloat16).save_pretrained(part)
             tokenizer.save_pretrained(part)
         write_json(part / SOURCE, {"file": path.name, "sha256": digest, "stored": "dequantized, bfloat16"})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     except Exception as error:  # transformers and gguf raise classes of their own
-        reason = str(error) if isinstance(error, ValueError) else first_line(error)
-        raise ValueError(f"{path} cannot be read as GGUF: {reason}") from error
+        reason = (str(error) if isinstance(error, ValueError) else first_line(error)).partition(": copy")[0]
+        raise ValueError(f"{path} cannot be read as GGUF: {reason}. Download it again, or take another base") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -35,6 +35,34 @@ def test_other_families_are_named(tmp_path):
         load_base(str(tmp_path / "gpt.gguf"))
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BaseError, match=r"the cache folder .*file cannot be written .*LARP_CACHE"):
+        load_base(str(tmp_path / "x.gguf"))
+
+
+@pytest.mark.slow
+def test_a_damaged_file_leaves_no_base_behind(fetched, tmp_path, monkeypatch):
+    """Cut short, and with one tensor said to be of another quantization."""
+    content = fetched("smollm2").read_bytes()
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cut.gguf").write_bytes(content[: len(content) // 2])
+    (tmp_path / "other.gguf").write_bytes(content)
+    reader = gguf.GGUFReader(tmp_path / "other.gguf", "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.tensor_type.name == "Q4_1")
+    tensor.field.parts[-2][0] = 34
+    reader.data.flush()
+    for name in ("cut", "other"):
+        with pytest.raises(
+            BaseError, match=rf"{name}.gguf cannot be read as GGUF: .*[^.]\. Download it again"
+        ) as raised:
+            load_base(str(tmp_path / f"{name}.gguf"))
+        assert "\n" not in str(raised.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
 @pytest.mark.slow
 def test_the_fetched_base_answers_and_is_dequantized_once(fetched, tmp_path, monkeypatch):
     path = fetched("smollm2")
