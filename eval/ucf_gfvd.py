@@ -1,6 +1,7 @@
-"""Class-conditional generation quality of an AR generator, in one command:
+"""Class-conditional generation quality of an AR generator or a language model, in one command:
 
     python eval/ucf_gfvd.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT
+    python eval/ucf_gfvd.py --mllm runs/ucf/mllm --data ucf101:ROOT --num-clips 1024
 
 Samples real clips by LARP's protocol and generates one clip for the label of each. Prints and writes the Frechet distance between
 the two sets, with its protocol and the distance between two sets of real clips. A table compares the same real clips with their
@@ -9,35 +10,27 @@ reconstructions and with clips of further guidance scales. A PNG beside the JSON
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from larp.config import to_dict
-from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.datasets import open_videos
+from larp.data.clips import clip_to_frames
+from larp.data.datasets import VideoSet, open_videos
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.metrics.classifier import require_labels
-from larp.metrics.clipsets import (
-    RealClips,
-    class_numbers,
-    describe_row,
-    floor_row,
-    frechet_row,
-    generated_clips,
-    reconstructed_clips,
-)
-from larp.metrics.evaluation import GeneratorEvaluationConfig, last_lines, run_evaluation, write_sheet
+from larp.metrics.clip_source import ClipSource
+from larp.metrics.clipsets import RealClips, describe_row, floor_row, frechet_row, reconstructed_clips
+from larp.metrics.evaluation import FrechetConfig, last_lines, run_evaluation, write_sheet
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures
 from larp.metrics.protocols import PRESETS, result, summary
-from larp.models.generator import LarpGenerator
 from larp.models.quantizer import usage
-from larp.models.tokenizer import LarpTokenizer
-from larp.sampling.guidance import guidance_scales
 from larp.sampling.options import GuidedSampling, check_guidance_scale
+from larp_mllm.metrics.clip_source import ClipSourceConfig
 
 import numpy as np
 import torch
@@ -47,8 +40,10 @@ _PRESET = PRESETS["larp-ucf101-gfvd"]
 
 
 @dataclass(frozen=True)
-class GfvdConfig(GeneratorEvaluationConfig):
-    """Measure the Frechet distance between clips of a class-conditional LARP generator and real clips."""
+class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
+    """Measure the Frechet distance between clips that a model generates for classes and real clips."""
+
+    needed: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str = ""
     """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed)."""
@@ -62,7 +57,8 @@ class GfvdConfig(GeneratorEvaluationConfig):
     out: Path = Path("gfvd.json")
 
     def __post_init__(self):
-        super().__post_init__()
+        FrechetConfig.__post_init__(self)
+        GuidedSampling.__post_init__(self)
         self.check_at_least(num_clips=2)
         for scale in self.also_guidance:
             check_guidance_scale("also_guidance", scale)
@@ -75,44 +71,44 @@ class GfvdConfig(GeneratorEvaluationConfig):
 
 
 def evaluate(config: GfvdConfig) -> dict:
-    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
-    generator, tokenizer = config.open_models("class")
-    guidance_scales(config, tokenizer.num_tokens)
-    features, shape = config.open_features(), ClipShape(*tokenizer.config.clip_shape)
+    """Measure a model, write the JSON and the PNG, and return the content of the JSON."""
+    source = config.open_source()
+    tokenizer, shape, features = source.tokenizer, source.shape, config.open_features()
     videos = open_videos(config.data, config.split)
     require_labels(videos)
+    # Guidance of no code raises an error here, unknown classes below: before the clips are read.
+    source.check(videos, [], *config.samplings)
     clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
-    # Unknown classes raise an error here, before the clips are read.
-    class_numbers(generator, videos, [item.label for item in clips.sampled_items])
+    source.check(videos, [item.label for item in clips.sampled_items])
     pairs = reconstructed_clips(tokenizer, clips.sampled())
     both = [(features(clip), features(again)) for clip, again in pairs]
     real, decoded = (torch.cat(side) for side in zip(*both, strict=True))
     others = [features(clip) for clip in clips.others()]
     floor = real_floor(torch.cat([real, *others]), config.num_clips, config.seed)
     labels = [item.label for item in clips.sampled_items]
-    classes = class_numbers(generator, videos, labels)
     table = [
         floor_row(floor),
         frechet_row("reconstructions", real, decoded, config.repeats, config.seed, paired=True),
     ]
     for sampling in config.samplings:
-        made, codes, shown = generate_features(generator, tokenizer, classes, sampling, features, config)
+        made, codes, shown = generate_features(source, videos, labels, sampling, features, config)
         table.append(frechet_row(f"generated, {named(sampling)}", real, made, config.repeats, config.seed))
     report = result(
         config.protocol(
             _PRESET, features, shape, split=config.split, num_videos=len(videos), num_clips=config.num_clips,
-            height=shape.height, width=shape.width,
+            height=shape.height, width=shape.width, frame_rule=frame_rule(shape.stride),
         ),
         table[-1]["value"],
         table[-1]["deviation"],
         floor,
         features,
-        {"generator": generator.weight_hash(), "tokenizer": tokenizer.weight_hash()},
+        source.checkpoints,
         **usage(codes, tokenizer.codebook_size),
         tokens_per_clip=tokenizer.num_tokens,
         table=table,
         skipped=clips.skipped,
         config=to_dict(config),
+        **source.notes(videos),
         files=write_sheet(shown, [videos.classes[label] for label in labels], config.out),
     )  # fmt: skip
     write_json(config.out, report)
@@ -128,17 +124,22 @@ def named(sampling: GuidedSampling) -> str:
     return f"guidance {scale:g}{ramp}{part}"
 
 
+def frame_rule(stride: int) -> str:
+    """Return the frame rule of the protocol for models that see every `stride`-th frame."""
+    return _PRESET.frame_rule if stride == 1 else f"{_PRESET.frame_rule} / {stride}"
+
+
 def generate_features(
-    generator: LarpGenerator,
-    tokenizer: LarpTokenizer,
-    classes: Tensor,
+    source: ClipSource,
+    videos: VideoSet,
+    labels: Sequence[int],
     sampling: GuidedSampling,
     features: ClipFeatures,
     config: GfvdConfig,
 ) -> tuple[Tensor, Tensor, list[np.ndarray]]:
-    """Generate a clip for each class number; return features (n, D), codes (n, N), and the first `config.show` clips as frames."""
+    """Generate a clip for each label; return features (n, D), codes (n, N), and the first `config.show` clips as frames."""
     made, codes, shown = [], [], []
-    for clips, batch_codes in generated_clips(generator, tokenizer, classes, sampling, config.seed, config.batch_size):
+    for clips, batch_codes in source.clips(videos, labels, sampling, config.seed, config.batch_size):
         made.append(features(clips))
         codes.append(batch_codes)
         shown += [clip_to_frames(clip) for clip in clips[: max(0, config.show - len(shown))]]

@@ -129,7 +129,7 @@ class Job:
         config, shape, texts = self.config, clip_shape(self.mllm), prompts_of(self.videos)
         classifier = classifier_of(config.data, shape)
         tokenizer = self.mllm.processor.video_tokenizer
-        report = classify_real(classifier, tokenizer, self.videos, config.batch_size, shape.stride)
+        report = classify_real([classifier], tokenizer, self.videos, config.batch_size, shape.stride)
         report |= {"classes": list(classifier.classes), "chance": 1 / len(texts), "generated": []}
         for scale in config.guidance_scale:
             sampling = VideoSampling.of(config, guidance_scale=scale)

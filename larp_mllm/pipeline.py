@@ -114,11 +114,7 @@ class Mllm:
         check_prompts(prompts)
         check_count("num_videos", num_videos)
         texts = [text for text in prompts for _ in range(num_videos)]
-        encoded = {text: self.processor.layout.prompt(self._encode_text(text)) for text in prompts}
-        rows = [encoded[text] for text in texts]
-        count = self.model.vocabulary.tokens_per_video
-        with self._code_progress(len(rows) * count, progress, preview_every) as code_progress:
-            codes = self._sample_codes(rows, sampling, code_progress)
+        codes = self.generate_codes(texts, sampling, progress, preview_every)
         videos = [
             frames for batch in codes.split(sampling.batch_size) for frames in self.processor.decode_videos(batch)
         ]
@@ -126,6 +122,20 @@ class Mllm:
             Video(frames, self.model.config.fps, text, tuple(row))
             for frames, text, row in zip(videos, texts, codes.tolist(), strict=True)
         ]
+
+    def generate_codes(
+        self,
+        prompts: list[str],
+        sampling: VideoSampling = _VIDEO,
+        progress: ProgressCallback | None = None,
+        preview_every: int = 0,
+    ) -> Tensor:
+        """Sample the codes of a video for each text, int64 (len(prompts), N) on the CPU; arguments and errors as in `generate`."""
+        check_prompts(prompts)
+        encoded = {text: self.processor.layout.prompt(self._encode_text(text)) for text in dict.fromkeys(prompts)}
+        total = len(prompts) * self.model.vocabulary.tokens_per_video
+        with self._code_progress(total, progress, preview_every) as code_progress:
+            return self._sample_codes([encoded[text] for text in prompts], sampling, code_progress)
 
     def describe(
         self, videos: list, sampling: TextSampling = _CAPTION, progress: ProgressCallback | None = None

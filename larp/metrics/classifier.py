@@ -13,15 +13,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import read_windows
-from larp.data.loader import iterate_once
+from larp.data.loader import FixedPass, iterate_once
 from larp.data.shapes import cache_folder
 from larp.data.token_cache import file_state
 from larp.data.video import VideoError
@@ -46,9 +46,23 @@ _PENALTY = 1e-3  # L2 penalty on the weights of standardised features; 1e-2 is w
 _STEPS = 100
 
 
+class Classifier(Protocol):
+    """What assigns clips to classes: `ClipClassifier`, or `larp.metrics.kinetics_classifier.KineticsClassifier`."""
+
+    name: str
+    """Key of its figures in a record, where it is not the first of several."""
+    classes: tuple[str, ...]
+    """Names of the K classes."""
+
+    def predict(self, clip: Tensor) -> Tensor:
+        """Return the class indices, int64 (B,) on the CPU, of clips (B, 3, T, H, W) in [0, 1]."""
+
+
 @dataclass(frozen=True)
 class ClipClassifier:
     """A linear classifier on `clip_features`."""
+
+    name: ClassVar[str] = "classifier"
 
     classes: tuple[str, ...]
     """Names of the K classes."""
@@ -229,38 +243,62 @@ def agreement(labels: Sequence[int] | Tensor, predictions: Tensor, classes: Sequ
     }
 
 
+def classify(classifiers: Sequence[Classifier], batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """Return the agreement of several classifiers with the labels of the same clips.
+
+    Args:
+        classifiers: at least one, all of the same classes.
+        batches: clips (B, 3, T, H, W) in [0, 1] and their labels, int64 (B,).
+
+    Returns `agreement` of the first classifier, and that of each further one under its name. Raises ValueError without a clip.
+    """
+    labels: list[int] = []
+    predicted: list[list[int]] = [[] for _ in classifiers]
+    for clips, numbers in batches:
+        labels += numbers.tolist()
+        for classifier, found in zip(classifiers, predicted, strict=True):
+            found += classifier.predict(clips).tolist()
+    first, *others = (
+        agreement(labels, torch.tensor(found, dtype=torch.int64), classifier.classes)
+        for classifier, found in zip(classifiers, predicted, strict=True)
+    )
+    return first | {classifier.name: figures for classifier, figures in zip(classifiers[1:], others, strict=True)}
+
+
 @torch.inference_mode()
 def classify_real(
-    classifier: ClipClassifier, tokenizer: LarpTokenizer, videos: VideoSet, batch_size: int, stride: int = 1
+    classifiers: Sequence[Classifier], tokenizer: LarpTokenizer, videos: VideoSet, batch_size: int, stride: int = 1
 ) -> dict[str, Any]:
     """Return the agreement of centred clips of real videos, and of their reconstructions: bounds for generated clips.
 
     Args:
-        classifier: for clips of the tokenizer's shape.
+        classifiers: the first one for clips of the tokenizer's shape.
         tokenizer: reconstructs the clips, on its device.
         videos: each with a label; unreadable ones are skipped.
         batch_size: clips per pass.
         stride: a clip takes every `stride`-th frame.
 
-    Returns {"real", "reconstructed": as `agreement`, "skipped": [{"name", "reason"}]}. Raises ValueError if no video can
+    Returns {"real", "reconstructed": as `classify`, "skipped": [{"name", "reason"}]}. Raises ValueError if no video can
     be read.
     """
     once = iterate_once(videos, ClipShape(*tokenizer.config.clip_shape, stride), batch_size)
     device = tokenizer.codebook.device
-    labels, real, reconstructed = [], [], []
+    real = classify(classifiers, labelled_clips(once, videos))
+    again = (
+        (tokenizer.decode(tokenizer.encode(clip.to(device))), labels) for clip, labels in labelled_clips(once, videos)
+    )
+    return {"real": real, "reconstructed": classify(classifiers, again), "skipped": skipped_entries(once.skipped)}
+
+
+def labelled_clips(once: FixedPass, videos: VideoSet) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield clips (B, 3, T, H, W) and labels (B,) of a pass over videos. Raises ValueError at its end if none can be read."""
+    count = 0
     for batch in tqdm(once, desc="classifying real clips", unit="batch", delay=2):
-        labels.append(batch["label"])
-        real.append(classifier.predict(batch["clip"]))
-        reconstructed.append(classifier.predict(tokenizer.decode(tokenizer.encode(batch["clip"].to(device)))))
-    skipped = skipped_entries(once.skipped)
-    if not labels:
-        raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {skipped[0]['name']}")
-    labels = torch.cat(labels)
-    return {
-        "real": agreement(labels, torch.cat(real), classifier.classes),
-        "reconstructed": agreement(labels, torch.cat(reconstructed), classifier.classes),
-        "skipped": skipped,
-    }
+        count += len(batch["label"])
+        yield batch["clip"], batch["label"]
+    if not count:
+        name = once.skipped[0][0]
+        raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {name}")
 
 
 def wilson(hits: int, count: int) -> list[float]:

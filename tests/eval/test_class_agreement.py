@@ -5,10 +5,13 @@ import re
 
 from eval import class_agreement
 from larp.data.video import write_video
+from larp.metrics import clip_source, kinetics_classifier
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from larp_mllm.pipeline import Mllm
+from tests.larp_mllm.tiny import tiny_mllm
 
 import numpy as np
 import pytest
@@ -71,14 +74,72 @@ def test_it_judges_real_reconstructed_and_generated_clips(world, tmp_path, capsy
     assert min(Image.open(tmp_path / "new" / "x.png").size) > 50
     printed = capsys.readouterr().out
     assert "real test clips            100.0%" in printed and "generated, guidance 3" in printed and "chance" in printed
+    # Larger real clips as well; the tests have no weights of I3D.
+    assert report["real_128"]["num_clips"] == 10 and "real test clips, 128x128" in printed
+    assert "no zero-shot classifier: the weights of I3D are not at hand" in printed
+    assert "zero_shot" not in report["real"] and "larp-mllm fetch i3d" in report["zero_shot"]["missing"]
+
+
+class Reddish:
+    """Logits by which red clips are surfing, and others archery: the wrong way round."""
+
+    name, dim, min_frames, weights_hash = "fvd-i3d-tfhub", 400, 1, "fake"
+
+    def __call__(self, clip):
+        logits = torch.zeros(len(clip), 400)
+        red = clip[:, 0].mean(dim=(1, 2, 3)) > clip[:, 2].mean(dim=(1, 2, 3))
+        logits[:, 5], logits[:, 337] = (~red).float(), red.float()
+        return logits
+
+
+def test_both_classifiers_judge_the_same_clips(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kinetics_classifier, "open_features", lambda *_, **__: Reddish())
+    report = run(world, tmp_path / "x.json", "--num-clips", "6", "--guidance-scale", "2", "--show", "0")
+    for name in ("real_128", "real"):
+        assert report[name]["accuracy"] == 1 and report[name]["zero_shot"]["accuracy"] == 0, name
+        assert report[name]["zero_shot"]["confusion"] == [[0, 5], [5, 0]]
+    assert report["reconstructed"]["zero_shot"]["num_clips"] == 10
+    assert report["generated"][0]["zero_shot"]["num_clips"] == 6
+    assert report["zero_shot"]["kinetics"] == {"Archery": "archery", "Surfing": "surfing water"}
+    printed = capsys.readouterr().out
+    assert "zero-shot, fvd-i3d-tfhub among 2 classes" in printed
+    assert "not the same class" not in printed and "real test clips              0.0%" in printed
+
+
+def test_a_class_that_kinetics_has_not_is_named(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(kinetics_classifier, "_NOT_THE_SAME", {"Surfing"})
+    monkeypatch.setattr(kinetics_classifier, "open_features", lambda *_, **__: Reddish())
+    run(world, tmp_path / "x.json", "--num-clips", "2", "--guidance-scale", "1", "--show", "0")
+    assert "Surfing is not the same class as Kinetics' surfing water" in capsys.readouterr().out
+
+
+def test_a_language_model_in_place_of_a_generator(world, tmp_path, monkeypatch):
+    """Its codes, for prompts of the classes in turn, are judged; here those of a model that knows one class."""
+    tiny_mllm().save(world / "mllm")
+    prompts = []
+
+    def generate_codes(self, texts, sampling, progress=None, preview_every=0):
+        prompts.append((texts, sampling))
+        return torch.zeros(len(texts), 4, dtype=torch.int64)
+
+    monkeypatch.setattr(Mllm, "generate_codes", generate_codes)
+    arguments = ["--mllm", str(world / "mllm"), "--data", f"jsonl:{world / 'list.jsonl'}", "--device", "cpu"]
+    arguments += ["--out", str(tmp_path / "x.json"), "--num-clips", "5", "--guidance-scale", "2", "--top-k", "3"]
+    report = class_agreement.main(arguments)
+    ((texts, sampling),) = prompts
+    assert texts == ["archery", "surfing", "a person archery", "a person surfing", "a video of archery"]
+    assert (sampling.guidance_scale, sampling.top_k, sampling.seed) == (2.0, 3, 42)
+    # Equal codes are equal clips, of one class.
+    assert sorted(map(sum, zip(*report["generated"][0]["confusion"], strict=True))) == [0, 5]
+    assert "mllm/model.safetensors" in report["checkpoints"] and report["prompts"]["Surfing"][0] == "surfing"
 
 
 def test_clips_of_a_class_are_made_for_that_class(world, tmp_path, monkeypatch):
     """The generator numbers its classes in another order than the data."""
     asked = []
-    original = class_agreement.generated_clips
+    original = clip_source.generated_clips
     monkeypatch.setattr(
-        class_agreement,
+        clip_source,
         "generated_clips",
         lambda *a, **k: asked.append((a[2].tolist(), a[3].guidance_scale)) or original(*a, **k),
     )
@@ -94,8 +155,8 @@ def test_sampling_options_and_seed_act_and_the_batch_does_not(world, tmp_path, m
             written.append(codes)
             yield clips, codes
 
-    original = class_agreement.generated_clips
-    monkeypatch.setattr(class_agreement, "generated_clips", spy)
+    original = clip_source.generated_clips
+    monkeypatch.setattr(clip_source, "generated_clips", spy)
 
     def codes(*extra):
         written.clear()
@@ -112,6 +173,8 @@ def test_sampling_options_and_seed_act_and_the_batch_does_not(world, tmp_path, m
     ("extra", "message"),
     [
         (["--data", ""], "--data is needed"),
+        (["--mllm", "x"], "--generator, --mllm: both are given"),
+        (["--generator", ""], "--generator, --mllm: neither is given"),
         (["--generator", "PREDICTOR"], "predicts frames; this needs one that is conditional on classes"),
         (["--data", "BARE"], "have no class, such as"),
         (["--out", "x.png"], "is the name of a picture"),

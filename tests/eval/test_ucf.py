@@ -6,12 +6,14 @@ from dataclasses import replace
 
 from eval import ucf_gfvd, ucf_rfvd
 from larp.data.video import write_video
+from larp.metrics import clip_source
 from larp.metrics.i3d import RandomI3D
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
 from larp.sampling.options import GuidedSampling
+from tests.larp_mllm.tiny import tiny_mllm
 
 import numpy as np
 import pytest
@@ -163,8 +165,8 @@ def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd
 
 
 def test_gfvd_hands_every_sampling_option_on(world, gfvd, tmp_path, monkeypatch):
-    seen, real = [], gfvd.generated_clips
-    monkeypatch.setattr(gfvd, "generated_clips", lambda *given: seen.append(given[3:5]) or real(*given))
+    seen, real = [], clip_source.generated_clips
+    monkeypatch.setattr(clip_source, "generated_clips", lambda *given: seen.append(given[3:5]) or real(*given))
     arguments = [*common(world, tmp_path / "g.json"), "--generator", str(world / "generator"), "--num-clips", "12"]
     options = {
         "temperature": 0.9,
@@ -184,11 +186,33 @@ def test_gfvd_hands_every_sampling_option_on(world, gfvd, tmp_path, monkeypatch)
             gfvd.main([*arguments, *option])
 
 
+def test_gfvd_of_a_language_model(world, gfvd, tmp_path):
+    """Its own tokenizer and stride; the same clips for any batch size, and a table of guidance scales."""
+    mllm = tiny_mllm()
+    torch.nn.init.normal_(mllm.processor.video_tokenizer.head.weight, std=0.05)
+    mllm.model.config.video_tokenizer_hash = mllm.processor.video_tokenizer.weight_hash()
+    mllm.model.config.frame_stride = 2
+    mllm.save(tmp_path / "mllm")
+    arguments = common(world, tmp_path / "g.json")[2:]
+    arguments += ["--mllm", str(tmp_path / "mllm"), "--num-clips", "12", "--also-guidance", "1", "--show", "2"]
+    report = gfvd.main(arguments)
+    assert [row["clips"] for row in report["table"][2:]] == ["generated, guidance 1", "generated, guidance 1.25"]
+    assert report["protocol"]["frame_rule"].endswith("native frame rate / 2") and (tmp_path / "g.png").exists()
+    assert {"mllm/model.safetensors", "tokenizer"} <= set(report["checkpoints"]) and report["tokens_per_clip"] == 4
+    assert report["prompts"]["Archery"][:2] == ["archery", "a person archery"]
+    again = gfvd.main([*arguments, "--batch-size", "5"])
+    assert again["value"] == pytest.approx(report["value"], rel=1e-4)
+    with pytest.raises(ValueError, match="one guidance scale for all codes"):
+        gfvd.main([*arguments, "--guidance-final", "2"])
+    with pytest.raises(ValueError, match="leave out --tokenizer and --variant"):
+        gfvd.main([*arguments, "--tokenizer", str(world / "tokenizer")])
+
+
 def test_gfvd_maps_classes_by_name(world, gfvd):
     generator = LarpGenerator.from_pretrained(world / "generator")
     videos = gfvd.open_videos(f"jsonl:{world / 'list.jsonl'}", "test")
     assert videos.classes == ("Archery", "Surfing")
-    assert gfvd.class_numbers(generator, videos, [0, 1, 1]).tolist() == [1, 0, 0]
+    assert clip_source.class_numbers(generator, videos, [0, 1, 1]).tolist() == [1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -197,6 +221,8 @@ def test_gfvd_maps_classes_by_name(world, gfvd):
         (["--num-clips", "40"], "windows of 4 frames"),
         (["--tokenizer", "nowhere"], "nowhere: no such folder"),
         (["--data", ""], "--data is needed"),
+        (["--mllm", "x"], "--generator, --mllm: both are given"),
+        (["--tokenizer", ""], "--tokenizer is needed with --generator"),
         (["--variant", "ema"], "holds no variant 'ema'"),
         (["--guidance-start", "0.8"], "holds none of a clip's 4 codes"),
     ],

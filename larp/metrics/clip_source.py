@@ -1,0 +1,91 @@
+"""Clips of named classes, made by a model of any kind: the generated side of an evaluation.
+
+`GeneratorSource` makes them with an AR generator. `larp_mllm.metrics.clip_source` has the source for a language model.
+
+Shapes: n clips in all, b clips of a batch, T frames, H x W pixels, N codes of a clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from larp.data.clips import ClipShape
+from larp.data.datasets import VideoSet
+from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
+from larp.models.generator import LarpGenerator
+from larp.models.tokenizer import LarpTokenizer
+from larp.sampling.guidance import guidance_scales
+from larp.sampling.options import GuidedSampling
+
+from torch import Tensor
+
+
+class ClipSource(Protocol):
+    """A model that makes a clip for a class of a data set."""
+
+    tokenizer: LarpTokenizer
+    """Decodes the codes that the model samples."""
+
+    @property
+    def shape(self) -> ClipShape:
+        """The shape of the clips, and the stride at which the model saw videos."""
+
+    @property
+    def checkpoints(self) -> Mapping[str, str]:
+        """Hashes of the weights, by name."""
+
+    def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
+        """Raise ValueError, before anything is computed, for a class or a way of sampling that the model does not know."""
+
+    def notes(self, videos: VideoSet) -> dict[str, Any]:
+        """Return what a record needs to say beside the checkpoints."""
+
+    def clips(
+        self, videos: VideoSet, labels: Sequence[int], sampling: GuidedSampling, seed: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a clip for each label (n,), in batches: clips (b, 3, T, H, W) in [0, 1] and codes int64 (b, N) on the CPU.
+
+        Seed and place in `labels` determine a clip, for any batch size.
+        """
+
+
+@dataclass(frozen=True)
+class GeneratorSource:
+    """A class-conditional generator with its tokenizer, as a `ClipSource`."""
+
+    generator: LarpGenerator
+    tokenizer: LarpTokenizer
+
+    @classmethod
+    def load(cls, generator: str, tokenizer: str, device: str, variant: str | None = None) -> GeneratorSource:
+        """Load both; errors as in `larp.metrics.clipsets.load_pair`."""
+        return cls(*load_pair(generator, tokenizer, "class", device, variant))
+
+    @property
+    def shape(self) -> ClipShape:
+        """The shape of the tokenizer's clips, every frame of a video."""
+        return ClipShape(*self.tokenizer.config.clip_shape)
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The weight hashes of both."""
+        return {"generator": self.generator.weight_hash(), "tokenizer": self.tokenizer.weight_hash()}
+
+    def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
+        """Raise ValueError for an unknown class, and for guidance of none of a clip's codes."""
+        for sampling in samplings:
+            guidance_scales(sampling, self.tokenizer.num_tokens)
+        class_numbers(self.generator, videos, labels)
+
+    def notes(self, videos: VideoSet) -> dict[str, Any]:
+        """Return nothing: the checkpoints say everything."""
+        return {}
+
+    def clips(
+        self, videos: VideoSet, labels: Sequence[int], sampling: GuidedSampling, seed: int, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield clips and codes for labels, see `larp.metrics.clipsets.generated_clips`."""
+        condition = class_numbers(self.generator, videos, labels)
+        return generated_clips(self.generator, self.tokenizer, condition, sampling, seed, batch_size)
