@@ -51,6 +51,7 @@ SIZES = {
     "--tiny.heads 2 --save-every 3 --tasks.continuation 0.2",
     "ucf_gfvd.py": "--num-clips 6 --repeats 2",
     "class_agreement.py": "--num-clips 4 --show 0",
+    "memorising.py": "--num-clips 4 --show 2",
     "k600_fvd.py": "--num-clips 4 --repeats 2 --show 0",
     "ucf_rfvd.py": "--repeats 2",
     "ucf_mllm.py": "--num-videos 6 --num-clips 4 --guidance-scale 2 --show 0",
