@@ -50,8 +50,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_THRESHOLD = "quantile_05"
-
 
 @dataclass(frozen=True)
 class MemorisingConfig(SamplingOptions, ClipSourceConfig):
@@ -105,6 +103,23 @@ def rows(generated: dict[str, Tensor], held_out: dict[str, Tensor], training: Te
     return [distance_row(name, values, threshold) for name, values in found.items()]
 
 
+def through_the_tokenizer(
+    generated: dict[str, Tensor], held_out: RealFeatures, training: RealFeatures
+) -> list[dict[str, Any]]:
+    """Return the rows of the distances between decoded clips: generated, held-out, and training clips among themselves."""
+    found = rows(generated, {"held-out clips": held_out.decoded}, training.decoded)
+    others, siblings = nearest_among_themselves(training.decoded, training.videos)
+    controls = {"training clips, to another training video": others, "training clips, to its own video": siblings}
+    threshold = found[-1]["quantile_05"]
+    return found + [distance_row(name, values, threshold) for name, values in controls.items() if len(values)]
+
+
+def as_they_are(generated: dict[str, Tensor], held_out: RealFeatures, training: RealFeatures) -> list[dict[str, Any]]:
+    """Return the rows of the distances to the training clips as they are."""
+    both = {"held-out clips": held_out.real, "held-out clips, reconstructed": held_out.decoded}
+    return rows(generated, both, training.real)
+
+
 def sheet(
     config: MemorisingConfig,
     shape: ClipShape,
@@ -147,24 +162,15 @@ def evaluate(config: MemorisingConfig) -> dict:
     # The classes of the held-out clips: how near clips lie depends on the class.
     known = [test.items[number].label for number in held_out.videos]
     labels = [known[place * len(known) // config.num_clips] for place in range(config.num_clips)]
-    names = [train.classes[label] for label in labels]
     generated: dict[str, Tensor] = {}
     for scale in config.guidance_scale:
         made, frames = generate_features(source, train, labels, scale, features, config)
         generated[f"generated, guidance {scale:g}"] = made
-    through = rows(generated, {"held-out clips": held_out.decoded}, training.decoded)
-    threshold = through[-1][_THRESHOLD]
-    controls = zip(
-        ("another training video", "its own video"),
-        nearest_among_themselves(training.decoded, training.videos),
-        strict=True,
-    )
-    through += [distance_row(f"training clips, to {name}", found, threshold) for name, found in controls if len(found)]
-    as_they_are = {"held-out clips": held_out.real, "held-out clips, reconstructed": held_out.decoded}
-    pictures, captions = sheet(config, source.shape, train, training, made, list(zip(names, frames, strict=True)))
+    shown = [(train.classes[label], clip) for label, clip in zip(labels, frames, strict=True)]
+    pictures, captions = sheet(config, source.shape, train, training, made, shown)
     report = {
-        "through_the_tokenizer": through,
-        "as_they_are": rows(generated, as_they_are, training.real),
+        "through_the_tokenizer": through_the_tokenizer(generated, held_out, training),
+        "as_they_are": as_they_are(generated, held_out, training),
         "training_clips": len(training.videos),
         "training_videos": len(training.videos.unique()),
         "features": {"name": features.name, "weights": features.weights_hash},

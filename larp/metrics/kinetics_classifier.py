@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from larp.metrics.i3d import FVD_NAMES, ClipFeatures, open_features
+from larp.metrics.i3d import ClipFeatures, open_features
+from larp.metrics.weights import I3D_KINETICS
 
 import torch
 from torch import Tensor
@@ -64,9 +65,9 @@ def kinetics_classifier(classes: Sequence[str], frames: int, device: str) -> Kin
     """
     if unknown := [name for name in classes if name not in KINETICS_CLASSES]:
         return f"no Kinetics class is known for {', '.join(unknown[:3])} ({len(unknown)} of {len(classes)} classes)"
+    if not I3D_KINETICS.find():
+        return f"the weights of I3D are not at hand (larp-mllm fetch {I3D_KINETICS.name})"
     features = open_features("auto", device=device)
-    if features.name not in FVD_NAMES:
-        return "the weights of I3D are not at hand (larp-mllm fetch i3d)"
     if frames < features.min_frames:
         return f"I3D needs {features.min_frames} frames, the clips have {frames}"
     return KineticsClassifier(tuple(classes), features)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 from eval import class_agreement
 from larp.data.video import write_video
@@ -92,8 +93,13 @@ class Reddish:
         return logits
 
 
-def test_both_classifiers_judge_the_same_clips(world, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def reddish(monkeypatch):
+    monkeypatch.setattr(kinetics_classifier, "I3D_KINETICS", SimpleNamespace(find=lambda: ("a file",)))
     monkeypatch.setattr(kinetics_classifier, "open_features", lambda *_, **__: Reddish())
+
+
+def test_both_classifiers_judge_the_same_clips(world, tmp_path, reddish, capsys):
     report = run(world, tmp_path / "x.json", "--num-clips", "6", "--guidance-scale", "2", "--show", "0")
     for name in ("real_128", "real"):
         assert report[name]["accuracy"] == 1 and report[name]["zero_shot"]["accuracy"] == 0, name
@@ -106,9 +112,8 @@ def test_both_classifiers_judge_the_same_clips(world, tmp_path, monkeypatch, cap
     assert "not the same class" not in printed and "real test clips              0.0%" in printed
 
 
-def test_a_class_that_kinetics_has_not_is_named(world, tmp_path, monkeypatch, capsys):
+def test_a_class_that_kinetics_has_not_is_named(world, tmp_path, monkeypatch, reddish, capsys):
     monkeypatch.setattr(kinetics_classifier, "_NOT_THE_SAME", {"Surfing"})
-    monkeypatch.setattr(kinetics_classifier, "open_features", lambda *_, **__: Reddish())
     run(world, tmp_path / "x.json", "--num-clips", "2", "--guidance-scale", "1", "--show", "0")
     assert "Surfing is not the same class as Kinetics' surfing water" in capsys.readouterr().out
 

@@ -1,5 +1,7 @@
 """The zero-shot classifier: the likeliest of the classes that the data have, and when there is none."""
 
+from types import SimpleNamespace
+
 from larp.data.clips import frames_to_clip
 from larp.data.video import read_video
 from larp.metrics import kinetics_classifier as module
@@ -59,6 +61,7 @@ def test_why_there_is_none(monkeypatch):
     assert "no Kinetics class is known for Knitting (1 of 2 classes)" in kinetics_classifier(
         ("Knitting", "Archery"), 16, "cpu"
     )
+    monkeypatch.setattr(module, "I3D_KINETICS", SimpleNamespace(find=lambda: ("a file",)))
     monkeypatch.setattr(module, "open_features", lambda *_, **__: FakeLogits())
     assert "I3D needs 10 frames, the clips have 4" in kinetics_classifier(("Surfing", "Archery"), 4, "cpu")
     assert kinetics_classifier(("Surfing", "Archery"), 10, "cpu").classes == ("Surfing", "Archery")
