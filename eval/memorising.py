@@ -179,7 +179,7 @@ def evaluate(config: MemorisingConfig) -> dict:
         "versions": versions(),
         "skipped": [*training.skipped, *held_out.skipped],
         "config": to_dict(config),
-        "files": write_sheet(pictures, captions, config.out),
+        "files": write_sheet(pictures, captions, config.out, cell=160),
     }
     report |= source.notes(train)
     write_json(config.out, report)

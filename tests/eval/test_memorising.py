@@ -111,7 +111,7 @@ def test_a_model_that_repeats_training_clips_is_found_out(world, tmp_path, monke
 
 def test_the_sheet_shows_the_nearest_clips_first(world, tmp_path, monkeypatch):
     sheets = []
-    monkeypatch.setattr(memorising, "write_sheet", lambda *given: sheets.append(given) or [])
+    monkeypatch.setattr(memorising, "write_sheet", lambda *given, **_: sheets.append(given) or [])
     run(world, tmp_path / "x.json", "--guidance-scale", 1, "--show", 3)
     ((pictures, captions, _),) = sheets
     assert len(pictures) == 3 and pictures[0].shape == (4, 32, 16, 3)
