@@ -139,11 +139,11 @@ def describe(report: dict) -> str:
     lines += confusion(rows[-1], report["classes"])
     if "missing" in notes:
         return "\n".join([*lines, f"no zero-shot classifier: {notes['missing']}", *last_lines(report)])
+    title = f"zero-shot, {notes['features']} among {len(report['classes'])} classes"
     rows = [(name, figures["zero_shot"]) for name, figures in rows]
-    lines += accuracies(
-        f"zero-shot, {notes['features']} among {len(report['classes'])} classes", rows, report["chance"]
-    )
-    lines += confusion(rows[-1], report["classes"])
+    centred = [(name, figures["centred"]) for name, figures in rows]
+    for heading, part in ((title, rows), (f"{title}, minus each class's mean over the clips of a row", centred)):
+        lines += accuracies(heading, part, report["chance"]) + confusion(part[-1], report["classes"])
     lines += [
         f"{name} is not the same class as Kinetics' {notes['kinetics'][name]}" for name in notes["not_the_same_class"]
     ]

@@ -54,8 +54,8 @@ class Classifier(Protocol):
     classes: tuple[str, ...]
     """Names of the K classes."""
 
-    def predict(self, clip: Tensor) -> Tensor:
-        """Return the class indices, int64 (B,) on the CPU, of clips (B, 3, T, H, W) in [0, 1]."""
+    def scores(self, clip: Tensor) -> Tensor:
+        """Return the scores of the classes, float32 (B, K) on the CPU, of clips (B, 3, T, H, W) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,13 @@ class ClipClassifier:
     key: dict[str, Any] = field(default_factory=dict)
     """Description of the training data."""
 
+    def scores(self, clip: Tensor) -> Tensor:
+        """Return the logits, float32 (B, K) on the CPU, of clips (B, 3, T, H, W) in [0, 1]."""
+        return F.linear(clip_features(clip), self.weight, self.bias)
+
     def predict(self, clip: Tensor) -> Tensor:
         """Return the class indices, int64 (B,) on the CPU, of clips (B, 3, T, H, W) in [0, 1]."""
-        return F.linear(clip_features(clip), self.weight, self.bias).argmax(dim=1)
+        return self.scores(clip).argmax(dim=1)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically."""
@@ -250,19 +254,26 @@ def classify(classifiers: Sequence[Classifier], batches: Iterable[tuple[Tensor, 
         classifiers: at least one, all of the same classes.
         batches: clips (B, 3, T, H, W) in [0, 1] and their labels, int64 (B,).
 
-    Returns `agreement` of the first classifier, and that of each further one under its name. Raises ValueError without a clip.
+    Returns `agreement` of the first classifier, and that of each further one under its name. The further ones were trained on other
+    videos, and a blur that all clips share may raise the scores of one class for all of them. So theirs has the key "centred" as
+    well: `agreement` after each class's mean over all clips is subtracted from its scores, which is fair where the clips have about
+    as many of each class. Raises ValueError without a clip.
     """
     labels: list[int] = []
-    predicted: list[list[int]] = [[] for _ in classifiers]
+    found: list[list[Tensor]] = [[] for _ in classifiers]
     for clips, numbers in batches:
         labels += numbers.tolist()
-        for classifier, found in zip(classifiers, predicted, strict=True):
-            found += classifier.predict(clips).tolist()
-    first, *others = (
-        agreement(labels, torch.tensor(found, dtype=torch.int64), classifier.classes)
-        for classifier, found in zip(classifiers, predicted, strict=True)
-    )
-    return first | {classifier.name: figures for classifier, figures in zip(classifiers[1:], others, strict=True)}
+        for classifier, rows in zip(classifiers, found, strict=True):
+            rows.append(classifier.scores(clips))
+    if not labels:
+        raise ValueError("there is no clip to classify")
+    first, *others = (torch.cat(rows) for rows in found)
+    figures = agreement(labels, first.argmax(dim=1), classifiers[0].classes)
+    for classifier, scores in zip(classifiers[1:], others, strict=True):
+        centred = (scores - scores.mean(dim=0)).argmax(dim=1)
+        figures[classifier.name] = agreement(labels, scores.argmax(dim=1), classifier.classes)
+        figures[classifier.name]["centred"] = agreement(labels, centred, classifier.classes)
+    return figures
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 from larp.metrics.i3d import ClipFeatures, open_features
 from larp.metrics.weights import I3D_KINETICS
 
-import torch
 from torch import Tensor
 
 KINETICS_CLASSES = {
@@ -52,10 +51,9 @@ class KineticsClassifier:
             "not_the_same_class": [name for name in self.classes if name in _NOT_THE_SAME],
         }
 
-    def predict(self, clip: Tensor) -> Tensor:
-        """Return the class indices, int64 (B,) on the CPU, of clips (B, 3, T, H, W) in [0, 1]; ValueError for too few frames."""
-        numbers = torch.tensor([KINETICS_CLASSES[name][0] for name in self.classes])
-        return self.features(clip)[:, numbers].argmax(dim=1)
+    def scores(self, clip: Tensor) -> Tensor:
+        """Return the logits, float32 (B, K) on the CPU, of clips (B, 3, T, H, W) in [0, 1]; ValueError for too few frames."""
+        return self.features(clip)[:, [KINETICS_CLASSES[name][0] for name in self.classes]]
 
 
 def kinetics_classifier(classes: Sequence[str], frames: int, device: str) -> KineticsClassifier | str:

@@ -108,7 +108,8 @@ def test_both_classifiers_judge_the_same_clips(world, tmp_path, reddish, capsys)
     assert report["generated"][0]["zero_shot"]["num_clips"] == 6
     assert report["zero_shot"]["kinetics"] == {"Archery": "archery", "Surfing": "surfing water"}
     printed = capsys.readouterr().out
-    assert "zero-shot, fvd-i3d-tfhub among 2 classes" in printed
+    assert "zero-shot, fvd-i3d-tfhub among 2 classes\n" in printed and "minus each class's mean" in printed
+    assert report["real"]["zero_shot"]["centred"]["num_clips"] == 10 and "centred" not in report["real"]
     assert "not the same class" not in printed and "real test clips              0.0%" in printed
 
 

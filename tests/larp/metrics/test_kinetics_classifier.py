@@ -32,8 +32,8 @@ def clips_of(*numbers: int) -> torch.Tensor:
 def test_only_the_classes_of_the_data_are_chosen_among():
     classifier = KineticsClassifier(("Surfing", "PlayingPiano", "Archery"), FakeLogits())
     # 250 is playing the violin, which these data do not have.
-    assert classifier.predict(clips_of(337, 241, 5, 250)).tolist() == [0, 1, 2, 2]
-    assert classifier.predict(clips_of(241)).dtype == torch.int64
+    scores = classifier.scores(clips_of(337, 241, 5, 250))
+    assert scores.tolist() == [[2, 0, 1], [0, 2, 1], [0, 0, 2], [0, 0, 1]]
 
 
 def test_a_class_that_is_not_the_same_is_named():
@@ -46,8 +46,8 @@ def test_several_classifiers_of_the_same_clips():
     class Always:
         name, classes = "always", ("Surfing", "Archery")
 
-        def predict(self, clip: torch.Tensor) -> torch.Tensor:
-            return torch.ones(len(clip), dtype=torch.int64)
+        def scores(self, clip: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[0.0, 1.0]]).expand(len(clip), 2)
 
     batches = [(clips_of(337, 5), torch.tensor([0, 1])), (clips_of(5), torch.tensor([0]))]
     figures = classify([Always(), KineticsClassifier(("Surfing", "Archery"), FakeLogits())], batches)
@@ -67,6 +67,24 @@ def test_why_there_is_none(monkeypatch):
     assert kinetics_classifier(("Surfing", "Archery"), 10, "cpu").classes == ("Surfing", "Archery")
 
 
+def test_what_all_clips_share_is_left_out_of_the_centred_figure():
+    class Archers:
+        """Archery scores highest everywhere, less so where it is not seen."""
+
+        name, classes = "archers", ("Surfing", "Archery")
+
+        def scores(self, clip: torch.Tensor) -> torch.Tensor:
+            surfing = (clip[:, 0, 0, 0, 0] * 400).round() == 337
+            return torch.stack([surfing.float(), torch.full((len(clip),), 9.0)], dim=1)
+
+    batches = [(clips_of(337, 5), torch.tensor([0, 1])), (clips_of(5, 337), torch.tensor([1, 0]))]
+    figures = classify([Archers(), Archers()], batches)
+    assert figures["accuracy"] == figures["archers"]["accuracy"] == 0.5 and "centred" not in figures
+    assert figures["archers"]["centred"]["accuracy"] == 1
+    with pytest.raises(ValueError, match="no clip to classify"):
+        classify([Archers()], [])
+
+
 @pytest.mark.slow
 def test_real_clips_are_recognised(fetched, clips_root):
     fetched("i3d")
@@ -75,7 +93,7 @@ def test_real_clips_are_recognised(fetched, clips_root):
     for name in ("Archery", "PlayingPiano", "Surfing"):
         path = min((clips_root / "ucf101/UCF-101" / name).glob("*_g08_*"))
         clips.append(frames_to_clip(read_video(path)[0][8:24], 128, 128))
-    assert [names[number] for number in classifier.predict(torch.stack(clips))] == [
+    assert [names[number] for number in classifier.scores(torch.stack(clips)).argmax(dim=1)] == [
         "Archery",
         "PlayingPiano",
         "Surfing",
