@@ -1,4 +1,5 @@
-"""Float32 matrix multiplication and attention by oneDNN on CPUs where it is faster than torch's default, MKL.
+"""Float32 matrix multiplication and attention by oneDNN on CPUs where it is faster than torch's default, MKL; attention in
+bfloat16 by `bf16_attention` where that is faster.
 
 On processors not made by Intel, MKL uses 256-bit instructions at most. On an AMD EPYC with AVX-512 oneDNN reaches 220 GFLOP/s per
 core where MKL reaches 100 (LOG.md). The choice depends on the machine only, never on a measurement, so that results are
@@ -10,6 +11,8 @@ Shapes: B batch, H heads, Q queries, S keys, D width of a head.
 import platform
 from functools import cache
 from pathlib import Path
+
+from larp.kernels import bf16_attention
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, dropout: float = 0.0) -> Tensor:
     """Compute `F.scaled_dot_product_attention` of q (B, H, Q, D) and k, v (B, H, S, D): (B, H, Q, D). Causal needs Q = S."""
-    # `_Attention` has no second derivative. Callers that need one disable flash attention.
+    # Neither of our own has a second derivative. Callers that need one disable flash attention.
+    if _in_bf16(q, k, v) and torch.backends.cuda.flash_sdp_enabled():
+        return bf16_attention.attention(q, k, v, is_causal, dropout)
     if not _use_onednn(q, k) or k.shape[2] < _MIN_KEYS or not torch.backends.cuda.flash_sdp_enabled():
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout)
     return _Attention.apply(q, k, v, is_causal, dropout)
@@ -70,6 +75,16 @@ def _use_onednn(x: Tensor, other: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and onednn_is_faster()
     )
+
+
+def _in_bf16(*inputs: Tensor) -> bool:
+    """Whether torch would compute in bfloat16, on a CPU where our own attention is faster."""
+    if inputs[0].device.type != "cpu" or torch.compiler.is_compiling() or not bf16_attention.fused_is_slow():
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        rounded = {torch.float32, torch.bfloat16}
+        return torch.get_autocast_dtype("cpu") == torch.bfloat16 and all(x.dtype in rounded for x in inputs)
+    return all(x.dtype == torch.bfloat16 for x in inputs)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
