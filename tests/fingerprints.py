@@ -72,7 +72,7 @@ def fingerprints(work: Path) -> dict[str, str]:
     ENVIRONMENT["LARP_DATA"], ENVIRONMENT["LARP_MLLM_HOME"] = str(work / "data"), str(work / "home")
     found = {}
     shapes = "shapes:count=48,size=32"
-    options = f"--recipe tokenizer-shapes32 --data {shapes} --steps 30 --optimizer.warmup 5 --batch-size 8 --ema 0.9 --loss.gan 0.1 --loss.gan-start 10 --eval-every 15 --eval-clips 8 --save-every 30 --reset-codes-every 10 {MODEL}"
+    options = f"--recipe tokenizer-shapes32 --engine.precision fp32 --engine.processes 1 --data {shapes} --steps 30 --optimizer.warmup 5 --batch-size 8 --ema 0.9 --loss.gan 0.1 --loss.gan-start 10 --eval-every 15 --eval-clips 8 --save-every 30 --reset-codes-every 10 {MODEL}"
     two = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launcher in (("one process", [PYTHON]), ("two processes", two)):
         out = work / f"tokenizer, {name}"

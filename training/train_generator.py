@@ -22,6 +22,7 @@ from larp.engine.clock import Clock
 from larp.engine.code_batches import CachedCodes, LiveCodes, open_data
 from larp.engine.distributed import gathered_copy, gathered_weights
 from larp.engine.generator_settings import TrainGeneratorConfig
+from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
@@ -75,10 +76,12 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the command line `argv` (by default the program's own) and return the report; ValueError for mistakes of the user."""
-    argv = sys.argv[1:] if argv is None else argv
+    options = sys.argv[1:] if argv is None else argv
     config, recipe = parse(
-        TrainGeneratorConfig, argv, RECIPES, "train_generator.py", adjust=TrainGeneratorConfig.adjusted
+        TrainGeneratorConfig, options, RECIPES, "train_generator.py", adjust=TrainGeneratorConfig.adjusted
     )
+    if argv is None:
+        spread(config.engine, config.batch_size)
     return train(config, recipe)
 
 
@@ -163,7 +166,7 @@ def make_generator_engine(
     config: TrainGeneratorConfig, model: LarpGenerator, clips: int, clock: Clock, ranks: Ranks
 ) -> Engine:
     """Put a generator and its optimizer under DeepSpeed, for epochs of so many clips."""
-    optimizer = build_optimizer(model, config.optimizer, config.engine.zero_stage)
+    optimizer = build_optimizer(model, config.optimizer, config.engine.zero_stage, config.engine.precision)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, clips / config.batch_size))
     engine = make_engine(
         model, optimizer, factor, config.engine, config.batch_size, ranks, name="generator", ema=config.ema

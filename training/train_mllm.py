@@ -19,6 +19,7 @@ from larp.engine.backend import Engine, Ranks, finish, reduce_sum, start, stop_r
 from larp.engine.checkpoint import newest_state
 from larp.engine.clock import Clock
 from larp.engine.distributed import main_first
+from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
 from larp.engine.signals import run_script
@@ -47,10 +48,12 @@ RECIPES = Path(__file__).parent / "recipes"
 
 def main(argv: Sequence[str] | None = None) -> dict:
     """Train as the command line says and return the report; ValueError for bad input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    options = sys.argv[1:] if argv is None else list(argv)
     config, recipe = parse(
-        TrainMllmConfig, argv, RECIPES, "train_mllm.py", default_recipe(argv), TrainMllmConfig.adjusted
+        TrainMllmConfig, options, RECIPES, "train_mllm.py", default_recipe(options), TrainMllmConfig.adjusted
     )
+    if argv is None:
+        spread(config.engine, config.batch_size)
     ranks = start(config.seed)
     try:
         return fit(config, recipe, ranks)

@@ -23,6 +23,7 @@ from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
 from larp.engine.codebook_reset import CodebookTracker
+from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
@@ -87,10 +88,12 @@ class Trainer:
 
 def main(argv: list[str] | None = None) -> dict:
     """Parse the command line, train, save the model, and return the report; ValueError for mistakes of the user."""
-    argv = sys.argv[1:] if argv is None else argv
+    options = sys.argv[1:] if argv is None else argv
     config, recipe = parse(
-        TrainTokenizerConfig, argv, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE, TrainTokenizerConfig.adjusted
+        TrainTokenizerConfig, options, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE, TrainTokenizerConfig.adjusted
     )
+    if argv is None:
+        spread(config.engine, config.batch_size)
     ranks = backend.start(config.seed)
     try:
         check_run(config)  # before videos are rendered or listed
@@ -131,7 +134,7 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
         take_weights(tokenizer, config.start_from)
     clock = Clock(config.steps, config.minutes)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
-    optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage)
+    optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage, config.engine.precision)
     engine = backend.make_engine(
         tokenizer, optimizer, factor, config.engine, config.batch_size, ranks,
         name="tokenizer", max_zero_stage=2, ema=config.ema,

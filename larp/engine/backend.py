@@ -46,6 +46,7 @@ from larp.engine.distributed import (
 )
 from larp.engine.ema import WeightAverage
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, check_trainable, deepspeed_settings, micro_batch
+from larp.kernels.allocator import keep_freed_memory
 from larp.kernels.threads import cores
 from larp.models.layers import checkpoint_activations, compile_blocks
 
@@ -99,6 +100,8 @@ def start(seed: int) -> Ranks:
     device = torch.device("cpu") if device_name == "cpu" else torch.device(device_name, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if not own:
         # Before joining the group, because a rank may wait there for ranks that will not start.
         signals.watch_launcher()

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from larp.engine.distributed import current_ranks, gather
 from larp.engine.schedules import lr_factor
+from larp.kernels.bf16_attention import multiplies_bf16
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ _PRIOR = "prior."
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Orthogonalise matrices (n, rows, columns) approximately by Newton-Schulz iterations, in float32.
+    """Orthogonalise matrices (n, rows, columns) approximately by Newton-Schulz iterations, in their dtype.
 
     With Muon's quintic (Jordan et al. 2024) singular values end between about 0.7 and 1.2, which is sufficient.
     """
@@ -85,7 +87,12 @@ class Muon(Optimizer):
     """Nesterov momentum with orthogonalised updates of matrices and decoupled weight decay.
 
     The algorithm of torch.optim.Muon, in float32 and with all matrices of one shape in one product. In torch's bfloat16 a
-    change of the last bit of a gradient changes an update by 0.4 %, so that two processes diverge from one.
+    change of the last bit of a gradient changes an update by 0.4 %, so that two processes diverge from one. On CPUs each
+    process orthogonalises its share of the matrices; the results are those of one process to the last bit.
+
+    Args:
+        matrices, lr, weight_decay, momentum: as of torch.optim.Muon.
+        in_bf16: orthogonalise matrices on a CPU in bfloat16, where gradients have no more digits anyway.
 
     Attributes:
         found_inf: as in torch's fused optimizers, a scalar tensor, 1 if a step must not change anything, or None.
@@ -97,8 +104,10 @@ class Muon(Optimizer):
         lr: float,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        in_bf16: bool = False,
     ):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.in_bf16 = in_bf16
         self.found_inf: Tensor | None = None
         if any(p.ndim != 2 for group in self.param_groups for p in group["params"]):
             raise ValueError("Muon trains matrices; give other parameters to another optimizer")
@@ -108,18 +117,40 @@ class Muon(Optimizer):
         """Update the matrices that have gradients; a closure is not supported."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
+        jobs = []
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for (rows, columns), matrices in shapes.items():
-                updates = orthogonalise(torch.stack(self._directions(matrices, group["momentum"])))
-                rate, decay = group["lr"] * max(1.0, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
-                if self.found_inf is not None:
-                    updates, decay = updates * (1 - self.found_inf), decay * (1 - self.found_inf)
-                torch._foreach_mul_(matrices, 1 - decay)
-                torch._foreach_add_(matrices, list(updates.unbind()), alpha=-rate)
+            jobs += [(group, matrices) for matrices in shapes.values()]
+        directions = [torch.stack(self._directions(matrices, group["momentum"])) for group, matrices in jobs]
+        for (group, matrices), updates in zip(jobs, self._orthogonalise(directions), strict=True):
+            rows, columns = matrices[0].shape
+            rate, decay = group["lr"] * max(1.0, rows / columns) ** 0.5, group["lr"] * group["weight_decay"]
+            if self.found_inf is not None:
+                updates, decay = updates * (1 - self.found_inf), decay * (1 - self.found_inf)
+            torch._foreach_mul_(matrices, 1 - decay)
+            torch._foreach_add_(matrices, list(updates.unbind()), alpha=-rate)
+
+    def _orthogonalise(self, directions: list[Tensor]) -> list[Tensor]:
+        """Orthogonalise stacks of matrices, on CPUs each process its share of every stack."""
+        if not directions or not directions[0].is_cpu:
+            return [orthogonalise(stack) for stack in directions]
+        ranks, parts = current_ranks(), []
+        for stack in directions:
+            share = math.ceil(len(stack) / ranks.world_size)
+            own = stack[ranks.rank * share : (ranks.rank + 1) * share]
+            part = orthogonalise(own.bfloat16() if self.in_bf16 else own)
+            # All processes have equally many, since the parts are gathered.
+            parts.append(torch.cat([part, part.new_zeros(share - len(own), *own.shape[1:])]))
+        # One collective for all.
+        gathered = gather(torch.cat([part.flatten() for part in parts])).view(ranks.world_size, -1)
+        shares = gathered.split([part.numel() for part in parts], 1)
+        return [
+            share.reshape(-1, *stack.shape[1:])[: len(stack)].to(stack.dtype)
+            for share, stack in zip(shares, directions, strict=True)
+        ]
 
     def _directions(self, matrices: list[nn.Parameter], momentum: float) -> tuple[Tensor, ...]:
         buffers = [
@@ -141,8 +172,14 @@ class MuonAdamW(Optimizer):
     colour several times sooner than AdamW (LOG.md).
     """
 
-    def __init__(self, matrices: list[dict[str, Any]], others: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        self.muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay)
+    def __init__(
+        self,
+        matrices: list[dict[str, Any]],
+        others: list[dict[str, Any]],
+        config: OptimizerConfig,
+        in_bf16: bool = False,
+    ) -> None:
+        self.muon = Muon(matrices, lr=config.matrix_lr, weight_decay=config.weight_decay, in_bf16=in_bf16)
         self.adam = torch.optim.AdamW(others, lr=config.lr, betas=config.betas)
         super().__init__([*self.muon.param_groups, *self.adam.param_groups], {})
         self.found_inf: Tensor | None = None
@@ -170,8 +207,10 @@ class MuonAdamW(Optimizer):
         self._share_groups()
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int = 0) -> Optimizer:
-    """Return the optimizer of a module's trainable parameters.
+def build_optimizer(
+    module: nn.Module, config: OptimizerConfig, zero_stage: int = 0, precision: str = "fp32"
+) -> Optimizer:
+    """Return the optimizer of a module's trainable parameters. `zero_stage` and `precision` are those of its engine.
 
     Each parameter group has its peak rate as `lr` and the name of that rate in the log as `lr_name`: lr, matrix_lr,
     prior_lr or prior_matrix_lr. The prior has its own groups only if `prior_lr` is given. Raises ValueError for Muon with
@@ -199,7 +238,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, zero_stage: int 
         )
     matrices = [group for group in groups if group["lr_name"].endswith("matrix_lr")]
     others = [group for group in groups if not group["lr_name"].endswith("matrix_lr")]
-    return MuonAdamW(matrices, others, config)
+    return MuonAdamW(matrices, others, config, precision == "bf16" and multiplies_bf16())
 
 
 def _groups(

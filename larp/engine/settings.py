@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from larp.engine.distributed import Ranks
+from larp.kernels.bf16_attention import multiplies_bf16
 
 import torch
 from torch import nn
@@ -21,8 +22,12 @@ class EngineConfig:
 
     zero_stage: int = 0
     """ZeRO stage: 0 shards nothing, 1 shards optimizer states, 2 also gradients, 3 also parameters."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the forward pass; weights and gradients stay float32. fp16 works at zero_stage 0 only."""
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = "fp32"
+    """Autocast type of the forward pass; weights and gradients stay float32. fp16 works at zero_stage 0 only. `auto` becomes bf16 on
+    CPUs that multiply bfloat16, else fp32."""
+    processes: int | Literal["auto"] = 1
+    """Processes to train in on a CPU without a launcher; `auto`: one for each core, as far as the batch can be divided among them.
+    Faster than threads for small models; each process holds the model and the optimizer."""
     accumulation: int = 1
     """Micro batches per rank and optimizer step."""
     clip_grad: float = 1.0
@@ -35,8 +40,13 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (0, 1, 2, 3):
             raise ValueError(f"zero_stage is {self.zero_stage}, expected 0, 1, 2 or 3")
+        if self.precision == "auto":
+            native = multiplies_bf16() and not torch.accelerator.is_available()
+            object.__setattr__(self, "precision", "bf16" if native else "fp32")
         if self.precision not in ("fp32", "bf16", "fp16"):
-            raise ValueError(f"precision is '{self.precision}', expected fp32, bf16 or fp16")
+            raise ValueError(f"precision is '{self.precision}', expected fp32, bf16, fp16 or auto")
+        if self.processes != "auto" and self.processes < 1:
+            raise ValueError(f"processes is {self.processes}, expected at least 1, or auto")
         if self.precision == "fp16" and self.zero_stage > 0:
             raise ValueError(
                 f"precision fp16 works at zero_stage 0 only, not {self.zero_stage}: deepspeed's loss scale never falls "

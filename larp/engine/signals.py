@@ -57,6 +57,11 @@ def stop_flag() -> bool:
     return _requested.is_set()
 
 
+def stopped_by() -> int:
+    """Return the number of the signal that set `stop_flag`; SIGTERM before one has come."""
+    return _stopped_by
+
+
 def install_handlers() -> None:
     """Record SIGTERM and the first Ctrl-C in `stop_flag` instead of exiting.
 

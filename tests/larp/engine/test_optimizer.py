@@ -3,6 +3,7 @@
 import copy
 
 from larp.engine.backend import EngineConfig, make_engine
+from larp.engine.distributed import Ranks
 from larp.engine.optimizer import Muon, MuonAdamW, OptimizerConfig, build_optimizer, orthogonalise
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
@@ -156,3 +157,24 @@ def test_muon_is_refused_with_sharding():
             [{"params": [torch.nn.Parameter(torch.ones(2))]}],
             OptimizerConfig("muon"),
         ).step(lambda: 0)
+
+
+def test_muon_divides_the_matrices_among_processes(monkeypatch):
+    stacks = [torch.randn(3, 8, 4), torch.randn(1, 4, 6)]
+    whole = [orthogonalise(stack) for stack in stacks]
+    muon, parts = Muon([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1), []
+    monkeypatch.setattr("larp.engine.optimizer.gather", lambda part: parts.append(part) or torch.cat([part, part]))
+    for rank in (0, 1):
+        monkeypatch.setattr("larp.engine.optimizer.current_ranks", lambda rank=rank: Ranks(rank, 2))
+        muon._orthogonalise(stacks)
+    assert parts[0].numel() == parts[1].numel() == 2 * 32 + 24
+    monkeypatch.setattr("larp.engine.optimizer.gather", lambda part: torch.cat(parts))
+    assert all(torch.equal(ours, one) for ours, one in zip(muon._orthogonalise(stacks), whole, strict=True))
+
+
+def test_muon_in_bfloat16_is_near_float32():
+    stack = torch.randn(2, 32, 16)
+    exact = orthogonalise(stack)
+    (found,) = Muon([torch.nn.Parameter(torch.zeros(2, 2))], lr=0.1, in_bf16=True)._orthogonalise([stack])
+    assert found.dtype == torch.float32 and not torch.equal(found, exact)
+    assert (found - exact).norm() / exact.norm() < 0.02
