@@ -321,6 +321,19 @@ def test_two_processes_train_to_the_losses_of_one(recipe, tmp_path, gan):
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
 
 
+@pytest.mark.slow
+def test_processes_without_a_launcher_train_to_the_losses_of_one(recipe, tmp_path):
+    options = ["--recipe", str(recipe), "--steps", "30"]
+    main([*options, "--out", str(tmp_path / "1")])
+    command = [sys.executable, ROOT / "training/train_tokenizer.py", *options, "--engine.processes", "2"]
+    words = [str(word) for word in (*command, "--out", tmp_path / "2")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "2 process(es)" in done.stdout + done.stderr, done.stdout + done.stderr
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)
+    again = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2 and again.stderr.count("holds a run already") == 1, again.stderr
+
+
 @pytest.mark.parametrize("name", ["larp-l-long", *sorted(path.stem for path in RECIPES.glob("tokenizer-*.toml"))])
 def test_shipped_recipes_build(name):
     config = from_dict(TrainTokenizerConfig, load_recipe(name, RECIPES), where=name)

@@ -1,4 +1,4 @@
-"""Processes of a training on a CPU: how many, what is passed on to them, and how they end."""
+"""Processes of a training on a CPU: how many, what is passed on to them, and how they end; automatic precision."""
 
 import os
 import signal
@@ -66,6 +66,13 @@ def test_a_gpu_is_left_to_launchers(cores, monkeypatch):
     assert count_processes(EngineConfig(processes="auto"), 16) == 1
     with pytest.raises(ValueError, match="num_accelerators"):
         count_processes(EngineConfig(processes=2), 16)
+
+
+@pytest.mark.parametrize(("native", "on_gpu", "precision"), [(1, 0, "bf16"), (0, 0, "fp32"), (1, 1, "fp32")])
+def test_automatic_precision_is_that_of_the_processor(monkeypatch, native, on_gpu, precision):
+    monkeypatch.setattr("larp.engine.settings.multiplies_bf16", lambda: bool(native))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: bool(on_gpu))
+    assert EngineConfig(precision="auto").precision == precision
 
 
 def start(folder, script):
