@@ -90,8 +90,8 @@ class Tasks:
     text: float = 0.2
     """Text alone, so that the language model keeps what it knows."""
     own_answers: float = 0.2
-    """What a pretrained base with a chat template answers to questions that come with the package, so that it goes on answering in
-    words."""
+    """What a pretrained base with a chat template answers to questions that come with the package, and prose that it writes, so that
+    it keeps what it was."""
     caption_dropout: float = 0.1
     """Probability that text-to-video is learned without its caption, which guidance needs; in [0, 1)."""
     continuation_text: float = 0.5

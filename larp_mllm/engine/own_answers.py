@@ -1,11 +1,13 @@
-"""The base's own answers to plain questions, mixed into the training so that it goes on answering in words.
+"""The base's own answers to plain questions and its own prose, mixed into the training so that it keeps what it was.
 
-A model that is trained on requests for videos alone soon answers everything with a video. Its own earlier answers are the
-text that changes it least, and need no data.
+A model that is trained on requests for videos alone soon answers everything with a video, and forgets prose. What it says
+itself is the text that changes it least, and needs no data: in expectation, training on its samples brings it back to itself.
 """
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,17 @@ from larp_mllm.generation.decode import decode_text
 from larp_mllm.generation.sampling import TextSampling
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.chat import stop_ids
+from larp_mllm.processing.token_sequence import PLACEHOLDER
 
 from tqdm import tqdm
 
-QUESTIONS = Path(__file__).parents[1] / "data" / "questions.txt"
-"""Questions without a wish for a video, one a line; many are about what videos show."""
-_SAMPLING = TextSampling(max_new_tokens=64)
-_BATCH = 16  # questions at a time
+QUESTIONS, OPENINGS = (Path(__file__).parents[1] / "data" / name for name in ("questions.txt", "openings.txt"))
+"""Questions without a wish for a video, one a line, many about what videos show; and first words of prose."""
+_ANSWER = TextSampling(max_new_tokens=64)
+_PROSE = TextSampling(temperature=1.0, max_new_tokens=128)
+_PIECES = 2  # of prose for each opening
+_BATCH = 16
+_SENTENCE = re.compile(r".*[.!?][\"')\]]*(?=\s)", re.DOTALL)
 
 
 def own_answers(mllm: Mllm, path: Path) -> RecordSet | None:
@@ -32,29 +38,48 @@ def own_answers(mllm: Mllm, path: Path) -> RecordSet | None:
     if not mllm.processor.tokenizer.chat_template:
         return None
     if not path.exists():
-        questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
+        questions, openings = (file.read_text(encoding="utf-8").splitlines() for file in (QUESTIONS, OPENINGS))
+        training = mllm.model.training
+        mllm.model.eval()
+        records = [*_answers(mllm, questions), *_prose(mllm, openings)]
+        mllm.model.train(training)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(json.dumps(chat, ensure_ascii=False) + "\n" for chat in _asked(mllm, questions)))
+        write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return open_records(path, mllm.processor, cache=path.parent)
 
 
-def _asked(mllm: Mllm, questions: list[str]) -> Iterator[dict[str, Any]]:
+def _answers(mllm: Mllm, questions: list[str]) -> Iterator[dict[str, Any]]:
     """Yield each question with the base's most probable answer as a chat."""
-    processor, stops = mllm.processor, stop_ids(mllm.processor.tokenizer)
     prompts = [mllm.chat_prompt([{"role": "user", "content": question}]) for question in questions]
-    training = mllm.model.training
-    mllm.model.eval()
-    # Questions of similar length, so that a batch holds little padding.
+    stops = stop_ids(mllm.processor.tokenizer)
+    for row, answer in _decoded(mllm, prompts, _ANSWER, stops, "asking the base"):
+        if text := mllm.processor.decode_text(answer).strip():
+            question = {"role": "user", "content": questions[row]}
+            yield {"messages": [question, _message(text, len(answer) < _ANSWER.max_new_tokens)]}
+
+
+def _prose(mllm: Mllm, openings: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield whole sentences that the base writes after each opening, sampled at temperature 1."""
+    processor, layout = mllm.processor, mllm.processor.layout
+    begin, stops = ([] if id is None else [id] for id in (layout.bos, layout.eos))
+    first = [processor.encode_text(opening) for opening in openings] * _PIECES
+    for row, written in _decoded(mllm, [begin + ids for ids in first], _PROSE, stops, "prose of the base"):
+        # A cut piece ends with its last whole sentence, since the end of the text is learned.
+        sentences = _SENTENCE.match(processor.decode_text(first[row] + written) + "\n")
+        if sentences and PLACEHOLDER not in sentences[0]:
+            yield {"text": sentences[0]}
+
+
+def _decoded(
+    mllm: Mllm, prompts: list[list[int]], sampling: TextSampling, stops: list[int], title: str
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the number of each prompt with what follows it, prompts of similar length in one batch."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for first in tqdm(range(0, len(order), _BATCH), desc="asking the base", unit="batch", delay=1):
+    for first in tqdm(range(0, len(order), _BATCH), desc=title, unit="batch", delay=1):
         rows = order[first : first + _BATCH]
-        answers = decode_text(mllm.model, [prompts[row] for row in rows], _SAMPLING, stops)
-        for row, answer in zip(rows, answers, strict=True):
-            text = processor.decode_text(answer).strip()
-            if text:
-                question = {"role": "user", "content": questions[row]}
-                yield {"messages": [question, _message(text, len(answer) < _SAMPLING.max_new_tokens)]}
-    mllm.model.train(training)
+        # Another seed for each batch: a row's random numbers depend on the seed and its place in the batch.
+        texts = decode_text(mllm.model, [prompts[row] for row in rows], replace(sampling, seed=first), stops)
+        yield from zip(rows, texts, strict=True)
 
 
 def _message(text: str, ended: bool) -> dict[str, Any]:

@@ -5,7 +5,6 @@ hidden width, K codes.
 """
 
 import inspect
-import math
 import os
 from copy import copy
 from dataclasses import dataclass
@@ -394,11 +393,13 @@ def select_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _hidden_norm(base: PreTrainedModel) -> float:
-    """Return the average norm of the hidden states that a base's head gets, of some text ids."""
+def _hidden_norm(base: PreTrainedModel) -> Tensor:
+    """Return the average norm of the hidden states that a base's head gets, of some text ids; float32 scalar."""
+    if base.device.type == "meta":  # no values
+        return torch.zeros((), device="meta")
     ids = torch.arange(min(64, base.config.vocab_size, base.config.max_position_embeddings), device=base.device)
-    norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean().item()
-    return norm if math.isfinite(norm) else 0.0  # a damaged base is reported where its text is scored
+    norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean()
+    return norm.nan_to_num(0.0, 0.0)  # a damaged base is reported where its text is scored
 
 
 def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:

@@ -36,7 +36,7 @@ class CodebookRows(nn.Module):
         return self.mlp(codebook) + self.residual(indices)
 
     @torch.no_grad()
-    def initialize(self, codebook: Tensor, embeddings: Tensor, most: float = math.inf) -> None:
+    def initialize(self, codebook: Tensor, embeddings: Tensor, most: Tensor | float = math.inf) -> None:
         """Initialise: residual zero; centred rows with the average norm of `embeddings` (rows, hidden), at most `most`."""
         first, last = self.mlp[0], self.mlp[2]
         for linear in (first, last):
@@ -45,7 +45,7 @@ class CodebookRows(nn.Module):
         nn.init.zeros_(self.residual.weight)
         rows = self.mlp[1](first(codebook)) @ last.weight.T
         mean = rows.mean(0)
-        scale = embeddings.norm(dim=-1).mean().clamp_max(most) / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
+        scale = embeddings.norm(dim=-1).mean().clamp(max=most) / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
         last.weight.mul_(scale)
         if last.bias is not None:
             last.bias.copy_(-mean * scale)
@@ -63,7 +63,7 @@ class FreeRows(nn.Module):
         return self.rows(torch.arange(codebook.shape[0], device=codebook.device))
 
     @torch.no_grad()
-    def initialize(self, codebook: Tensor, embeddings: Tensor, most: float = math.inf) -> None:
+    def initialize(self, codebook: Tensor, embeddings: Tensor, most: Tensor | float = math.inf) -> None:
         """Initialise: normal with the mean and standard deviation of `embeddings` (rows, hidden), the latter of norm `most` at most."""
         mean, std = embeddings.mean(0), embeddings.std(0)
         std = std * (most / std.norm()).clamp_max(1.0)
@@ -91,7 +91,7 @@ class TokenAdapter(nn.Module):
 
     @torch.no_grad()
     def initialize(
-        self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor, hidden_norm: float = 0.0
+        self, codebook: Tensor, input_embeddings: Tensor, output_embeddings: Tensor, hidden_norm: Tensor | float = 0.0
     ) -> None:
         """Initialise from the codebook (K, d) and the base model's embedding and head rows (V, hidden).
 
@@ -106,7 +106,8 @@ class TokenAdapter(nn.Module):
             )
         self.codebook.copy_(codebook)
         self.code_input.initialize(self.codebook, input_embeddings)
-        most = _LOGIT_SPREAD * output_embeddings.shape[-1] ** 0.5 / hidden_norm if hidden_norm else math.inf
+        norm = torch.as_tensor(hidden_norm, device=output_embeddings.device)
+        most = _LOGIT_SPREAD * output_embeddings.shape[-1] ** 0.5 / norm  # infinite for 0
         self.code_output.initialize(self.codebook, output_embeddings, most)
         for controls, rows in ((self.control_input, input_embeddings), (self.control_output, output_embeddings)):
             controls.weight.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(controls.weight))

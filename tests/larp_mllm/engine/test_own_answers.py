@@ -20,24 +20,35 @@ def chatting(qwen, monkeypatch, tmp_path):
     mllm.processor = copy.copy(qwen.processor)
     mllm.processor.tokenizer = copy.deepcopy(qwen.processor.tokenizer)
     mllm.processor.tokenizer.chat_template = DEFAULT_TEMPLATE
-    questions = tmp_path / "questions.txt"
+    questions, openings = tmp_path / "questions.txt", tmp_path / "openings.txt"
+    openings.write_text("a circle\nthe\n")
+    monkeypatch.setattr(module, "OPENINGS", openings)
     questions.write_text("a red circle\na blue square moving\nred\na\nleft\n")
     monkeypatch.setattr(module, "QUESTIONS", questions)
     monkeypatch.setattr(module, "_BATCH", 2)
-    monkeypatch.setattr(module, "_SAMPLING", TextSampling(max_new_tokens=12))
+    monkeypatch.setattr(module, "_ANSWER", TextSampling(max_new_tokens=12))
     return mllm
 
 
 def test_the_answers_are_those_that_the_base_gives_in_a_chat(chatting, tmp_path):
     records = own_answers(chatting, tmp_path / "run" / "answers.jsonl")
-    chats = [json.loads(line)["messages"] for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
-    assert len(records) == len(chats) > 0
+    written = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    chats = [record["messages"] for record in written if "messages" in record]
+    assert len(records) == len(written) and chats
     for question, answer in chats:
         said = chatting.chat([question], text_sampling=TextSampling(max_new_tokens=12), max_videos=0)["content"]
         said = said if isinstance(said, str) else "".join(part["text"] for part in said)
         parts = answer["content"]
         given = parts if isinstance(parts, str) else "".join(part["text"] for part in parts)
         assert given.strip() == said.strip()
+
+
+def test_prose_begins_with_an_opening_and_ends_with_a_sentence(chatting, monkeypatch):
+    said = iter(["blue. And then", "red without an end", "<video> red. ", "left! Yes?"])
+    ids = lambda text: chatting.processor.encode_text(text)  # noqa: E731
+    monkeypatch.setattr(module, "decode_text", lambda model, rows, *_: [ids(f" {next(said)}") for _ in rows])
+    written = [record["text"] for record in module._prose(chatting, ["a circle", "the"])]
+    assert written == ["a circle blue.", "the left! Yes?"]
 
 
 def test_no_end_is_learned_of_an_answer_that_was_cut_off():
