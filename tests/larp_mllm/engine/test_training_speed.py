@@ -77,7 +77,7 @@ def test_the_loss_is_the_weighted_mean_over_targets(step):
 @pytest.mark.slow
 def test_accumulation_and_packing_train_to_the_same_losses(train, tmp_path):
     train(tmp_path / "one", "--joint.steps", "5")
-    train(tmp_path / "four", "--joint.steps", "5", "--engine.accumulation", "4", "--sequence-length", "64")
+    train(tmp_path / "four", "--joint.steps", "5", "--engine.accumulation", "4", "--sequence-length", "96")
     one, four = lines(tmp_path / "one")[-1], lines(tmp_path / "four")[-1]
     for name in ("video_bits", "text_nll", "grad_norm"):
         assert one[name] == pytest.approx(four[name], rel=1e-4)
@@ -136,7 +136,7 @@ def test_two_processes_train_to_the_losses_of_one(base, cache, prose, train, tmp
         str(base),
         *STAGES,
         "--sequence-length",
-        "64",
+        "96",
         "--sampling.every",
         "3",
         "--sampling.videos",
