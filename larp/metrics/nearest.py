@@ -95,8 +95,10 @@ def real_features(
 ) -> RealFeatures:
     """Return the features of up to `windows` clips of each video, which do not overlap, computed once and then cached.
 
-    mirror: also those of the mirror images of clips and reconstructions. The key in the folder of the metrics' weights (LARP_CACHE, by default ~/.cache/larp) covers the videos with their sizes and
-    modification times, the clips, the features and the tokenizer. Raises ValueError if no video can be read.
+    The cache lies in the folder of the metrics' weights (LARP_CACHE, by default ~/.cache/larp). Its key covers the videos with their
+    sizes and modification times, the clips, the features and the tokenizer.
+
+    mirror: also those of the mirror images of clips and reconstructions. Raises ValueError if no video can be read.
     """
     key = {
         "videos": [[item.name, *file_state(item.path)] for item in videos.items],
