@@ -3,7 +3,6 @@
 Shapes: n clips in all, b clips of a batch, T frames, H x W pixels, N codes of a clip.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.options import GuidedSampling
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
-from larp_mllm.metrics.evaluation import clip_shape, prompts_of
+from larp_mllm.metrics.evaluation import clip_shape, prompts_in_turn, prompts_of
 from larp_mllm.pipeline import Mllm
 
 import torch
@@ -70,11 +69,7 @@ class MllmSource:
 
     def prompts(self, videos: VideoSet, labels: Sequence[int]) -> list[str]:
         """Return a prompt for each label (n,): the phrasings of its class, each clip of the class the next one."""
-        texts, seen, prompts = prompts_of(videos), Counter(), []
-        for label in labels:
-            prompts.append(texts[label][seen[label] % len(texts[label])])
-            seen[label] += 1
-        return prompts
+        return prompts_in_turn(prompts_of(videos), labels)
 
     @torch.inference_mode()
     def clips(

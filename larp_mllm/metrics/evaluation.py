@@ -4,7 +4,8 @@ Each function returns plain values for a record. Shapes: n clips of T frames, th
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 from typing import Any
 
 from larp.data.clips import ClipShape, pixels_to_clip
@@ -84,6 +85,12 @@ def split_evenly(num_videos: int, classes: int) -> list[int]:
     return [number % classes for number in range(num_videos)]
 
 
+def prompts_in_turn(texts: Sequence[Sequence[str]], labels: Iterable[int]) -> list[str]:
+    """Return a prompt for each label: of the texts of its class, each clip of the class gets the next one."""
+    turns = [cycle(of_class) for of_class in texts]
+    return [next(turns[label]) for label in labels]
+
+
 def generated_agreement(
     mllm: Mllm, classifier: ClipClassifier, texts: Sequence[Sequence[str]], num_videos: int, sampling: VideoSampling
 ) -> tuple[dict[str, Any], list[list[Video]]]:
@@ -93,8 +100,7 @@ def generated_agreement(
     """
     count = len(texts)
     labels = split_evenly(num_videos, count)
-    prompts = [texts[label][number // count % len(texts[label])] for number, label in enumerate(labels)]
-    videos = mllm.generate(prompts, sampling=sampling)
+    videos = mllm.generate(prompts_in_turn(texts, labels), sampling=sampling)
     predicted = torch.cat([classifier.predict(pixels_to_clip(video.frames)[None]) for video in videos])
     return agreement(labels, predicted, classifier.classes), [videos[label::count] for label in range(count)]
 
