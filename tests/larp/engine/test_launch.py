@@ -15,18 +15,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Each rank counts the SIGTERMs that it gets, and stops as a training does.
+# Each rank counts the SIGTERMs that it gets, and stops as a training does. Each line is one write, since both write to one pipe.
 RANK = """
 import os, signal, sys, time
+def say(*words): os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 rank, told = os.environ["RANK"], []
 signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
-print("rank", rank, "of", os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], sys.argv[1:], flush=True)
+say("rank", rank, "of", os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], sys.argv[1:])
 open(f"{sys.argv[1]}/started-{rank}", "w").write(str(os.getpid()))
 end = time.monotonic() + 60
 while time.monotonic() < end and not told:
     time.sleep(0.05)
 time.sleep(0.5)
-print("told", len(told), flush=True)
+say("told", len(told))
 sys.exit(143 if told else 1)
 """
 
