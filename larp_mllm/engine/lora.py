@@ -3,14 +3,13 @@
 from typing import Literal
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora
 
 import torch
 from torch import Tensor
 
-Method = Literal["lora", "full"]
-TrainedPart = Literal["adapter", "lora", "full"]
-# The projections of attention and MLP, by the names that Llama, Qwen and Mistral share.
-LORA_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Method = Literal["partial-lora", "lora", "full"]
+TrainedPart = Literal["adapter", "partial-lora", "lora", "full"]
 _LORA = "default"
 
 
@@ -21,22 +20,26 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
         part: "adapter": the base stays frozen. "lora": adapter, and low-rank updates of the base's projections. "full": all.
         lora_alpha: the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
 
-    Raises ValueError for a base without LORA_LAYERS.
+    Raises ValueError for a base without PROJECTIONS.
     """
     if part == "full":
         return None
     model.base.requires_grad_(False)
     if part == "adapter":
         return None
+    if part == "partial-lora":
+        add_partial_lora(model.base, lora_rank)
+        model.config.partial_lora_rank = lora_rank
+        return None
     from peft import LoraConfig, LoraModel
 
     alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=LORA_LAYERS)
+    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=list(PROJECTIONS))
     try:
         return LoraModel(model.base, settings, _LORA)
     except ValueError as error:
         raise ValueError(
-            f"LoRA finds none of the layers {', '.join(LORA_LAYERS)} in this base ({type(model.base).__name__}): train it "
+            f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(model.base).__name__}): train it "
             "with --joint.method full"
         ) from error
 

@@ -58,8 +58,9 @@ class DecodeState:
         return self.model.text_logits(self.hidden).float()
 
     def _forward(self, ids: Tensor) -> Tensor:
-        return self.model.base.base_model(
-            inputs_embeds=self._embed(ids),
+        return self.model.run_base(
+            ids,
+            self._embed(ids),
             attention_mask=self._mask,
             position_ids=self._positions,
             past_key_values=self._cache,

@@ -49,9 +49,7 @@ def code_bits(
             row_ids = [*prompts[row], *model.vocabulary.code_to_id(codes[row].long()).tolist()]
             ids[place, : len(row_ids)] = torch.tensor(row_ids)
         # Causal attention does not see padding on the right.
-        states = model.base.base_model(
-            inputs_embeds=model.embed(ids.to(model.device)), use_cache=False
-        ).last_hidden_state
+        states = model.run_base(ids.to(model.device), use_cache=False).last_hidden_state
         places = (lengths[:, None] - 1 + torch.arange(count)).to(states.device)
         logits = model.code_logits(states.take_along_dim(places[..., None], dim=1)).float()
         wanted = codes[rows].long().to(logits.device)

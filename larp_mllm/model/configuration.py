@@ -28,6 +28,7 @@ class LarpMllmConfig(PreTrainedConfig):
         fps: frames per second of the training clips.
         frame_stride: step between the frames that are read from a video file.
         given_frames: number of frames that a continuation starts from; 0: the model is not trained for continuation.
+        partial_lora_rank: rank of the base's updates at positions of video ids, see `PartialLoraLinear`; 0: there are none.
 
     Raises ValueError, when built and when loaded, for values out of range.
     """
@@ -45,6 +46,7 @@ class LarpMllmConfig(PreTrainedConfig):
     fps: float = 8.0
     frame_stride: int = 1
     given_frames: int = 0
+    partial_lora_rank: int = 0
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave a dict
@@ -99,7 +101,8 @@ class LarpMllmConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("text_size", "codebook_size", "code_dim", "tokens_per_video", "frame_stride"):
             _check_int(name, getattr(self, name), 1)
-        _check_int("given_frames", self.given_frames, 0)
+        for name in ("given_frames", "partial_lora_rank"):
+            _check_int(name, getattr(self, name), 0)
         if isinstance(self.fps, bool) or not (
             isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
         ):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from larp.hub import check_fit
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
+from larp_mllm.model.partial_lora import add_partial_lora, at_positions
 from larp_mllm.model.token_adapter import TokenAdapter
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -63,6 +64,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LarpMllmConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.text_config)
+        if config.partial_lora_rank:
+            add_partial_lora(self.base, config.partial_lora_rank)
         hidden = self.base.get_input_embeddings().weight.shape[-1]
         self.adapter = TokenAdapter(config.codebook_size, config.code_dim, hidden, config.adapter)
         self.post_init()
@@ -187,6 +190,21 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         video = F.embedding((input_ids - self.vocabulary.text_size).clamp_min(0), self.adapter.input_rows())
         return torch.where(is_text[..., None], text, video.to(text.dtype))
 
+    def run_base(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, **options):
+        """Run the base's decoder; returns its output.
+
+        Args:
+            input_ids: int64 (B, S); None: `inputs_embeds` are taken for text.
+            inputs_embeds: (B, S, H); by default those of the ids.
+            **options: of the base's decoder.
+        """
+        if input_ids is None:
+            return self.base.base_model(inputs_embeds=inputs_embeds, **options)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        with at_positions(~self.vocabulary.is_text(input_ids)):
+            return self.base.base_model(inputs_embeds=inputs_embeds, **options)
+
     def text_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) -> logits (..., text_size + 2): text, video_start, video_end."""
         text = self.base.get_output_embeddings()(hidden)
@@ -244,8 +262,9 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         for option in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, option, False):
                 kwargs.setdefault(option, True)
-        decoded = self.base.base_model(
-            inputs_embeds=self.embed(input_ids) if inputs_embeds is None else inputs_embeds,
+        decoded = self.run_base(
+            input_ids,
+            inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,

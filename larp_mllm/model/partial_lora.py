@@ -1,0 +1,71 @@
+"""Partial LoRA: low-rank updates of a base's projections that act at the positions of video ids alone.
+
+    add_partial_lora(model.base, rank=16)
+    with at_positions(is_video):                # bool (B, S)
+        model.base.base_model(inputs_embeds=...)
+
+Text takes the path of the frozen base: without a video before it, what the model says of text is the base's to the last bit.
+The method is that of InternLM-XComposer2 (arXiv:2401.16420); the updates cannot be merged into the base's weights.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The projections of attention and MLP, by the names that Llama, Qwen and Mistral share.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Per thread, since several may use one model.
+_POSITIONS: ContextVar[Tensor | None] = ContextVar("positions of video ids", default=None)
+
+
+class PartialLoraLinear(nn.Linear):
+    """A linear layer W with a low-rank update: x -> W x + up(down(x)) at the positions of `at_positions`, W x elsewhere.
+
+    It takes over the parameters of `linear`, so that their names in a state dict stay as they were.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.lora_down = nn.Parameter(linear.weight.new_empty(rank, self.in_features))
+        self.lora_up = nn.Parameter(linear.weight.new_zeros(self.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, in) -> (B, S, out)."""
+        out, where = F.linear(x, self.weight, self.bias), _POSITIONS.get()
+        if where is None:
+            return out
+        return torch.where(where[..., None], out + F.linear(F.linear(x, self.lora_down), self.lora_up), out)
+
+
+def add_partial_lora(base: nn.Module, rank: int) -> None:
+    """Replace the projections of `base` by layers with updates of this rank, which change nothing yet.
+
+    Raises ValueError for a base without PROJECTIONS.
+    """
+    found = [(name, layer) for name, layer in base.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
+    if not found:
+        raise ValueError(
+            f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(base).__name__}): train it with "
+            "--joint.method full"
+        )
+    for name, layer in found:
+        parent, _, own = name.rpartition(".")
+        setattr(base.get_submodule(parent), own, PartialLoraLinear(layer, rank))
+
+
+@contextmanager
+def at_positions(where: Tensor) -> Iterator[None]:
+    """In the block, the updates act at these positions, bool (B, S), of what passes through a base."""
+    token = _POSITIONS.set(where)
+    try:
+        yield
+    finally:
+        _POSITIONS.reset(token)
