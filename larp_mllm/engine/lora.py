@@ -3,7 +3,7 @@
 from typing import Literal
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora
+from larp_mllm.model.partial_lora import PROJECTIONS, PartialLoraLinear
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
     """Freeze what is not trained and add LoRA; returns peft's LoraModel, whose layers are inside `model.base`, or None.
 
     Args:
-        part: "adapter": the base stays frozen. "lora": adapter, and low-rank updates of the base's projections. "full": all.
-        lora_alpha: the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
+        part: "adapter": the base stays frozen. "partial-lora": adapter, and low-rank updates of the base's projections at the
+            positions of video ids. "lora": the updates act everywhere. "full": all.
+        lora_alpha: with "lora", the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
 
-    Raises ValueError for a base without PROJECTIONS.
+    Raises ValueError for a base without PROJECTIONS, and for a model with partial LoRA of another rank or another `part`.
     """
     if part == "full":
         return None
@@ -28,9 +29,14 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
     if part == "adapter":
         return None
     if part == "partial-lora":
-        add_partial_lora(model.base, lora_rank)
-        model.config.partial_lora_rank = lora_rank
+        model.add_partial_lora(lora_rank)
+        for layer in model.base.modules():
+            if isinstance(layer, PartialLoraLinear):
+                layer.lora_down.requires_grad_(True)
+                layer.lora_up.requires_grad_(True)
         return None
+    if model.config.partial_lora_rank:
+        raise ValueError("this model has partial LoRA already, to which LoRA cannot be added: train it with --joint.method partial-lora")
     from peft import LoraConfig, LoraModel
 
     alpha = 2 * lora_rank if lora_alpha is None else lora_alpha

@@ -84,7 +84,7 @@ class Stage:
     @property
     def identity(self) -> dict:
         """The plain values in which a checkpoint must agree to be resumed in this stage."""
-        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha} if self.trained in ("lora", "partial-lora") else {}
+        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha} if "lora" in self.trained else {}
         return {"stage": self.name, "first_step": self.first, "trained": self.trained, **lora}
 
     @property
@@ -95,7 +95,7 @@ class Stage:
     @property
     def summary(self) -> dict:
         """The stage in a report, as plain values."""
-        lora = {"lora_rank": self.lora_rank} if self.trained in ("lora", "partial-lora") else {}
+        lora = {"lora_rank": self.lora_rank} if "lora" in self.trained else {}
         return {"name": self.name, "steps": self.steps, "trained": self.trained, **lora, **self.rates}
 
 

@@ -184,14 +184,20 @@ def option_changes(run: Path, options: Mapping[str, Any], step: int, earlier: li
     return earlier if changed == before else [*earlier, {"step": step, "changed": changed}]
 
 
+_TRAINED = {
+    "adapter": "adapter alone",
+    "partial-lora": "partial LoRA of rank {}",
+    "lora": "LoRA of rank {}",
+    "full": "everything",
+}
+
+
 def _describe_report(report: dict[str, Any]) -> list[str]:
     quantized = f", dequantized from {report['dequantized_from']}" if "dequantized_from" in report else ""
     lines = [f"base:     {report['base']}{quantized}, {report['adapter']} adapter"]
     for stage in report["stages"]:
         rates = ", ".join(f"{name} {stage[name]:g}" for name in ("adapter_lr", "llm_lr") if name in stage)
-        what = {"adapter": "adapter alone", "full": "everything"}.get(
-            stage["trained"], f"LoRA of rank {stage.get('lora_rank')}"
-        )
+        what = _TRAINED[stage["trained"]].format(stage.get("lora_rank"))
         time = f", {stage['seconds']:.0f} s" if "seconds" in stage else ""
         lines.append(
             f"stage:    {stage['name']}, {stage['steps']} steps, {what} ({stage['parameters']:,} parameters), {rates}{time}"

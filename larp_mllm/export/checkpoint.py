@@ -54,7 +54,8 @@ def export(
         max_shard_size: of a weight file, as in `PreTrainedModel.save_pretrained`.
 
     The logits equal the model's, except for text ids without a row in the base: those are 0, not -inf, and
-    generation_config.json suppresses them. Raises ValueError if `to` cannot be written or holds something else.
+    generation_config.json suppresses them. Raises ValueError if `to` cannot be written or holds something else, and for a model
+    with partial LoRA.
     """
     to = Path(to).absolute()
     check_target(to, overwrite)
@@ -120,7 +121,15 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
 
 @torch.no_grad()
 def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Return the base architecture with text_size + 2 + K rows in embedding and head, untied; other weights are shared."""
+    """Return the base architecture with text_size + 2 + K rows in embedding and head, untied; other weights are shared.
+
+    Raises ValueError for partial LoRA, which no stock architecture has.
+    """
+    if model.config.partial_lora_rank:
+        raise ValueError(
+            "this model has partial LoRA, which acts at the ids of videos alone: no stock checkpoint can hold it. Train with "
+            "--joint.method lora for a model to export"
+        )
     base, adapter, vocabulary = model.base, model.adapter, model.vocabulary
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     state = _merged(base)

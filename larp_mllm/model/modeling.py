@@ -8,13 +8,14 @@ import inspect
 import os
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from larp.hub import check_fit
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
-from larp_mllm.model.partial_lora import add_partial_lora, at_positions
+from larp_mllm.model.partial_lora import add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.token_adapter import TokenAdapter
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -146,6 +148,20 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         check_finite(model, str(path))
         return (model, info) if output_loading_info else model
 
+    def add_partial_lora(self, rank: int) -> None:
+        """Add updates of this rank to the base, see `PartialLoraLinear`; nothing changes where it has them.
+
+        Raises ValueError if it has updates of another rank, or lacks the layers.
+        """
+        if self.config.partial_lora_rank not in (0, rank):
+            raise ValueError(
+                f"this model has partial LoRA of rank {self.config.partial_lora_rank}, which cannot become {rank}: train with "
+                f"--joint.lora-rank {self.config.partial_lora_rank}"
+            )
+        if not self.config.partial_lora_rank:
+            add_partial_lora(self.base, rank)
+            self.config.partial_lora_rank = rank
+
     @property
     def vocabulary(self) -> Vocabulary:
         """The id layout."""
@@ -194,11 +210,15 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         """Run the base's decoder; returns its output.
 
         Args:
-            input_ids: int64 (B, S); None: `inputs_embeds` are taken for text.
+            input_ids: int64 (B, S), or None.
             inputs_embeds: (B, S, H); by default those of the ids.
             **options: of the base's decoder.
+
+        Raises ValueError for partial LoRA without ids, which say where it acts.
         """
         if input_ids is None:
+            if self.config.partial_lora_rank:
+                raise ValueError("a model with partial LoRA needs input_ids, which say where videos are: give these")
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
@@ -310,6 +330,13 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             return super()._beam_search(*args, **options)
         finally:
             self.config = config
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
+        if self.config.partial_lora_rank:
+            gradient_checkpointing_func = partial(
+                gradient_checkpointing_func, use_reentrant=False, context_fn=for_recomputation
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
     def _losses(
         self,

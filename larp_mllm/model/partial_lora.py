@@ -10,7 +10,7 @@ The method is that of InternLM-XComposer2 (arXiv:2401.16420); the updates cannot
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -61,9 +61,14 @@ def add_partial_lora(base: nn.Module, rank: int) -> None:
         setattr(base.get_submodule(parent), own, PartialLoraLinear(layer, rank))
 
 
+def for_recomputation() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The `context_fn` of gradient checkpointing: what is computed again, in another thread perhaps, has the positions of now."""
+    return nullcontext(), at_positions(_POSITIONS.get())
+
+
 @contextmanager
-def at_positions(where: Tensor) -> Iterator[None]:
-    """In the block, the updates act at these positions, bool (B, S), of what passes through a base."""
+def at_positions(where: Tensor | None) -> Iterator[None]:
+    """In the block, the updates act at these positions, bool (B, S), of what passes through a base; None: nowhere."""
     token = _POSITIONS.set(where)
     try:
         yield
