@@ -44,14 +44,15 @@ class JointConfig:
 
     steps: int = 2000
     """0 leaves the stage out."""
-    method: Method = "lora"
-    """What of the language model is trained: low-rank updates of its projections (LoRA), merged at the end, or all weights."""
+    method: Method = "partial-lora"
+    """What of the language model is trained: low-rank updates of its projections that act at the ids of videos alone, so that it
+    stays what it is for text (partial-lora), such that act everywhere and are merged at the end (lora), or all weights (full)."""
     adapter_lr: float = 5e-4
     llm_lr: float | None = None
-    """Learning rate of the language model; by default 1e-4 for LoRA and 2e-5 for all weights."""
+    """Learning rate of the language model; by default 1e-3 for partial LoRA, 1e-4 for LoRA and 2e-5 for all weights."""
     lora_rank: int = 32
     lora_alpha: int | None = None
-    """The updates are scaled by lora_alpha / lora_rank, by default 2."""
+    """With lora, the updates are scaled by lora_alpha / lora_rank, by default 2."""
     warmup: int | None = None
     """Steps over which the rates rise; by default a tenth of the stage, at most 50."""
 

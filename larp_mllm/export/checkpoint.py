@@ -1,6 +1,7 @@
 """Export of a trained model as a stock checkpoint of its base architecture, for transformers, vLLM and others.
 
 The adapter's rows become rows of embedding and head, LoRA is merged, and the text tokenizer gets tokens for the video ids.
+Partial LoRA cannot be merged: the checkpoint then has code of its own beside it.
 K is the codebook size.
 """
 
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from larp.files import check_writable
 from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.export.custom_code import add_custom_code
 from larp_mllm.export.readme import readme
 from larp_mllm.export.token_names import add_tokens, loader_of
 from larp_mllm.locate import read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.partial_lora import add_partial_lora
 from larp_mllm.model.vocabulary import Vocabulary
 from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import stop_ids
@@ -53,9 +56,9 @@ def export(
         dtype: of the written weights; by default the model's.
         max_shard_size: of a weight file, as in `PreTrainedModel.save_pretrained`.
 
+    A model with partial LoRA becomes a checkpoint with code of its own, which transformers runs with trust_remote_code=True.
     The logits equal the model's, except for text ids without a row in the base: those are 0, not -inf, and
-    generation_config.json suppresses them. Raises ValueError if `to` cannot be written or holds something else, and for a model
-    with partial LoRA.
+    generation_config.json suppresses them. Raises ValueError if `to` cannot be written or holds something else.
     """
     to = Path(to).absolute()
     check_target(to, overwrite)
@@ -114,22 +117,19 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
     layout["tokenizer_class"] = loader_of(tokenizer, folder, stock.config)
     _set_token_ids(stock, processor, layout["missing_text_ids"])
     stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    if (rank := model.config.partial_lora_rank) > 0:
+        add_custom_code(folder, rank, model.vocabulary.video_start)
     processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
     (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
-    (folder / "README.md").write_text(readme(layout, type(stock).__name__))
+    (folder / "README.md").write_text(readme(layout, type(stock).__name__, rank > 0))
 
 
 @torch.no_grad()
 def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Return the base architecture with text_size + 2 + K rows in embedding and head, untied; other weights are shared.
 
-    Raises ValueError for partial LoRA, which no stock architecture has.
+    Partial LoRA is in its layers, but acts only where `at_positions` says so.
     """
-    if model.config.partial_lora_rank:
-        raise ValueError(
-            "this model has partial LoRA, which acts at the ids of videos alone: no stock checkpoint can hold it. Train with "
-            "--joint.method lora for a model to export"
-        )
     base, adapter, vocabulary = model.base, model.adapter, model.vocabulary
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     state = _merged(base)
@@ -144,6 +144,8 @@ def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) ->
     config.dtype = dtype or base.dtype
     with torch.device("meta"):
         stock = type(base)(config)
+        if model.config.partial_lora_rank:
+            add_partial_lora(stock, model.config.partial_lora_rank)
     stock.load_state_dict({name: t.detach().to(config.dtype) for name, t in state.items()}, strict=True, assign=True)
     return stock
 

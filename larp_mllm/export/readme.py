@@ -3,7 +3,7 @@
 _TEXT = """\
 # A language model with video vocabulary
 
-A stock `{architecture}` with {size:,} ids, made by `larp-mllm export`. Ids below {text_size} are text, {video_start} opens a
+{kind} with {size:,} ids, made by `larp-mllm export`. Ids below {text_size} are text, {video_start} opens a
 video and {video_end} closes it, and {first_code} to {last_code} are the {codebook_size} codes of the video tokenizer. A video is
 video_start, exactly {count} codes, video_end. `larp.json` holds these numbers.
 
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, {loader}
 
 layout = json.load(open("larp.json"))
 tokenizer = {loader}.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".").eval()
+model = AutoModelForCausalLM.from_pretrained("."{trust}).eval()
 
 text = tokenizer.encode("a person surfing", add_special_tokens=False, split_special_tokens=True)
 prompt = torch.tensor([layout["begin"] + text + [layout["video_start"]]])
@@ -49,6 +49,16 @@ from larp_mllm.export.checkpoint import read_video_ids
 read_video_ids(".", ids).save("surfing.mp4")
 ```
 
+{vllm}## What to know
+
+- **Untrusted text** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
+  whole string reads a typed `{start_word}` as the control token. Tokens that the base added without marking them special
+  (such as `<tool_call>`) are read as such even then; `LarpMllmProcessor.encode_text` of the original model has neither gap.
+- The tokens are `{start_word}`, `{end_word}` and `{code_word}`, marked special: `skip_special_tokens=False` shows them.
+- The video tokenizer is in `video_tokenizer/`; the codes of another one mean something else.
+- Embedding and head are separate here, even if the base had one for both.
+{notes}"""
+_VLLM = """\
 ## vLLM
 
 ```python
@@ -72,15 +82,7 @@ As a server, `vllm serve . --generation-config vllm`, then POST to `/v1/completi
 and give `choices[0].token_ids` to `read_video_ids`. To caption a video, the prompt is begin ids, video_start, its codes, video_end,
 and `allowed_token_ids` are the text ids, or left out.
 
-## What to know
-
-- **Untrusted text** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
-  whole string reads a typed `{start_word}` as the control token. Tokens that the base added without marking them special
-  (such as `<tool_call>`) are read as such even then; `LarpMllmProcessor.encode_text` of the original model has neither gap.
-- The tokens are `{start_word}`, `{end_word}` and `{code_word}`, marked special: `skip_special_tokens=False` shows them.
-- The video tokenizer is in `video_tokenizer/`; the codes of another one mean something else.
-- Embedding and head are separate here, even if the base had one for both.
-{notes}"""
+"""
 _MISSING = """- The ids {first} to {last} are tokens without a row in the base. Their rows are zero here; `generation_config.json` suppresses them
   in transformers, elsewhere forbid them when text is sampled.
 """
@@ -89,16 +91,27 @@ _OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this k
 """
 
 
-def readme(layout: dict, architecture: str) -> str:
-    """Return the text for a layout of larp.json."""
+_CUSTOM_CODE = """- The low-rank updates of the layers act at the ids of videos alone, which no stock architecture does: hence the two Python files
+  here, which transformers runs with `trust_remote_code=True`. vLLM cannot load this model; one trained with
+  `--joint.method lora` becomes a stock checkpoint that it can.
+"""
+
+
+def readme(layout: dict, architecture: str, custom_code: bool = False) -> str:
+    """Return the text for a layout of larp.json; `custom_code`: the model has partial LoRA."""
     last = layout["first_code"] + layout["codebook_size"] - 1
     missing, notes = layout["missing_text_ids"], ""
     if missing:
         notes += _MISSING.format(first=missing[0], last=missing[-1])
     if layout["tokenizer_class"] != "AutoTokenizer":
         notes += _OTHER_TOKENIZER.format(loader=layout["tokenizer_class"])
+    numbers = {name: layout[name] for name in ("text_size", "video_start", "video_end", "first_code", "codebook_size")}
+    if custom_code:
+        notes += _CUSTOM_CODE
     return _TEXT.format(
-        architecture=architecture,
+        kind=f"A `{architecture}` with partial LoRA" if custom_code else f"A stock `{architecture}`",
+        trust=", trust_remote_code=True" if custom_code else "",
+        vllm="" if custom_code else _VLLM.format(count=layout["tokens_per_video"], last_code=last, **numbers),
         size=last + 1,
         count=layout["tokens_per_video"],
         last_code=last,
@@ -107,5 +120,5 @@ def readme(layout: dict, architecture: str) -> str:
         end_word=layout["words"]["video_end"],
         code_word=layout["words"]["code"].format(0),
         notes=notes,
-        **{name: layout[name] for name in ("text_size", "video_start", "video_end", "first_code", "codebook_size")},
+        **numbers,
     )

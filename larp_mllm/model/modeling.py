@@ -4,7 +4,6 @@ Text ids use the base model's own embedding and head, video ids the TokenAdapter
 hidden width, K codes.
 """
 
-import inspect
 import os
 from copy import copy
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 from larp.hub import check_fit
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
+from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.token_adapter import TokenAdapter
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import can_return_tuple
 
 
 @dataclass
@@ -394,48 +394,6 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
                 f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
             )
-
-
-def check_options(options: dict[str, Any], decoder: PreTrainedModel) -> None:
-    """Raise TypeError for an option that neither `decoder` takes nor transformers passes on to attention."""
-    unknown = options.keys() - TransformersKwargs.__optional_keys__
-    if unknown and (unknown := unknown - inspect.signature(decoder.forward).parameters.keys()):
-        raise TypeError(
-            f"forward() got an unexpected keyword argument {min(unknown)!r}: neither this model nor its base takes it"
-        )
-
-
-def check_ids(vocabulary: Vocabulary, ids: Tensor | None, labels: Tensor | None) -> None:
-    """Raise ValueError unless all ids are in the vocabulary, and all labels are ids or -100.
-
-    Synchronises with the device once. Checks nothing under torch.compile, whose graph this would break.
-    """
-    given = {} if ids is None else {"input_ids": ids}
-    if labels is not None:
-        given["labels"] = labels.masked_fill(labels == IGNORE, 0)
-    given = {name: values for name, values in given.items() if values.numel()}
-    if not given or torch.compiler.is_compiling():
-        return
-    ends = torch.stack([end for values in given.values() for end in torch.aminmax(values)]).tolist()
-    for name, low, high in zip(given, ends[::2], ends[1::2], strict=True):
-        if low < 0 or high >= vocabulary.size:
-            raise ValueError(
-                f"{name} holds {low if low < 0 else high}, but the ids of this model are 0 to {vocabulary.size - 1}"
-                f"{f' (and {IGNORE} in labels: not a target)' if name == 'labels' else ''}: take the processor that was "
-                "saved with the model"
-            )
-
-
-def select_positions(hidden: Tensor, positions: int | Tensor) -> Tensor:
-    """Hidden states (B, S, H) at the positions given by `logits_to_keep` of transformers' models.
-
-    positions: the number of last ones (0: all), int64 (n,) for all rows, int64 (B, n), or bool (B, S), which gives (n, H).
-    """
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        return (
-            hidden[positions] if positions.dtype == torch.bool else hidden.take_along_dim(positions[..., None], dim=1)
-        )
-    return hidden[:, slice(-positions, None) if isinstance(positions, int) else positions]
 
 
 @torch.no_grad()

@@ -88,7 +88,7 @@ def test_stages_follow_one_another_and_can_be_left_out():
     both = stages(AlignConfig(10), JointConfig(20))
     assert [(stage.name, stage.first, stage.last, stage.trained) for stage in both] == [
         ("align", 0, 10, "adapter"),
-        ("joint", 10, 30, "lora"),
+        ("joint", 10, 30, "partial-lora"),
     ]
     assert [stage_at(both, step).name for step in (0, 9, 10, 11, 30)] == ["align"] * 3 + ["joint"] * 2
     assert [stage.name for stage in stages(AlignConfig(0), JointConfig(20))] == ["joint"]
@@ -98,8 +98,8 @@ def test_stages_follow_one_another_and_can_be_left_out():
 
 
 def test_default_rates_and_warmups_depend_on_the_stage():
-    lora, full = (stages(AlignConfig(0), JointConfig(100, method))[0] for method in ("lora", "full"))
-    assert (lora.llm_lr, full.llm_lr) == (1e-4, 2e-5)
+    rates = [stages(AlignConfig(0), JointConfig(100, method))[0].llm_lr for method in ("partial-lora", "lora", "full")]
+    assert rates == [1e-3, 1e-4, 2e-5]
     assert [stages(AlignConfig(steps), JointConfig(0))[0].warmup for steps in (1, 100, 5000)] == [0, 10, 50]
     assert stages(AlignConfig(100, warmup=3), JointConfig(0))[0].warmup == 3
 

@@ -32,8 +32,20 @@ def test_a_run_learns_and_its_model_is_the_default(train, tmp_path):
     assert larp_mllm.generate("a red circle moving left", temperature=0).codes == (0, 1, 2, 3)
 
 
-def test_align_keeps_the_base_and_joint_adds_lora(base, train, qwen, tmp_path):
+def test_by_default_what_the_base_says_of_text_stays_to_the_last_bit(base, train, qwen, tmp_path):
     report = train(tmp_path / "run", "--base", str(base), *STAGES)
+    assert [stage["trained"] for stage in report["stages"]] == ["adapter", "partial-lora"]
+    assert report["stages"][1]["lora_rank"] == 2
+    before, after = qwen.model.base.state_dict(), weights(tmp_path / "run")
+    assert all(torch.equal(before[name], after[f"base.{name}"]) for name in before)
+    updates = [tensor for name, tensor in after.items() if name.endswith("lora_up")]
+    assert updates and all(tensor.any() for tensor in updates)
+    assert report["text"]["before"]["nll"] == report["text"]["after"]["nll"]
+    assert larp_mllm.generate("a red circle moving left", temperature=0).codes
+
+
+def test_align_keeps_the_base_and_joint_adds_lora(base, train, qwen, tmp_path):
+    report = train(tmp_path / "run", "--base", str(base), "--joint.method", "lora", *STAGES)
     assert [(line["step"], line["stage"]) for line in lines(tmp_path / "run")] == [
         *((step, "align") for step in (1, 2, 3)),
         *((step, "joint") for step in (4, 5, 6, 7)),

@@ -65,9 +65,9 @@ def test_every_recipe_is_a_config():
 def test_pretrained_bases_do_not_get_the_rates_of_the_tiny_recipe():
     assert default_recipe([]) == default_recipe(["--base", "tiny-llama"]) == "mllm-shapes32"
     assert default_recipe(["--base", "Qwen2-0.5B"]) is default_recipe(["--base=Qwen2-0.5B"]) is None
-    # A pretrained base gets the default stages: the adapter alone, then LoRA.
+    # A pretrained base gets the default stages: the adapter alone, then partial LoRA.
     config = TrainMllmConfig()
-    assert config.align.steps > 0 and config.joint.steps > 0 and config.joint.method == "lora"
+    assert config.align.steps > 0 and config.joint.steps > 0 and config.joint.method == "partial-lora"
 
 
 def test_a_cache_of_another_tokenizer_is_refused(train, tmp_path):

@@ -124,7 +124,7 @@ def test_the_report_lists_the_options_that_changed_at_resumptions(base, train, t
     go("--resume", "--joint.llm-lr", "5e-3", "--align.adapter-lr", "0.5", "--z-loss", "0.1", steps=1)
     report = go("--resume", "--align.adapter-lr", "1e-3")
     assert [stage["adapter_lr"] for stage in report["stages"]] == [1e-3, 5e-4]
-    assert report["stages"][1]["llm_lr"] == 1e-4
+    assert report["stages"][1]["llm_lr"] == 1e-3
     changed = {"joint.llm_lr": [None, 5e-3], "align.adapter_lr": [1e-3, 0.5], "z_loss": [0.0, 0.1]}
     assert report["resumed"] == [{"step": 4, "changed": changed}, {"step": 5, "changed": {}}]
     assert lines(tmp_path / "run")[4]["llm_lr"] > 1e-3 > lines(tmp_path / "run")[5]["llm_lr"], "as it was"

@@ -1,6 +1,7 @@
 """An export is a stock checkpoint: plain transformers computes the same logits, and its tokens have our ids."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -172,6 +173,41 @@ def test_lora_is_merged(tmp_path):
     assert any("lora_A" in name for name, _ in peft.named_parameters())
 
 
+_WITH_CUSTOM_CODE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+ids = torch.load(sys.argv[2])
+with torch.no_grad():
+    found = {"logits": model(ids).logits, "ids": model.generate(ids, max_new_tokens=6, do_sample=False)}
+torch.save(found, sys.argv[3])
+assert not any(name.startswith("larp") for name in sys.modules), "larp_mllm was imported"
+"""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama3-tied"])
+def test_partial_lora_is_exported_with_its_code(family, tmp_path):
+    mllm = make(tmp_path, family)
+    mllm.model.add_partial_lora(4)
+    for name, parameter in mllm.model.named_parameters():
+        if name.endswith("lora_up"):
+            parameter.normal_(std=0.3)
+    folder = export(mllm, tmp_path / "out")
+    torch.save(ids := mixed_ids(mllm), tmp_path / "ids.pt")
+    # Another process, in which no class of ours is registered.
+    arguments = [folder, tmp_path / "ids.pt", tmp_path / "found.pt"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", _WITH_CUSTOM_CODE, *arguments], check=True, cwd=tmp_path, env=environment)
+    found = torch.load(tmp_path / "found.pt")
+    torch.testing.assert_close(found["logits"], mllm.model(ids).logits, atol=1e-5, rtol=0)
+    assert torch.equal(found["ids"], mllm.model.generate(ids, max_new_tokens=6, do_sample=False))
+    layout = json.loads((folder / "larp.json").read_text())
+    assert layout["tokenizer_class"] == "AutoTokenizer" and len(AutoTokenizer.from_pretrained(folder)) == layout["first_code"] + 16
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_guidance_of_transformers_equals_ours(tmp_path):
     mllm = make(tmp_path)
     folder = export(mllm, tmp_path / "out")
@@ -296,15 +332,20 @@ def test_the_output_of_the_command_is_the_folder_alone(qwen, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path):
-    folder = export(make(tmp_path, "llama2"), tmp_path / "out")
-    blocks = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)
-    plain, frames, vllm = blocks
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_commands_of_the_readme_run(rank, tmp_path):
+    mllm = make(tmp_path, "llama2")
+    if rank:
+        mllm.model.add_partial_lora(rank)
+    folder = export(mllm, tmp_path / "out")
+    plain, frames, *vllm = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.S)
     check = "import sys\nassert not any(name.startswith('larp') for name in sys.modules)\nassert len(ids) == 4\n"
     done = subprocess.run([sys.executable, "-c", plain + check + frames], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (folder / "surfing.mp4").stat().st_size > 0
-    compile(vllm, "README.md", "exec")
+    assert len(vllm) == (not rank)
+    for code in vllm:
+        compile(code, "README.md", "exec")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 from larp_mllm.engine.lora import prepare_training
 from larp_mllm.engine.trained_weights import load_start_weights
-from larp_mllm.export.checkpoint import export
 from larp_mllm.generation.decode import DecodeState
 from larp_mllm.metrics.scores import code_bits
 from larp_mllm.model.modeling import LarpMllmForCausalLM
@@ -98,9 +97,6 @@ def test_a_saved_model_keeps_it(tmp_path):
     loaded = Mllm.load(tmp_path / "model", "cpu")
     assert loaded.model.config.partial_lora_rank == RANK
     assert torch.equal(logits(loaded, mixed_ids(mllm)), logits(mllm, mixed_ids(mllm)))
-    with pytest.raises(ValueError, match="--joint.method lora"):
-        export(loaded, tmp_path / "export")
-    assert not (tmp_path / "export").exists()
 
 
 def test_a_training_goes_on_from_it(tmp_path):
