@@ -36,7 +36,9 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
                 layer.lora_up.requires_grad_(True)
         return None
     if model.config.partial_lora_rank:
-        raise ValueError("this model has partial LoRA already, to which LoRA cannot be added: train it with --joint.method partial-lora")
+        raise ValueError(
+            "this model has partial LoRA already, to which LoRA cannot be added: train it with --joint.method partial-lora"
+        )
     from peft import LoraConfig, LoraModel
 
     alpha = 2 * lora_rank if lora_alpha is None else lora_alpha

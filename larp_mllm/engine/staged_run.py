@@ -24,6 +24,7 @@ from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter
 from larp_mllm.engine.trained_weights import load_start_weights, make_optimizer
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
+from larp_mllm.model.cpu_attention import use_cpu_attention
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import LarpMllmProcessor, text_tokenizer_hash
@@ -117,6 +118,7 @@ class StagedRun:
         # LoRA gets the same initial weights whether the stage is reached by training or by --resume.
         torch.manual_seed(config.seed)
         prepare_training(mllm.model, stage.trained, stage.lora_rank, stage.lora_alpha)
+        use_cpu_attention(mllm.model.base)
         # Counted before the engine may shard them.
         self.parameters[stage.name] = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
         self.rates[stage.name] = stage.rates

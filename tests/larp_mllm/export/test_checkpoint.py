@@ -203,7 +203,10 @@ def test_partial_lora_is_exported_with_its_code(family, tmp_path):
     torch.testing.assert_close(found["logits"], mllm.model(ids).logits, atol=1e-5, rtol=0)
     assert torch.equal(found["ids"], mllm.model.generate(ids, max_new_tokens=6, do_sample=False))
     layout = json.loads((folder / "larp.json").read_text())
-    assert layout["tokenizer_class"] == "AutoTokenizer" and len(AutoTokenizer.from_pretrained(folder)) == layout["first_code"] + 16
+    assert (
+        layout["tokenizer_class"] == "AutoTokenizer"
+        and len(AutoTokenizer.from_pretrained(folder)) == layout["first_code"] + 16
+    )
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(folder)
 

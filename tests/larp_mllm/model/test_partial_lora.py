@@ -72,8 +72,12 @@ def test_with_a_cache_and_packed_it_is_the_same():
     state = DecodeState(mllm.model, [ids[0, :3].tolist()])
     for place in range(3, ids.shape[1]):
         state.append(ids[:, place])
-        torch.testing.assert_close(state.text_logits()[0], whole[place, : mllm.model.vocabulary.first_code], atol=1e-5, rtol=0)
-        torch.testing.assert_close(state.code_logits()[0], whole[place, mllm.model.vocabulary.first_code :], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            state.text_logits()[0], whole[place, : mllm.model.vocabulary.first_code], atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            state.code_logits()[0], whole[place, mllm.model.vocabulary.first_code :], atol=1e-5, rtol=0
+        )
     packed = torch.cat([ids, ids[:, :5]], dim=1)
     positions = torch.cat([torch.arange(ids.shape[1]), torch.arange(5)])[None]
     both = mllm.model(input_ids=packed, position_ids=positions).logits[0]
@@ -86,7 +90,9 @@ def test_scores_and_transformers_generate_use_it():
     prompt, codes = [[5, 6, plain.model.vocabulary.video_start]], torch.tensor([[3, 1, 2, 0]])
     assert not torch.equal(code_bits(plain.model, prompt, codes), code_bits(updated.model, prompt, codes))
     ids = mixed_ids(updated)[:, :6]
-    out = updated.model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    out = updated.model.generate(
+        ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
     again = logits(updated, out.sequences)[:, 5:-1]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), again, atol=1e-5, rtol=0)
 
