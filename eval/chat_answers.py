@@ -3,7 +3,8 @@
     python eval/chat_answers.py --model runs/mllm --base SmolLM2-135M-Instruct --out chat-answers.json
 
 Ten plain questions should be answered as the base answers them, word for word; a request for a video in words that training never saw
-with a video; a question without such a wish with none. The prompts are in eval/chat_prompts.json. Answers are the most probable ones.
+with a video; a message without such a wish with none. The prompts are in eval/chat_prompts.json: of forty requests and forty other
+messages, the last twenty were written by somebody who knew neither the training data nor a model. Answers are the most probable ones.
 Also measured: the perplexity of the held-out text that comes with the package.
 """
 

@@ -46,7 +46,7 @@ def test_videos_are_counted(folders, monkeypatch):
 def test_training_sees_none_of_the_prompts():
     prompts = json.loads(chat_answers.PROMPTS.read_text())
     asked = [prompt for kind in prompts.values() for prompt in kind]
-    assert [len(prompts[kind]) for kind in ("plain", "requests", "without")] == [10, 20, 20]
+    assert [len(prompts[kind]) for kind in ("plain", "requests", "without")] == [10, 40, 40]
     assert len(set(asked)) == len(asked)
     known = set(QUESTIONS.read_text().splitlines())
     classes = ("archery", "basketball dunk", "horse race", "playing piano", "playing violin", "surfing")
