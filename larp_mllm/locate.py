@@ -24,6 +24,7 @@ PROCESSOR_FILES = (
     "video_tokenizer/model.safetensors",
 )
 MODEL_FILES = (*PROCESSOR_FILES, "*.safetensors")
+_SHIPPED = Path(__file__).parent / "shipped"
 # Seconds to wait for the hub.
 _TIMEOUT = 5.0
 
@@ -78,6 +79,20 @@ def find_tokenizer(tokenizer: str) -> str:
     return tokenizer
 
 
+def shipped(part: str) -> Path:
+    """The folder of trained weights that come with the package, such as "tokenizer".
+
+    Raises ValueError if its files are missing.
+    """
+    folder = _SHIPPED / part
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise ValueError(
+                f"{folder / file}, which comes with larp-mllm, is missing: install the package again, or name another {part}"
+            )
+    return folder
+
+
 def set_default_model(model: str | Path) -> Path:
     """Make a folder the model that is loaded by default; returns the file that points to it."""
     pointer = home() / POINTER
@@ -85,6 +100,11 @@ def set_default_model(model: str | Path) -> Path:
     time = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
     return pointer
+
+
+def has_default_model() -> bool:
+    """Whether `find_model()` has one to look for: LARP_MLLM_MODEL, or a model trained here."""
+    return bool(os.environ.get("LARP_MLLM_MODEL")) or (home() / POINTER).is_file()
 
 
 def clear_default_model(model: str | Path) -> None:

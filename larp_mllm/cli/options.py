@@ -4,6 +4,7 @@ import argparse
 import ast
 import inspect
 import itertools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         help="folder or hub name of a trained tokenizer, or the folder of its run, or of a language model that has one "
-        "(default: the tokenizer of the language model that generate would use)",
+        "(default: the tokenizer of the language model that generate would use, else the one that comes with larp-mllm)",
     )
     parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights of a training with --ema")
     add_device(parser)
@@ -189,20 +190,27 @@ def encoding(arguments: argparse.Namespace) -> "Encoding":
 def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
     """Load the tokenizer of the options of `add_tokenizer`, and set `arguments.tokenizer` to its name.
 
-    Raises ValueError if it cannot be loaded.
+    Says so on stderr where it is the one that comes with the package. Raises ValueError if it cannot be loaded.
     """
     from larp.hub import choose_device
     from larp.models.tokenizer import LarpTokenizer
-    from larp_mllm.locate import find_model, find_tokenizer
+    from larp_mllm.locate import find_model, find_tokenizer, has_default_model, shipped
 
+    ours = arguments.tokenizer is None and not has_default_model()
     if arguments.tokenizer is None:
-        try:
-            arguments.tokenizer = str(find_model())
-        except ValueError as error:
-            raise ValueError(f"give --tokenizer, or a language model whose own is taken: {error}") from error
-
+        arguments.tokenizer = str(shipped("tokenizer") if ours else find_model())
     device = choose_device(arguments.device)
-    return LarpTokenizer.from_pretrained(find_tokenizer(arguments.tokenizer), device=device, variant=arguments.variant)
+    tokenizer = LarpTokenizer.from_pretrained(
+        find_tokenizer(arguments.tokenizer), device=device, variant=arguments.variant
+    )
+    if ours:
+        frames, height, width = tokenizer.config.clip_shape
+        print(
+            f"the tokenizer is the one that comes with larp-mllm: {frames} frames of {height}x{width} become "
+            f"{tokenizer.config.num_tokens} codes; another: --tokenizer",
+            file=sys.stderr,
+        )
+    return tokenizer
 
 
 def check_movie(path: Path) -> None:

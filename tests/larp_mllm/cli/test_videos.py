@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import larp.codec.whole_video
+import larp_mllm.locate
 from larp.codec.token_file import TokenizedVideo
 from larp.codec.whole_video import Encoding
 from larp.data.video import probe, read_video, write_video
@@ -117,13 +118,24 @@ def test_a_tokenizer_is_loaded_from_a_run_or_a_language_model(folder, qwen, caps
 
 
 def test_the_default_tokenizer_is_that_of_the_default_language_model(folder, qwen, capsys, monkeypatch):
-    output = refused(capsys, "tokenize", "clip.mp4", "-o", "a.larp")
-    assert "give --tokenizer" in output and "LARP_MLLM_MODEL" in output
     qwen.save(folder / "model")
     monkeypatch.setenv("LARP_MLLM_MODEL", str(folder / "model"))
     main(["tokenize", "clip.mp4", "-o", "a.larp"])
     assert TokenizedVideo.load("a.larp").header.weight_hash == qwen.processor.video_tokenizer.weight_hash()
     main(["detokenize", "a.larp", "-o", "a.mp4"])
+
+
+def test_without_any_model_the_tokenizer_is_the_one_that_comes_along(folder, capsys, monkeypatch):
+    main(["tokenize", "clip.mp4", "-o", "a.larp"])
+    out, errors = capsys.readouterr()
+    assert out.endswith("256 codes of 8192 (1 x 16 frames)\n")
+    assert errors.startswith("the tokenizer is the one that comes with larp-mllm: 16 frames of 64x64 become 256 codes")
+    main(["detokenize", "a.larp", "-o", "a.mp4"])
+    assert probe("a.mp4").frames == 10
+    capsys.readouterr()
+    monkeypatch.setattr(larp_mllm.locate, "_SHIPPED", folder / "broken")
+    output = refused(capsys, "tokenize", "clip.mp4", "-o", "b.larp")
+    assert "config.json, which comes with larp-mllm, is missing: install the package again" in output
 
 
 def test_the_averaged_weights_are_another_tokenizer(folder, capsys):
