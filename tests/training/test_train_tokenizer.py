@@ -282,9 +282,12 @@ def test_wandb_that_is_asked_for_but_absent_leaves_no_run(recipe, tmp_path, monk
 @pytest.mark.slow
 @pytest.mark.long
 def test_two_processes_shard_average_and_resume_like_one(recipe, tmp_path):
-    """ZeRO 2 for both engines, bf16, accumulation and the average, interrupted once."""
+    """ZeRO 2 for both engines, accumulation and the average, interrupted once.
+
+    Rounding decides which codes are moved: 0.7 % of a loss in float32, 2.5 % in bf16.
+    """
     options = ["--recipe", str(recipe), "--optimizer.name", "adamw", "--engine.zero-stage", "2", "--ema", "0.9"]
-    options += ["--engine.precision", "bf16", "--engine.accumulation", "2"]
+    options += ["--engine.precision", "fp32", "--engine.accumulation", "2"]
     one = main([*options, "--out", str(tmp_path / "1")])
     command = [Path(sys.executable).parent / "deepspeed", "--master_port", str(free_port()), "--num_accelerators", "2"]
 
@@ -296,7 +299,7 @@ def test_two_processes_shard_average_and_resume_like_one(recipe, tmp_path):
 
     launch("--out", tmp_path / "2")
     two = json.loads((tmp_path / "2/report.json").read_text())
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=2e-2)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-2)
     assert {name: two[name] for name in ("psnr", "ema_psnr")} == pytest.approx(
         {name: one[name] for name in ("psnr", "ema_psnr")}, abs=0.02
     )

@@ -39,8 +39,8 @@ def test_candidates_alternate():
 
 @pytest.mark.slow
 def test_fresh_processes_have_memory_and_threads_of_their_own():
-    before = timing.peak_memory(torch.device("cpu"))
     ballast = torch.ones(2**29, dtype=torch.uint8)
-    assert timing.peak_memory(torch.device("cpu")) >= before + 2**29 - 2**28
+    # Of this process, that of an earlier test perhaps.
+    assert timing.peak_memory(torch.device("cpu")) >= len(ballast)
     assert timing.in_fresh_process(timing.peak_memory, torch.device("cpu")) < len(ballast)
     assert timing.in_fresh_process(torch.get_num_threads) == torch.get_num_threads()
