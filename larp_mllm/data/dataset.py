@@ -130,7 +130,7 @@ class TrainingMix:
         text: TextSet | None = None,
         own_answers: RecordSet | None = None,
     ):
-        self.tasks, self.videos = tasks, videos
+        self.tasks, self.videos, self.own_answers = tasks, videos, own_answers
         self._sources = {task: (0, videos) for task in (videos.tasks if videos else ())}
         self._sources |= {"interleaved": (1, records)} if records else {}
         self._sources |= {"text": (2, text)} if text else {}

@@ -21,6 +21,7 @@ from larp_mllm.engine.training_report import (
     summary,
     write_report,
 )
+from larp_mllm.engine.video_start import fit_video_start
 from larp_mllm.locate import set_default_model
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import text_tokenizer_hash
@@ -72,6 +73,13 @@ def write_current(run: StagedRun, folder: Path) -> None:
     write_model(run.mllm.model, run.mllm.processor, lora, folder, run.config.engine.zero_stage, run.ranks)
 
 
+def fits_video_start(run: StagedRun) -> bool:
+    """Whether the last stage left text to the base, and what an answer may be is known: chats about captions, and its own answers."""
+    whole = run.config.engine.zero_stage < 3  # else no rank holds the rows
+    chats = "chat" in run.mix.shares and "interleaved" not in run.mix.shares and bool(run.videos.captions)
+    return run.stage.trained == "partial-lora" and run.mix.own_answers is not None and chats and whole
+
+
 def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
     """Save the model, evaluate it, generate samples, and write the report; return the report on every rank. Collective.
 
@@ -79,6 +87,8 @@ def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
     """
     config, folder = run.config, run.config.out / "model"
     report = training_report(run, recipe) | {"text": text, "model": str(folder)}
+    if fits_video_start(run):
+        fit_video_start(run.mllm, run.mix.own_answers, run.videos.captions)
     write_current(run, folder)
     if run.ranks.is_main:
         # Written first, so that a failure of the evaluation does not lose the training.

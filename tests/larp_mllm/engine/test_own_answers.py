@@ -6,11 +6,13 @@ import json
 from larp_mllm.data.dataset import REQUESTS, TASKS, Tasks, TrainingMix
 from larp_mllm.engine import own_answers as module
 from larp_mllm.engine.own_answers import QUESTIONS, own_answers
+from larp_mllm.engine.video_start import fit_video_start
 from larp_mllm.generation.sampling import TextSampling
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import DEFAULT_TEMPLATE
 
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -99,3 +101,29 @@ def test_a_pretrained_base_trains_on_its_answers(base, train, tmp_path, monkeypa
         tmp_path / "off", "--base", str(folder), "--align.steps", "1", "--joint.steps", "2", "--tasks.own-answers", "0"
     )
     assert "own_answers" not in report["tasks"] and not (tmp_path / "off" / "own-answers.jsonl").exists()
+
+
+@torch.no_grad()
+def test_requests_get_a_video_and_own_answers_none(chatting, tmp_path):
+    chatting.model = copy.deepcopy(chatting.model)  # shared with other tests
+    answers, captions = own_answers(chatting, tmp_path / "answers.jsonl"), {"a red circle", "a blue square moving"}
+    before = chatting.model.adapter.control_output.weight.clone()
+    fit_video_start(chatting, answers, captions)
+    after = chatting.model.adapter.control_output.weight
+    assert not torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+    start, wrong = chatting.model.vocabulary.video_start, 0
+    for form in REQUESTS:
+        for caption in captions:
+            prompt = chatting.chat_prompt([{"role": "user", "content": form.format(caption)}])
+            logits = chatting.model.text_logits(
+                chatting.model.run_base(torch.tensor([prompt])).last_hidden_state[0, -1]
+            )
+            wrong += int(logits.argmax() != start)
+    places = 0
+    for answer in answers:
+        logits = chatting.model.text_logits(chatting.model.run_base(answer.ids[None]).last_hidden_state[0, :-1])
+        wanted = answer.labels[1:] != IGNORE
+        wrong += int((logits.argmax(-1) == start)[wanted].sum())
+        places += int(wanted.sum())
+    # The hidden states of a tiny random base are hardly separable by one row, those of a trained one are.
+    assert wrong < 0.2 * (places + 2 * len(REQUESTS))
