@@ -24,6 +24,8 @@ import gradio as gr
 # The events of all tabs share one queue: one job at a time.
 _QUEUE: dict[str, Any] = {"concurrency_id": "models", "concurrency_limit": 1}
 _WAITING = 32
+# Seconds between two states of an unfinished answer.
+_SECONDS_BETWEEN = 0.5
 # Seconds after which files of earlier jobs are looked for, and their age when they are deleted.
 _DELETE = (3600, 86400)
 # What a page load fills anew: a component, and the function that gives its value.
@@ -149,12 +151,14 @@ def _chat(models: Models, folder: Path) -> Refreshed:
                 return models.mllm.chat(messages, sampling, texts, MAX_VIDEOS, report)
 
             with jobs.running(job) as events:
-                answer: list[dict] = []
+                answer, shown_at = [], time.monotonic()
                 for event in events:
                     if not isinstance(event, Progress):
                         break
-                    if _add(answer, event, folder):
+                    # Not for each word: the whole chat goes to the browser each time.
+                    if _add(answer, event, folder) and time.monotonic() - shown_at > _SECONDS_BETWEEN:
                         yield shown + answer, conversation, text, video
+                        shown_at = time.monotonic()
             answer = [turn for turn in answer if turn["metadata"]["id"] != "progress"] or [
                 _said("assistant", "(no answer)")
             ]
