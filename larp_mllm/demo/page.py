@@ -6,6 +6,7 @@ been trained meanwhile.
 """
 
 import html
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def serve(models: Models, folder: str | Path, host: str = "127.0.0.1", port: int
     """
     page = build(models, Path(folder)).queue(max_size=_WAITING, api_open=False)
     try:
+        # Gradio would print a traceback.
+        socket.create_server((host, port or 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
         _, url, _ = page.launch(
             server_name=host,
             server_port=port,

@@ -2,8 +2,10 @@
 
 import re
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from larp.data.video import VideoError, probe, write_video
 from larp_mllm.cli import main
@@ -16,6 +18,7 @@ from tests.larp_mllm.cli.test_cli import refused
 from tests.larp_mllm.tiny import colourful_mllm
 
 import pytest
+import torch
 
 NAMES = ("Archery", "Horse Race", "Surfing")
 
@@ -159,12 +162,13 @@ def test_a_nested_tokenizer_gives_previews(models):
     tokenizer = mllm.processor.video_tokenizer
     assert jobs.preview_every(models) == 0
     before, tokenizer.config = tokenizer.config, replace(tokenizer.config, nested=True)
+    tokenizer.mask_latent = torch.nn.Parameter(torch.zeros(4))
     try:
         assert jobs.preview_every(models) == 1
         with jobs.running(lambda report: mllm.generate(["a"], progress=report, preview_every=1)) as events:
             *progress, videos = events
     finally:
-        tokenizer.config = before
+        tokenizer.config, tokenizer.mask_latent = before, None
     assert [len(event.previews) for event in progress] == [1] * 4 and len(videos) == 1
 
 
@@ -175,6 +179,7 @@ def test_a_job_that_nobody_waits_for_ends():
         try:
             while True:
                 report(Progress("codes", 1, 2))
+                time.sleep(0.01)
         finally:
             ended.set()
 
@@ -226,13 +231,14 @@ def test_the_command_needs_gradio(monkeypatch, capsys):
 
 
 def test_the_command_serves_until_ctrl_c_and_leaves_no_files(client, made, monkeypatch, tmp_path, capsys):
-    def interrupted(_):
+    def interrupted():
         raise KeyboardInterrupt
 
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("threading.Event.wait", interrupted)
+    event = SimpleNamespace(wait=interrupted)
+    monkeypatch.setattr("larp_mllm.cli.demo.threading", SimpleNamespace(Event=lambda: event))
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--model", str(made / "mllm")])
     output = capsys.readouterr()
