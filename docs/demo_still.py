@@ -1,4 +1,4 @@
-"""Takes the picture of `larp-mllm demo` in README.md, eval/results/demo.png, in headless Chromium.
+"""Takes a picture of `larp-mllm demo`, eval/results/demo.png, in headless Chromium.
 
     python docs/demo_still.py --model runs/mllm --prompt "a person surfing"
 
