@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from larp.engine.generator_run import find_training
 from larp.hub import choose_device, resolve
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.api import open_model
-from larp_mllm.locate import find_model, find_tokenizer, read_config
+from larp_mllm.locate import find_model, find_tokenizer, read_config, shipped
 from larp_mllm.pipeline import Mllm
 
-SHIPPED = Path(__file__).resolve().parents[1] / "shipped" / "tokenizer"
 # Frames per second of a generator's clips where its run does not say.
 FPS = 12.0
 
@@ -132,7 +130,7 @@ class Models:
         try:
             return find_tokenizer(str(find_model(self.model)))
         except ValueError:
-            return str(SHIPPED)
+            return str(shipped("tokenizer"))
 
     def _generator_config(self) -> dict:
         return read_config(resolve(self.generator) / "config.json") or {}

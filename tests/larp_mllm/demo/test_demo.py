@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from larp.data.video import VideoError, probe, write_video
 from larp_mllm.cli import main
 from larp_mllm.demo import jobs
-from larp_mllm.demo.models import SHIPPED, Models
+from larp_mllm.demo.models import Models
 from larp_mllm.generation.progress import Progress
+from larp_mllm.locate import shipped
 from tests.larp.codec.test_whole_video import noise, random_tokenizer
 from tests.larp.models.test_generator import random_generator
 from tests.larp_mllm.cli.test_cli import refused
@@ -209,7 +210,7 @@ def test_each_tab_says_what_makes_its_model(made, tmp_path):
         nothing.mllm  # noqa: B018
     with pytest.raises(ValueError, match="needs a generator"):
         nothing.classes  # noqa: B018
-    assert str(SHIPPED) in nothing.about() and nothing.prefix_lengths() == 0
+    assert str(shipped("tokenizer")) in nothing.about() and nothing.prefix_lengths() == 0
     colourful_mllm().save(tmp_path / "mllm")
     other = Models(str(tmp_path / "mllm"), generator=str(made / "generator"))
     assert other.missing_mllm() == "" and "--condition-frames" in other.missing_continuation()
