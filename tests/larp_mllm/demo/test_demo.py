@@ -30,7 +30,6 @@ def made(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("made")
     mllm = colourful_mllm()
     mllm.model.config.given_frames = 2
-    mllm.model.config.video_tokenizer_hash = mllm.processor.video_tokenizer.weight_hash()
     mllm.save(made / "mllm")
     tokenizer = random_tokenizer(nested=True)
     tokenizer.save_pretrained(made / "tokenizer")
