@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = (1280, 900)
+SIZE = (1280, 840)
 # A picture of so many colours stays under 150 kB.
 COLOURS = 128
 _DURATION = "const video = document.querySelector(arguments[0] + ' video'); return video ? video.duration : null"

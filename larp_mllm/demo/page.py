@@ -262,7 +262,7 @@ def _describe(models: Models, folder: Path) -> Refreshed:
         with gr.Column():
             upload = _upload("Video")
             temperature = gr.Slider(
-                0, 2, value=0, step=0.05, label="Temperature", info="0 always takes the likeliest word"
+                0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word"
             )
             seed = _seed()
             button = gr.Button("Describe", variant="primary")
@@ -330,7 +330,7 @@ def _notice(missing: Callable[[], str]) -> tuple[Any, Callable[[], Any]]:
 
 
 def _seed() -> gr.Number:
-    return gr.Number(0, label="Seed", precision=0, info="the same seed gives the same result")
+    return gr.Number(0, label="Seed", precision=0, info="same seed, same result")
 
 
 def _sampling(guidance: float) -> tuple[Any, Any, Any]:
@@ -339,7 +339,7 @@ def _sampling(guidance: float) -> tuple[Any, Any, Any]:
         return (
             _seed(),
             gr.Slider(0, 10, value=guidance, step=0.25, label="Guidance", info="1 is off"),
-            gr.Slider(0, 2, value=1, step=0.05, label="Temperature", info="0 always takes the likeliest code"),
+            gr.Slider(0, 2, value=1, step=0.05, label="Temperature", info="0: the likeliest code"),
         )
 
 
