@@ -21,7 +21,7 @@ FLOORS = {
     "larp": ["files", "config", "kernels", "hub", "models", "data", "sampling", "codec", "engine", "metrics"],
     "larp_mllm": [
         *("checks", "locate", "video", "model", "processing", "generation", "pipeline"),
-        *("data", "metrics", "engine", "export", "api", "cli"),
+        *("data", "metrics", "engine", "export", "api", "demo", "cli"),
     ],
 }
 LONGEST = 450

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from larp_mllm.cli import (
     chat,
     continue_video,
+    demo,
     describe,
     detokenize,
     doctor,
@@ -31,7 +32,7 @@ from larp_mllm.cli import (
 
 COMMANDS = (
     *(generate, describe, continue_video, chat, export, sample, reconstruct, tokenize, detokenize, fetch, doctor),
-    *(pack_clips, unpack_clips, train_info),
+    *(pack_clips, unpack_clips, train_info, demo),
 )
 EXAMPLES = """\
 examples:
@@ -51,8 +52,9 @@ examples:
   larp-mllm pack-clips --data ucf101:/path/to/UCF101 -o ucf.clips
   larp-mllm unpack-clips ucf.clips -o clips/
   larp-mllm train-info runs/mllm
+  larp-mllm demo
 
-The model of generate, describe, continue and chat is --model FOLDER, else the environment variable LARP_MLLM_MODEL,
+The model of generate, describe, continue, chat and demo is --model FOLDER, else the environment variable LARP_MLLM_MODEL,
 else the newest one trained on this machine. `make quickstart` trains a small one in minutes."""
 
 

@@ -94,6 +94,8 @@ def colourful_mllm() -> Mllm:
     with torch.no_grad():
         head.weight.normal_(std=0.2, generator=generator)
         head.bias.fill_(0.5)
+    # A saved model is loaded with the tokenizer of this hash alone.
+    mllm.model.config.video_tokenizer_hash = mllm.processor.video_tokenizer.weight_hash()
     return mllm
 
 

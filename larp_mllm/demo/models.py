@@ -1,0 +1,136 @@
+"""The models of the page: where they are found, what a tab says where one is missing, and each loaded once, at first use."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from larp.engine.generator_run import find_training
+from larp.hub import choose_device, resolve
+from larp.models.generator import LarpGenerator
+from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.api import open_model
+from larp_mllm.locate import find_model, find_tokenizer, read_config, shipped
+from larp_mllm.pipeline import Mllm
+
+# Frames per second of a generator's clips where its run does not say.
+FPS = 12.0
+
+
+@dataclass
+class Models:
+    """The language model, the tokenizer and the generator of a page.
+
+    A property loads its model at the first use and raises ValueError, each time, where it cannot.
+    """
+
+    model: str | None = None
+    """Folder or hub name of a language model; None: as `larp_mllm.generate` finds it."""
+    tokenizer: str | None = None
+    """Folder or hub name of a tokenizer; None: that of the language model, else the one that comes with the package."""
+    generator: str | None = None
+    """Folder or hub name of a class-conditional generator; None: no classes are sampled."""
+    device: str | None = None
+    dtype: str | None = None
+
+    def check(self) -> None:
+        """Raise ValueError if a model that was named is not there. Nothing is loaded."""
+        if self.model is not None:
+            find_model(self.model, "--model")
+        if self.tokenizer is not None:
+            resolve(find_tokenizer(self.tokenizer))
+        if self.generator is not None:
+            resolve(self.generator)
+
+    @cached_property
+    def mllm(self) -> Mllm:
+        """The language model with its processor."""
+        return open_model(self.model, self.device, self.dtype)
+
+    @cached_property
+    def codec(self) -> LarpTokenizer:
+        """The tokenizer of the tab that reconstructs."""
+        return LarpTokenizer.from_pretrained(self._codec_folder(), device=choose_device(self.device))
+
+    @cached_property
+    def classes(self) -> tuple[LarpGenerator, LarpTokenizer, float]:
+        """The generator, its tokenizer, and the frames per second of its clips."""
+        if self.generator is None:
+            raise ValueError(self.missing_classes())
+        training, device = find_training(self.generator), choose_device(self.device)
+        name = self.tokenizer or training.tokenizer
+        if name is None:
+            raise ValueError(f"{self.generator} does not say which tokenizer made its codes: give --tokenizer")
+        variant = training.variant if self.tokenizer is None else None
+        tokenizer = LarpTokenizer.from_pretrained(find_tokenizer(name), device=device, variant=variant)
+        generator = LarpGenerator.from_pretrained(self.generator, device=device)
+        generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
+        return generator, tokenizer, training.fps or FPS
+
+    def about(self) -> str:
+        """Which models the page uses, in Markdown."""
+        try:
+            model = f"`{find_model(self.model)}`"
+        except ValueError:
+            model = "none"
+        return f"Language model: {model} · tokenizer: `{self._codec_folder()}` · generator: " + (
+            f"`{self.generator}`" if self.generator else "none"
+        )
+
+    def missing_mllm(self) -> str:
+        """Why there is no language model, and the command that makes one; empty if there is one."""
+        try:
+            find_model(self.model)
+        except ValueError as error:
+            reason = str(error).split(". ")[0]
+            return f"This tab needs a language model, but {reason}: `make quickstart` trains one; then reload the page."
+        return ""
+
+    def missing_continuation(self) -> str:
+        """Why no video can be continued, and the command that changes it; empty if videos can be continued."""
+        if missing := self.missing_mllm():
+            return missing
+        if (read_config(find_model(self.model) / "config.json") or {}).get("given_frames", 0) > 0:
+            return ""
+        return (
+            "This language model is not trained for continuation: train one on tokens of "
+            "`python training/extract_tokens.py --condition-frames 5`, with the task continuation."
+        )
+
+    def missing_classes(self) -> str:
+        """Why no class can be sampled, and the command that makes a generator; empty if there is one for classes."""
+        if self.generator is None:
+            return (
+                "This tab needs a generator: `python training/train_generator.py` trains one, and "
+                "`larp-mllm demo --generator RUN` shows it here."
+            )
+        if self._generator_config().get("task") != "class":
+            return (
+                f"{self.generator} continues given frames: `python training/train_generator.py --task class` trains a "
+                "generator for classes."
+            )
+        return ""
+
+    def class_names(self) -> list[str]:
+        """The names of the generator's classes, or their numbers; none without a generator for classes."""
+        if self.missing_classes():
+            return []
+        config = self._generator_config()
+        return list(config.get("class_names") or map(str, range(config.get("num_classes", 0))))
+
+    def prefix_lengths(self) -> int:
+        """The largest number of codes that may be chosen for a window; 0 if the tokenizer is not nested."""
+        try:
+            config = read_config(resolve(self._codec_folder()) / "config.json") or {}
+        except ValueError:  # the tab says so where the tokenizer is used
+            return 0
+        return config.get("num_tokens", 0) if config.get("nested") else 0
+
+    def _codec_folder(self) -> str:
+        if self.tokenizer is not None:
+            return find_tokenizer(self.tokenizer)
+        try:
+            return find_tokenizer(str(find_model(self.model)))
+        except ValueError:
+            return str(shipped("tokenizer"))
+
+    def _generator_config(self) -> dict:
+        return read_config(resolve(self.generator) / "config.json") or {}
