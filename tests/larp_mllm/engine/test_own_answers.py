@@ -5,11 +5,13 @@ import json
 
 from larp_mllm.data.dataset import REQUESTS, TASKS, Tasks, TrainingMix
 from larp_mllm.engine import own_answers as module
+from larp_mllm.engine import results
 from larp_mllm.engine.own_answers import QUESTIONS, own_answers
 from larp_mllm.engine.video_start import fit_video_start
 from larp_mllm.generation.sampling import TextSampling
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import DEFAULT_TEMPLATE
+from tests.larp_mllm.tiny import CAPTIONS
 
 import pytest
 import torch
@@ -127,3 +129,13 @@ def test_requests_get_a_video_and_own_answers_none(chatting, tmp_path):
         places += int(wanted.sum())
     # The hidden states of a tiny random base are hardly separable by one row, those of a trained one are.
     assert wrong < 0.2 * (places + 2 * len(REQUESTS))
+
+
+@pytest.mark.parametrize("method", ["partial-lora", "lora"])
+def test_a_training_fits_the_row_where_text_is_left_to_the_base(method, chatting, train, tmp_path, monkeypatch):
+    chatting.model.base.save_pretrained(tmp_path / "base")
+    chatting.processor.tokenizer.save_pretrained(tmp_path / "base")
+    captions = []
+    monkeypatch.setattr(results, "fit_video_start", lambda mllm, answers, texts: captions.extend(texts))
+    train(tmp_path / "run", "--base", str(tmp_path / "base"), "--align.steps", "0", "--joint.method", method)
+    assert (set(captions) == set(CAPTIONS)) == (method == "partial-lora")
