@@ -261,9 +261,7 @@ def _describe(models: Models, folder: Path) -> Refreshed:
     with gr.Row():
         with gr.Column():
             upload = _upload("Video")
-            temperature = gr.Slider(
-                0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word"
-            )
+            temperature = gr.Slider(0, 2, value=0, step=0.05, label="Temperature", info="0: the likeliest word")
             seed = _seed()
             button = gr.Button("Describe", variant="primary")
         caption = gr.Textbox(label="Description", interactive=False, lines=3)
