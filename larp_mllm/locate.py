@@ -103,8 +103,9 @@ def set_default_model(model: str | Path) -> Path:
 
 
 def has_default_model() -> bool:
-    """Whether `find_model()` has one to look for: LARP_MLLM_MODEL, or a model trained here."""
-    return bool(os.environ.get("LARP_MLLM_MODEL")) or (home() / POINTER).is_file()
+    """Whether `find_model()` has one to look for: LARP_MLLM_MODEL, or a model that was trained here and is still there."""
+    pointer = home() / POINTER
+    return bool(os.environ.get("LARP_MLLM_MODEL")) or (pointer.is_file() and _read_pointer(pointer).is_dir())
 
 
 def clear_default_model(model: str | Path) -> None:

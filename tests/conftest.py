@@ -64,13 +64,16 @@ def full_disk():
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory, monkeypatch):
+def own_home(tmp_path_factory):
     """Keep rendered videos out of the user's home, and the pointer to the newest model out of that and other tests'."""
     home = tmp_path_factory.getbasetemp() / "home"
-    monkeypatch.setenv("LARP_DATA", str(home / "data"))
-    monkeypatch.setenv("LARP_MLLM_HOME", str(home / f"mllm-{next(_homes)}"))
-    monkeypatch.setenv("LARP_CACHE", str(home / "no-weights"))
-    monkeypatch.delenv("LARP_MLLM_MODEL", raising=False)
+    # Of its own: a test may undo the changes of the fixture monkeypatch.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LARP_DATA", str(home / "data"))
+        patch.setenv("LARP_MLLM_HOME", str(home / f"mllm-{next(_homes)}"))
+        patch.setenv("LARP_CACHE", str(home / "no-weights"))
+        patch.delenv("LARP_MLLM_MODEL", raising=False)
+        yield
 
 
 @pytest.fixture

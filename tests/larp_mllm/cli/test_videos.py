@@ -132,6 +132,9 @@ def test_without_any_model_the_tokenizer_is_the_one_that_comes_along(folder, cap
     assert errors.startswith("the tokenizer is the one that comes with larp-mllm: 16 frames of 64x64 become 256 codes")
     main(["detokenize", "a.larp", "-o", "a.mp4"])
     assert probe("a.mp4").frames == 10
+    # So too where the newest model was deleted.
+    larp_mllm.locate.set_default_model(folder / "deleted")
+    main(["detokenize", "a.larp", "-o", "b.mp4"])
     capsys.readouterr()
     monkeypatch.setattr(larp_mllm.locate, "_SHIPPED", folder / "broken")
     output = refused(capsys, "tokenize", "clip.mp4", "-o", "b.larp")
