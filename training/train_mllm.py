@@ -4,7 +4,7 @@
     deepspeed training/train_mllm.py --base SmolLM2-135M-Instruct
     deepspeed training/train_mllm.py --base Qwen2-0.5B --tokens runs/tokens/ucf101
 
-Two stages by default: align (the language model frozen, the adapter trained), then joint (LoRA, or all weights). Data are a
+Two stages by default: align (the language model frozen, the adapter trained), then joint (partial LoRA, LoRA, or all weights). Data are a
 token cache (training/extract_tokens.py), by default one of the built-in captioned videos, which is made if it is missing, or
 records of text and videos. Leaves OUT/model for larp_mllm.generate, OUT/samples, OUT/report.json.
 """

@@ -10,10 +10,11 @@ def add(commands) -> None:
     """Add the command's parser."""
     parser = commands.add_parser(
         "export",
-        help="write a model as a stock checkpoint that transformers and vLLM serve",
+        help="write a model as a checkpoint for transformers, and vLLM where it has no partial LoRA",
         description="Write a checkpoint of the base architecture (Qwen2ForCausalLM, LlamaForCausalLM, ...): the adapter's "
         "rows as rows of embedding and head, LoRA merged, the text tokenizer with tokens for video ids, the video tokenizer, "
-        "and a README.md that shows its use with transformers and vLLM.",
+        "and a README.md that shows its use. Partial LoRA cannot be merged: then the folder has Python code for transformers "
+        "(trust_remote_code=True), and vLLM cannot load it.",
         formatter_class=Defaults,
     )
     parser.set_defaults(run=run)

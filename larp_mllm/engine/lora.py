@@ -3,7 +3,7 @@
 from typing import Literal
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.partial_lora import PROJECTIONS, PartialLoraLinear
+from larp_mllm.model.partial_lora import PROJECTIONS, PartialLoraLinear, no_projections
 
 import torch
 from torch import Tensor
@@ -46,10 +46,7 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
     try:
         return LoraModel(model.base, settings, _LORA)
     except ValueError as error:
-        raise ValueError(
-            f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(model.base).__name__}): train it "
-            "with --joint.method full"
-        ) from error
+        raise no_projections(model.base) from error
 
 
 @torch.no_grad()

@@ -88,7 +88,9 @@ def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
     config, folder = run.config, run.config.out / "model"
     report = training_report(run, recipe) | {"text": text, "model": str(folder)}
     if fits_video_start(run):
-        fit_video_start(run.mllm, run.mix.own_answers, run.videos.captions)
+        captions, answers = run.videos.captions, run.mix.own_answers
+        # The weights of the first rank are written.
+        main_first(lambda: fit_video_start(run.mllm, answers, captions) if run.ranks.is_main else None)
     write_current(run, folder)
     if run.ranks.is_main:
         # Written first, so that a failure of the evaluation does not lose the training.

@@ -216,12 +216,12 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
 
         Raises ValueError for partial LoRA without ids, which say where it acts.
         """
-        if input_ids is None:
-            if self.config.partial_lora_rank:
-                raise ValueError("a model with partial LoRA needs input_ids, which say where videos are: give these")
-            return self.base.base_model(inputs_embeds=inputs_embeds, **options)
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
+        if not self.config.partial_lora_rank:
+            return self.base.base_model(inputs_embeds=inputs_embeds, **options)
+        if input_ids is None:
+            raise ValueError("a model with partial LoRA needs input_ids, which say where videos are: give these")
         with at_positions(~self.vocabulary.is_text(input_ids)):
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
 

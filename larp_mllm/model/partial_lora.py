@@ -55,13 +55,18 @@ def add_partial_lora(base: nn.Module, rank: int) -> None:
     """
     found = [(name, layer) for name, layer in base.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
     if not found:
-        raise ValueError(
-            f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(base).__name__}): train it with "
-            "--joint.method full"
-        )
+        raise no_projections(base)
     for name, layer in found:
         parent, _, own = name.rpartition(".")
         setattr(base.get_submodule(parent), own, PartialLoraLinear(layer, rank))
+
+
+def no_projections(base: nn.Module) -> ValueError:
+    """Return the error for a base that has none of PROJECTIONS."""
+    return ValueError(
+        f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(base).__name__}): train it with "
+        "--joint.method full"
+    )
 
 
 def for_recomputation() -> tuple[AbstractContextManager, AbstractContextManager]:
