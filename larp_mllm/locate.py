@@ -7,8 +7,16 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from larp.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from larp.engine.generator_run import Training
+    from larp.models.generator import LarpGenerator
+    from larp.models.tokenizer import LarpTokenizer
+
+    import torch
 
 MODEL_TYPE = "larp_mllm"
 TOKENIZER_TYPE = "larp-tokenizer"
@@ -77,6 +85,48 @@ def find_tokenizer(tokenizer: str) -> str:
     if not (run / "model.safetensors").is_file() and (run / "state").is_dir():
         raise ValueError(f"{tokenizer}: {_content(run)}")
     return tokenizer
+
+
+def load_generator_tokenizer(
+    name: str,
+    generator: "LarpGenerator",
+    training: "Training",
+    tokenizer: str | None = None,
+    variant: str | None = None,
+    device: "torch.device | str" = "cpu",
+) -> "LarpTokenizer":
+    """Load the tokenizer whose codes a generator writes.
+
+    Args:
+        name: of the generator, for errors.
+        training: what its run records, see `larp.engine.generator_run.find_training`.
+        tokenizer: folder or hub name; None: the one of the run.
+        variant: of its weights; None: that of the run, if its tokenizer is taken.
+
+    Raises ValueError if the run does not name one, and if it is not the generator's.
+    """
+    from larp.models.tokenizer import LarpTokenizer
+
+    from_run = tokenizer is None
+    if from_run and training.tokenizer is None and training.missing:
+        raise ValueError(
+            f"the token cache of {name}, {training.missing}, is found neither here nor near the run, so its "
+            "tokenizer is not known: give --tokenizer"
+        )
+    if from_run and training.tokenizer is None:
+        raise ValueError(f"{name} does not say which tokenizer made its codes: give --tokenizer")
+    wanted = training.tokenizer if from_run else tokenizer
+    variant = training.variant if from_run and variant is None else variant
+    try:
+        loaded = LarpTokenizer.from_pretrained(find_tokenizer(wanted), device=device, variant=variant)
+        generator.check_tokenizer(loaded.num_tokens, loaded.codebook_size, loaded.weight_hash())
+    except ValueError as error:
+        if not from_run:
+            raise
+        raise ValueError(
+            f"the tokenizer of {name} was {wanted} when it was trained: {error}. Give --tokenizer"
+        ) from error
+    return loaded
 
 
 def shipped(part: str) -> Path:

@@ -6,6 +6,9 @@ from typing import Any
 
 from larp.files import read_json
 
+FPS = 12.0
+"""Frames per second of a generator's clips where its run does not say."""
+
 
 @dataclass(frozen=True)
 class Training:

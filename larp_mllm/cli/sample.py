@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.engine.generator_run import FPS
 from larp.sampling.options import GuidedSampling
 from larp_mllm.cli import options
+from larp_mllm.locate import load_generator_tokenizer
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -23,7 +25,6 @@ files and a contact sheet, sheet.png, in the folder OUT. Long videos are generat
 each window are given to the next, and are not changed. For each window the PSNR in dB between the given frames and the
 model's version of them is printed (the seam).
 The guidance scale is {CLASS_GUIDANCE} for classes and 1 (off) for --from, unless --guidance-scale says otherwise."""
-FPS = 12.0
 
 
 def add(commands) -> None:
@@ -116,7 +117,9 @@ def run(arguments: argparse.Namespace) -> None:
     generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
     training = find_training(arguments.generator)
-    tokenizer = _load_tokenizer(arguments, generator, training)
+    tokenizer = load_generator_tokenizer(
+        arguments.generator, generator, training, arguments.tokenizer, arguments.variant, device
+    )
     if arguments.scale is not None:
         check_scale(arguments.scale, tokenizer.config.height, tokenizer.config.width)
     fps = _fps(arguments, training)
@@ -195,32 +198,6 @@ def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[i
     selected = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
     count = arguments.num_videos or len(arguments.classes or [0])
     return [selected[number % len(selected)] for number in range(count)]
-
-
-def _load_tokenizer(arguments: argparse.Namespace, generator: "LarpGenerator", training: "Training") -> "LarpTokenizer":
-    """Load --tokenizer, or the tokenizer of the generator's run; ValueError if it is not the generator's."""
-    from_run = arguments.tokenizer is None
-    if from_run and training.tokenizer is None and training.missing:
-        raise ValueError(
-            f"the token cache of {arguments.generator}, {training.missing}, is found neither here nor near the run, so its "
-            "tokenizer is not known: give --tokenizer"
-        )
-    if from_run and training.tokenizer is None:
-        raise ValueError(f"{arguments.generator} does not say which tokenizer made its codes: give --tokenizer")
-    variant = training.variant if from_run and arguments.variant is None else arguments.variant
-    wanted = argparse.Namespace(
-        tokenizer=training.tokenizer if from_run else arguments.tokenizer, variant=variant, device=arguments.device
-    )
-    try:
-        tokenizer = options.load_tokenizer(wanted)
-        generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
-    except ValueError as error:
-        if not from_run:
-            raise
-        raise ValueError(
-            f"the tokenizer of {arguments.generator} was {wanted.tokenizer} when it was trained: {error}. Give --tokenizer"
-        ) from error
-    return tokenizer
 
 
 def _fps(arguments: argparse.Namespace, training: "Training") -> float:

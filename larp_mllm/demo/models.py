@@ -3,16 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-from larp.engine.generator_run import find_training
+from larp.engine.generator_run import FPS, find_training
 from larp.hub import choose_device, resolve
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.api import open_model
-from larp_mllm.locate import find_model, find_tokenizer, read_config, shipped
+from larp_mllm.locate import find_model, find_tokenizer, load_generator_tokenizer, read_config, shipped
 from larp_mllm.pipeline import Mllm
-
-# Frames per second of a generator's clips where its run does not say.
-FPS = 12.0
 
 
 @dataclass
@@ -56,13 +53,8 @@ class Models:
         if self.generator is None:
             raise ValueError(self.missing_classes())
         training, device = find_training(self.generator), choose_device(self.device)
-        name = self.tokenizer or training.tokenizer
-        if name is None:
-            raise ValueError(f"{self.generator} does not say which tokenizer made its codes: give --tokenizer")
-        variant = training.variant if self.tokenizer is None else None
-        tokenizer = LarpTokenizer.from_pretrained(find_tokenizer(name), device=device, variant=variant)
         generator = LarpGenerator.from_pretrained(self.generator, device=device)
-        generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
+        tokenizer = load_generator_tokenizer(self.generator, generator, training, self.tokenizer, device=device)
         return generator, tokenizer, training.fps or FPS
 
     def about(self) -> str:
