@@ -44,6 +44,9 @@ class ExtractTokensConfig:
     """Every n-th frame of a video is a frame of a clip."""
     flips: bool = False
     """Encode every clip mirrored as well; the language model skips a mirrored clip whose caption says left or right."""
+    augmented: int = 0
+    """In place of windows: so many clips of each video at random places, with random speed (strides 1 to 3), crop and colours, as
+    --crop cuts them for the tokenizer. All videos are kept in memory."""
     condition_frames: int = 0
     """For frame prediction: number of given frames at the start of a clip, 1 to T - 1 (5 in the paper). Their codes are stored as well."""
     batch_size: int | None = None
@@ -76,6 +79,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
             windows=config.windows,
             hop=config.hop,
             flips=config.flips,
+            augmented=config.augmented,
             condition_frames=config.condition_frames,
             batch_size=config.batch_size,
             workers=config.workers,

@@ -94,7 +94,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         source, held_out, tokenizer = open_data(config, ranks)
         config = config.in_steps(len(source))
         clock = Clock(config.steps, config.minutes)
-        model = build_model(config, source)
+        model = build_model(config, source, tokenizer)
         parameters = model.num_parameters()  # before the engine may shard them
         samples = open_samples(config, held_out, tokenizer, model.config, ranks)
         engine = make_generator_engine(config, model, len(source), clock, ranks)
@@ -145,17 +145,23 @@ def open_samples(
     return Samples(config.sampling.clips, sampling, tokenizer, held_out, shape, config.seed, ranks)
 
 
-def build_model(config: TrainGeneratorConfig, source: CachedCodes | LiveCodes) -> LarpGenerator:
+def build_model(
+    config: TrainGeneratorConfig, source: CachedCodes | LiveCodes, tokenizer: LarpTokenizer | None
+) -> LarpGenerator:
     """Build the generator for the codes and classes of the training data."""
     # The same seed begins with the same weights, whatever was loaded or extracted before.
     torch.manual_seed(config.seed)
     classes = source.classes if config.task == "class" else ()
+    codebook = (tokenizer or source.cache.load_tokenizer()).codebook.cpu() if config.codebook_rows else None
     shape = GeneratorConfig.of_size(
         config.size, task=config.task, num_tokens=source.key["num_tokens"], codebook_size=source.key["codebook_size"],
         dropout=config.dropout, num_classes=max(1, len(classes)), class_names=classes,
         null_condition=config.task == "frame-prediction" and config.dropped > 0, tokenizer_hash=source.key["tokenizer"],
+        code_dim=0 if codebook is None else codebook.shape[1],
     )  # fmt: skip
     model = LarpGenerator(shape)
+    if codebook is not None:
+        model.take_codebook(codebook)
     if config.start_from is not None:
         # A tokenizer that was trained further has another hash, but nearly the same codes.
         take_weights(model, config.start_from, free=("dropout", "tokenizer_hash"))

@@ -81,7 +81,9 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
         return report
     if config.tokens is None and config.token_folder is not None and not (TOKENS / "index.json").is_file():
         main_first(lambda: make_built_in_tokens(RECIPES.parent, TOKENS, config.tokenizer) if ranks.is_main else None)
-    videos = open_token_caches(config.token_folder, config.eval_tokens, config.tokenizer, ranks.device)
+    videos = open_token_caches(
+        config.token_folder, config.eval_tokens, config.tokenizer, ranks.device, config.more_tokens
+    )
     mllm = build(config, videos, ranks)
     corpus = open_data(config, videos, mllm)
     mix = TrainingMix(config.tasks, corpus.videos, corpus.records, corpus.text, ask_base(config, mllm))

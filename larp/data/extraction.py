@@ -11,6 +11,7 @@ from typing import NamedTuple
 from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
+from larp.data.in_memory_clips import MIRRORED, NUM_RANDOM, ResidentClips
 from larp.data.loader import ClipLoader, in_order
 from larp.data.token_cache import INDEX, TokenCache, token_key
 from larp.data.video import ShortVideoError, VideoError, VideoInfo, iter_frames, probe, read_video
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 # Clips per forward pass of the tokenizer, on a CPU and on a GPU.
 _BATCH, _GPU_BATCH = 16, 64
+_AUGMENT = 5  # random stream of augmented windows
 
 
 class Window(NamedTuple):
@@ -33,6 +35,8 @@ class Window(NamedTuple):
     """float32 (3, T, H, W) in [0, 1]."""
     fps: float
     """Frames per second of the clip."""
+    flipped: bool = False
+    """Whether it is mirrored."""
 
 
 def window_starts(frames: int, shape: ClipShape, most: int = 1, hop: int | None = None) -> list[int]:
@@ -58,6 +62,7 @@ def extract_tokens(
     windows: int = 1,
     hop: int | None = None,
     flips: bool = False,
+    augmented: int = 0,
     condition_frames: int = 0,
     batch_size: int | None = None,
     workers: int = 2,
@@ -79,6 +84,7 @@ def extract_tokens(
         stride: a clip takes every `stride`-th frame of the video.
         windows, hop: maximum clips per video, and frames from the start of one to the next, see `window_starts`.
         flips: add each window mirrored.
+        augmented: in place of windows, so many random clips of each video, see `AugmentedWindows`.
         condition_frames: number of given frames for frame prediction, or 0. The given frames, padded to a clip with
             copies of the last one, are encoded as well.
         batch_size: clips per forward pass; by default 16 on a CPU and 64 on a GPU.
@@ -94,20 +100,28 @@ def extract_tokens(
     device = next(tokenizer.parameters()).device
     if batch_size is None:
         batch_size = _GPU_BATCH if device.type == "cuda" else _BATCH
+    if augmented < 0:
+        raise ValueError(f"augmented is {augmented}; it must be 0 (windows) or more")
+    if augmented and (windows > 1 or hop is not None):
+        raise ValueError(f"augmented is {augmented}: its clips lie at random places, so leave out windows and hop")
     if hop is not None and hop < shape.span:
         raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
     _check_condition_frames(condition_frames, 0, shape.frames)
     folder = Path(folder)
-    key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames)
+    key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames, augmented)
     tokens.begin_cache(folder, key)
     slices = tokens.shard_slices(len(videos.items))
     own = [shard for shard in range(rank, len(slices), world_size) if not tokens.shard_path(folder, shard).is_file()]
+    source = AugmentedWindows(videos, shape, augmented, flips) if augmented and own else None
     bar = tqdm(total=sum(len(slices[shard]) for shard in own), desc="encoding videos", unit="video", disable=rank > 0)
     with bar:
         for shard in own:
             items = videos.items[slices[shard].start : slices[shard].stop]
-            rows = _ShardRows(tokenizer, device, flips, condition_frames, batch_size)
-            found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
+            rows = _ShardRows(tokenizer, device, flips and not augmented, condition_frames, batch_size)
+            if source is not None:
+                found = map(source.windows_or_error, slices[shard])
+            else:
+                found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
             for number, item, clips in zip(slices[shard], items, found, strict=True):
                 rows.add(number, item, clips)
                 bar.update()
@@ -221,6 +235,34 @@ def _windows_or_error(item: VideoItem, shape: ClipShape, windows: int, hop: int 
         return error
 
 
+class AugmentedWindows:
+    """Random clips of each video as `larp.data.in_memory_clips.ResidentClips` cuts them: place, speed, crop and colours.
+
+    None is reversed in time, which would contradict captions. The clips of a video depend on its number only.
+    """
+
+    def __init__(self, videos: VideoSet, shape: ClipShape, count: int, flip: bool):
+        self.videos, self.count, self.flip = videos, count, flip
+        self.clips = ResidentClips(videos, shape, 1, 1, seed=0, flip=flip, reverse=False)
+        self.skipped = dict(self.clips.skipped)
+
+    def windows_or_error(self, number: int) -> list[Window] | VideoError:
+        """Return the clips of the video of this number, or why it has none."""
+        item = self.videos.items[number]
+        if number not in self.clips.usable:
+            return VideoError(self.skipped.get(item.name, f"{item.path}: cannot be read"))
+        uniform = np.random.default_rng((_AUGMENT, number)).random((self.count, NUM_RANDOM))
+        chosen = np.full(self.count, self.clips.usable.index(number))
+        starts, strides = self.clips.places(chosen, uniform)
+        mirrored, fps = (uniform[:, MIRRORED] < 0.5) & self.flip, probe(item.path).fps
+        return [
+            Window(int(start), clip, fps / int(stride), bool(flipped))
+            for start, clip, stride, flipped in zip(
+                starts, self.clips.cut(chosen, uniform), strides, mirrored, strict=True
+            )
+        ]
+
+
 class _ShardRows:
     """Collects the rows of one shard and encodes them in batches."""
 
@@ -244,7 +286,7 @@ class _ShardRows:
         label = -1 if item.label is None else item.label
         for window in windows:
             for flipped in (False, True) if self.flips else (False,):
-                self.rows.append((label, number, window.start, flipped))
+                self.rows.append((label, number, window.start, flipped or window.flipped))
                 self.fps.append(window.fps)
                 self.waiting.append(window.clip.flip(-1) if flipped else window.clip)
                 if len(self.waiting) == self.batch_size:

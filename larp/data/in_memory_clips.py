@@ -25,7 +25,10 @@ _BRIGHTNESS = 0.1
 _MAX_STRIDE = 3
 _MAX_MEMORY_GB = 64.0
 _REVERSED_SHARE = 0.25
-_NUM_RANDOM = 11  # random numbers per clip
+NUM_RANDOM = 11
+"""Random numbers per clip: speed, start, whole frame, side, top, left, mirrored, reversed, and a gain of each colour."""
+MIRRORED = 6
+"""Column of the random numbers that mirrors a clip where it is below 0.5, with `flip`."""
 _AUGMENT = 4  # random stream of the augmentation, separate from those of the loader
 
 
@@ -33,8 +36,8 @@ class ResidentClips(ClipLoader):
     """A `ClipLoader` with augmentation: all videos are decoded once and stored as uint8 on `device`.
 
     A clip is a random window with stride 1, 2 or 3, as far as the video is long enough, and a random crop of 0.76 to 1 of
-    the frame's sides, resized as in `larp.data.clips`. One clip in four shows the whole frame, one in four is reversed
-    in time, and with `flip` half are mirrored. Each colour channel is scaled by 0.9 to 1.1. The clip at a global position
+    the frame's sides, resized as in `larp.data.clips`. One clip in four shows the whole frame, with `reverse` one in four is
+    reversed in time, and with `flip` half are mirrored. Each colour channel is scaled by 0.9 to 1.1. The clip at a global position
     is a function of the seed and that position only.
 
     Batches equal those of `ClipLoader`, with the clips on the device. Raises ValueError if the videos need more than 64
@@ -52,9 +55,10 @@ class ResidentClips(ClipLoader):
         world_size: int = 1,
         *,
         flip: bool = False,
+        reverse: bool = True,
         device: torch.device | str = "cpu",
     ):
-        self.out = shape
+        self.out, self.reverse = shape, reverse
         stored = ClipShape(shape.frames, round(shape.height * _MARGIN), round(shape.width * _MARGIN), shape.stride)
         super().__init__(
             videos, stored, global_batch, micro_batch, seed, rank, world_size, flip=flip, in_memory=True,
@@ -79,11 +83,20 @@ class ResidentClips(ClipLoader):
             step, micro = self.step, self.micro
             first = self.rank_offset + micro * self.micro_batch
             rows = np.arange(first, first + self.micro_batch)
-            uniform = np.random.default_rng((self.seed, _AUGMENT, step)).random((self.global_batch, _NUM_RANDOM))[rows]
+            uniform = np.random.default_rng((self.seed, _AUGMENT, step)).random((self.global_batch, NUM_RANDOM))[rows]
             chosen = np.array([self._index(step * self.global_batch + row) for row in rows])
             batch = video_labels([self.usable[k] for k in chosen], self._source.videos)
             self.step, self.micro = self._after(step, micro)
-            yield {"clip": self._cut(chosen, uniform), **batch, "sample_offset": first, "step": step}
+            yield {"clip": self.cut(chosen, uniform), **batch, "sample_offset": first, "step": step}
+
+    def places(self, chosen: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first frames and the strides, int64 (b,), of the clips that `cut` cuts."""
+        speed, start, shape = uniform[:, 0], uniform[:, 1], self.out
+        lengths = self._lengths[chosen]
+        limit = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _MAX_STRIDE)
+        strides = (1 + (speed * limit).astype(np.int64)) * shape.stride
+        room = lengths - (shape.frames - 1) * strides
+        return (start * room).astype(np.int64), strides
 
     def _identity(self) -> dict:
         shape = self.out
@@ -95,16 +108,16 @@ class ResidentClips(ClipLoader):
     def _count(self) -> int:
         return len(self.usable)
 
-    def _cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
-        """Cut clips from the videos `chosen` (b,) by U[0, 1) values (b, 11): float32 (b, 3, T, H, W) in [0, 1]."""
+    def cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
+        """Cut clips from the videos `chosen` (b,), indices of `usable`, by U[0, 1) values (b, NUM_RANDOM).
+
+        Returns float32 (b, 3, T, H, W) in [0, 1] on the device.
+        """
         shape, device = self.out, self._frames.device
-        speed, start, whole, side, top, left, mirror, backwards = uniform.T[:8]
-        lengths = self._lengths[chosen]
-        limit = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _MAX_STRIDE)
-        strides = (1 + (speed * limit).astype(np.int64)) * shape.stride
-        room = lengths - (shape.frames - 1) * strides
-        starts = self._offsets[chosen] + (start * room).astype(np.int64)
-        order = np.where(backwards[:, None] < _REVERSED_SHARE, np.arange(shape.frames)[::-1], np.arange(shape.frames))
+        whole, side, top, left, mirror, backwards = uniform.T[2:8]
+        starts, strides = self.places(chosen, uniform)
+        starts = self._offsets[chosen] + starts
+        order = np.where(self.reverse & (backwards[:, None] < _REVERSED_SHARE), np.arange(shape.frames)[::-1], np.arange(shape.frames))
         frames = torch.from_numpy(starts[:, None] + strides[:, None] * order).to(device)
         sides = np.where(whole < _WHOLE_FRAME_SHARE, _CROP_SIZES - 1, (side * _CROP_SIZES).astype(np.int64))
         clips = torch.empty((len(chosen), 3, *(shape.frames, shape.height, shape.width)), device=device)

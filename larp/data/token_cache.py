@@ -202,6 +202,31 @@ class TokenCache:
                 f" {extra or 'none'} (or another order)"
             )
 
+    def joined(self, other: "TokenCache") -> "TokenCache":
+        """Return a cache of the rows of both, with the classes of both; its key is this one's.
+
+        Raises TokenCacheError if the codes are of different tokenizers, or only one holds codes of given frames.
+        """
+        shared = ("tokenizer", "num_tokens", "codebook_size", "frames", "condition_frames")
+        what = f"the token cache {other.folder or ''}".strip()
+        check_key(other.key, {name: self.key[name] for name in shared}, what, "extract its tokens like those it is joined with")
+        classes = (*self.classes, *(name for name in other.classes if name not in self.classes))
+        new = torch.tensor([*(classes.index(name) for name in other.classes), -1])
+        rows = {
+            "labels": new[other.labels],
+            "videos": other.videos + int(self.videos.max() + 1),
+            "codes": other.codes.to(self.codes.dtype),
+        }
+        columns = {
+            name: torch.cat([getattr(self, name), rows.get(name, getattr(other, name))])
+            for name in COLUMNS
+            if getattr(self, name) is not None
+        }
+        return replace(
+            self, **columns, names=self.names + other.names, captions=self.captions + other.captions, classes=classes,
+            skipped=self.skipped + other.skipped,
+        )  # fmt: skip
+
     def hold_out(self, every: int = 20) -> tuple["TokenCache", "TokenCache"]:
         """Split into (training rows, held-out rows), holding out every `every`-th video with all its windows.
 
@@ -231,6 +256,7 @@ def token_key(
     hop: int | None,
     flips: bool,
     condition_frames: int,
+    augmented: int = 0,
 ) -> dict[str, Any]:
     """Return everything that the codes depend on, as plain values: caches with equal keys hold equal codes.
 
@@ -255,6 +281,8 @@ def token_key(
         "flips": flips,
         "condition_frames": condition_frames,
         "code_version": CODE_VERSION,
+        # Caches of earlier versions have no such entry.
+        **({"augmented": augmented} if augmented else {}),
     }
 
 

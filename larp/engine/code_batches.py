@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import extract_tokens, live_batches
+from larp.data.in_memory_clips import ResidentClips
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import TokenCache, batch_rows, token_key
 from larp.engine.distributed import Ranks, barrier
@@ -21,8 +22,8 @@ from larp.models.tokenizer import LarpTokenizer
 
 from torch import Tensor
 
-SHARED = ("tokenizer", "num_tokens", "codebook_size", "frames", "stride", "condition_frames", "code_version")
-"""What of the training data's key the held-out clips must share."""
+SHARED = ("tokenizer", "num_tokens", "codebook_size", "frames", "stride", "code_version")
+"""What of the training data's key the held-out clips must share; for frame prediction `condition_frames` too."""
 
 
 class CodeBatch(NamedTuple):
@@ -83,6 +84,7 @@ class LiveCodes:
         flips: mirror half of the clips.
         condition_frames: given frames of frame prediction.
         workers: threads that decode ahead.
+        crop: cut the clips as `ResidentClips` does, none reversed in time.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class LiveCodes:
         flips: bool = False,
         condition_frames: int = 0,
         workers: int = 2,
+        crop: bool = False,
     ):
         lacking = sum(item.label is None for item in videos.items)
         if task == "class" and (lacking or not videos.classes):
@@ -108,12 +111,14 @@ class LiveCodes:
             )
         shape = ClipShape(*tokenizer.config.clip_shape, stride)
         self.tokenizer, self.task, self.condition_frames = tokenizer, task, condition_frames
-        self.loader = ClipLoader(
-            videos, shape, global_batch, micro_batch, seed, ranks.rank, ranks.world_size, flip=flips, workers=workers
-        )
+        shared = (videos, shape, global_batch, micro_batch, seed, ranks.rank, ranks.world_size)
+        if crop:
+            self.loader = ResidentClips(*shared, flip=flips, reverse=False, device=ranks.device)
+        else:
+            self.loader = ClipLoader(*shared, flip=flips, workers=workers)
         self.classes, self.videos = videos.classes, videos
         key = token_key(tokenizer, videos, "train", stride, 1, None, flips, condition_frames)
-        self.key = key | {"windows": "one at a random place, encoded on the fly"}
+        self.key = key | {"windows": f"one at a random place{', cropped' if crop else ''}, encoded on the fly"}
         self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -148,7 +153,8 @@ def open_data(
     opened = _open_videos if config.tokens is None else _open_cache
     source, tokenizer, held_out = opened(config, sizes, ranks)
     if held_out is None:
-        held_out = TokenCache.open(config.eval_tokens, {name: source.key[name] for name in SHARED})
+        shared = (*SHARED, "condition_frames") if config.task == "frame-prediction" else SHARED
+        held_out = TokenCache.open(config.eval_tokens, {name: source.key[name] for name in shared})
     held_out.require(config.task, str(config.eval_tokens or config.eval_data or config.data), source.classes)
     return source, held_out, tokenizer
 
@@ -185,6 +191,7 @@ def _open_videos(
         source = LiveCodes(
             tokenizer, _open_split(config.data, "train", ranks), *sizes, stride=config.stride,
             flips=config.flips, condition_frames=config.given_frames, workers=config.workers,
+            crop=config.crop,
         )  # fmt: skip
     else:
         cache = _extract_split(config, tokenizer, config.data, "train", ranks)

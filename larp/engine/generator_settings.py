@@ -33,6 +33,9 @@ class TrainGeneratorConfig:
     live: bool = False
     """Encode clips at random places of the videos of `data` at every step, in place of a token cache. Each epoch then has other clips, and
     each step also takes the time of the tokenizer. Held-out clips are extracted in either case."""
+    crop: bool = False
+    """Live: random crops, speeds and colours, as --crop cuts them for the tokenizer, but none reversed in time. All videos are kept in
+    the memory of the device."""
     stride: int = 1
     """When extracting or live: a clip takes every n-th frame of a video."""
     windows: int = 1
@@ -47,6 +50,8 @@ class TrainGeneratorConfig:
     """Run folder."""
     size: str = "tiny"
     """A row of larp.models.generator.SIZES: tiny, mini, S, B, L, LP, XL, XXL, XXXL."""
+    codebook_rows: bool = False
+    """Compute the rows of the codes, in input and output, from the tokenizer's codebook, in place of tables of codebook x width."""
     dropout: float = 0.1
     condition_dropout: float | None = None
     """Share of training clips without their class or given frames, which guidance needs. By default 0.1 for classes and, as in the
@@ -100,6 +105,8 @@ class TrainGeneratorConfig:
             raise ValueError(
                 "sampling.guidance_scale needs clips without a condition in training: give --condition-dropout 0.1, or leave it out"
             )
+        if self.crop and not self.live:
+            raise ValueError("crop is for --live, which cuts the clips at every step: add --live, or leave it out")
         if self.live and self.tokens is not None:
             raise ValueError(f"live encodes the clips of `data`, but tokens is {self.tokens}: leave one of them out")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from larp.config import check_positive
 from larp.hub import CheckpointError, LarpModel
+from larp.models.codebook_table import CodebookEmbedding, CodebookHead
 from larp.models.layers import BaseBlock, RMSNorm, SwiGLU
 from larp.models.published_fields import read_bool, read_float, read_int, warn_of_unknown
 
@@ -24,7 +25,7 @@ Task = Literal["class", "frame-prediction"]
 # (layers, heads, width). S to XXXL are the published sizes; tiny and mini are for small clips on a CPU.
 SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (4, 4, 128),
-    "mini": (6, 8, 256),
+    "mini": (6, 6, 192),
     "S": (12, 6, 384),
     "B": (12, 12, 768),
     "L": (24, 16, 1024),
@@ -62,6 +63,9 @@ class GeneratorConfig:
     null_condition: bool = False
     """Frame prediction: a learned unconditional token, which guidance needs. Published checkpoints have none. Class
     conditions always have an unconditional class."""
+    code_dim: int = 0
+    """d of the tokenizer's codebook where the rows of codes, in input and output, are computed from it (`CodebookTable`); 0, as
+    published: learned tables."""
     dropout: float = 0.1
     """Of the input embeddings, the attention output and the feed-forward output."""
     norm_eps: float = 1e-5
@@ -72,6 +76,8 @@ class GeneratorConfig:
         check_positive(self, "num_tokens", "codebook_size", "depth", "heads", "width", "num_classes", "ffn_multiple")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.code_dim < 0:
+            raise ValueError(f"code_dim is {self.code_dim}; it must be 0 or more")
         if self.null_condition and self.task == "class":
             raise ValueError(
                 "null_condition is for frame prediction: a class condition always has its unconditional class"
@@ -174,12 +180,17 @@ class LarpGenerator(LarpModel):
         extra_ids = 0 if config.task == "class" else 1 + config.null_condition
         if config.task == "class":
             self.cls_embedding = ClassEmbedding(config.num_classes, config.width)
-        self.tok_embeddings = nn.Embedding(config.codebook_size + extra_ids, config.width)
+        size = config.codebook_size, config.code_dim, config.width
+        self.tok_embeddings = (
+            CodebookEmbedding(*size, extra_ids)
+            if config.code_dim
+            else nn.Embedding(config.codebook_size + extra_ids, config.width)
+        )
         self.abs_pe = nn.Parameter(torch.empty(1, config.positions, config.width))
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(GeneratorBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.output = CodebookHead(*size) if config.code_dim else nn.Linear(config.width, config.codebook_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -191,6 +202,15 @@ class LarpGenerator(LarpModel):
                 nn.init.normal_(parameter, std=0.02)
             else:
                 nn.init.ones_(parameter)
+        if self.config.code_dim:
+            self.take_codebook(torch.zeros(self.config.codebook_size, self.config.code_dim))
+
+    @torch.no_grad()
+    def take_codebook(self, codebook: Tensor) -> None:
+        """Compute the rows of codes from this codebook (K, d), of an untrained model with `code_dim`; the head stays 0."""
+        self.tok_embeddings.initialize(codebook, std=0.02)
+        self.output.initialize(codebook, std=0.02)
+        nn.init.zeros_(self.output.mlp[2].weight)
 
     def forward(self, codes: Tensor, condition: Tensor) -> Tensor:
         """Return teacher-forced logits (B, N, K) for codes int64 (B, N): position i depends on the codes before i."""

@@ -120,6 +120,8 @@ class Decoder:
             linear = choose_linear(like.detach().to(self.dtype), weights)
             self.blocks = [BlockWeights(block, self.dtype, linear) for block in model.layers]
             self.head, self.norm = linear(like.detach().to(self.dtype)), model.norm.weight.detach().to(self.dtype)
+            # Of a codebook table both are computed once.
+            self.code_embeddings = model.tok_embeddings.weight.detach()
             self.position_embeddings = model.abs_pe.detach().to(self.dtype)
         length = -(-config.positions // self.stride) * self.stride
         head_dim = config.width // config.heads
@@ -214,7 +216,7 @@ class Decoder:
 
     def _step(self, codes: Tensor, span: int) -> Tensor:
         """Run one code per row without reading values back from the device, so that a CUDA graph can capture it."""
-        x = F.embedding(codes, self.model.tok_embeddings.weight)[:, None].to(self.dtype)
+        x = F.embedding(codes, self.code_embeddings)[:, None].to(self.dtype)
         x = x + self.position_embeddings.index_select(1, self.position)
         if self.fused is not None:
             logits = self.fused(x[:, 0], self.position)

@@ -15,6 +15,7 @@ from larp_mllm.data.text_data import TextSet, open_text, shipped_text
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.token_sequence import TokenSequence
 
+import torch
 from torch.utils.data import Subset
 
 TEXT_LENGTH = 512
@@ -70,11 +71,15 @@ class Corpus:
 
 
 def open_token_caches(
-    tokens: Path | None, eval_tokens: Path | None, tokenizer: str | None, device="cpu"
+    tokens: Path | None,
+    eval_tokens: Path | None,
+    tokenizer: str | None,
+    device: torch.device | str = "cpu",
+    more: Sequence[Path] = (),
 ) -> TokenCaches:
     """Open the caches to train and to evaluate on, and load the tokenizer that made both.
 
-    Without `eval_tokens` every 20th video of `tokens` is held out. Raises ValueError if the caches do not belong together,
+    Without `eval_tokens` every 20th video of `tokens` is held out. `more` are further caches to train on. Raises ValueError if the caches do not belong together,
     or if neither `tokens` nor `tokenizer` is given.
     """
     if tokens is None:
@@ -93,8 +98,13 @@ def open_token_caches(
         )
     cache = TokenCache.open(tokens)
     loaded = cache.load_tokenizer(tokenizer, device)
+    held_out = None
     if eval_tokens is None:
-        return TokenCaches(*cache.hold_out(HELD_OUT), loaded)
+        cache, held_out = cache.hold_out(HELD_OUT)
+    for folder in more:
+        cache = cache.joined(TokenCache.open(folder))
+    if held_out is not None:
+        return TokenCaches(cache, held_out, loaded)
     return TokenCaches(cache, TokenCache.open(eval_tokens, {"tokenizer": cache.key["tokenizer"]}), loaded)
 
 

@@ -37,6 +37,8 @@ class TrainMllmConfig:
     tokens: Path | None = None
     """Token cache to train on, from training/extract_tokens.py; by default runs/tokens, unless records or text are given.
     If that is missing, it is made of the built-in captioned videos."""
+    more_tokens: tuple[Path, ...] = ()
+    """Further token caches of the same tokenizer to train on; nothing of them is held out."""
     eval_tokens: Path | None = None
     """Token cache to evaluate on; by default every 20th video of `tokens`, which is held out."""
     records: tuple[Path, ...] = ()
@@ -61,7 +63,7 @@ class TrainMllmConfig:
     stage, the evaluation, and what is written at the end."""
     start_from: str | None = None
     """Folder or hub name of a trained model of the same shape and vocabulary to begin with."""
-    adapter: Literal["codebook", "free"] = "codebook"
+    adapter: Literal["codebook", "projected", "free"] = "codebook"
     """Embeddings of video ids: computed from the codebook, or free parameters (the baseline)."""
     batch_size: int = 64
     """Records per optimizer step, all ranks together."""

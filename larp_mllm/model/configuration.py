@@ -9,7 +9,7 @@ from larp_mllm.model.vocabulary import Vocabulary
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-AdapterKind = Literal["codebook", "free"]
+AdapterKind = Literal["codebook", "projected", "free"]
 # Options of bases that transform logits after the head, which code logits would lack -> the value that is neutral.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 

@@ -25,15 +25,17 @@ class CodebookRows(nn.Module):
     `offset` adds one learned vector to all rows. Output-head rows have none: it would shift all logits equally.
     """
 
-    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool):
+    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool, residual: bool = True):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden, bias=offset))
-        self.residual = nn.Embedding(codebook_size, hidden)
+        self.residual = nn.Embedding(codebook_size, hidden) if residual else None
 
     def forward(self, codebook: Tensor) -> Tensor:
         """Codebook (K, d) -> rows (K, hidden)."""
-        indices = torch.arange(codebook.shape[0], device=codebook.device)
-        return self.mlp(codebook) + self.residual(indices)
+        rows = self.mlp(codebook)
+        if self.residual is None:
+            return rows
+        return rows + self.residual(torch.arange(codebook.shape[0], device=codebook.device))
 
     @torch.no_grad()
     def initialize(self, codebook: Tensor, embeddings: Tensor, most: Tensor | float = math.inf) -> None:
@@ -42,7 +44,8 @@ class CodebookRows(nn.Module):
         for linear in (first, last):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(first.bias)
-        nn.init.zeros_(self.residual.weight)
+        if self.residual is not None:
+            nn.init.zeros_(self.residual.weight)
         rows = self.mlp[1](first(codebook)) @ last.weight.T
         mean = rows.mean(0)
         scale = embeddings.norm(dim=-1).mean().clamp(max=most) / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
@@ -81,9 +84,10 @@ class TokenAdapter(nn.Module):
         if kind not in get_args(AdapterKind):
             raise ValueError(f"adapter kind must be one of {', '.join(get_args(AdapterKind))}, got {kind!r}")
         self.register_buffer("codebook", torch.zeros(codebook_size, code_dim))
-        if kind == "codebook":
-            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True)
-            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False)
+        if kind != "free":
+            residual = kind == "codebook"
+            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True, residual=residual)
+            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False, residual=residual)
         else:
             self.code_input, self.code_output = FreeRows(codebook_size, hidden), FreeRows(codebook_size, hidden)
         self.control_input = nn.Embedding(2, hidden)

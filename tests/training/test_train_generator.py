@@ -280,7 +280,22 @@ def test_live_codes_are_those_of_a_cache(home, tmp_path, monkeypatch):
         }
         again = next(iter(source.step(1)))
         assert torch.equal(again.codes, chosen[1].codes), "a step has the same clips whenever it comes"
-        assert all(held_out.key[name] == source.key[name] for name in SHARED)
+        assert all(held_out.key[name] == source.key[name] for name in (*SHARED, "condition_frames"))
+
+
+def test_live_crops_and_rows_from_the_codebook(home, tmp_path, monkeypatch):
+    monkeypatch.setenv("LARP_DATA", str(home / "data"))
+    config = live_run(home, tmp_path / "run", flips=True, crop=True, codebook_rows=True)
+    report = train(config)
+    model = LarpGenerator.from_pretrained(tmp_path / "run" / "model")
+    assert torch.equal(model.output.codebook, LarpTokenizer.from_pretrained(home / "tok").codebook)
+    assert report["bits_per_token"] < 6 and report["parameters"] == model.num_parameters()
+    source, _, _ = open_data(config, Ranks())
+    clips = next(iter(source.loader))["clip"]
+    assert len(clips) == config.batch_size and clips.shape[1] == 3 and clips.dtype == torch.float32
+    # The same from a cache, which names its tokenizer.
+    cached = tiny_run(home, tmp_path / "cached", codebook_rows=True, steps=2)
+    assert train(cached)["parameters"] == report["parameters"]
 
 
 def test_live_run_trains_and_resumes(home, tmp_path, monkeypatch):
@@ -369,6 +384,7 @@ def test_mistakes_end_with_a_message(home, tmp_path):
         (dict(steps=3, epochs=2.0), "set one of them to None"),
         (dict(epochs=0.0), "epochs is 0.0"),
         (dict(steps=0), "steps is 0"),
+        (dict(crop=True), "crop is for --live"),
     ],
 )
 def test_options_that_do_not_go_together(options, words):

@@ -96,6 +96,41 @@ def test_extraction_encodes_the_windows(tokenizer, videos, tmp_path):
         assert torch.equal(tokenizer.encode(repeat_last(clip, 2))[0], cache.conditions[row].long())
 
 
+def test_augmented_clips_are_those_of_the_tokenizers_training_and_lie_where_the_cache_says(tokenizer, videos, tmp_path):
+    options = dict(augmented=6, flips=True, condition_frames=2)
+    cache = extract_tokens(tokenizer, videos, "train", tmp_path / "a", **options)
+    readable = [number for number, length in enumerate(LENGTHS) if length >= 4]
+    assert cache.videos.tolist() == [number for number in readable for _ in range(6)]
+    assert [name for name, _ in cache.skipped] == ["v3", "broken"]
+    assert 0.2 < cache.flipped.float().mean() < 0.8 and cache.key["augmented"] == 6
+    assert (cache.starts + 4 <= torch.tensor(LENGTHS)[cache.videos]).all() and len(cache.starts.unique()) > 3
+    # 13 frames have room for strides of 1, 2 and 3, 4 frames for 1 alone.
+    assert {8.0, 4.0} < set(cache.fps[cache.videos == 2].tolist()) <= {8.0, 4.0, 8 / 3}
+    assert cache.fps[cache.videos == 0].unique().tolist() == [8.0]
+    again = extract_tokens(tokenizer, videos, "train", tmp_path / "b", batch_size=5, **options)
+    assert torch.equal(again.codes, cache.codes) and torch.equal(again.conditions, cache.conditions)
+    plain = extract_tokens(tokenizer, videos, "train", tmp_path / "c", augmented=6)
+    assert not plain.flipped.any() and torch.equal(plain.codes[~cache.flipped], cache.codes[~cache.flipped])
+    with pytest.raises(TokenCacheError, match="augmented is 6, expected 7"):
+        extract_tokens(tokenizer, videos, "train", tmp_path / "c", augmented=7)
+
+
+def test_joined_caches_hold_the_rows_and_the_classes_of_both(tokenizer, videos, tmp_path):
+    first = extract_tokens(tokenizer, videos, "train", tmp_path / "a", condition_frames=2)
+    items = tuple(replace(item, label=None if k == 1 else 1 - item.label) for k, item in enumerate(videos.items))
+    other = replace(videos, items=items, classes=("odd", "square"))
+    second = extract_tokens(tokenizer, other, "train", tmp_path / "b", windows=2, condition_frames=2)
+    both = first.joined(second)
+    assert len(both) == len(first) + len(second) and both.classes == ("even", "odd", "square")
+    assert torch.equal(both.codes[len(first) :], second.codes) and torch.equal(both.conditions[: len(first)], first.conditions)
+    names = [None if label < 0 else second.classes[label] for label in second.labels]
+    assert [None if label < 0 else both.classes[label] for label in both.labels[len(first) :]] == names
+    assert not set(both.videos[: len(first)].tolist()) & set(both.videos[len(first) :].tolist())
+    assert both.names[len(first) :] == second.names and both.captions[: len(first)] == first.captions
+    with pytest.raises(TokenCacheError, match="condition_frames is 0, expected 2"):
+        first.joined(extract_tokens(tokenizer, videos, "train", tmp_path / "c"))
+
+
 def test_the_hop_is_used_and_is_part_of_the_key(tokenizer, videos, tmp_path):
     cache = extract_tokens(tokenizer, videos, "train", tmp_path, windows=9, hop=5)
     assert cache.starts[cache.videos == 2].tolist() == [0, 5] and cache.starts[cache.videos == 0].tolist() == [0]
@@ -269,6 +304,8 @@ def test_a_folder_that_cannot_be_written_is_named(tokenizer, videos, tmp_path):
         ({"condition_frames": 4}, "0 .none. to 3.*frame prediction needs 1 at least"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"workers": -1}, "workers is -1"),
+        ({"augmented": 2, "windows": 2}, "leave out windows and hop"),
+        ({"augmented": -1}, "augmented is -1"),
     ],
 )
 def test_bad_options(tokenizer, videos, tmp_path, option, words):

@@ -1,6 +1,7 @@
 """LarpGenerator: golden values of the reference, conditions, configs and checkpoints."""
 
 import json
+import math
 
 from larp.hub import CheckpointError
 from larp.models.generator import SIZES, GeneratorConfig, LarpGenerator, code_loss, config_from_published
@@ -9,6 +10,7 @@ from larp.sampling.sample import generate
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 
@@ -107,6 +109,29 @@ def test_dropout_is_active_in_training_only():
     assert torch.equal(model(codes, label), model(codes, label))
     model.train()
     assert not torch.equal(model(codes, label), model(codes, label))
+
+
+@pytest.mark.parametrize("task", ["class", "frame-prediction"])
+def test_rows_from_the_codebook(task, tmp_path):
+    config = tiny(task=task, code_dim=4)
+    model = LarpGenerator(config)
+    codebook = F.normalize(torch.randn(config.codebook_size, 4, generator=torch.Generator().manual_seed(0)), dim=-1)
+    codebook[1] = codebook[0] + 1e-3
+    model.take_codebook(codebook)
+    codes = torch.randint(config.codebook_size, (2, config.num_tokens))
+    condition = torch.tensor([0, 1]) if task == "class" else model.frame_condition(codes)
+
+    assert code_loss(model(codes, condition), codes).item() == pytest.approx(math.log(config.codebook_size))
+    rows = model.tok_embeddings.weight
+    assert rows.shape == (config.codebook_size + (task != "class"), config.width)
+    assert (rows[0] - rows[1]).norm() < 0.1 * (rows[0] - rows[2:]).norm(dim=-1).min()
+    fewer = LarpGenerator(tiny(task=task)).num_parameters() - model.num_parameters()
+    assert fewer == 2 * config.width * (config.codebook_size - 4 - 1 - config.width)  # weights and biases of two MLPs
+
+    torch.nn.init.normal_(model.output.mlp[2].weight)
+    model.save_pretrained(tmp_path)
+    loaded = LarpGenerator.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(codes, condition), model.eval()(codes, condition))
 
 
 def test_save_load_round_trip(tmp_path):

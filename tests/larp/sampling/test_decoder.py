@@ -33,9 +33,12 @@ def condition_of(model, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("weights", ["plain", pytest.param("packed", marks=packable)])
-@pytest.mark.parametrize("task", ["class", "frame-prediction"])
-def test_every_step_gives_the_logits_of_the_plain_forward(task, weights, stride):
-    model = random_generator(task)
+@pytest.mark.parametrize(("task", "code_dim"), [("class", 0), ("frame-prediction", 0), ("class", 8), ("frame-prediction", 8)])
+def test_every_step_gives_the_logits_of_the_plain_forward(task, code_dim, weights, stride):
+    model = random_generator(task, code_dim=code_dim)
+    if code_dim:
+        model.take_codebook(torch.randn(40, code_dim))
+        torch.nn.init.normal_(model.output.mlp[2].weight, std=0.2)
     condition, codes = condition_of(model, 3), torch.randint(40, (3, 9))
     plain = model(codes, condition)
     decoder = Decoder(model, 3, weights=weights, stride=stride)
