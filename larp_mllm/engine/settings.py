@@ -63,7 +63,7 @@ class TrainMllmConfig:
     stage, the evaluation, and what is written at the end."""
     start_from: str | None = None
     """Folder or hub name of a trained model of the same shape and vocabulary to begin with."""
-    adapter: Literal["codebook", "projected", "free"] = "codebook"
+    adapter: Literal["codebook", "free"] = "codebook"
     """Embeddings of video ids: computed from the codebook, or free parameters (the baseline)."""
     batch_size: int = 64
     """Records per optimizer step, all ranks together."""

@@ -9,7 +9,7 @@ from larp_mllm.model.vocabulary import Vocabulary
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-AdapterKind = Literal["codebook", "projected", "free"]
+AdapterKind = Literal["codebook", "free"]
 # Options of bases that transform logits after the head, which code logits would lack -> the value that is neutral.
 _LOGIT_TRANSFORMS = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 
@@ -24,6 +24,7 @@ class LarpMllmConfig(PreTrainedConfig):
         code_dim: width of the codebook.
         tokens_per_video: number of codes N of a video.
         adapter: "codebook" or "free", see `TokenAdapter`.
+        residual_rank: of the adapter "codebook", see `CodebookRows`; 0 for models of earlier versions.
         video_tokenizer_hash: weight hash of the LARP tokenizer that the model was trained with.
         fps: frames per second of the training clips.
         frame_stride: step between the frames that are read from a video file.
@@ -42,6 +43,7 @@ class LarpMllmConfig(PreTrainedConfig):
     code_dim: int = 0
     tokens_per_video: int = 0
     adapter: str = "codebook"
+    residual_rank: int = 0
     video_tokenizer_hash: str = ""
     fps: float = 8.0
     frame_stride: int = 1
@@ -101,7 +103,7 @@ class LarpMllmConfig(PreTrainedConfig):
     def _check(self) -> None:
         for name in ("text_size", "codebook_size", "code_dim", "tokens_per_video", "frame_stride"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("given_frames", "partial_lora_rank"):
+        for name in ("given_frames", "partial_lora_rank", "residual_rank"):
             _check_int(name, getattr(self, name), 0)
         if isinstance(self.fps, bool) or not (
             isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0

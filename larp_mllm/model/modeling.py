@@ -16,7 +16,7 @@ from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_s
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import add_partial_lora, at_positions, for_recomputation
-from larp_mllm.model.token_adapter import TokenAdapter
+from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
 
@@ -69,7 +69,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         if config.partial_lora_rank:
             add_partial_lora(self.base, config.partial_lora_rank)
         hidden = self.base.get_input_embeddings().weight.shape[-1]
-        self.adapter = TokenAdapter(config.codebook_size, config.code_dim, hidden, config.adapter)
+        self.adapter = TokenAdapter(config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank)
         self.post_init()
 
     @classmethod
@@ -113,6 +113,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             code_dim=codebook.shape[1],
             tokens_per_video=tokens_per_video,
             adapter=adapter,
+            residual_rank=residual_rank(adapter, embedding.weight.shape[-1]),
             # Without it, transformers resets the base's choice to the slow default.
             attn_implementation=base.config._attn_implementation,
             **extra,

@@ -17,25 +17,32 @@ from torch import Tensor, nn
 # Standard deviation of the code logits at the first step, at most. Head rows as long as those of text give 5 with SmolLM2: 34 bits
 # a code at the first step, where equal probabilities give 13, and still 17 twelve steps later (LOG.md).
 _LOGIT_SPREAD = 0.5
+_RANK = 32
+
+
+def residual_rank(kind: AdapterKind, hidden: int) -> int:
+    """Return the rank of the residual of a new adapter; 0, a table, for the other kind and where it would save nothing."""
+    return _RANK if kind == "codebook" and hidden > _RANK else 0
 
 
 class CodebookRows(nn.Module):
     """K rows of width `hidden`: MLP(codebook) + a learned residual, initialised to zero.
 
-    `offset` adds one learned vector to all rows. Output-head rows have none: it would shift all logits equally.
+    The residual is the product of a table (K, rank) and a matrix (rank, hidden), which learns as fast as a table (K, hidden), the
+    residual of rank 0, and is a fraction of its size (LOG.md). `offset` adds one learned vector to all rows. Output-head rows have
+    none: it would shift all logits equally.
     """
 
-    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool, residual: bool = True):
+    def __init__(self, code_dim: int, codebook_size: int, hidden: int, offset: bool, rank: int = 0):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(code_dim, hidden), nn.GELU(), nn.Linear(hidden, hidden, bias=offset))
-        self.residual = nn.Embedding(codebook_size, hidden) if residual else None
+        self.residual = nn.Embedding(codebook_size, rank or hidden)
+        self.expand = nn.Linear(rank, hidden, bias=False) if rank else nn.Identity()
 
     def forward(self, codebook: Tensor) -> Tensor:
         """Codebook (K, d) -> rows (K, hidden)."""
-        rows = self.mlp(codebook)
-        if self.residual is None:
-            return rows
-        return rows + self.residual(torch.arange(codebook.shape[0], device=codebook.device))
+        indices = torch.arange(codebook.shape[0], device=codebook.device)
+        return self.mlp(codebook) + self.expand(self.residual(indices))
 
     @torch.no_grad()
     def initialize(self, codebook: Tensor, embeddings: Tensor, most: Tensor | float = math.inf) -> None:
@@ -44,8 +51,9 @@ class CodebookRows(nn.Module):
         for linear in (first, last):
             nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(first.bias)
-        if self.residual is not None:
-            nn.init.zeros_(self.residual.weight)
+        nn.init.zeros_(self.residual.weight)
+        if isinstance(self.expand, nn.Linear):
+            nn.init.normal_(self.expand.weight, std=self.expand.in_features**-0.5)
         rows = self.mlp[1](first(codebook)) @ last.weight.T
         mean = rows.mean(0)
         scale = embeddings.norm(dim=-1).mean().clamp(max=most) / (rows - mean).norm(dim=-1).mean().clamp_min(1e-6)
@@ -76,18 +84,17 @@ class FreeRows(nn.Module):
 class TokenAdapter(nn.Module):
     """Input and output rows of the video ids of a model: two controls (video_start, video_end) and K codes.
 
-    The codebook, float (K, d), is a buffer and saved with the model. Raises ValueError for an unknown kind.
+    The codebook, float (K, d), is a buffer and saved with the model. `rank` is that of `CodebookRows`. Raises ValueError for an unknown kind.
     """
 
-    def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook"):
+    def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook", rank: int = 0):
         super().__init__()
         if kind not in get_args(AdapterKind):
             raise ValueError(f"adapter kind must be one of {', '.join(get_args(AdapterKind))}, got {kind!r}")
         self.register_buffer("codebook", torch.zeros(codebook_size, code_dim))
-        if kind != "free":
-            residual = kind == "codebook"
-            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True, residual=residual)
-            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False, residual=residual)
+        if kind == "codebook":
+            self.code_input = CodebookRows(code_dim, codebook_size, hidden, offset=True, rank=rank)
+            self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False, rank=rank)
         else:
             self.code_input, self.code_output = FreeRows(codebook_size, hidden), FreeRows(codebook_size, hidden)
         self.control_input = nn.Embedding(2, hidden)
