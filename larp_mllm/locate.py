@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import urllib.request
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -18,11 +19,15 @@ if TYPE_CHECKING:
 
     import torch
 
+SHIPPED_MODELS = {"tiny": "language-model"}
+"""Names of the language models that come with the package, for `model=`, and their folders."""
 MODEL_TYPE = "larp_mllm"
 TOKENIZER_TYPE = "larp-tokenizer"
 # The folder of the trained model inside a run folder.
 RUN_MODEL = "model"
 POINTER = "newest.json"
+# What the training writes beside the weights.
+TRAINING = "training.json"
 PROCESSOR_FILES = (
     "*.json",
     "*.jinja",
@@ -32,6 +37,10 @@ PROCESSOR_FILES = (
     "video_tokenizer/model.safetensors",
 )
 MODEL_FILES = (*PROCESSOR_FILES, "*.safetensors")
+SHIPPED_KNOWS = (
+    "archery, basketball dunk, horse race, playing piano, playing violin, surfing, and coloured shapes that move, at 64x64"
+)
+"""What the language model that comes with the package was trained on."""
 _SHIPPED = Path(__file__).parent / "shipped"
 # Seconds to wait for the hub.
 _TIMEOUT = 5.0
@@ -41,8 +50,9 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
     """The folder of a language model with video vocabulary.
 
     Args:
-        model: a model folder, a run folder of train_mllm.py, or a hub repository "owner/name", which is fetched unless it
-            is in the local cache. None: the environment variable LARP_MLLM_MODEL, else the newest model trained here.
+        model: a model folder, a run folder of train_mllm.py, a name of `SHIPPED_MODELS`, or a hub repository "owner/name",
+            which is fetched unless it is in the local cache. None: the environment variable LARP_MLLM_MODEL, else the newest
+            model trained here, else the one that comes with the package, which is said once on stderr.
         option: name of the option that `model` was given with, for errors; None: `model`.
 
     Raises ValueError that says what the folder holds instead, and how to choose a model.
@@ -53,10 +63,13 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
         chosen, source = model, "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
         chosen, source = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
-    elif pointer.is_file():
+    elif has_default_model():
         chosen, source = _read_pointer(pointer), f"{pointer}: "
     else:
-        raise ValueError(f"no language model with video vocabulary was trained on this machine. {_remedy()}")
+        _say_once("no language model was trained here, so it is the small one that comes with larp-mllm")
+        return shipped(SHIPPED_MODELS["tiny"])
+    if chosen in SHIPPED_MODELS and not Path(chosen).is_dir():
+        return shipped(SHIPPED_MODELS[chosen])
     if is_hub_name(chosen):
         try:
             chosen = fetch_folder(chosen)
@@ -130,7 +143,7 @@ def load_generator_tokenizer(
 
 
 def shipped(part: str) -> Path:
-    """The folder of trained weights that come with the package, such as "tokenizer".
+    """The folder of trained weights that come with the package: "tokenizer", "generator" or "language-model".
 
     Raises ValueError if its files are missing.
     """
@@ -141,6 +154,12 @@ def shipped(part: str) -> Path:
                 f"{folder / file}, which comes with larp-mllm, is missing: install the package again, or name another {part}"
             )
     return folder
+
+
+@lru_cache
+def _say_once(text: str) -> None:
+    """Print a line to stderr, once in a process."""
+    print(f"{text}: {SHIPPED_KNOWS}", file=sys.stderr)
 
 
 def set_default_model(model: str | Path) -> Path:
@@ -307,7 +326,8 @@ def _content(folder: Path) -> str:
 
 def _remedy() -> str:
     return (
-        "Give model=FOLDER or model=OWNER/NAME of the hub (--model on the command line), set the environment variable "
+        f"Give model=FOLDER, model=OWNER/NAME of the hub or model={' or '.join(SHIPPED_MODELS)}, which comes with the package "
+        "(--model on the command line), set the environment variable "
         "LARP_MLLM_MODEL, or train a model with training/train_mllm.py, which then is the default; `make quickstart` trains "
         "a small one"
     )

@@ -4,6 +4,7 @@ Shapes: B videos, F frames of a video, N codes per video.
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from larp.data.clips import clip_to_frames, pixels_to_clip
 from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_prompt, check_prompts, check_seconds
+from larp_mllm.data.caption_words import is_far
 from larp_mllm.generation.answer import Answer
 from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
-from larp_mllm.locate import find_model
+from larp_mllm.locate import TRAINING, find_model, read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import chat_segments, stop_ids
@@ -39,9 +41,11 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 class Mllm:
     """A language model with video vocabulary and its processor."""
 
-    def __init__(self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor):
+    def __init__(self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor, captions: dict[str, Any] | None = None):
         self.model = model
         self.processor = processor
+        # What `describe_captions` recorded of the training; None if unknown.
+        self.captions = captions
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> "Mllm":
@@ -60,7 +64,8 @@ class Mllm:
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
             # Not with .to(), which would also round the rotary frequencies.
             model = LarpMllmForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
-        return cls(model.to(device).eval(), processor)
+        training = read_config(folder / TRAINING) or {}
+        return cls(model.to(device).eval(), processor, training.get("captions"))
 
     def save(self, folder: str | Path) -> None:
         """Save a folder that `load` reads. Raises ValueError, naming the folder, if it cannot be written."""
@@ -91,6 +96,14 @@ class Mllm:
         if not self.model.config.video_tokenizer_hash:
             self.model.config.video_tokenizer_hash = self.processor.video_tokenizer.weight_hash()
 
+    def _warn_of_far(self, prompts: Sequence[str]) -> None:
+        """Print a line to stderr for each prompt of which no word occurs in the captions of the training."""
+        words, examples = ((self.captions or {}).get(name) or () for name in ("words", "examples"))
+        for prompt in dict.fromkeys(prompts):
+            if is_far(prompt, words):
+                shown = ", ".join(f'"{example}"' for example in examples[:6])
+                print(f'"{prompt}" has no word of the captions that this model learned from, such as {shown}', file=sys.stderr)
+
     def generate(
         self,
         prompts: list[str],
@@ -113,6 +126,7 @@ class Mllm:
         """
         check_prompts(prompts)
         check_count("num_videos", num_videos)
+        self._warn_of_far(prompts)
         texts = [text for text in prompts for _ in range(num_videos)]
         codes = self.generate_codes(texts, sampling, progress, preview_every)
         videos = [

@@ -131,7 +131,7 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     if config.start_from is not None:
-        take_weights(tokenizer, config.start_from)
+        take_weights(tokenizer, config.start_from, optional="prior")
     clock = Clock(config.steps, config.minutes)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
     optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage, config.engine.precision)

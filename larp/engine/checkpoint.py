@@ -385,18 +385,21 @@ def _universal_advice(engines: Mapping[str, Engine], state: SavedState, world_si
     )
 
 
-def take_weights(model: LarpModel, source: str, free: Collection[str] = ()) -> None:
+def take_weights(model: LarpModel, source: str, free: Collection[str] = (), optional: str | None = None) -> None:
     """Load the weights of a trained model, the averaged ones if it has any, into a new model.
 
     Args:
         model: the new model.
         source: folder or hub name of the trained one.
         free: config fields that may differ; ValueError names any others that differ.
+        optional: config field of a part that the trained model may lack; the new one's is then left as it is.
     """
     folder = resolve(source)
     variant = EMA if (folder / weights_file(EMA)).exists() else None
     trained = type(model).from_pretrained(folder, variant=variant)
+    if optional is not None and not getattr(trained.config, optional).enabled:
+        free = (*free, optional)
     configs = [{k: v for k, v in to_dict(m.config).items() if k not in free} for m in (trained, model)]
     if differing := differences(*configs):
         raise ValueError(f"start_from {source} is another model than this run's: {'; '.join(differing)}")
-    model.load_state_dict(trained.state_dict())
+    model.load_state_dict(model.state_dict() | trained.state_dict())

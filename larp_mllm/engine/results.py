@@ -7,6 +7,7 @@ from pathlib import Path
 
 from larp.engine.backend import Ranks, barrier, broadcast_object, micro_batch
 from larp.engine.distributed import main_first
+from larp_mllm.data.caption_words import describe_captions
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.engine.perplexity import score_text
 from larp_mllm.engine.samples import write_samples
@@ -143,6 +144,7 @@ def training_report(run: StagedRun, recipe: str | None) -> dict:
         ],
         "tasks": run.mix.shares,
         "data": run.corpus.summary,
+        **({"captions": describe_captions(run.videos.captions)} if run.videos.captions else {}),
         "seed": config.seed,
         **({"resumed": run.resumed} if run.resumed else {}),
         "text_tokenizer": text_tokenizer_hash(run.mllm.processor.tokenizer),

@@ -15,9 +15,8 @@ from larp.engine.checkpoint import CONFIG_FILE, changed_values, newest_state
 from larp.engine.log import read_metrics
 from larp.files import read_json, write_json
 from larp.metrics.protocols import versions
-from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, clear_default_model, read_config
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, TRAINING, clear_default_model, read_config
 
-TRAINING = "training.json"
 REPORT = "report.json"
 CONFIG = "config.json"
 _TOO_OFTEN = 0.01  # probability of video_start within plain text that is worth a warning

@@ -1,0 +1,39 @@
+"""The words of a model's training captions, by which a prompt that is far from them is recognised."""
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+_MOST_WORDS, _EXAMPLES = 2000, 10
+_WORD = re.compile(r"[^\W\d_]{2,}")
+# Words without content, and those that every caption may have.
+_COMMON = frozenset(
+    "an the of in on is are was and or with to at it its that this there from by for as into over up down someone something "
+    "person people man woman men women he she they his her their video clip show shows showing me please make".split()
+)
+# Words that begin alike count as one: surfer and surfing, pianist and piano.
+_STEM = 4
+
+
+def describe_captions(texts: Collection[str]) -> dict[str, Any]:
+    """Return what a model folder records of the captions that it was trained on: `words` and, evenly spaced, `examples`."""
+    words = Counter(word for text in texts for word in content_words(text))
+    ordered = sorted(texts, key=lambda text: (len(text), text))
+    count = min(len(ordered), _EXAMPLES)
+    return {
+        "words": sorted(word for word, _ in words.most_common(_MOST_WORDS)),
+        "examples": [ordered[i * len(ordered) // count] for i in range(count)],
+    }
+
+
+def content_words(text: str) -> list[str]:
+    """Return the lower-case words of a text that say what it is about."""
+    return [word for word in _WORD.findall(text.lower()) if word not in _COMMON]
+
+
+def is_far(prompt: str, words: Collection[str]) -> bool:
+    """Whether a prompt has words with content, but none that begins like one of `words`."""
+    stems = {word[:_STEM] for word in words}
+    found = content_words(prompt)
+    return bool(found and words) and not any(word[:_STEM] in stems for word in found)
