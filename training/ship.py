@@ -80,6 +80,7 @@ def write_mllm(model: Path, folder: Path, tokenizer_hash: str) -> None:
     tensors = load_file(model / WEIGHTS)
     short = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(short, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
 
 
 def _variant(folder: Path) -> str | None:

@@ -17,14 +17,19 @@ _STEM = 4
 
 
 def describe_captions(texts: Collection[str]) -> dict[str, Any]:
-    """Return what a model folder records of the captions that it was trained on: `words` and, evenly spaced, `examples`."""
+    """Return what a model folder records of the captions that it was trained on: their `words`, and `examples` of different words."""
     words = Counter(word for text in texts for word in content_words(text))
-    ordered = sorted(texts, key=lambda text: (len(text), text))
-    count = min(len(ordered), _EXAMPLES)
-    return {
-        "words": sorted(word for word, _ in words.most_common(_MOST_WORDS)),
-        "examples": [ordered[i * len(ordered) // count] for i in range(count)],
-    }
+    return {"words": sorted(word for word, _ in words.most_common(_MOST_WORDS)), "examples": _examples(texts)}
+
+
+def _examples(texts: Collection[str]) -> list[str]:
+    """Return up to ten texts, one after the other that which has the largest share of words that are new."""
+    left, seen, chosen = sorted(texts, key=lambda text: (len(text), text)), set(), []
+    while left and len(chosen) < _EXAMPLES:
+        new = [(len(set(found) - seen) / len(found) if (found := content_words(text)) else 0.0) for text in left]
+        chosen.append(left.pop(new.index(max(new))))
+        seen.update(content_words(chosen[-1]))
+    return chosen
 
 
 def content_words(text: str) -> list[str]:

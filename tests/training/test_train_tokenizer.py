@@ -154,7 +154,13 @@ def test_resuming_says_what_changed_and_refuses_another_discriminator(recipe, cu
 def test_the_prior_is_one_option_away_from_off(recipe, tmp_path):
     out = tmp_path / "run"
     report = main(["--recipe", str(recipe), "--out", str(out), "--model.prior.no-enabled", "--steps", "3"])
-    assert "prior_top1" not in report and LarpTokenizer.from_pretrained(out / "model").prior is None
+    without = LarpTokenizer.from_pretrained(out / "model")
+    assert "prior_top1" not in report and without.prior is None
+    # Weights without a prior, such as those of the package, begin a training with one.
+    options = ["--recipe", str(recipe), "--start-from", str(out / "model"), "--steps", "1", "--optimizer.lr", "1e-9"]
+    assert "prior_top1" in main([*options, "--optimizer.matrix-lr", "1e-9", "--out", str(tmp_path / "on")])
+    later = LarpTokenizer.from_pretrained(tmp_path / "on" / "model")
+    assert torch.allclose(later.encoder.blocks[0].mlp.fc1.weight, without.encoder.blocks[0].mlp.fc1.weight, atol=1e-6)
 
 
 def test_nested_tokens_train_and_decode_from_any_prefix(recipe, finished, tmp_path):

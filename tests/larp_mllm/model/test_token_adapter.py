@@ -1,7 +1,7 @@
 """TokenAdapter: initial values, what the rows are computed from, gradients."""
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.token_adapter import CodebookRows, TokenAdapter
+from larp_mllm.model.token_adapter import CodebookRows, TokenAdapter, residual_rank
 from tests.larp_mllm.families import FAMILIES
 
 import pytest
@@ -70,6 +70,22 @@ def test_codebook_rows_are_the_mlp_of_the_codebook_plus_a_residual_of_zero():
     mlp = adapter.code_input.mlp(adapter.codebook)
     assert torch.equal(adapter.input_rows()[2 + 3], mlp[3] + 1)
     assert torch.equal(adapter.input_rows()[2 + 4], mlp[4])
+
+
+def test_the_residual_of_a_small_rank_is_a_product_that_begins_with_zero():
+    torch.manual_seed(0)
+    adapter = TokenAdapter(K, WIDTH, HIDDEN, "codebook", rank=4)
+    adapter.initialize(F.normalize(torch.randn(K, WIDTH), dim=-1), torch.randn(5, HIDDEN), torch.randn(5, HIDDEN))
+    rows, table = adapter.code_input, adapter.code_input.residual.weight
+    assert table.shape == (K, 4) and not table.any() and residual_rank("codebook", HIDDEN) > 4
+    (adapter.input_rows().square().sum() + adapter.code_rows().square().sum()).backward()
+    assert table.grad.any() and adapter.code_output.residual.weight.grad.any()
+    with torch.no_grad():
+        table[3] = 1.0
+    mlp = rows.mlp(adapter.codebook)
+    torch.testing.assert_close(adapter.input_rows()[2 + 3], mlp[3] + rows.expand.weight.sum(1))
+    assert torch.equal(adapter.input_rows()[2 + 4], mlp[4])
+    assert residual_rank("free", HIDDEN) == residual_rank("codebook", 16) == 0, "a table, where a product saves nothing"
 
 
 def test_head_rows_have_their_own_projection_without_an_offset():

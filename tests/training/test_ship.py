@@ -1,0 +1,63 @@
+"""training/ship.py: what it writes loads as the models of the package do, and gives the codes and videos of the originals."""
+
+import json
+from dataclasses import replace
+
+from larp.hub import WEIGHTS
+from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.prior import PriorConfig
+from larp.models.tokenizer import LarpTokenizer
+from larp_mllm import locate
+from larp_mllm.pipeline import Mllm
+from tests.larp_mllm.tiny import colourful_mllm
+from training.ship import main
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A folder with a tokenizer that has a prior, and a generator and a language model of its codes."""
+    mllm = colourful_mllm()
+    small = mllm.processor.video_tokenizer
+    tokenizer = LarpTokenizer(replace(small.config, prior=PriorConfig(depth=1, heads=1, width=8, positions=4)))
+    tokenizer.load_state_dict(tokenizer.state_dict() | small.state_dict())
+    mllm.processor.video_tokenizer = tokenizer.eval()
+    mllm.model.config.video_tokenizer_hash = tokenizer.weight_hash()
+    mllm.save(tmp_path / "mllm" / "model")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    shape = GeneratorConfig(num_tokens=4, codebook_size=16, depth=1, heads=1, width=8, num_classes=2, code_dim=4)
+    LarpGenerator(replace(shape, tokenizer_hash=tokenizer.weight_hash())).save_pretrained(tmp_path / "generator")
+    return tmp_path
+
+
+def ship(folder, **others):
+    models = {name: folder / name for name in ("tokenizer", "generator", "mllm")} | others
+    main([*(word for name, path in models.items() for word in (f"--{name}", str(path))), "--out", str(folder / "out")])
+
+
+def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trained, monkeypatch):
+    ship(trained)
+    out = trained / "out"
+    monkeypatch.setattr(locate, "_SHIPPED", out)
+    before, after = LarpTokenizer.from_pretrained(trained / "tokenizer"), LarpTokenizer.from_pretrained(out / "tokenizer")
+    clips = torch.rand(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert after.prior is None and torch.equal(before.encode(clips), after.encode(clips))
+    generator = LarpGenerator.from_pretrained(out / "generator")
+    generator.check_tokenizer(4, 16, after.weight_hash())
+    assert sorted(path.name for path in (out / "language-model").iterdir() if path.is_dir()) == []
+    model = Mllm.load(out / "language-model", "cpu")
+    assert model.model.dtype == torch.float32 and model.processor.video_tokenizer.weight_hash() == after.weight_hash()
+    assert model.generate(["a person surfing"])[0].frames.shape == (4, 16, 16, 3)
+    halves = sum((out / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "language-model"))
+    wholes = sum((trained / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "mllm/model"))
+    assert halves < 0.8 * wholes
+    assert json.loads((out / "language-model/config.json").read_text())["video_tokenizer_hash"] == after.weight_hash()
+
+
+def test_models_of_other_codes_are_refused(trained):
+    other = LarpGenerator(GeneratorConfig(num_tokens=4, codebook_size=16, depth=1, heads=1, width=8, tokenizer_hash="aa11"))
+    other.save_pretrained(trained / "other")
+    with pytest.raises(ValueError, match="--generator was trained on codes of the tokenizer aa11"):
+        ship(trained, generator=trained / "other")
