@@ -225,7 +225,7 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     codes = {split: work / f"tokens-{split}" for split in ("train", "validation", "test")}
     # With codes of given frames, so that the language model learns to continue a video.
     given = ("--condition-frames", "5", "--workers", "8")
-    windows = {"train": ("--windows", "8", "--flips"), "validation": ("--windows", "2"), "test": ()}
+    windows = {"train": ("--augmented", "24", "--flips"), "validation": ("--windows", "2"), "test": ()}
     if not runner.run(
         LIMITS["tokens"],
         **{
@@ -240,14 +240,14 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return runner.skip("there are no tokens to train on", *models)
     limit = time_limit(runner.left - BEFORE - AFTER - SAMPLES)
-    shared = ["--tokens", codes["train"], "--eval-tokens", codes["validation"], *limit]
+    sources = {"generator": ["--tokenizer", best, "--data", labelled], "mllm": ["--tokens", codes["train"]]}
     options = {"generator": config.generator_options, "mllm": config.mllm_options}
     runner.run(
         runner.left - 5,
         **{
             name: [
-                f"training/train_{name}.py", *recipe(config, name, earlier), *shared, "--out", work / name,
-                *start_options(earlier, name), *options[name].split(),
+                f"training/train_{name}.py", *recipe(config, name, earlier), *sources[name],
+                "--eval-tokens", codes["validation"], *limit, "--out", work / name, *start_options(earlier, name), *options[name].split(),
             ]
             for name in models
         },

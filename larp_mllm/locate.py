@@ -37,9 +37,7 @@ PROCESSOR_FILES = (
     "video_tokenizer/model.safetensors",
 )
 MODEL_FILES = (*PROCESSOR_FILES, "*.safetensors")
-SHIPPED_KNOWS = (
-    "archery, basketball dunk, horse race, playing piano, playing violin, surfing, and coloured shapes that move, at 64x64"
-)
+SHIPPED_KNOWS = "archery, basketball dunk, horse race, playing piano, playing violin, surfing, and coloured shapes that move, at 64x64"
 """What the language model that comes with the package was trained on."""
 _SHIPPED = Path(__file__).parent / "shipped"
 # Seconds to wait for the hub.

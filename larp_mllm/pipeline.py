@@ -15,7 +15,6 @@ from larp.data.clips import clip_to_frames, pixels_to_clip
 from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_prompt, check_prompts, check_seconds
-from larp_mllm.data.caption_words import is_far
 from larp_mllm.generation.answer import Answer
 from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
@@ -23,6 +22,7 @@ from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import TRAINING, find_model, read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, quiet
+from larp_mllm.processing.caption_words import is_far
 from larp_mllm.processing.chat import chat_segments, stop_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.token_sequence import encode
@@ -41,7 +41,9 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float1
 class Mllm:
     """A language model with video vocabulary and its processor."""
 
-    def __init__(self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor, captions: dict[str, Any] | None = None):
+    def __init__(
+        self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor, captions: dict[str, Any] | None = None
+    ):
         self.model = model
         self.processor = processor
         # What `describe_captions` recorded of the training; None if unknown.
@@ -102,7 +104,10 @@ class Mllm:
         for prompt in dict.fromkeys(prompts):
             if is_far(prompt, words):
                 shown = ", ".join(f'"{example}"' for example in examples[:6])
-                print(f'"{prompt}" has no word of the captions that this model learned from, such as {shown}', file=sys.stderr)
+                print(
+                    f'"{prompt}" has no word of the captions that this model learned from, such as {shown}',
+                    file=sys.stderr,
+                )
 
     def generate(
         self,

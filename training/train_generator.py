@@ -152,7 +152,7 @@ def build_model(
     # The same seed begins with the same weights, whatever was loaded or extracted before.
     torch.manual_seed(config.seed)
     classes = source.classes if config.task == "class" else ()
-    codebook = (tokenizer or source.cache.load_tokenizer()).codebook.cpu() if config.codebook_rows else None
+    codebook = (tokenizer or source.cache.load_tokenizer()).codebook if config.codebook_rows else None
     shape = GeneratorConfig.of_size(
         config.size, task=config.task, num_tokens=source.key["num_tokens"], codebook_size=source.key["codebook_size"],
         dropout=config.dropout, num_classes=max(1, len(classes)), class_names=classes,

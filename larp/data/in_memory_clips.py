@@ -117,7 +117,11 @@ class ResidentClips(ClipLoader):
         whole, side, top, left, mirror, backwards = uniform.T[2:8]
         starts, strides = self.places(chosen, uniform)
         starts = self._offsets[chosen] + starts
-        order = np.where(self.reverse & (backwards[:, None] < _REVERSED_SHARE), np.arange(shape.frames)[::-1], np.arange(shape.frames))
+        order = np.where(
+            self.reverse & (backwards[:, None] < _REVERSED_SHARE),
+            np.arange(shape.frames)[::-1],
+            np.arange(shape.frames),
+        )
         frames = torch.from_numpy(starts[:, None] + strides[:, None] * order).to(device)
         sides = np.where(whole < _WHOLE_FRAME_SHARE, _CROP_SIZES - 1, (side * _CROP_SIZES).astype(np.int64))
         clips = torch.empty((len(chosen), 3, *(shape.frames, shape.height, shape.width)), device=device)

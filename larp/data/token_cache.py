@@ -209,7 +209,12 @@ class TokenCache:
         """
         shared = ("tokenizer", "num_tokens", "codebook_size", "frames", "condition_frames")
         what = f"the token cache {other.folder or ''}".strip()
-        check_key(other.key, {name: self.key[name] for name in shared}, what, "extract its tokens like those it is joined with")
+        check_key(
+            other.key,
+            {name: self.key[name] for name in shared},
+            what,
+            "extract its tokens like those it is joined with",
+        )
         classes = (*self.classes, *(name for name in other.classes if name not in self.classes))
         new = torch.tensor([*(classes.index(name) for name in other.classes), -1])
         rows = {

@@ -40,7 +40,7 @@ class CodebookTable(nn.Module):
         self.codebook.copy_(codebook)
         first, last = self.mlp[0], self.mlp[2]
         # Rows of a codebook of any scale, d values of variance 1: each hidden unit bends somewhere among them.
-        nn.init.normal_(first.weight).div_(codebook.std().clamp_min(1e-6) * codebook.shape[1] ** 0.5)
+        nn.init.normal_(first.weight).div_(self.codebook.std().clamp_min(1e-6) * codebook.shape[1] ** 0.5)
         nn.init.normal_(first.bias)
         nn.init.normal_(last.weight)
         rows = self.mlp(self.codebook) * self.scale

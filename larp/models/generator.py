@@ -190,7 +190,9 @@ class LarpGenerator(LarpModel):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(GeneratorBlock(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.output = CodebookHead(*size) if config.code_dim else nn.Linear(config.width, config.codebook_size, bias=False)
+        self.output = (
+            CodebookHead(*size) if config.code_dim else nn.Linear(config.width, config.codebook_size, bias=False)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from larp.engine.backend import Ranks, barrier, broadcast_object, micro_batch
 from larp.engine.distributed import main_first
-from larp_mllm.data.caption_words import describe_captions
 from larp_mllm.data.corpus import Corpus
 from larp_mllm.engine.perplexity import score_text
 from larp_mllm.engine.samples import write_samples
@@ -25,6 +24,7 @@ from larp_mllm.engine.training_report import (
 from larp_mllm.engine.video_start import fit_video_start
 from larp_mllm.locate import set_default_model
 from larp_mllm.pipeline import Mllm
+from larp_mllm.processing.caption_words import describe_captions
 from larp_mllm.processing.processor import text_tokenizer_hash
 
 import torch

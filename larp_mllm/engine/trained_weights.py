@@ -98,6 +98,9 @@ def _shape(mllm: Mllm) -> dict[str, Any]:
     config = mllm.model.config
     return {
         "base": {name: getattr(config.text_config, name, None) for name in _BASE_FIELDS},
-        **{name: getattr(config, name) for name in ("adapter", "residual_rank", "codebook_size", "code_dim", "tokens_per_video")},
+        **{
+            name: getattr(config, name)
+            for name in ("adapter", "residual_rank", "codebook_size", "code_dim", "tokens_per_video")
+        },
         "text_tokenizer": text_tokenizer_hash(mllm.processor.tokenizer)[:16],
     }

@@ -50,7 +50,11 @@ def test_it_knows_what_it_was_trained_on(fresh, clips_root, capfd):
     """Clips of the test list: the nearest things to what its users will give it."""
     found = {
         name: larp_mllm.describe(clips_root / "ucf101/UCF-101" / f"{name}.mp4")
-        for name in ("Surfing/v_Surfing_g01_c01", "BasketballDunk/v_BasketballDunk_g02_c02", "HorseRace/v_HorseRace_g01_c01")
+        for name in (
+            "Surfing/v_Surfing_g01_c01",
+            "BasketballDunk/v_BasketballDunk_g02_c02",
+            "HorseRace/v_HorseRace_g01_c01",
+        )
     }
     right = [name for name, text in found.items() if any(part in text for part in ("surf", "basketball", "horse")
              if part in name.lower())]  # fmt: skip

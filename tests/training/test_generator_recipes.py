@@ -22,8 +22,8 @@ def recipe(name: str) -> TrainGeneratorConfig:
         ("generator-shapes32-fp", 16, 512, 1.2),
         ("generator-ucf64", 128, 1024, 1.3),
         ("generator-ucf64-fp", 128, 1024, 1.3),
-        ("generator-box-gpu", 256, 8192, 9.4),
-        ("generator-box-cpu", 256, 8192, 9.4),
+        ("generator-box-gpu", 256, 8192, 2.8),
+        ("generator-box-cpu", 256, 8192, 2.8),
         ("larp-l-long-ar", 1024, 8192, 632),
         ("larp-l-long-ar-fp", 1024, 8192, 633),
     ],
@@ -32,7 +32,8 @@ def test_recipes_build_models_of_their_size(name, codes, codebook, millions):
     config, classes = recipe(name), tuple(map(str, range(101)))
     key = {"num_tokens": codes, "codebook_size": codebook, "tokenizer": ""}
     with torch.device("meta"):
-        model = build_model(config, SimpleNamespace(key=key, classes=classes))
+        tokenizer = SimpleNamespace(codebook=torch.empty(codebook, 8))
+        model = build_model(config, SimpleNamespace(key=key, classes=classes), tokenizer)
     assert config.in_steps(392_622).steps > config.optimizer.warmup
     frames = name.endswith("-fp")
     assert model.config.task == config.task == ("frame-prediction" if frames else "class")

@@ -41,7 +41,10 @@ def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trai
     ship(trained)
     out = trained / "out"
     monkeypatch.setattr(locate, "_SHIPPED", out)
-    before, after = LarpTokenizer.from_pretrained(trained / "tokenizer"), LarpTokenizer.from_pretrained(out / "tokenizer")
+    before, after = (
+        LarpTokenizer.from_pretrained(trained / "tokenizer"),
+        LarpTokenizer.from_pretrained(out / "tokenizer"),
+    )
     clips = torch.rand(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     assert after.prior is None and torch.equal(before.encode(clips), after.encode(clips))
     generator = LarpGenerator.from_pretrained(out / "generator")
@@ -57,7 +60,9 @@ def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trai
 
 
 def test_models_of_other_codes_are_refused(trained):
-    other = LarpGenerator(GeneratorConfig(num_tokens=4, codebook_size=16, depth=1, heads=1, width=8, tokenizer_hash="aa11"))
+    other = LarpGenerator(
+        GeneratorConfig(num_tokens=4, codebook_size=16, depth=1, heads=1, width=8, tokenizer_hash="aa11")
+    )
     other.save_pretrained(trained / "other")
     with pytest.raises(ValueError, match="--generator was trained on codes of the tokenizer aa11"):
         ship(trained, generator=trained / "other")

@@ -122,7 +122,9 @@ def test_joined_caches_hold_the_rows_and_the_classes_of_both(tokenizer, videos, 
     second = extract_tokens(tokenizer, other, "train", tmp_path / "b", windows=2, condition_frames=2)
     both = first.joined(second)
     assert len(both) == len(first) + len(second) and both.classes == ("even", "odd", "square")
-    assert torch.equal(both.codes[len(first) :], second.codes) and torch.equal(both.conditions[: len(first)], first.conditions)
+    assert torch.equal(both.codes[len(first) :], second.codes) and torch.equal(
+        both.conditions[: len(first)], first.conditions
+    )
     names = [None if label < 0 else second.classes[label] for label in second.labels]
     assert [None if label < 0 else both.classes[label] for label in both.labels[len(first) :]] == names
     assert not set(both.videos[: len(first)].tolist()) & set(both.videos[len(first) :].tolist())

@@ -33,7 +33,9 @@ def condition_of(model, rows):
 @torch.no_grad()
 @pytest.mark.parametrize("stride", [1, 4])
 @pytest.mark.parametrize("weights", ["plain", pytest.param("packed", marks=packable)])
-@pytest.mark.parametrize(("task", "code_dim"), [("class", 0), ("frame-prediction", 0), ("class", 8), ("frame-prediction", 8)])
+@pytest.mark.parametrize(
+    ("task", "code_dim"), [("class", 0), ("frame-prediction", 0), ("class", 8), ("frame-prediction", 8)]
+)
 def test_every_step_gives_the_logits_of_the_plain_forward(task, code_dim, weights, stride):
     model = random_generator(task, code_dim=code_dim)
     if code_dim:

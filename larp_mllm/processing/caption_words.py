@@ -8,10 +8,12 @@ from typing import Any
 _MOST_WORDS, _EXAMPLES = 2000, 10
 _WORD = re.compile(r"[^\W\d_]{2,}")
 # Words without content, and those that every caption may have.
-_COMMON = frozenset(
-    "an the of in on is are was and or with to at it its that this there from by for as into over up down someone something "
-    "person people man woman men women he she they his her their video clip show shows showing me please make".split()
-)
+_COMMON = frozenset({
+    "an", "the", "of", "in", "on", "is", "are", "was", "and", "or", "with", "to", "at", "it", "its", "that", "this",
+    "there", "from", "by", "for", "as", "into", "over", "up", "down", "someone", "something", "person", "people",
+    "man", "woman", "men", "women", "he", "she", "they", "his", "her", "their", "video", "clip", "show", "shows",
+    "showing", "me", "please", "make",
+})  # fmt: skip
 # Words that begin alike count as one: surfer and surfing, pianist and piano.
 _STEM = 4
 

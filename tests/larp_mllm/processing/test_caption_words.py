@@ -1,6 +1,6 @@
 """Which prompts are far from the captions that a model was trained on."""
 
-from larp_mllm.data.caption_words import content_words, describe_captions, is_far
+from larp_mllm.processing.caption_words import content_words, describe_captions, is_far
 
 import pytest
 
