@@ -8,6 +8,7 @@ has another hash; generator and language model, which must have been trained on 
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from larp.hub import EMA, WEIGHTS, weights_file
 from larp.models.generator import LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
-from larp_mllm.locate import find_model
+from larp_mllm.locate import TRAINING, find_model, read_config
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -77,10 +78,21 @@ def write_mllm(model: Path, folder: Path, tokenizer_hash: str) -> None:
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
     for name in ("config.json", "processor_config.json"):
         write_json(folder / name, read_json(folder / name) | {"video_tokenizer_hash": tokenizer_hash})
+    if (report := read_config(folder / TRAINING)) is not None:
+        write_json(folder / TRAINING, without_paths(report))
     tensors = load_file(model / WEIGHTS)
     short = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
     save_file(short, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
+
+
+def without_paths(report: dict) -> dict:
+    """Return the report of a training without what names folders of the machine: only the last part of a path is left."""
+    data = {
+        name: values | {"data": re.sub(r"[^:+]*/", "", values["data"])} if isinstance(values, dict) else values
+        for name, values in report["data"].items()
+    }
+    return {k: v for k, v in report.items() if k not in ("model", "samples")} | {"data": data}
 
 
 def _variant(folder: Path) -> str | None:

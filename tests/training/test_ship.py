@@ -26,6 +26,9 @@ def trained(tmp_path):
     mllm.processor.video_tokenizer = tokenizer.eval()
     mllm.model.config.video_tokenizer_hash = tokenizer.weight_hash()
     mllm.save(tmp_path / "mllm" / "model")
+    data = {"tokens": {"data": "jsonl:/home/me/clips.jsonl+shapes:count=9"}, "held_out_text": "a text"}
+    report = {"steps": 3, "data": data, "model": "/home/me/run/model", "samples": ["/home/me/run/sheet.png"]}
+    (tmp_path / "mllm" / "model" / "training.json").write_text(json.dumps(report))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     shape = GeneratorConfig(num_tokens=4, codebook_size=16, depth=1, heads=1, width=8, num_classes=2, code_dim=4)
     LarpGenerator(replace(shape, tokenizer_hash=tokenizer.weight_hash())).save_pretrained(tmp_path / "generator")
@@ -53,6 +56,11 @@ def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trai
     model = Mllm.load(out / "language-model", "cpu")
     assert model.model.dtype == torch.float32 and model.processor.video_tokenizer.weight_hash() == after.weight_hash()
     assert model.generate(["a person surfing"])[0].frames.shape == (4, 16, 16, 3)
+    kept = json.loads((out / "language-model/training.json").read_text())
+    assert kept == {
+        "steps": 3,
+        "data": {"tokens": {"data": "jsonl:clips.jsonl+shapes:count=9"}, "held_out_text": "a text"},
+    }
     halves = sum((out / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "language-model"))
     wholes = sum((trained / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "mllm/model"))
     assert halves < 0.8 * wholes
