@@ -391,7 +391,11 @@ class LarpMllmProcessor(ProcessorMixin):
         tokenizer = load_text_tokenizer(folder)
         own = folder / VIDEO_TOKENIZER
         # The models that come with the package share their tokenizer.
-        place = own.resolve() if own.is_dir() or folder.parent != shipped("tokenizer").parent else shipped("tokenizer")
+        place = (
+            own.resolve()
+            if own.is_dir() or folder.resolve().parent != shipped("tokenizer").resolve().parent
+            else shipped("tokenizer")
+        )
         video_tokenizer = LarpTokenizer.from_pretrained(place, device=device)
         if config is not None:
             check_tokenizers(config, tokenizer, video_tokenizer, where)

@@ -36,13 +36,15 @@ def fresh(monkeypatch, tmp_path):
     _say_once.cache_clear()
 
 
-def test_the_language_model_is_the_default_and_says_what_it_is(fresh, capfd, tmp_path):
+def test_the_language_model_is_the_default_and_says_what_it_is(fresh, capfd, tmp_path, monkeypatch):
     video = larp_mllm.generate("a person surfing")
     said = capfd.readouterr().err
     assert said.count("comes with larp-mllm") == 1 and "surfing" in said and "no word" not in said
     assert video.frames.shape == (16, 64, 64, 3) and len(video.codes) == 256 and video.fps == 25.0
     video.save(tmp_path / "surfing.mp4")
     assert larp_mllm.generate("a person surfing", model="tiny").codes == video.codes
+    monkeypatch.chdir(SHIPPED)
+    assert larp_mllm.generate("a person surfing", model="language-model").codes == video.codes
     assert "comes with" not in capfd.readouterr().err
 
 
