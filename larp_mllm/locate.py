@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from larp.files import read_json, write_json
 
@@ -25,7 +25,8 @@ MODEL_TYPE = "larp_mllm"
 TOKENIZER_TYPE = "larp-tokenizer"
 # The folder of the trained model inside a run folder.
 RUN_MODEL = "model"
-POINTER = "newest.json"
+POINTERS = {"model": "newest.json", "generator": "newest-generator.json"}
+"""Files that point to the newest language model and class-conditional generator that were trained here."""
 # What the training writes beside the weights.
 TRAINING = "training.json"
 PROCESSOR_FILES = (
@@ -40,6 +41,11 @@ MODEL_FILES = (*PROCESSOR_FILES, "*.safetensors")
 SHIPPED_KNOWS = "archery, basketball dunk, horse race, playing piano, playing violin, surfing, and coloured shapes that move, at 64x64"
 """What the language model that comes with the package was trained on."""
 _SHIPPED = Path(__file__).parent / "shipped"
+# What a part needs beside config.json and model.safetensors.
+_SHIPPED_FILES = {
+    "generator": (TRAINING,),
+    "language-model": ("tokenizer.json", "tokenizer_config.json", "processor_config.json", TRAINING),
+}
 # Seconds to wait for the hub.
 _TIMEOUT = 5.0
 
@@ -55,16 +61,15 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
 
     Raises ValueError that says what the folder holds instead, and how to choose a model.
     """
-    pointer = home() / POINTER
     remedy = _remedy() if option is None else f"Give {option} such a folder, or owner/name on the hub"
     if model is not None:
         chosen, source = model, "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
         chosen, source = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
-    elif has_default_model():
-        chosen, source = _read_pointer(pointer), f"{pointer}: "
+    elif (newest := _newest("model")) is not None:
+        chosen, source = newest, f"{home() / POINTERS['model']}: "
     else:
-        _say_once("no language model was trained here, so it is the small one that comes with larp-mllm")
+        _say_once(f"no language model was trained here, so it is the small one that comes with larp-mllm: {SHIPPED_KNOWS}")
         return shipped(SHIPPED_MODELS["tiny"])
     if chosen in SHIPPED_MODELS and not Path(chosen).is_dir():
         return shipped(SHIPPED_MODELS[chosen])
@@ -73,6 +78,10 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
             chosen = fetch_folder(chosen)
         except ValueError as error:
             raise ValueError(f"{source}{error}. {remedy}") from error
+    if len(Path(chosen).parts) == 1 and not Path(chosen).exists():
+        raise ValueError(
+            f"{source}{chosen}: there is no such folder, and with the package come only {' and '.join(SHIPPED_MODELS)}. {remedy}"
+        )
     chosen = Path(chosen)
     for folder in (chosen, chosen / RUN_MODEL):
         if _model_type(folder) == MODEL_TYPE:
@@ -83,16 +92,38 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
     )
 
 
-def find_tokenizer(tokenizer: str) -> str:
+def find_generator(generator: str | None = None) -> str:
+    """The folder or hub name of a class-conditional generator.
+
+    That is `generator` itself. None: the newest one trained here, else the one that comes with the package; which of them is
+    said once on stderr. Raises ValueError if the latter is damaged.
+    """
+    if generator is not None:
+        return generator
+    if (newest := _newest("generator")) is not None:
+        _say_once(f"the generator is the newest one that was trained here: {newest}")
+        return str(newest)
+    folder = shipped("generator")
+    classes = ", ".join((read_config(folder / "config.json") or {}).get("class_names", ()))
+    _say_once(f"no generator was trained here, so it is the small one that comes with larp-mllm: {classes}, at 64x64")
+    return str(folder)
+
+
+def find_tokenizer(tokenizer: str | None = None) -> str:
     """The folder or hub name to load a LARP tokenizer from.
 
     That is `tokenizer` itself, or the folder in it where a run of train_tokenizer.py, or a language model with video
-    vocabulary, holds its own. `LarpTokenizer.from_pretrained` checks its content.
+    vocabulary, holds its own. None: that of the language model that LARP_MLLM_MODEL names or that was trained here last, else
+    the one that comes with the package. `LarpTokenizer.from_pretrained` checks its content.
     """
+    if tokenizer is None:
+        tokenizer = str(find_model() if has_default_model() else shipped("tokenizer"))
     for subfolder in ("", RUN_MODEL, "video_tokenizer", f"{RUN_MODEL}/video_tokenizer"):
         if _model_type(Path(tokenizer, subfolder)) == TOKENIZER_TYPE:
             return str(Path(tokenizer, subfolder))
     run = Path(tokenizer)
+    if run.parent == _SHIPPED and run.name in SHIPPED_MODELS.values():
+        return str(shipped("tokenizer"))  # which the models of the package share
     if not (run / "model.safetensors").is_file() and (run / "state").is_dir():
         raise ValueError(f"{tokenizer}: {_content(run)}")
     return tokenizer
@@ -143,26 +174,42 @@ def load_generator_tokenizer(
 def shipped(part: str) -> Path:
     """The folder of trained weights that come with the package: "tokenizer", "generator" or "language-model".
 
-    Raises ValueError if its files are missing.
+    Raises ValueError, naming the file, if one is missing or damaged.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = _SHIPPED / part
-    for file in ("config.json", "model.safetensors"):
-        if not (folder / file).is_file():
-            raise ValueError(
-                f"{folder / file}, which comes with larp-mllm, is missing: install the package again, or name another {part}"
-            )
+    for name in ("config.json", "model.safetensors", *_SHIPPED_FILES.get(part, ())):
+        file, state = folder / name, "missing"
+        if file.is_file():
+            try:
+                if file.suffix == ".json":
+                    read_json(file)
+                else:
+                    with safe_open(file, "np"):  # compares the length of the file with its header
+                        pass
+                continue
+            except (ValueError, SafetensorError, OSError) as error:
+                state = f"damaged ({first_line(error)})"
+        raise ValueError(
+            f"{file}, which comes with larp-mllm, is {state}: install the package again (pip install --force-reinstall), "
+            f"or name another {part.replace('-', ' ')}"
+        )
     return folder
 
 
 @lru_cache
 def _say_once(text: str) -> None:
     """Print a line to stderr, once in a process."""
-    print(f"{text}: {SHIPPED_KNOWS}", file=sys.stderr)
+    print(text, file=sys.stderr)
 
 
-def set_default_model(model: str | Path) -> Path:
-    """Make a folder the model that is loaded by default; returns the file that points to it."""
-    pointer = home() / POINTER
+def set_default_model(model: str | Path, kind: Literal["model", "generator"] = "model") -> Path:
+    """Make a folder the language model, or the class-conditional generator, that is loaded by default.
+
+    Returns the file that points to it.
+    """
+    pointer = home() / POINTERS[kind]
     pointer.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
@@ -171,19 +218,17 @@ def set_default_model(model: str | Path) -> Path:
 
 def has_default_model() -> bool:
     """Whether `find_model()` has one to look for: LARP_MLLM_MODEL, or a model that was trained here and is still there."""
-    pointer = home() / POINTER
-    return bool(os.environ.get("LARP_MLLM_MODEL")) or (pointer.is_file() and _read_pointer(pointer).is_dir())
+    return bool(os.environ.get("LARP_MLLM_MODEL")) or _newest("model") is not None
 
 
 def clear_default_model(model: str | Path) -> None:
-    """Undo `set_default_model` for this folder; no effect if another model is the default."""
-    pointer = home() / POINTER
-    if pointer.is_file() and _read_pointer(pointer) == Path(model).resolve():
-        pointer.unlink()
+    """Undo `set_default_model` for the language model in this folder; no effect if another model is the default."""
+    if _newest("model") == Path(model).resolve():
+        (home() / POINTERS["model"]).unlink()
 
 
 def home() -> Path:
-    """The folder of the pointer to the default model: LARP_MLLM_HOME, by default ~/.cache/larp-mllm."""
+    """The folder of the pointers to the default models: LARP_MLLM_HOME, by default ~/.cache/larp-mllm."""
     return Path(os.environ.get("LARP_MLLM_HOME") or Path.home() / ".cache" / "larp-mllm")
 
 
@@ -297,11 +342,17 @@ def upload(
 # Helpers
 
 
-def _read_pointer(pointer: Path) -> Path:
+def _newest(kind: str) -> Path | None:
+    """The folder of the newest model of a kind of `POINTERS`, None if none was trained here or it is gone."""
+    pointer = home() / POINTERS[kind]
+    if not pointer.is_file():
+        return None
     try:
-        return Path(json.loads(pointer.read_text(encoding="utf-8"))["model"])
+        folder = Path(json.loads(pointer.read_text(encoding="utf-8"))["model"])
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{pointer} is damaged ({type(error).__name__}: {error}): delete it. {_remedy()}") from error
+        remedy = _remedy() if kind == "model" else "The generator is then the one that comes with the package"
+        raise ValueError(f"{pointer} is damaged ({type(error).__name__}: {error}): delete it. {remedy}") from error
+    return folder if folder.is_dir() else None
 
 
 def _model_type(folder: Path) -> str | None:
@@ -325,7 +376,6 @@ def _content(folder: Path) -> str:
 def _remedy() -> str:
     return (
         f"Give model=FOLDER, model=OWNER/NAME of the hub or model={' or '.join(SHIPPED_MODELS)}, which comes with the package "
-        "(--model on the command line), set the environment variable "
-        "LARP_MLLM_MODEL, or train a model with training/train_mllm.py, which then is the default; `make quickstart` trains "
-        "a small one"
+        "(--model on the command line, or the environment variable LARP_MLLM_MODEL), or train one, which then is the default: "
+        "`make quickstart` trains a small one"
     )

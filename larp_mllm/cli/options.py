@@ -194,11 +194,11 @@ def load_tokenizer(arguments: argparse.Namespace) -> "LarpTokenizer":
     """
     from larp.hub import choose_device
     from larp.models.tokenizer import LarpTokenizer
-    from larp_mllm.locate import find_model, find_tokenizer, has_default_model, shipped
+    from larp_mllm.locate import find_tokenizer, has_default_model
 
     ours = arguments.tokenizer is None and not has_default_model()
     if arguments.tokenizer is None:
-        arguments.tokenizer = str(shipped("tokenizer") if ours else find_model())
+        arguments.tokenizer = find_tokenizer()
     device = choose_device(arguments.device)
     tokenizer = LarpTokenizer.from_pretrained(
         find_tokenizer(arguments.tokenizer), device=device, variant=arguments.variant
