@@ -1,6 +1,7 @@
 """How often generated clips are classified as the class that they were generated for, in one command:
 
-    python eval/class_agreement.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT --guidance-scale 1 2
+    python eval/class_agreement.py     # the newest generator trained here, else the one that comes with larp-mllm; LARP_UCF101=ROOT
+    python eval/class_agreement.py --generator runs/ar/model --data ucf101:ROOT --guidance-scale 1 2
     python eval/class_agreement.py --mllm runs/ucf/mllm --data ucf101:ROOT --guidance-scale 1 2
 
 A small classifier (larp.metrics.classifier) is trained on the real training clips and classifies generated clips. Where the data's
@@ -19,7 +20,7 @@ from typing import Any
 
 from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.datasets import VideoSet, open_videos
+from larp.data.datasets import VideoSet
 from larp.data.loader import iterate_once
 from larp.engine.signals import run_script
 from larp.files import write_json
@@ -30,7 +31,6 @@ from larp.metrics.classifier import (
     classify,
     classify_real,
     labelled_clips,
-    require_labels,
 )
 from larp.metrics.evaluation import last_lines, run_evaluation, write_sheet
 from larp.metrics.kinetics_classifier import kinetics_classifier
@@ -51,8 +51,9 @@ class AgreementConfig(SamplingOptions, ClipSourceConfig):
     """Measure how often generated clips are classified as the class that they were generated for."""
 
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed). The classifier is trained on the train split
-    and evaluated on the test split."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels. By default ucf101:$LARP_UCF101, else the data that the
+    generator's run names. The classifier is trained on the train split and evaluated on the test split, on classes that the generator
+    knows."""
     num_clips: int = 192
     """Clips to generate with each guidance scale, the classes in turn."""
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
@@ -96,13 +97,13 @@ def on_large(classifiers: Sequence[Classifier], videos: VideoSet, shape: ClipSha
 
 def evaluate(config: AgreementConfig) -> dict:
     """Measure a model, write the JSON and the PNG, and return the content of the JSON."""
+    config = config.resolved()
     source = config.open_source()
     tokenizer, shape = source.tokenizer, source.shape
-    videos = open_videos(config.data, "test")
-    require_labels(videos)
+    videos = config.open_videos(source, "test")
     labels = [number % len(videos.classes) for number in range(config.num_clips)]
     source.check(videos, labels)
-    classifiers: list[Classifier] = [classifier_of(config.data, shape)]
+    classifiers: list[Classifier] = [classifier_of(config.data, shape, videos.classes)]
     zero_shot = kinetics_classifier(videos.classes, shape.frames, config.device)
     missing = zero_shot if isinstance(zero_shot, str) else None
     if missing is None:

@@ -1,6 +1,6 @@
 """Does a model repeat its training clips? How near generated clips lie to the nearest training clip, in one command:
 
-    python eval/memorising.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT --guidance-scale 1
+    python eval/memorising.py --generator runs/ar/model --data ucf101:ROOT --guidance-scale 1
     python eval/memorising.py --mllm runs/ucf/mllm --data ucf101:ROOT
 
 Distances are those of larp.metrics.nearest. Generated clips come out of the tokenizer's decoder, whose blur moves features. The fair
@@ -26,11 +26,10 @@ from typing import Any
 
 from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
-from larp.data.datasets import VideoSet, open_videos
+from larp.data.datasets import VideoSet
 from larp.data.extraction import read_windows
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.metrics.classifier import require_labels
 from larp.metrics.clip_source import ClipSource
 from larp.metrics.evaluation import last_lines, run_evaluation, write_sheet
 from larp.metrics.i3d import ClipFeatures, open_features
@@ -56,8 +55,9 @@ class MemorisingConfig(SamplingOptions, ClipSourceConfig):
     """Measure how near generated clips lie to the nearest training clip."""
 
     data: str = ""
-    """Labelled videos that the model was trained on, as in training: ucf101:ROOT or a manifest with labels (needed). The train split
-    is compared with; clips of the test split are held out."""
+    """Labelled videos that the model was trained on, as in training: ucf101:ROOT or a manifest with labels. By default
+    ucf101:$LARP_UCF101, else the data that the generator's run names. The train split is compared with; clips of the test split are held
+    out."""
     num_clips: int = 192
     """Clips to generate with each guidance scale, for classes in the proportions of the held-out clips."""
     guidance_scale: tuple[float, ...] = (1.0, 1.25)
@@ -145,10 +145,9 @@ def sheet(
 
 def evaluate(config: MemorisingConfig) -> dict:
     """Measure a model, write the JSON and the PNG, and return the content of the JSON."""
+    config = config.resolved()
     source = config.open_source()
-    train, test = (open_videos(config.data, split) for split in ("train", "test"))
-    for videos in (train, test):
-        require_labels(videos)
+    train, test = (config.open_videos(source, split) for split in ("train", "test"))
     source.check(train, [item.label for item in test.items])
     features = open_features("auto", None, config.device)
     if source.shape.frames < features.min_frames:

@@ -1,6 +1,7 @@
 """Class-conditional generation quality of an AR generator or a language model, in one command:
 
-    python eval/ucf_gfvd.py --generator runs/ar/model --tokenizer runs/ucf/model --data ucf101:ROOT
+    python eval/ucf_gfvd.py     # the newest generator trained here, else the one that comes with larp-mllm; LARP_UCF101=ROOT
+    python eval/ucf_gfvd.py --generator runs/ar/model --data ucf101:ROOT
     python eval/ucf_gfvd.py --mllm runs/ucf/mllm --data ucf101:ROOT --num-clips 1024
 
 Samples real clips by LARP's protocol and generates one clip for the label of each. Prints and writes the Frechet distance between
@@ -18,10 +19,9 @@ from typing import ClassVar, Literal
 
 from larp.config import to_dict
 from larp.data.clips import clip_to_frames
-from larp.data.datasets import VideoSet, open_videos
+from larp.data.datasets import VideoSet
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.metrics.classifier import require_labels
 from larp.metrics.clip_source import ClipSource
 from larp.metrics.clipsets import RealClips, describe_row, floor_row, frechet_row, reconstructed_clips
 from larp.metrics.evaluation import FrechetConfig, last_lines, run_evaluation, write_sheet
@@ -43,10 +43,11 @@ _PRESET = PRESETS["larp-ucf101-gfvd"]
 class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
     """Measure the Frechet distance between clips that a model generates for classes and real clips."""
 
-    needed: ClassVar[tuple[str, ...]] = ("data",)
+    needed: ClassVar[tuple[str, ...]] = ()
 
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed)."""
+    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels. By default ucf101:$LARP_UCF101, else the data that the
+    generator's run names. Videos of classes that the generator does not know are left out."""
     split: Literal["train", "test", "all"] = "train"
     """Which of them; the published gFVD is of the train split."""
     num_clips: int = _PRESET.num_clips
@@ -72,10 +73,10 @@ class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
 
 def evaluate(config: GfvdConfig) -> dict:
     """Measure a model, write the JSON and the PNG, and return the content of the JSON."""
+    config = config.resolved()
     source = config.open_source()
     tokenizer, shape, features = source.tokenizer, source.shape, config.open_features()
-    videos = open_videos(config.data, config.split)
-    require_labels(videos)
+    videos = config.open_videos(source, config.split)
     # Guidance of no code raises an error here, unknown classes below: before the clips are read.
     source.check(videos, [], *config.samplings)
     clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)

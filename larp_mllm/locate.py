@@ -69,7 +69,9 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
     elif (newest := _newest("model")) is not None:
         chosen, source = newest, f"{home() / POINTERS['model']}: "
     else:
-        _say_once(f"no language model was trained here, so it is the small one that comes with larp-mllm: {SHIPPED_KNOWS}")
+        _say_once(
+            f"no language model was trained here, so it is the small one that comes with larp-mllm: {SHIPPED_KNOWS}"
+        )
         return shipped(SHIPPED_MODELS["tiny"])
     if chosen in SHIPPED_MODELS and not Path(chosen).is_dir():
         return shipped(SHIPPED_MODELS[chosen])

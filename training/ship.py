@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from larp.config import parse
+from larp.engine.generator_run import RECORD, find_training
 from larp.engine.signals import run_script
 from larp.files import read_json, write_json
 from larp.hub import EMA, WEIGHTS, weights_file
@@ -60,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     new = LarpTokenizer.from_pretrained(folder).weight_hash()
     generator.config = replace(generator.config, tokenizer_hash=new)
     generator.save_pretrained(config.out / "generator", dtype=torch.bfloat16)
+    training = find_training(str(config.generator))
+    write_json(
+        config.out / "generator" / RECORD, {"tokenizer": "../tokenizer", "fps": training.fps, "stride": training.stride}
+    )
     write_mllm(mllm, config.out / "language-model", new)
     for path in sorted(config.out.rglob("*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")

@@ -34,6 +34,7 @@ from larp.metrics.code_prediction import predict_codes
 from larp.models.generator import GeneratorConfig, LarpGenerator, code_loss
 from larp.models.noise import BatchNoise
 from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.locate import set_default_model
 
 import torch
 from torch import Tensor
@@ -283,8 +284,10 @@ def save_model(engine: Engine, folder: Path) -> None:
 
 
 def finish(trainer: Trainer, report: dict, began: float) -> None:
-    """Sample from the model that the run leaves, and write and print its report. Collective."""
+    """Make the model that the run leaves the default, sample from it, and write and print its report. Collective."""
     config, best, ranks = trainer.config, trainer.best, trainer.engine.ranks
+    if ranks.is_main and config.task == "class" and math.isfinite(bits(best)):
+        set_default_model(config.out / "model", "generator")
     # After few steps the average is still behind the weights.
     variant = EMA if best.get("ema_bits_per_token", math.inf) < best["bits_per_token"] else None
     model = LarpGenerator.from_pretrained(config.out / "model", device=ranks.device, variant=variant)

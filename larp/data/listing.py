@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +58,16 @@ class VideoSet:
 
     def __len__(self) -> int:
         return len(self.items)
+
+
+def of_classes(videos: VideoSet, names: Collection[str]) -> VideoSet:
+    """Return the videos of the named classes, which are numbered anew in their order; the same set if it has no others."""
+    classes = tuple(name for name in videos.classes if name in names)
+    if classes == videos.classes:
+        return videos
+    number = {videos.classes.index(name): new for new, name in enumerate(classes)}
+    items = tuple(replace(item, label=number[item.label]) for item in videos.items if item.label in number)
+    return replace(videos, items=items, classes=classes, published=None)
 
 
 def humanize(class_name: str) -> str:

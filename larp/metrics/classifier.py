@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import read_windows
+from larp.data.listing import of_classes
 from larp.data.loader import FixedPass, iterate_once
 from larp.data.shapes import cache_folder
 from larp.data.token_cache import file_state
@@ -177,8 +178,10 @@ def _fit(rows: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor
     return plain, weight.detach()[:, -1] - plain @ mean
 
 
-def classifier_of(data: str, shape: ClipShape) -> ClipClassifier:
+def classifier_of(data: str, shape: ClipShape, classes: Collection[str] | None = None) -> ClipClassifier:
     """Return the classifier for the train split of a data spec and a clip shape, trained once and then cached.
+
+    classes: names of the classes to tell apart; None: all of the data.
 
     The key in the cache folder ($LARP_DATA, by default ~/.cache/larp) covers the spec, the videos with labels, sizes and
     modification times, and the shape. Videos that cannot be read or are too short are skipped. Raises ValueError for
@@ -186,6 +189,8 @@ def classifier_of(data: str, shape: ClipShape) -> ClipClassifier:
     """
     videos = open_videos(data, "train")
     require_labels(videos)
+    if classes is not None:
+        videos = of_classes(videos, classes)
     described = [[item.name, item.label, *file_state(item.path)] for item in videos.items]
     key = {
         "data": data,

@@ -8,12 +8,12 @@ Shapes: n clips in all, b clips of a batch, T frames, H x W pixels, N codes of a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from larp.data.clips import ClipShape
-from larp.data.datasets import VideoSet
-from larp.metrics.clipsets import class_numbers, generated_clips, load_pair
+from larp.data.listing import VideoSet, of_classes
+from larp.metrics.clipsets import class_numbers, generated_clips
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.guidance import guidance_scales
@@ -35,6 +35,9 @@ class ClipSource(Protocol):
     @property
     def checkpoints(self) -> Mapping[str, str]:
         """Hashes of the weights, by name."""
+
+    def select(self, videos: VideoSet) -> VideoSet:
+        """Return the videos of the classes that the model knows, with a further note if there are others; ValueError if it knows none."""
 
     def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
         """Raise ValueError, before anything is computed, for a class or a way of sampling that the model does not know."""
@@ -58,11 +61,6 @@ class GeneratorSource:
     generator: LarpGenerator
     tokenizer: LarpTokenizer
 
-    @classmethod
-    def load(cls, generator: str, tokenizer: str, device: str, variant: str | None = None) -> GeneratorSource:
-        """Load both; errors as in `larp.metrics.clipsets.load_pair`."""
-        return cls(*load_pair(generator, tokenizer, "class", device, variant))
-
     @property
     def shape(self) -> ClipShape:
         """The shape of the tokenizer's clips, every frame of a video."""
@@ -73,6 +71,26 @@ class GeneratorSource:
         """The weight hashes of both."""
         return {"generator": self.generator.weight_hash(), "tokenizer": self.tokenizer.weight_hash()}
 
+    def select(self, videos: VideoSet) -> VideoSet:
+        """Return the videos of the classes whose names the generator stores; all of them if it stores none."""
+        names = self.generator.config.class_names
+        # A number is the number of a class, see `LarpGenerator.class_labels`.
+        selected = of_classes(
+            videos, [name for name in videos.classes if name in names or not names or name.isdecimal()]
+        )
+        if selected is videos:
+            return videos
+        if not selected.classes:
+            raise ValueError(
+                f"the generator knows none of the {len(videos.classes)} classes of {videos.spec}, but {', '.join(names[:6])}"
+                f"{', ...' if len(names) > 6 else ''}: give the data that it was trained on, or another generator"
+            )
+        note = (
+            f"the generator knows {len(selected.classes)} of the {len(videos.classes)} classes of {videos.spec}: their "
+            f"{len(selected)} videos are used"
+        )
+        return replace(selected, notes=(*videos.notes, note))
+
     def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
         """Raise ValueError for an unknown class, and for guidance of none of a clip's codes."""
         for sampling in samplings:
@@ -80,8 +98,8 @@ class GeneratorSource:
         class_numbers(self.generator, videos, labels)
 
     def notes(self, videos: VideoSet) -> dict[str, Any]:
-        """Return nothing: the checkpoints say everything."""
-        return {}
+        """Return the notes of the data; the checkpoints say everything else."""
+        return {"notes": list(videos.notes)} if videos.notes else {}
 
     def clips(
         self, videos: VideoSet, labels: Sequence[int], sampling: GuidedSampling, seed: int, batch_size: int

@@ -130,6 +130,14 @@ class RealClips:
             yield torch.stack(batch)
 
 
+def load_generator(generator: str, task: Task, device: str) -> LarpGenerator:
+    """Load a generator on the device; CheckpointError for unreadable files, ValueError if it has another task."""
+    model = LarpGenerator.from_pretrained(generator, device=device)
+    if model.config.task != task:
+        raise ValueError(f"--generator {generator} {_TASKS[model.config.task]}; this needs one that {_TASKS[task]}")
+    return model
+
+
 def load_pair(
     generator: str, tokenizer: str, task: Task, device: str, variant: str | None = None
 ) -> tuple[LarpGenerator, LarpTokenizer]:
@@ -138,9 +146,7 @@ def load_pair(
     Raises CheckpointError for unreadable files, ValueError if the generator has another task or another tokenizer.
     """
     codec = LarpTokenizer.from_pretrained(tokenizer, device=device, variant=variant)
-    model = LarpGenerator.from_pretrained(generator, device=device)
-    if model.config.task != task:
-        raise ValueError(f"--generator {generator} {_TASKS[model.config.task]}; this needs one that {_TASKS[task]}")
+    model = load_generator(generator, task, device)
     model.check_tokenizer(codec.num_tokens, codec.codebook_size, codec.weight_hash())
     return model, codec
 

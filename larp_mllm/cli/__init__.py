@@ -42,9 +42,9 @@ examples:
   larp-mllm continue clip.mp4 --seconds 2 -o longer.mp4
   larp-mllm chat "what happens here?" --video clip.mp4
   larp-mllm export --to out/stock
-  larp-mllm sample --class Surfing -n 16 -o surfing/ --generator runs/ucf/generator
+  larp-mllm sample --class Surfing
   larp-mllm sample --from clip.mp4 --seconds 8 -o longer/ --generator runs/ucf/prediction
-  larp-mllm reconstruct clip.mp4 -o again.mp4 --tokenizer runs/ucf/tokenizer
+  larp-mllm reconstruct clip.mp4 -o again.mp4
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
   larp-mllm fetch lpips
@@ -55,7 +55,8 @@ examples:
   larp-mllm demo
 
 The model of generate, describe, continue, chat and demo is --model FOLDER, else the environment variable LARP_MLLM_MODEL,
-else the newest one trained on this machine. `make quickstart` trains a small one in minutes."""
+else the newest one trained on this machine, else a small one that comes along; the generator of sample and demo is found likewise.
+`make quickstart` trains a small language model in minutes."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -29,12 +29,14 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     options.add_model(parser)
     parser.add_argument(
-        "--generator", help="folder or hub name of a generator for classes, or the folder of its run (default: none)"
+        "--generator",
+        help="folder or hub name of a generator for classes, or the folder of its run (default: the newest one trained on this "
+        "machine, else the one that comes with larp-mllm)",
     )
     parser.add_argument(
         "--tokenizer",
         help="folder or hub name of the tokenizer that reconstructs and decodes the generator's codes (default: that of the "
-        "language model, else the one that comes with the package; for the generator, that of its run)",
+        "language model, else the one that comes with larp-mllm; for the generator, the one that it was trained with)",
     )
     parser.add_argument(
         "--host",

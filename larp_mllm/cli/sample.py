@@ -1,6 +1,7 @@
 """larp-mllm sample: videos of classes, or continuations of a video, by a trained generator."""
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from larp.engine.generator_run import FPS
 from larp.sampling.options import GuidedSampling
 from larp_mllm.cli import options
-from larp_mllm.locate import load_generator_tokenizer
+from larp_mllm.locate import find_generator, load_generator_tokenizer
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from larp.sampling.long_clips import LongClip
 
 CLASS_GUIDANCE = 1.25
+_OUT = "samples"
 DESCRIPTION = f"""\
 Generate videos of classes, or continuations of a video, with a generator of training/train_generator.py: numbered .mp4
 files and a contact sheet, sheet.png, in the folder OUT. Long videos are generated window by window: the last frames of
@@ -37,11 +39,14 @@ def add(commands) -> None:
     )
     parser.set_defaults(run=run)
     parser.add_argument(
-        "--generator", required=True, help="folder or hub name of a trained generator, or the folder of its run"
+        "--generator",
+        help="folder or hub name of a trained generator, or the folder of its run (default: the newest one for classes that "
+        "was trained on this machine, else the one that comes with larp-mllm)",
     )
     parser.add_argument(
         "--tokenizer",
-        help="folder or hub name of the tokenizer, or the folder of its run (default: that of the generator's run)",
+        help="folder or hub name of the tokenizer, or the folder of its run (default: the one that the generator was trained "
+        "with)",
     )
     parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights of the tokenizer")
     parser.add_argument(
@@ -65,7 +70,12 @@ def add(commands) -> None:
         help="continue the last frames of this video, with a generator trained with --task frame-prediction",
     )
     parser.add_argument("-n", "--num-videos", type=int, help="number of videos (default: one, or one for each --class)")
-    parser.add_argument("-o", "--out", required=True, help="folder to write to; files of the same names are replaced")
+    parser.add_argument(
+        "-o",
+        "--out",
+        help=f"folder to write to; files of the same names are replaced (default: {_OUT}; numbered, so that nothing is "
+        "replaced)",
+    )
     _add_length(parser)
     options.add_seed(parser)
     options.add_sampling(parser, GuidedSampling.__dataclass_fields__, guidance_scale=None)
@@ -114,6 +124,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     folder, sampling = _check(arguments), _sampling(arguments)
     device = choose_device(arguments.device)
+    arguments.generator = find_generator(arguments.generator)
     generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
     training = find_training(arguments.generator)
@@ -163,10 +174,16 @@ def _check(arguments: argparse.Namespace) -> Path:
             raise ValueError("--given is for --from VIDEO or --continue-with GENERATOR: leave it out")
     elif arguments.continue_with is not None:
         raise ValueError("--continue-with is for classes: --from is continued by the --generator")
+    elif arguments.generator is None:
+        raise ValueError(
+            "--from needs a generator that continues videos: give --generator, trained with --task frame-prediction"
+        )
     else:
         probe(arguments.source)
     if arguments.continue_with is not None and arguments.seconds is None:
         raise ValueError("--continue-with is for videos longer than one window: give --seconds")
+    if arguments.out is None:
+        arguments.out = next(name for name in _default_folders() if not Path(name).exists())
     if not arguments.out.strip():
         raise ValueError("--out is empty: name a folder, such as out/")
     folder = Path(arguments.out)
@@ -174,6 +191,10 @@ def _check(arguments: argparse.Namespace) -> Path:
         raise ValueError(f"{folder} is the name of a file: give a folder with --out, the videos in it are numbered")
     check_writable(folder / SHEET)
     return folder
+
+
+def _default_folders() -> Iterator[str]:
+    return itertools.chain([_OUT], (f"{_OUT}-{number}" for number in itertools.count()))
 
 
 def _sampling(arguments: argparse.Namespace) -> GuidedSampling:
@@ -195,7 +216,10 @@ def _labels(arguments: argparse.Namespace, generator: "LarpGenerator") -> list[i
             f"{arguments.generator} continues given frames: give --from VIDEO"
             + (" in place of --class" if arguments.classes else "")
         )
-    selected = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
+    try:
+        selected = generator.class_labels(arguments.classes or range(generator.config.num_classes)).tolist()
+    except ValueError as error:
+        raise ValueError(f"{arguments.generator}: {error}") from error
     count = arguments.num_videos or len(arguments.classes or [0])
     return [selected[number % len(selected)] for number in range(count)]
 

@@ -1,14 +1,16 @@
 """The models of the page: where they are found, what a tab says where one is missing, and each loaded once, at first use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from larp.engine.generator_run import FPS, find_training
 from larp.hub import choose_device, resolve
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.api import open_model
-from larp_mllm.locate import find_model, find_tokenizer, load_generator_tokenizer, read_config, shipped
+from larp_mllm.locate import find_generator, find_model, find_tokenizer, load_generator_tokenizer, read_config
 from larp_mllm.pipeline import Mllm
 
 
@@ -22,9 +24,10 @@ class Models:
     model: str | None = None
     """Folder or hub name of a language model; None: as `larp_mllm.generate` finds it."""
     tokenizer: str | None = None
-    """Folder or hub name of a tokenizer; None: that of the language model, else the one that comes with the package."""
+    """Folder or hub name of a tokenizer; None: as `larp-mllm reconstruct` finds it, or that of `model` if it is named."""
     generator: str | None = None
-    """Folder or hub name of a class-conditional generator; None: no classes are sampled."""
+    """Folder or hub name of a class-conditional generator; None: the newest one trained here, else the one that comes with the
+    package."""
     device: str | None = None
     dtype: str | None = None
 
@@ -50,22 +53,19 @@ class Models:
     @cached_property
     def classes(self) -> tuple[LarpGenerator, LarpTokenizer, float]:
         """The generator, its tokenizer, and the frames per second of its clips."""
-        if self.generator is None:
-            raise ValueError(self.missing_classes())
-        training, device = find_training(self.generator), choose_device(self.device)
-        generator = LarpGenerator.from_pretrained(self.generator, device=device)
-        tokenizer = load_generator_tokenizer(self.generator, generator, training, self.tokenizer, device=device)
+        folder, device = find_generator(self.generator), choose_device(self.device)
+        training, generator = find_training(folder), LarpGenerator.from_pretrained(folder, device=device)
+        tokenizer = load_generator_tokenizer(folder, generator, training, self.tokenizer, device=device)
         return generator, tokenizer, training.fps or FPS
 
     def about(self) -> str:
         """Which models the page uses, in Markdown."""
-        try:
-            model = f"`{find_model(self.model)}`"
-        except ValueError:
-            model = "none"
-        return f"Language model: {model} · tokenizer: `{self._codec_folder()}` · generator: " + (
-            f"`{self.generator}`" if self.generator else "none"
-        )
+        places = {
+            "Language model": lambda: find_model(self.model),
+            "tokenizer": self._codec_folder,
+            "generator": lambda: find_generator(self.generator),
+        }
+        return " · ".join(f"{name}: {_shown(place)}" for name, place in places.items())
 
     def missing_mllm(self) -> str:
         """Why there is no language model, and the command that makes one; empty if there is one."""
@@ -89,16 +89,14 @@ class Models:
 
     def missing_classes(self) -> str:
         """Why no class can be sampled, and the command that makes a generator; empty if there is one for classes."""
-        if self.generator is None:
-            return (
-                "This tab needs a generator: `python training/train_generator.py` trains one, and "
-                "`larp-mllm demo --generator RUN` shows it here."
-            )
-        if self._generator_config().get("task") != "class":
-            return (
-                f"{self.generator} continues given frames: `python training/train_generator.py --task class` trains a "
-                "generator for classes."
-            )
+        try:
+            if self._generator_config().get("task") != "class":
+                return (
+                    f"{self.generator} continues given frames: `python training/train_generator.py --task class` trains a "
+                    "generator for classes."
+                )
+        except ValueError as error:
+            return f"This tab needs a generator, but {error}; then reload the page."
         return ""
 
     def class_names(self) -> list[str]:
@@ -119,10 +117,14 @@ class Models:
     def _codec_folder(self) -> str:
         if self.tokenizer is not None:
             return find_tokenizer(self.tokenizer)
-        try:
-            return find_tokenizer(str(find_model(self.model)))
-        except ValueError:
-            return str(shipped("tokenizer"))
+        return find_tokenizer(None if self.model is None else str(find_model(self.model)))
 
     def _generator_config(self) -> dict:
-        return read_config(resolve(self.generator) / "config.json") or {}
+        return read_config(resolve(find_generator(self.generator)) / "config.json") or {}
+
+
+def _shown(place: Callable[[], str | Path]) -> str:
+    try:
+        return f"`{place()}`"
+    except ValueError:  # the tab says why
+        return "none"

@@ -3,25 +3,38 @@
 Shapes: n clips in all, b clips of a batch, T frames, H x W pixels, N codes of a clip.
 """
 
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from larp.data.clips import ClipShape
-from larp.data.datasets import VideoSet
+from larp.data.datasets import VideoSet, open_videos
+from larp.data.listing import Split
+from larp.engine.generator_run import find_training
+from larp.metrics.classifier import require_labels
 from larp.metrics.clip_source import ClipSource, GeneratorSource
+from larp.metrics.clipsets import load_generator
 from larp.metrics.evaluation import EvaluationConfig
 from larp.metrics.protocols import checkpoint_hashes
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.options import GuidedSampling
 from larp_mllm.generation.sampling import VideoSampling
-from larp_mllm.locate import find_model
+from larp_mllm.locate import find_generator, find_model, load_generator_tokenizer
 from larp_mllm.metrics.evaluation import clip_shape, prompts_in_turn, prompts_of
 from larp_mllm.pipeline import Mllm
 
 import torch
 from torch import Tensor
+
+UCF101 = "LARP_UCF101"
+"""Environment variable with the folder of UCF-101, for evaluations without --data."""
+_UCF101_IS = (
+    "UCF-101 is a public set of 13,320 videos of 101 human actions, for research, which does not come with larp-mllm: ROOT holds "
+    "UCF-101/<class>/<video>.avi and the published lists, ucfTrainTestlist/*.txt"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,10 @@ class MllmSource:
         hashes = {f"mllm/{name}": digest for name, digest in checkpoint_hashes(self.folder).items()}
         return hashes | {"tokenizer": self.tokenizer.weight_hash()}
 
+    def select(self, videos: VideoSet) -> VideoSet:
+        """Return all videos: any text is a prompt."""
+        return videos
+
     def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
         """Raise ValueError for guidance that changes along a clip: a language model has one scale for all codes."""
         for sampling in samplings:
@@ -84,33 +101,65 @@ class MllmSource:
 
 @dataclass(frozen=True)
 class ClipSourceConfig(EvaluationConfig):
-    """The options that choose the model of an evaluation of generated clips; ValueError for values out of range."""
+    """The options that choose model and data of an evaluation of generated clips; ValueError for values out of range."""
 
-    needed: ClassVar[tuple[str, ...]] = ("data",)
+    needed: ClassVar[tuple[str, ...]] = ()
 
     generator: str = ""
-    """Folder or hub name of a class-conditional generator; needs --tokenizer."""
+    """Folder or hub name of a class-conditional generator; by default the newest one trained here, else the one that comes with
+    larp-mllm."""
     tokenizer: str = ""
-    """Folder or hub name of the tokenizer that the generator was trained with."""
+    """Folder or hub name of the generator's tokenizer; by default the one that its run names."""
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
     mllm: str = ""
     """In place of --generator: folder of a language model, or of the run that trained it, or a hub name. It has its own tokenizer."""
 
-    def open_source(self) -> ClipSource:
-        """Load the model; ValueError unless it is one generator with its tokenizer, or one language model."""
+    def resolved(self) -> Self:
+        """Return the config with the generator and the data that are the defaults here; ValueError if no data are known."""
         self.check_paths()
-        if bool(self.generator) == bool(self.mllm):
-            given = "both are given" if self.mllm else "neither is given"
-            raise ValueError(
-                f"--generator, --mllm: {given}; give one of them, a generator with its --tokenizer or a language model"
-            )
+        if self.mllm and self.generator:
+            raise ValueError("--generator, --mllm: both are given; give one of them")
         if self.mllm and (self.tokenizer or self.variant):
             raise ValueError(
                 f"--mllm {self.mllm}: a language model has its own video tokenizer; leave out --tokenizer and --variant"
             )
+        generator = "" if self.mllm else find_generator(self.generator or None)
+        return replace(self, generator=generator, data=self.data or _data_of(generator))
+
+    def open_source(self) -> ClipSource:
+        """Load the model of a resolved config; ValueError if it is no model for classes."""
         if self.mllm:
             return MllmSource.load(self.mllm, self.device)
-        if not self.tokenizer:
-            raise ValueError("--tokenizer is needed with --generator: the one that the generator was trained with")
-        return GeneratorSource.load(self.generator, self.tokenizer, self.device, self.variant)
+        generator = load_generator(self.generator, "class", self.device)
+        training, tokenizer = find_training(self.generator), self.tokenizer or None
+        loaded = load_generator_tokenizer(self.generator, generator, training, tokenizer, self.variant, self.device)
+        return GeneratorSource(generator, loaded)
+
+    def open_videos(self, source: ClipSource, split: Split) -> VideoSet:
+        """List the videos of the classes that the source knows; says so on stderr if there are others.
+
+        Raises ValueError for videos without a class, and if the source knows none of the classes.
+        """
+        videos = open_videos(self.data, split)
+        require_labels(videos)
+        known = source.select(videos)
+        if known is not videos:
+            print(f"note: {known.notes[-1]}", file=sys.stderr)
+        return known
+
+
+def _data_of(generator: str) -> str:
+    """Return the data spec of LARP_UCF101, else of the training of a generator, and say on stderr which."""
+    if root := os.environ.get(UCF101):
+        data, source = f"ucf101:{root}", UCF101
+        if not Path(root).expanduser().is_dir():
+            raise ValueError(f"{UCF101}={root}: there is no such folder. {_UCF101_IS}")
+    else:
+        data, source = generator and find_training(generator).data, generator
+    if not data:
+        raise ValueError(
+            f"no data: give --data ucf101:ROOT, or set the environment variable {UCF101} to ROOT. {_UCF101_IS}"
+        )
+    print(f"the data are {data} ({source})", file=sys.stderr)
+    return data
