@@ -61,7 +61,12 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
 
     Raises ValueError that says what the folder holds instead, and how to choose a model.
     """
-    remedy = _remedy() if option is None else f"Give {option} such a folder, or owner/name on the hub"
+    names = " or ".join(SHIPPED_MODELS)
+    remedy = (
+        _remedy()
+        if option is None
+        else f"Give {option} such a folder, owner/name on the hub, or {names}, which comes with the package"
+    )
     if model is not None:
         chosen, source = model, "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
@@ -82,7 +87,7 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
             raise ValueError(f"{source}{error}. {remedy}") from error
     if len(Path(chosen).parts) == 1 and not Path(chosen).exists():
         raise ValueError(
-            f"{source}{chosen}: there is no such folder, and with the package come only {' and '.join(SHIPPED_MODELS)}. {remedy}"
+            f"{source}{chosen}: there is no such folder, and no model of this name comes with the package. {remedy}"
         )
     chosen = Path(chosen)
     for folder in (chosen, chosen / RUN_MODEL):
@@ -194,9 +199,10 @@ def shipped(part: str) -> Path:
             except (ValueError, SafetensorError, OSError) as error:
                 state = f"damaged ({first_line(error)})"
         raise ValueError(
-            f"{file}, which comes with larp-mllm, is {state}: install the package again (pip install --force-reinstall), "
-            f"or name another {part.replace('-', ' ')}"
+            f"{file}, which comes with larp-mllm, is {state}: install the package again (pip install --force-reinstall larp-mllm)"
         )
+    if part != "tokenizer":
+        shipped("tokenizer")  # which the others share
     return folder
 
 

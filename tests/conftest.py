@@ -72,7 +72,8 @@ def own_home(tmp_path_factory):
         patch.setenv("LARP_DATA", str(home / "data"))
         patch.setenv("LARP_MLLM_HOME", str(home / f"mllm-{next(_homes)}"))
         patch.setenv("LARP_CACHE", str(home / "no-weights"))
-        patch.delenv("LARP_MLLM_MODEL", raising=False)
+        for name in ("LARP_MLLM_MODEL", "LARP_UCF101"):
+            patch.delenv(name, raising=False)
         yield
 
 

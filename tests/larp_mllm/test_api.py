@@ -1,6 +1,7 @@
 """generate, describe and their relatives: arguments are checked before a model is loaded, and the default model is found."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -106,10 +107,13 @@ def test_functions_load_the_default_model(qwen, tmp_path, monkeypatch):
         find_model()
 
 
-def test_without_a_model_the_error_names_the_ways_to_choose_one(monkeypatch, tmp_path):
-    monkeypatch.setenv("LARP_MLLM_HOME", str(tmp_path))
-    with pytest.raises(ValueError, match=r"model=FOLDER.*LARP_MLLM_MODEL.*train_mllm.py.*make quickstart"):
-        larp_mllm.generate("a person surfing")
+def test_a_model_that_does_not_exist_is_refused_with_the_ways_to_choose_one():
+    with pytest.raises(
+        ValueError, match=r"^model=nosuch: there is no such folder, and no model of this name comes"
+    ) as error:
+        larp_mllm.generate("a person surfing", model="nosuch")
+    assert re.search(r"model=FOLDER.*or model=tiny.*LARP_MLLM_MODEL.*`make quickstart`", str(error.value))
+    assert str(error.value).count(". ") == 1, "two sentences"
 
 
 def test_importing_the_package_is_light():

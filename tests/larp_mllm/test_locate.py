@@ -1,4 +1,4 @@
-"""find_model: folders, runs, the default model, the hub, and errors for folders without a model."""
+"""find_model and its relatives: folders, runs, the defaults, the hub, and errors for folders without a model."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from larp_mllm.locate import _snapshot, find_model, home
+from larp_mllm.locate import _snapshot, find_generator, find_model, find_tokenizer, home, set_default_model, shipped
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_video_tokenizer
 
@@ -67,6 +67,30 @@ def test_a_damaged_pointer_is_named_with_the_remedy(pointer, content):
     pointer.write_text(content)
     with pytest.raises(ValueError, match=r"newest\.json is damaged .*: delete it"):
         find_model()
+
+
+def test_the_newest_generator_is_the_default_until_it_is_deleted(qwen, tmp_path, capsys):
+    assert find_generator() == str(shipped("generator")) and find_generator("owner/name") == "owner/name"
+    qwen.save(tmp_path / "mllm")
+    set_default_model(tmp_path / "mllm")
+    (tmp_path / "run/model").mkdir(parents=True)
+    pointer = set_default_model(tmp_path / "run/model", "generator")
+    assert find_generator() == str(tmp_path / "run/model") and find_model() == tmp_path / "mllm"
+    assert f"the newest one that was trained here: {tmp_path / 'run/model'}\n" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "run")
+    assert find_generator() == str(shipped("generator"))
+    pointer.write_text("{")
+    with pytest.raises(ValueError, match=r"newest-generator\.json is damaged .*: delete it"):
+        find_generator()
+
+
+def test_the_models_of_the_package_share_their_tokenizer(qwen, tmp_path, monkeypatch):
+    assert find_tokenizer() == find_tokenizer(str(find_model("tiny"))) == str(shipped("tokenizer"))
+    qwen.save(tmp_path / "mllm")
+    set_default_model(tmp_path / "mllm")
+    assert find_tokenizer() == str(tmp_path / "mllm/video_tokenizer")
+    monkeypatch.setenv("LARP_MLLM_MODEL", "tiny")
+    assert find_tokenizer() == str(shipped("tokenizer"))
 
 
 def test_damaged_files_are_named(run):

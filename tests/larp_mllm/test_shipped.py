@@ -1,14 +1,19 @@
 """The weights in the package: size, what they reconstruct, generate and describe, and what is said where they are the default."""
 
+import shutil
 from pathlib import Path
 
 import larp_mllm
 from larp.data.clips import frames_to_clip
-from larp.data.video import read_video
+from larp.data.video import probe, read_video, write_video
 from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
+from larp_mllm import locate
+from larp_mllm.cli import main
 from larp_mllm.locate import _say_once
+from tests.larp.codec.test_whole_video import noise
+from tests.larp_mllm.cli.test_cli import refused
 
 import pytest
 import torch
@@ -74,6 +79,47 @@ def test_the_generator_writes_codes_of_the_tokenizer(tokenizer):
     generator.check_tokenizer(tokenizer.num_tokens, tokenizer.codebook_size, tokenizer.weight_hash())
     assert "Surfing" in generator.config.class_names and len(generator.config.class_names) == 6
     assert torch.allclose(generator.output.codebook, tokenizer.codebook, atol=0.01)
+
+
+def test_a_class_is_sampled_without_further_options(fresh, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["sample", "--class", "Surfing"])
+    out, said = capsys.readouterr()
+    assert out == "samples/000-Surfing.mp4: 16 frames at 25 fps\nsamples/sheet.png\n"
+    assert said.count("comes with larp-mllm: Archery, BasketballDunk") == 1
+    assert probe("samples/000-Surfing.mp4").fps == 25
+    main(["sample", "--class", "Surfing", "--seed", "1"])
+    assert capsys.readouterr().out.endswith("samples-0/sheet.png\n")
+    assert Path("samples/sheet.png").read_bytes() != Path("samples-0/sheet.png").read_bytes()
+    assert "shipped/generator: unknown class 'Surfin'; nearest: Surfing" in refused(
+        capsys, "sample", "--class", "Surfin"
+    )
+    assert "give --generator, trained with --task frame-prediction" in refused(capsys, "sample", "--from", "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("language-model/model.safetensors", ("generate", "surfing")),
+        ("language-model/tokenizer.json", ("generate", "surfing", "--model", "tiny")),
+        ("tokenizer/model.safetensors", ("generate", "surfing")),
+        ("generator/model.safetensors", ("sample", "--class", "Surfing")),
+        ("generator/training.json", ("sample", "--class", "Surfing")),
+        ("tokenizer/config.json", ("sample", "--class", "Surfing")),
+        ("tokenizer/model.safetensors", ("reconstruct", "clip.mp4", "-o", "again.mp4")),
+    ],
+)
+def test_a_missing_or_truncated_file_is_named_with_its_remedy(file, command, fresh, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", noise(4), 25)
+    shutil.copytree(SHIPPED, tmp_path / "copy", copy_function=lambda source, to: Path(to).symlink_to(source))
+    monkeypatch.setattr(locate, "_SHIPPED", tmp_path / "copy")
+    path, content = tmp_path / "copy" / file, (SHIPPED / file).read_bytes()
+    path.unlink()
+    for state in ("missing", "damaged ("):
+        said = refused(capsys, *command)
+        assert f"{path}, which comes with larp-mllm, is {state}" in said and ": install the package again" in said
+        path.write_bytes(content[: len(content) // 2])
 
 
 def test_real_clips_are_reconstructed(tokenizer, clips_root):

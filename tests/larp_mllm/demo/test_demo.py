@@ -201,15 +201,29 @@ def test_uploads_are_bounded(made, tmp_path, monkeypatch):
         jobs.check_upload(str(made / "clip.mp4"))
 
 
+def test_each_tab_has_a_model_of_the_package(monkeypatch, tmp_path):
+    fresh = Models(device="cpu")
+    assert not (fresh.missing_mllm() or fresh.missing_continuation() or fresh.missing_classes())
+    assert fresh.class_names()[-1] == "Surfing" and fresh.prefix_lengths() == 0
+    assert all(f"`{shipped(part)}`" in fresh.about() for part in ("language-model", "tokenizer", "generator"))
+    _, tokenizer, fps = fresh.classes
+    assert fps == 25 and tokenizer.weight_hash() == fresh.codec.weight_hash()
+    named = Models("tiny", device="cpu")
+    assert named.codec.weight_hash() == tokenizer.weight_hash()
+
+
+def test_a_broken_default_model_is_said_and_not_replaced(monkeypatch, tmp_path):
+    monkeypatch.setenv("LARP_MLLM_MODEL", str(tmp_path / "gone"))
+    broken = Models()
+    assert "gone" in broken.missing_mllm() and "tokenizer: none" in broken.about() and broken.prefix_lengths() == 0
+    with pytest.raises(ValueError, match=r"LARP_MLLM_MODEL=.*gone"):
+        broken.codec  # noqa: B018
+    monkeypatch.setattr("larp_mllm.locate._SHIPPED", tmp_path / "gone")
+    assert "config.json, which comes with larp-mllm, is missing" in broken.missing_classes()
+    assert broken.class_names() == []
+
+
 def test_each_tab_says_what_makes_its_model(made, tmp_path):
-    nothing = Models()
-    assert "`make quickstart`" in nothing.missing_mllm() and nothing.missing_continuation() == nothing.missing_mllm()
-    assert "training/train_generator.py" in nothing.missing_classes() and nothing.class_names() == []
-    with pytest.raises(ValueError, match="no language model"):
-        nothing.mllm  # noqa: B018
-    with pytest.raises(ValueError, match="needs a generator"):
-        nothing.classes  # noqa: B018
-    assert str(shipped("tokenizer")) in nothing.about() and nothing.prefix_lengths() == 0
     colourful_mllm().save(tmp_path / "mllm")
     other = Models(str(tmp_path / "mllm"), generator=str(made / "generator"))
     assert other.missing_mllm() == "" and "--condition-frames" in other.missing_continuation()

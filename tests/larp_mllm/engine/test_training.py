@@ -9,7 +9,7 @@ import larp_mllm
 from larp.data import token_cache as token_files
 from larp.engine.checkpoint import newest_state
 from larp_mllm.engine import results
-from larp_mllm.locate import find_model
+from larp_mllm.locate import find_model, shipped
 from larp_mllm.video import Video
 from tests.larp_mllm.engine.runs import SMALL, STAGES, lines, stop_after, weights
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
@@ -209,5 +209,4 @@ def test_a_non_finite_model_is_written_but_is_not_the_default(train, tmp_path, m
         assert report["steps"] == 2 and (tmp_path / name / "model/model.safetensors").is_file()
     with pytest.raises(FloatingPointError, match="is not finite"):
         train(tmp_path / "good", *run, "--joint.steps", "3", "--resume")
-    with pytest.raises(ValueError, match="no language model with video vocabulary was trained on this machine"):
-        find_model()
+    assert find_model() == shipped("language-model"), "it was the default, and is no more"

@@ -1,15 +1,22 @@
 """Where an evaluation's generated clips come from: a language model's own codes, and which options choose a model."""
 
+import json
+from dataclasses import replace
+
 from larp.data.listing import VideoItem, VideoSet
+from larp.data.video import write_video
 from larp.metrics.clip_source import GeneratorSource
 from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.options import GuidedSampling
 from larp_mllm.data.dataset import PHRASINGS
 from larp_mllm.generation.sampling import VideoSampling
+from larp_mllm.locate import set_default_model
 from larp_mllm.metrics.clip_source import ClipSourceConfig, MllmSource
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_mllm, tiny_video_tokenizer
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +45,7 @@ def videos(root):
 
 
 def open_source(root, **options):
-    return ClipSourceConfig(data="data", device="cpu", out=root / "x.json", **options).open_source()
+    return ClipSourceConfig(**{"data": "data"} | options, device="cpu", out=root / "x.json").resolved().open_source()
 
 
 def test_a_language_model_gets_the_phrasings_of_its_training_in_turn(root, videos):
@@ -99,17 +106,71 @@ def test_a_generator_with_its_tokenizer(root, videos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "--generator, --mllm: neither is given; give one of them"),
         ({"generator": "a", "mllm": "b"}, "--generator, --mllm: both are given; give one of them"),
-        ({"generator": "a"}, "--tokenizer is needed with --generator"),
+        (
+            {"data": ""},
+            r"^no data: .*LARP_UCF101 to ROOT\. UCF-101 is .*: ROOT holds UCF-101/<class>/.*ucfTrainTestlist",
+        ),
         (
             {"mllm": "a", "tokenizer": "b"},
             "--mllm a: a language model has its own video tokenizer; leave out --tokenizer",
         ),
         ({"mllm": "a", "variant": "ema"}, "leave out --tokenizer and --variant"),
-        ({"mllm": "a"}, r"--mllm a: no model folder \(there is no such folder\)"),
+        ({"mllm": "a"}, "--mllm a: there is no such folder, .* Give --mllm such a folder, .*, or tiny, which comes"),
     ],
 )
 def test_one_model_is_chosen(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         open_source(tmp_path, **options)
+
+
+def test_by_default_the_generator_is_that_of_the_package_with_its_tokenizer(root):
+    source = open_source(root)
+    assert source.generator.config.tokenizer_hash == source.tokenizer.weight_hash() and source.shape.frames == 16
+
+
+def test_the_data_come_from_the_environment_else_from_the_run(root, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    LarpGenerator.from_pretrained(root / "generator").save_pretrained(run / "model")
+    options = {"tokens": None, "tokenizer": str(root / "tokenizer"), "data": "jsonl:list.jsonl"}
+    (run / "config.json").write_text(json.dumps(options))
+    set_default_model(run / "model", "generator")
+    config = ClipSourceConfig(device="cpu", out=tmp_path / "x.json")
+    assert config.resolved().data == "jsonl:list.jsonl" and config.resolved().generator == str(run / "model")
+    assert f"the data are jsonl:list.jsonl ({run / 'model'})" in capsys.readouterr().err
+    source = config.resolved().open_source()
+    assert source.tokenizer.weight_hash() == LarpTokenizer.from_pretrained(root / "tokenizer").weight_hash()
+    monkeypatch.setenv("LARP_UCF101", str(tmp_path))
+    assert config.resolved().data == f"ucf101:{tmp_path}"
+    monkeypatch.setenv("LARP_UCF101", "/nowhere")
+    with pytest.raises(ValueError, match=r"LARP_UCF101=/nowhere: there is no such folder\. UCF-101 is"):
+        config.resolved()
+    assert replace(config, data="shapes:").resolved().data == "shapes:"
+
+
+def test_videos_of_classes_that_the_generator_knows_are_used(root, tmp_path, capsys):
+    """Three classes, of which the generator knows two; then none."""
+    lines = [
+        {"path": f"{name}.mp4", "label": name, "split": "test"} for name in ("Archery", "Knitting", "PlayingPiano")
+    ]
+    write_video(tmp_path / "Archery.mp4", np.zeros((4, 16, 16, 3), np.uint8), 25)
+
+    def videos(*lines):
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        config = ClipSourceConfig(
+            data=f"jsonl:{tmp_path / 'list.jsonl'}", device="cpu", generator=str(root / "generator")
+        )
+        source = replace(config, tokenizer=str(root / "tokenizer")).open_source()
+        return source, config.open_videos(source, "test")
+
+    source, found = videos(*lines)
+    assert found.classes == ("Archery", "PlayingPiano") and [item.label for item in found.items] == [0, 1]
+    assert "note: the generator knows 2 of the 3 classes of jsonl:" in capsys.readouterr().err
+    assert "their 2 videos are used" in source.notes(found)["notes"][-1]
+    source.check(found, [0, 1])
+    source, found = videos(lines[0], lines[2])
+    assert source.notes(found) == {} and capsys.readouterr().err == ""
+    with pytest.raises(
+        ValueError, match=r"knows none of the 1 classes of jsonl:.*, but Archery, PlayingPiano: give the data"
+    ):
+        videos(lines[0] | {"label": "Knitting"})
