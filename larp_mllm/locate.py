@@ -74,10 +74,11 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
     elif (newest := _newest("model")) is not None:
         chosen, source = newest, f"{home() / POINTERS['model']}: "
     else:
+        folder = shipped(SHIPPED_MODELS["tiny"])
         _say_once(
             f"no language model was trained here, so it is the small one that comes with larp-mllm: {SHIPPED_KNOWS}"
         )
-        return shipped(SHIPPED_MODELS["tiny"])
+        return folder
     if chosen in SHIPPED_MODELS and not Path(chosen).is_dir():
         return shipped(SHIPPED_MODELS[chosen])
     if is_hub_name(chosen):
@@ -129,7 +130,7 @@ def find_tokenizer(tokenizer: str | None = None) -> str:
         if _model_type(Path(tokenizer, subfolder)) == TOKENIZER_TYPE:
             return str(Path(tokenizer, subfolder))
     run = Path(tokenizer)
-    if run.parent == _SHIPPED and run.name in SHIPPED_MODELS.values():
+    if run.resolve().parent == _SHIPPED.resolve() and run.name in SHIPPED_MODELS.values():
         return str(shipped("tokenizer"))  # which the models of the package share
     if not (run / "model.safetensors").is_file() and (run / "state").is_dir():
         raise ValueError(f"{tokenizer}: {_content(run)}")

@@ -113,6 +113,19 @@ def test_both_classifiers_judge_the_same_clips(world, tmp_path, reddish, capsys)
     assert "not the same class" not in printed and "real test clips              0.0%" in printed
 
 
+def test_classes_that_the_generator_does_not_know_are_left_out(world, tmp_path):
+    lines = (world / "list.jsonl").read_text().splitlines()
+    videos = [{**json.loads(line), "path": str(world / json.loads(line)["path"])} for line in lines]
+    more = [videos[number] | {"label": "Aerobics", "path": str(world / f"{split}.mp4"), "split": split}
+            for number, split in ((0, "train"), (-2, "test"))]  # fmt: skip
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, more + videos)))
+    report = run(
+        world, tmp_path / "x.json", "--data", f"jsonl:{tmp_path / 'list.jsonl'}", "--num-clips", "4", "--show", "0"
+    )
+    assert report["classes"] == ["Archery", "Surfing"] and report["real"]["num_clips"] == 10
+    assert report["real"]["accuracy"] == 1 and "knows 2 of the 3 classes" in report["notes"][-1]
+
+
 def test_a_class_that_kinetics_has_not_is_named(world, tmp_path, monkeypatch, reddish, capsys):
     monkeypatch.setattr(kinetics_classifier, "_NOT_THE_SAME", {"Surfing"})
     run(world, tmp_path / "x.json", "--num-clips", "2", "--guidance-scale", "1", "--show", "0")
@@ -178,9 +191,9 @@ def test_sampling_options_and_seed_act_and_the_batch_does_not(world, tmp_path, m
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data", ""], "--data is needed"),
+        (["--data", ""], "no data: give --data ucf101:ROOT"),
         (["--mllm", "x"], "--generator, --mllm: both are given"),
-        (["--generator", ""], "--generator, --mllm: neither is given"),
+        (["--generator", ""], "the tokenizer makes 4 codes of 32 values, but the generator was trained on 256 codes"),
         (["--generator", "PREDICTOR"], "predicts frames; this needs one that is conditional on classes"),
         (["--data", "BARE"], "have no class, such as"),
         (["--out", "x.png"], "is the name of a picture"),

@@ -136,7 +136,7 @@ def test_the_batch_and_a_second_run_do_not_change_it(world, tmp_path):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data", ""], "--data is needed"),
+        (["--data", ""], "no data: give --data ucf101:ROOT"),
         (["--mllm", "x"], "both are given; give one of them"),
         (["--out", "x.png"], "is the name of a picture"),
     ],

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 from eval import ucf_gfvd, ucf_rfvd
+from larp.data.datasets import open_videos
 from larp.data.video import write_video
 from larp.metrics import clip_source
 from larp.metrics.i3d import RandomI3D
@@ -13,6 +14,7 @@ from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
 from larp.sampling.options import GuidedSampling
+from larp_mllm.locate import set_default_model
 from tests.larp_mllm.tiny import tiny_mllm
 
 import numpy as np
@@ -137,6 +139,28 @@ def test_gfvd_generates_for_the_labels_of_the_real_clips(world, gfvd, tmp_path, 
     assert json.loads((tmp_path / "g.json").read_text())["value"] == pytest.approx(report["value"], rel=1e-4)
 
 
+def test_gfvd_without_options_measures_the_newest_generator_on_the_data_of_its_run(
+    world, gfvd, tmp_path, capsys, monkeypatch
+):
+    """The data have a third class, which the generator does not know."""
+    monkeypatch.chdir(tmp_path)
+    lines = (world / "list.jsonl").read_text().splitlines()
+    videos = [json.loads(line) for line in lines if "v99" not in line]
+    videos = [video | {"path": str(world / video["path"]), "split": "train"} for video in videos]
+    videos.append(videos[0] | {"label": "Knitting", "path": str(world / "v99.mp4")})
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, videos)))
+    LarpGenerator.from_pretrained(world / "generator").save_pretrained(tmp_path / "run/model")
+    run = {"tokens": None, "tokenizer": str(world / "tokenizer"), "data": "jsonl:list.jsonl"}
+    (tmp_path / "run/config.json").write_text(json.dumps(run))
+    set_default_model("run/model", "generator")
+    report = gfvd.main(["--num-clips", "12", "--device", "cpu", "--show", "0"])
+    assert (tmp_path / "gfvd.json").is_file()
+    assert report["checkpoints"]["generator"] == LarpGenerator.from_pretrained(world / "generator").weight_hash()
+    assert report["protocol"]["num_videos"] == VIDEOS and report["skipped"] == []
+    note = f"the generator knows 2 of the 3 classes of jsonl:list.jsonl: their {VIDEOS} videos are used"
+    assert report["notes"] == [note] and note in capsys.readouterr().err
+
+
 def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd, tmp_path, capsys):
     # Fresh models paint one colour, and sample codes evenly whatever the class: these do not.
     tokenizer = LarpTokenizer.from_pretrained(world / "tokenizer")
@@ -208,9 +232,9 @@ def test_gfvd_of_a_language_model(world, gfvd, tmp_path):
         gfvd.main([*arguments, "--tokenizer", str(world / "tokenizer")])
 
 
-def test_gfvd_maps_classes_by_name(world, gfvd):
+def test_gfvd_maps_classes_by_name(world):
     generator = LarpGenerator.from_pretrained(world / "generator")
-    videos = gfvd.open_videos(f"jsonl:{world / 'list.jsonl'}", "test")
+    videos = open_videos(f"jsonl:{world / 'list.jsonl'}", "test")
     assert videos.classes == ("Archery", "Surfing")
     assert clip_source.class_numbers(generator, videos, [0, 1, 1]).tolist() == [1, 0, 0]
 
@@ -220,9 +244,9 @@ def test_gfvd_maps_classes_by_name(world, gfvd):
     [
         (["--num-clips", "40"], "windows of 4 frames"),
         (["--tokenizer", "nowhere"], "nowhere: no such folder"),
-        (["--data", ""], "--data is needed"),
+        (["--data", ""], "no data: give --data ucf101:ROOT"),
         (["--mllm", "x"], "--generator, --mllm: both are given"),
-        (["--tokenizer", ""], "--tokenizer is needed with --generator"),
+        (["--tokenizer", ""], "does not say which tokenizer made its codes: give --tokenizer"),
         (["--variant", "ema"], "holds no variant 'ema'"),
         (["--guidance-start", "0.8"], "holds none of a clip's 4 codes"),
     ],

@@ -15,6 +15,7 @@ from larp.data.video import probe
 from larp.engine.backend import EngineConfig, Ranks
 from larp.engine.checkpoint import newest_state
 from larp.engine.code_batches import SHARED, CachedCodes, open_data
+from larp.engine.generator_run import find_training
 from larp.engine.optimizer import OptimizerConfig
 from larp.engine.samples import SamplingConfig
 from larp.metrics.code_prediction import predict_codes
@@ -24,6 +25,7 @@ from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
 from larp.sampling.options import GuidedSampling
 from larp.sampling.sample import generate
+from larp_mllm.locate import find_generator, shipped
 from training import train_generator
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
@@ -107,6 +109,9 @@ def test_class_run_ends_with_a_model_a_report_and_samples(home, tmp_path, capsys
         "001-red-square.mp4",
         "sheet.png",
     ]
+    assert find_generator() == str(tmp_path / "model")
+    known = find_training(find_generator())
+    assert known.data.startswith("shapes:") and known.fps and known.tokenizer == str(home / "tok")
 
 
 def test_a_resumed_run_takes_the_same_steps(home, tmp_path):
@@ -167,6 +172,7 @@ def test_frame_prediction_run(home, tmp_path):
     caches = dict(tokens=home / "train-5", eval_tokens=home / "test-5")
     report = train(tiny_run(home, tmp_path, task="frame-prediction", sampling=SamplingConfig(clips=2), **caches))
     assert report["bits_per_token"] < 5
+    assert find_generator() == str(shipped("generator")), "the default is for classes"
     train(tiny_run(home, tmp_path / "class", steps=2, **caches))  # a cache with conditions serves classes as well
     model = LarpGenerator.from_pretrained(tmp_path / "model")
     assert model.config.task == "frame-prediction" and model.config.class_names == ()
@@ -290,6 +296,8 @@ def test_live_crops_and_rows_from_the_codebook(home, tmp_path, monkeypatch):
     model = LarpGenerator.from_pretrained(tmp_path / "run" / "model")
     assert torch.equal(model.output.codebook, LarpTokenizer.from_pretrained(home / "tok").codebook)
     assert report["bits_per_token"] < 6 and report["parameters"] == model.num_parameters()
+    # There is no cache of training clips; the one of held-out clips has the frame rate.
+    assert find_training(find_generator()).fps == TokenCache.open(tmp_path / "run/tokens-test").fps[0]
     source, _, _ = open_data(config, Ranks())
     clips = next(iter(source.loader))["clip"]
     assert len(clips) == config.batch_size and clips.shape[1] == 3 and clips.dtype == torch.float32

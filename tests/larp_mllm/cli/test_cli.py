@@ -288,6 +288,6 @@ def test_chat_options_are_checked(clip, capsys):
 def test_user_mistakes_end_with_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LARP_MLLM_HOME", str(tmp_path))
     with pytest.raises(SystemExit) as stopped:
-        main(["generate", "a red circle"])
+        main(["generate", "a red circle", "--model", "nosuch"])
     assert stopped.value.code == 2
     assert "make quickstart" in capsys.readouterr().err
