@@ -56,6 +56,7 @@ def find_training(generator: str) -> Training:
     if not isinstance(config, dict) or "tokens" not in config:
         return Training()
     kinds = {"tokens": (str, "a path"), "tokenizer": (str, "a path or hub name"), "data": (str, "a data spec")}
+    kinds["eval_tokens"] = kinds["tokens"]
     kinds |= dict.fromkeys(("stride", "condition_frames"), (int, "a whole number"))
     for name, (kind, words) in kinds.items():
         if not isinstance(config.get(name), kind | None):
@@ -70,8 +71,10 @@ def _from_cache(config: dict[str, Any], run: Path) -> Training:
     from larp.data.token_cache import INDEX, read_index, read_shard
 
     named = config["tokens"]
-    # With --live there is no cache of the training clips.
-    own = (run / f"tokens-{split}" for split in ("train", "test"))
+    # With --live there is no cache of the training clips, but one of held-out clips.
+    own = [run / "tokens-train", run / "tokens-test"]
+    if config.get("eval_tokens"):
+        own.append(Path(_search(config["eval_tokens"], INDEX, run)))
     cache = Path(_search(named, INDEX, run)) if named else next((x for x in own if (x / INDEX).is_file()), run)
     tokenizer = config.get("tokenizer") and _search(config["tokenizer"], "", run)
     if not (cache / INDEX).is_file():

@@ -297,7 +297,7 @@ def test_live_crops_and_rows_from_the_codebook(home, tmp_path, monkeypatch):
     assert torch.equal(model.output.codebook, LarpTokenizer.from_pretrained(home / "tok").codebook)
     assert report["bits_per_token"] < 6 and report["parameters"] == model.num_parameters()
     # There is no cache of training clips; the one of held-out clips has the frame rate.
-    assert find_training(find_generator()).fps == TokenCache.open(tmp_path / "run/tokens-test").fps[0]
+    assert find_training(find_generator()).fps == TokenCache.open(config.eval_tokens).fps[0]
     source, _, _ = open_data(config, Ranks())
     clips = next(iter(source.loader))["clip"]
     assert len(clips) == config.batch_size and clips.shape[1] == 3 and clips.dtype == torch.float32
