@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from larp.models.tokenizer import LarpTokenizer
     from larp.sampling.long_clips import LongClip
 
-CLASS_GUIDANCE = 1.25
+CLASS_GUIDANCE = 2.0
 _OUT = "samples"
 DESCRIPTION = f"""\
 Generate videos of classes, or continuations of a video, with a generator of training/train_generator.py: numbered .mp4

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from larp_mllm.cli.sample import CLASS_GUIDANCE
 from larp_mllm.demo import jobs
 from larp_mllm.demo.jobs import MAX_MEGABYTES, MAX_SECONDS, MAX_VIDEOS
 from larp_mllm.demo.models import Models
@@ -282,7 +283,7 @@ def _sample(models: Models, folder: Path) -> Refreshed:
     with gr.Row():
         with gr.Column():
             names = gr.Dropdown(models.class_names(), label="Class", value=None)
-            seed, guidance, temperature = _sampling(guidance=1.25)
+            seed, guidance, temperature = _sampling(guidance=CLASS_GUIDANCE)
             count = gr.Slider(1, MAX_VIDEOS, value=1, step=1, label="Videos")
             button = gr.Button("Sample", variant="primary")
         with gr.Column():

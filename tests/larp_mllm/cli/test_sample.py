@@ -104,7 +104,7 @@ def test_every_sampling_option_reaches_the_sampler(folder, sampled_with):
     options |= {"temperature": 0.9, "top-k": 7, "top-p": 0.8, "min-p": 0.1, "seed": 5}
     sample("--generator", "c", "--scale", "1", *(f"--{name}={value}" for name, value in options.items()))
     values = {name.replace("-", "_"): value for name, value in options.items() if name != "seed"}
-    assert sampled_with == [(GuidedSampling(guidance_scale=1.25), 0), (GuidedSampling(**values), 5)]
+    assert sampled_with == [(GuidedSampling(guidance_scale=2.0), 0), (GuidedSampling(**values), 5)]
 
 
 def test_a_video_is_continued(folder, capsys, sampled_with):
