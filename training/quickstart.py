@@ -29,8 +29,8 @@ PROMPT = "a red circle moving left"
 SHIPPED_PROMPTS = ("a person surfing", "a horse race", PROMPT)
 SHIPPED_SCORE = Path("eval/results/shipped-shapes.json")
 ACCURACIES = ("colour_accuracy", "direction_accuracy", "shape_accuracy")
-# Shares of --minutes. The rest is for rendering and encoding the videos, evaluation, and starts of processes.
-TOKENIZER_SHARE, MLLM_SHARE = 0.66, 0.15
+# What each training gets of the time that is left; the rest is for what follows it, and for starts of processes.
+TOKENIZER_SHARE, MLLM_SHARE = 0.65, 0.55
 
 
 def main() -> None:
@@ -40,11 +40,11 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
     )
     parser.add_argument("--prompt", default=PROMPT, help="what to generate at the end (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="length of the chain, about (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=float, default=7.0, help="length of the chain on two idle CPU cores, about (default: %(default)s)"
+        "--data", default="shapes:", help="the built-in videos; shapes:count=512 are fewer (default: %(default)s)"
     )
     parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run left in --out")
-    parser.add_argument("--tokenizer-options", default="", help="more options for train_tokenizer.py, in one string")
     arguments = parser.parse_args()
     check_minutes(arguments.minutes)
     out = arguments.out
@@ -75,16 +75,19 @@ def show_shipped(folder: Path, stages: Stages) -> None:
 
 def train(out: Path, arguments: argparse.Namespace, stages: Stages) -> None:
     """Train the chain on the built-in videos, generate a video, and score the language model."""
-    tokenizer, mllm = out / "tokenizer", out / "mllm"
-    length = ["--minutes", arguments.minutes * TOKENIZER_SHARE]
-    command = [*launch("train_tokenizer.py", tokenizer), *length, *shlex.split(arguments.tokenizer_options)]
-    stages.run("tokenizer", command)
-    data = json.loads((tokenizer / "config.json").read_text())["data"]
+    tokenizer, mllm, data = out / "tokenizer", out / "mllm", arguments.data
+    code = f"from larp.data.datasets import open_videos; [open_videos({data!r}, split) for split in ('train', 'test')]"
+    stages.run("videos", [sys.executable, "-c", code])
+    minutes = stages.minutes_left(arguments.minutes) * TOKENIZER_SHARE
+    options = ["--data", data, "--minutes", f"{minutes:.3f}"]
+    stages.run("tokenizer", [*launch("train_tokenizer.py", tokenizer), *options])
     for split in ("train", "test"):
-        options = ["--tokenizer", tokenizer / "model", "--data", data, "--split", split, "--out", out / f"tokens-{split}"]
-        stages.run(f"tokens_{split}", [sys.executable, ROOT / "training/extract_tokens.py", *options])
+        options = ["--tokenizer", tokenizer / "model", "--data", data, "--split", split]
+        command = [sys.executable, ROOT / "training/extract_tokens.py", *options, "--out", out / f"tokens-{split}"]
+        stages.run(f"tokens_{split}", command)
+    minutes = stages.minutes_left(arguments.minutes) * MLLM_SHARE
     tokens = ["--tokens", out / "tokens-train", "--eval-tokens", out / "tokens-test"]
-    options = [*tokens, "--tokenizer", tokenizer / "model", "--minutes", arguments.minutes * MLLM_SHARE]
+    options = [*tokens, "--tokenizer", tokenizer / "model", "--minutes", f"{minutes:.3f}"]
     stages.run("language_model", [*launch("train_mllm.py", mllm), *options])
     code = typed(arguments.prompt, mllm / "model", out / "generated.mp4", out / "generated.png")
     stages.run("generate", [sys.executable, "-c", code], always=True)
@@ -136,6 +139,11 @@ class Stages:
         part = self.file.with_suffix(".part")
         part.write_text(json.dumps(self.seconds, indent=2) + "\n")
         part.replace(self.file)
+
+    def minutes_left(self, minutes: float) -> float:
+        """What the finished stages of the chain leave of its length; at least a tenth of it."""
+        spent = sum(seconds for name, seconds in self.seconds.items() if name != "shipped")
+        return max(minutes - spent / 60, minutes / 10)
 
 
 def report(out: Path, prompt: str, stages: Stages) -> None:

