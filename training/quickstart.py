@@ -30,7 +30,7 @@ SHIPPED_PROMPTS = ("a person surfing", "a horse race", PROMPT)
 SHIPPED_SCORE = Path("eval/results/shipped-shapes.json")
 ACCURACIES = ("colour_accuracy", "direction_accuracy", "shape_accuracy")
 # What each training gets of the time that is left; the rest is for what follows it, and for starts of processes.
-TOKENIZER_SHARE, MLLM_SHARE = 0.65, 0.55
+TOKENIZER_SHARE, MLLM_SHARE = 0.62, 0.55
 
 
 def main() -> None:
@@ -141,9 +141,9 @@ class Stages:
         part.replace(self.file)
 
     def minutes_left(self, minutes: float) -> float:
-        """What the finished stages of the chain leave of its length; at least a tenth of it."""
+        """What the finished stages of the chain leave of its length; at least a sixth of it."""
         spent = sum(seconds for name, seconds in self.seconds.items() if name != "shipped")
-        return max(minutes - spent / 60, minutes / 10)
+        return max(minutes - spent / 60, minutes / 6)
 
 
 def report(out: Path, prompt: str, stages: Stages) -> None:

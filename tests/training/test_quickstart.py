@@ -62,7 +62,7 @@ def test_the_shipped_weights_are_what_the_first_videos_are_of(tmp_path, monkeypa
 def test_slow_stages_leave_less_time_to_those_that_follow(tmp_path):
     stages = Stages(tmp_path)
     stages.seconds = {"shipped": 50.0, "videos": 60.0, "tokenizer": 120.0}
-    assert stages.minutes_left(7) == 4 and stages.minutes_left(2) == 0.2
+    assert stages.minutes_left(7) == 4 and stages.minutes_left(3) == 0.5
 
 
 def test_a_score_of_other_weights_is_not_shown_as_that_of_the_shipped_model(tmp_path, monkeypatch, capsys):
