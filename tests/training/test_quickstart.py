@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_the_whole_way(tmp_path):
     out = tmp_path / "quick"
-    options = ["--minutes", "0.5", "--data", "shapes:count=48", "--prompt", "a blue square"]
+    options = ["--minutes", "0.1", "--data", "shapes:count=48", "--prompt", "a blue square"]
     command = [sys.executable, str(ROOT / "training/quickstart.py"), "--out", str(out), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=tmp_path)
