@@ -79,8 +79,8 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
             f"no language model was trained here, so it is the small one that comes with larp-mllm: {SHIPPED_KNOWS}"
         )
         return folder
-    if chosen in SHIPPED_MODELS and not Path(chosen).is_dir():
-        return shipped(SHIPPED_MODELS[chosen])
+    if (name := str(chosen)) in SHIPPED_MODELS and not Path(chosen).is_dir():
+        return shipped(SHIPPED_MODELS[name])
     if is_hub_name(chosen):
         try:
             chosen = fetch_folder(chosen)

@@ -1,9 +1,10 @@
-"""The whole way on the built-in captioned videos: tokenizer, tokens, language model, a video for a sentence, and its score.
+"""First videos with the weights that come with the package; then the whole chain from scratch on the built-in captioned videos.
 
     make quickstart            (or: python training/quickstart.py [--out runs/quickstart] [--prompt "..."])
 
-Prints and runs the commands that a user would type. A stage that has finished is not run again: `make quickstart` after an
-interruption goes on where it stopped. --fresh starts anew.
+The chain is tokenizer, tokens, language model, a video for a sentence, and its score. Prints and runs the commands that a user
+would type. A stage that has finished is not run again: `make quickstart` after an interruption goes on where it stopped.
+--fresh starts anew.
 """
 
 from __future__ import annotations
@@ -18,10 +19,18 @@ import sys
 import time
 from pathlib import Path
 
+from larp.engine.clock import check_minutes
 from larp.engine.signals import run_script
+from larp.metrics.protocols import checkpoint_hashes
+from larp_mllm.locate import shipped
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle moving left"
+SHIPPED_PROMPTS = ("a person surfing", "a horse race", PROMPT)
+SHIPPED_SCORE = Path("eval/results/shipped-shapes.json")
+ACCURACIES = ("colour_accuracy", "direction_accuracy", "shape_accuracy")
+# What each training gets of the time that is left; the rest is for what follows it, and for starts of processes.
+TOKENIZER_SHARE, MLLM_SHARE = 0.62, 0.55
 
 
 def main() -> None:
@@ -31,10 +40,13 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run (default: %(default)s)"
     )
     parser.add_argument("--prompt", default=PROMPT, help="what to generate at the end (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=7.0, help="length of the chain, about (default: %(default)s)")
+    parser.add_argument(
+        "--data", default="shapes:", help="the built-in videos; shapes:count=512 are fewer (default: %(default)s)"
+    )
     parser.add_argument("--fresh", action="store_true", help="start anew, removing what an earlier run left in --out")
-    parser.add_argument("--tokenizer-options", default="", help="more options for train_tokenizer.py, in one string")
-    parser.add_argument("--mllm-options", default="", help="more options for train_mllm.py, in one string")
     arguments = parser.parse_args()
+    check_minutes(arguments.minutes)
     out = arguments.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose another place with --out")
@@ -42,39 +54,45 @@ def main() -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages(out)
-    tokenizer, mllm = out / "tokenizer", out / "mllm"
-    stages.run("tokenizer", [*launch("train_tokenizer.py", tokenizer), *shlex.split(arguments.tokenizer_options)])
-    data = json.loads((tokenizer / "config.json").read_text())["data"]
+    show_shipped(out / "shipped", stages)
+    train(out, arguments, stages)
+    report(out, arguments.prompt, stages)
+
+
+def show_shipped(folder: Path, stages: Stages) -> None:
+    """Write videos for `SHIPPED_PROMPTS` with the language model that comes with the package, and print their paths."""
+    code = (
+        "import larp_mllm\nfrom larp.data.contact_sheet import Gallery\n"
+        f"videos = larp_mllm.generate({list(SHIPPED_PROMPTS)}, model='tiny')\n"
+        f"gallery = Gallery({str(folder)!r}, videos[0].fps)\n"
+        "for video in videos: gallery.add(video.prompt, video.frames)\ngallery.write_sheet()"
+    )
+    stages.run("shipped", [sys.executable, "-c", code])
+    print(f"with the weights that come with larp-mllm, in {stages.seconds['shipped']:.0f} s:")
+    print(*(f"  {path}" for path in sorted(folder.iterdir())), sep="\n")
+    print("Now everything from scratch. Ctrl-C leaves these files, and the same command goes on.", flush=True)
+
+
+def train(out: Path, arguments: argparse.Namespace, stages: Stages) -> None:
+    """Train the chain on the built-in videos, generate a video, and score the language model."""
+    tokenizer, mllm, data = out / "tokenizer", out / "mllm", arguments.data
+    code = f"from larp.data.datasets import open_videos; [open_videos({data!r}, split) for split in ('train', 'test')]"
+    stages.run("videos", [sys.executable, "-c", code])
+    minutes = stages.minutes_left(arguments.minutes) * TOKENIZER_SHARE
+    options = ["--data", data, "--minutes", f"{minutes:.3f}"]
+    stages.run("tokenizer", [*launch("train_tokenizer.py", tokenizer), *options])
     for split in ("train", "test"):
-        options = [
-            "--tokenizer",
-            tokenizer / "model",
-            "--data",
-            data,
-            "--split",
-            split,
-            "--out",
-            out / f"tokens-{split}",
-        ]
-        stages.run(f"tokens_{split}", [sys.executable, ROOT / "training/extract_tokens.py", *options])
-    options = [
-        "--tokens",
-        out / "tokens-train",
-        "--eval-tokens",
-        out / "tokens-test",
-        "--tokenizer",
-        tokenizer / "model",
-    ]
-    stages.run("language_model", [*launch("train_mllm.py", mllm), *options, *shlex.split(arguments.mllm_options)])
-    video, sheet = out / "generated.mp4", out / "generated.png"
-    stages.run("generate", [sys.executable, "-c", typed(arguments.prompt, mllm / "model", video, sheet)], always=True)
+        options = ["--tokenizer", tokenizer / "model", "--data", data, "--split", split]
+        command = [sys.executable, ROOT / "training/extract_tokens.py", *options, "--out", out / f"tokens-{split}"]
+        stages.run(f"tokens_{split}", command)
+    minutes = stages.minutes_left(arguments.minutes) * MLLM_SHARE
+    tokens = ["--tokens", out / "tokens-train", "--eval-tokens", out / "tokens-test"]
+    options = [*tokens, "--tokenizer", tokenizer / "model", "--minutes", f"{minutes:.3f}"]
+    stages.run("language_model", [*launch("train_mllm.py", mllm), *options])
+    code = typed(arguments.prompt, mllm / "model", out / "generated.mp4", out / "generated.png")
+    stages.run("generate", [sys.executable, "-c", code], always=True)
     scored = ["--model", mllm / "model", "--protocol", "shapes", "--out", out / "shapes.json"]
     stages.run("evaluation", [sys.executable, ROOT / "eval/mllm.py", *scored])
-    report = summarise(out, stages)
-    print(json.dumps(report, indent=2))
-    print(
-        f'\n"{arguments.prompt}":\n  video          {video}\n  contact sheet  {sheet}\n  report         {out / "report.json"}'
-    )
 
 
 def launch(script: str, out: Path) -> list:
@@ -122,16 +140,36 @@ class Stages:
         part.write_text(json.dumps(self.seconds, indent=2) + "\n")
         part.replace(self.file)
 
+    def minutes_left(self, minutes: float) -> float:
+        """What the finished stages of the chain leave of its length; at least a sixth of it."""
+        spent = sum(seconds for name, seconds in self.seconds.items() if name != "shipped")
+        return max(minutes - spent / 60, minutes / 6)
 
-def summarise(out: Path, stages: Stages) -> dict:
-    """Write report.json: seconds of each stage and the figures of the chain."""
+
+def report(out: Path, prompt: str, stages: Stages) -> None:
+    """Write report.json, with the seconds of each stage and the figures of the chain; print it, and all files."""
     tokenizer = json.loads((out / "tokenizer/report.json").read_text())
     scores = json.loads((out / "shapes.json").read_text())
-    report = {"seconds": {**stages.seconds, "total": round(sum(stages.seconds.values()), 1)}}
-    report |= {name: round(tokenizer[name], 4) for name in ("psnr", "mean_colour_psnr", "prior_top1", "codes_used")}
-    report |= {name: scores[name] for name in ("colour_accuracy", "direction_accuracy", "shape_accuracy")}
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return report
+    summary = {"seconds": {**stages.seconds, "total": round(sum(stages.seconds.values()), 1)}}
+    summary |= {name: round(tokenizer[name], 4) for name in ("psnr", "mean_colour_psnr", "prior_top1", "codes_used")}
+    summary |= {name: scores[name] for name in ACCURACIES}
+    (out / "report.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    print(f"\n{scores['n']} videos for held-out prompts:")
+    print(f"  trained here   {accuracies(scores)}   {out / 'shapes.json'}")
+    known = json.loads((ROOT / SHIPPED_SCORE).read_text())
+    if known["protocol"]["checkpoint"] == checkpoint_hashes(shipped("language-model")):
+        print(f"  shipped model  {accuracies(known)}   {SHIPPED_SCORE}")
+    else:
+        print("  shipped model  not measured with these weights: python eval/mllm.py --model tiny --protocol shapes")
+    files = {"video": "generated.mp4", "contact sheet": "generated.png", "scored videos": "shapes.png",
+             "report": "report.json", "tokenizer": "tokenizer/model", "language model": "mllm/model"}  # fmt: skip
+    print(f'"{prompt}":', *(f"  {name:<14} {out / file}" for name, file in files.items()), sep="\n")
+
+
+def accuracies(scores: dict) -> str:
+    """The score in a line."""
+    return "  ".join(f"{name.removesuffix('_accuracy')} {scores[name]:6.1%}" for name in ACCURACIES)
 
 
 if __name__ == "__main__":

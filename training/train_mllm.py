@@ -35,7 +35,8 @@ from larp_mllm.engine.settings import TOKENS, TrainMllmConfig
 from larp_mllm.engine.staged_run import StagedRun, build
 from larp_mllm.engine.stages import stage_at, stages
 from larp_mllm.engine.training_report import finished_message, finished_report, option_changes, summary
-from larp_mllm.model.base_models import is_tiny
+from larp_mllm.locate import read_config
+from larp_mllm.model.base_models import check_at_hand, is_tiny
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.token_sequence import TokenSequence
 
@@ -62,9 +63,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
 
 
 def default_recipe(argv: Sequence[str]) -> str | None:
-    """Return mllm-shapes32, whose learning rates suit a base from scratch; None if the command line names a pretrained base."""
-    named = re.search(r"--base[= ](\S+)", " ".join(argv))
-    return "mllm-shapes32" if named is None or is_tiny(named[1]) else None
+    """Return a recipe whose learning rates suit a base from scratch; None if the command line names a pretrained base.
+
+    That is mllm-shapes64 for clips of 128 codes or more in runs/tokens, such as those that are made there, else mllm-shapes32.
+    """
+    typed = " ".join(argv)
+    named = re.search(r"--base[= ](\S+)", typed)
+    if named is not None and not is_tiny(named[1]):
+        return None
+    index = read_config(TOKENS / "index.json")
+    short = index is not None and index["key"]["num_tokens"] < 128
+    return "mllm-shapes32" if short or re.search(r"--(tokens|tokenizer|records|text)[= ]", typed) else "mllm-shapes64"
 
 
 def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
@@ -80,7 +89,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
             print("\n".join([finished_message(config.out, report), *summary(report)]))
         return report
     if config.tokens is None and config.token_folder is not None and not (TOKENS / "index.json").is_file():
-        main_first(lambda: make_built_in_tokens(RECIPES.parent, TOKENS, config.tokenizer) if ranks.is_main else None)
+        main_first(lambda: make_tokens(config) if ranks.is_main else None)
     videos = open_token_caches(
         config.token_folder, config.eval_tokens, config.tokenizer, ranks.device, config.more_tokens
     )
@@ -104,6 +113,12 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
         if stop:
             return stopped(config, run.step, log)
     return finish_run(run, recipe, text)
+
+
+def make_tokens(config: TrainMllmConfig) -> None:
+    """Make the token cache of the built-in videos, after a look whether the base is at hand: it takes two minutes."""
+    check_at_hand(config.base)
+    make_built_in_tokens(RECIPES.parent / "extract_tokens.py", TOKENS, config.tokenizer)
 
 
 def open_data(config: TrainMllmConfig, videos: TokenCaches, mllm: Mllm) -> Corpus:

