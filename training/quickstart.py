@@ -121,6 +121,8 @@ class Stages:
         self.file = out / "stages.json"
         self.seconds: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        # Its model knows shapes alone: what `larp_mllm.generate` takes by default stays what it was.
+        self.environment["LARP_MLLM_HOME"] = str(out.resolve())
 
     def run(self, name: str, command: list, always: bool = False) -> None:
         """Run a stage unless it is done; if it fails, say how to go on and exit with its status."""

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,9 @@ def finish_run(run: StagedRun, recipe: str | None, text: dict) -> dict:
         report |= environment_info()
         write_report(report, config.out)
         print("\n".join(summary(report)))
-        print(f"model:    {folder}   (larp_mllm.generate finds it by itself)")
+        # In a home of its own, such as that of the quickstart, it is nobody's default.
+        found = "" if "LARP_MLLM_HOME" in os.environ else "   (larp_mllm.generate finds it by itself)"
+        print(f"model:    {folder}{found}")
         if report["samples"]:
             print(f"samples:  {report['samples'][0]}")
     return broadcast_object(report)
