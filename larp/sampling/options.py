@@ -12,6 +12,9 @@ from larp.config import is_number, is_whole
 # Limits within which float32 rounds no probability to 0 and no logit to infinity.
 MIN_TEMPERATURE, MAX_TEMPERATURE, MIN_TOP_P, MAX_GUIDANCE = 1e-4, 1e6, 1e-6, 1000.0
 
+CLASS_GUIDANCE = 2.0
+"""Guidance scale of videos of a class where none is given: chosen by the classes of clips that the generator of the package made."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from larp.engine.generator_run import FPS
-from larp.sampling.options import GuidedSampling
+from larp.sampling.options import CLASS_GUIDANCE, GuidedSampling
 from larp_mllm.cli import options
 from larp_mllm.locate import find_generator, load_generator_tokenizer
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from larp.models.tokenizer import LarpTokenizer
     from larp.sampling.long_clips import LongClip
 
-CLASS_GUIDANCE = 2.0
 _OUT = "samples"
 DESCRIPTION = f"""\
 Generate videos of classes, or continuations of a video, with a generator of training/train_generator.py: numbered .mp4

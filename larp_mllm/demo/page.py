@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from larp_mllm.cli.sample import CLASS_GUIDANCE
+from larp.sampling.options import CLASS_GUIDANCE
 from larp_mllm.demo import jobs
 from larp_mllm.demo.jobs import MAX_MEGABYTES, MAX_SECONDS, MAX_VIDEOS
 from larp_mllm.demo.models import Models
