@@ -30,6 +30,7 @@ NOT_RUN = {
     "make ...": "installs packages, or runs the tests; `tests/training/test_quickstart.py` runs the quickstart with tiny sizes",
     "larp-mllm fetch ...": "needs a network",
     "larp-mllm demo ...": "serves until Ctrl-C; `tests/larp_mllm/demo` uses its page",
+    "larp-mllm decode-tokens ...": "needs the answer of a server; `tests/larp_mllm/export/test_serve.py` starts one",
     "python eval/ucf_gfvd.py": "says which options it needs; the whole command, in docs/evaluation.md, is run",
     "python eval/speed.py ...": "measures for minutes; `tests/eval/test_speed.py` runs it with tiny sizes",
     "python eval/mllm.py ...": "needs the model of the quickstart, whose test runs it",
