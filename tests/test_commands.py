@@ -31,6 +31,7 @@ NOT_RUN = {
     "larp-mllm fetch ...": "needs a network",
     "larp-mllm demo ...": "serves until Ctrl-C; `tests/larp_mllm/demo` uses its page",
     "python eval/ucf_gfvd.py": "says which data it needs; the whole command, in docs/evaluation.md, is run",
+    "larp-mllm decode-tokens ...": "needs the answer of a server; `tests/larp_mllm/export/test_serve.py` starts one",
     "python eval/speed.py ...": "measures for minutes; `tests/eval/test_speed.py` runs it with tiny sizes",
     "python eval/mllm.py ...": "needs the model of the quickstart, whose test runs it",
     "python eval/chat_answers.py ...": "needs an instruction-tuned base; `tests/eval/test_chat_answers.py` runs it with a tiny one",

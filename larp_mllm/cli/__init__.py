@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from larp_mllm.cli import (
     chat,
     continue_video,
+    decode_tokens,
     demo,
     describe,
     detokenize,
@@ -31,7 +32,20 @@ from larp_mllm.cli import (
 )
 
 COMMANDS = (
-    *(generate, describe, continue_video, chat, export, sample, reconstruct, tokenize, detokenize, fetch, doctor),
+    *(
+        generate,
+        describe,
+        continue_video,
+        chat,
+        export,
+        decode_tokens,
+        sample,
+        reconstruct,
+        tokenize,
+        detokenize,
+        fetch,
+        doctor,
+    ),
     *(pack_clips, unpack_clips, train_info, demo),
 )
 EXAMPLES = """\
@@ -42,6 +56,7 @@ examples:
   larp-mllm continue clip.mp4 --seconds 2 -o longer.mp4
   larp-mllm chat "what happens here?" --video clip.mp4
   larp-mllm export --to out/stock
+  larp-mllm decode-tokens out/stock answer.txt -o answer.mp4
   larp-mllm sample --class Surfing
   larp-mllm sample --from clip.mp4 --seconds 8 -o longer/ --generator runs/ucf/prediction
   larp-mllm reconstruct clip.mp4 -o again.mp4

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from larp.files import check_writable
 from larp.models.tokenizer import LarpTokenizer
+from larp_mllm.export import custom_generate
 from larp_mllm.export.custom_code import add_custom_code
 from larp_mllm.export.readme import readme
 from larp_mllm.export.token_names import add_tokens, loader_of
@@ -91,7 +92,7 @@ def read_video_ids(folder: str | Path, ids) -> Video:
 
     folder: the export. ids: list or int64 (N,). Raises ValueError if they are not exactly one video.
     """
-    layout = _read_layout(Path(folder))
+    layout = read_layout(Path(folder))
     vocabulary = Vocabulary(layout["text_size"], layout["codebook_size"], layout["tokens_per_video"])
     ids = [int(i) for i in ids]
     inner = ids[ids[:1] == [vocabulary.video_start] :]
@@ -116,7 +117,11 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
     layout = {"format": FORMAT, **_layout_of(model, processor, words)}
     layout["tokenizer_class"] = loader_of(tokenizer, folder, stock.config)
     _set_token_ids(stock, processor, layout["missing_text_ids"])
+    # What custom_generate reads.
+    stock.config.video_start, stock.config.tokens_per_video = layout["video_start"], layout["tokens_per_video"]
     stock.save_pretrained(folder, max_shard_size=max_shard_size)
+    (folder / "custom_generate").mkdir()
+    shutil.copyfile(custom_generate.__file__, folder / "custom_generate/generate.py")
     if (rank := model.config.partial_lora_rank) > 0:
         add_custom_code(folder, rank, model.vocabulary.video_start)
     processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
@@ -178,6 +183,11 @@ def _set_token_ids(stock: PreTrainedModel, processor: LarpMllmProcessor, missing
         eos_token_id=stops or None,
         pad_token_id=pad if pad is not None else eos,
         suppress_tokens=missing or None,
+        # A server samples only where the model says so, and applies the temperature of a request only then.
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
     )
 
 
@@ -212,7 +222,8 @@ def check_target(to: Path, overwrite: bool) -> None:
         raise ValueError(f"{to} holds an earlier export: give overwrite (--overwrite) to replace it, or a new folder")
 
 
-def _read_layout(folder: Path) -> dict:
+def read_layout(folder: Path) -> dict:
+    """Return larp.json of an export. Raises ValueError if the folder is none, or of another version."""
     layout = read_config(folder / LAYOUT)
     if layout is None:
         raise ValueError(

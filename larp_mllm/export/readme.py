@@ -1,4 +1,4 @@
-"""The README.md of an export: how to generate videos with plain transformers and vLLM. A test runs its commands."""
+"""The README.md of an export: how to generate videos with plain transformers, its server, and vLLM. A test runs its commands."""
 
 _TEXT = """\
 # A language model with video vocabulary
@@ -49,7 +49,7 @@ from larp_mllm.export.checkpoint import read_video_ids
 read_video_ids(".", ids).save("surfing.mp4")
 ```
 
-{vllm}## What to know
+{serve}{vllm}## What to know
 
 - **Untrusted text** must be encoded with `split_special_tokens=True` and joined as ids, as above: a server that encodes a
   whole string reads a typed `{start_word}` as the control token. Tokens that the base added without marking them special
@@ -58,6 +58,21 @@ read_video_ids(".", ids).save("surfing.mp4")
 - The video tokenizer is in `video_tokenizer/`; the codes of another one mean something else.
 - Embedding and head are separate here, even if the base had one for both.
 {notes}"""
+_SERVE = """\
+## transformers serve
+
+```
+pip install 'transformers[serving]'
+transformers serve . --trust-remote-code
+curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' -d '{{"model": ".", "messages":
+  [{{"role": "user", "content": "Show me a video: a person surfing"}}]}}' | larp-mllm decode-tokens . -o surfing.mp4
+```
+
+The answer holds the video as its tokens. A message may hold such tokens as well: a video of which something is asked.
+`"temperature": 0` suits answers in words. With `--trust-remote-code`, `custom_generate/generate.py` makes every video exactly {count}
+codes long; without it the ids of an answer are not constrained, and hardly one is a video. `/v1/completions` removes the tokens.
+
+"""
 _VLLM = """\
 ## vLLM
 
@@ -92,8 +107,8 @@ _OTHER_TOKENIZER = """- Read the tokenizer with `{loader}`, as above. For this k
 
 
 _CUSTOM_CODE = """- The low-rank updates of the layers act at the ids of videos alone, which no stock architecture does: hence the two Python files
-  here, which transformers runs with `trust_remote_code=True`. vLLM cannot load this model; one trained with
-  `--joint.method lora` becomes a stock checkpoint that it can.
+  here, which transformers runs with `trust_remote_code=True`. vLLM and `transformers serve` cannot load this model; one trained with
+  `--joint.method lora` becomes a stock checkpoint that they can.
 """
 
 
@@ -111,6 +126,7 @@ def readme(layout: dict, architecture: str, custom_code: bool = False) -> str:
     return _TEXT.format(
         kind=f"A `{architecture}` with partial LoRA" if custom_code else f"A stock `{architecture}`",
         trust=", trust_remote_code=True" if custom_code else "",
+        serve="" if custom_code else _SERVE.format(count=layout["tokens_per_video"]),
         vllm="" if custom_code else _VLLM.format(count=layout["tokens_per_video"], last_code=last, **numbers),
         size=last + 1,
         count=layout["tokens_per_video"],

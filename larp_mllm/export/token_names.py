@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 
 from larp_mllm.model.vocabulary import Vocabulary
+from larp_mllm.processing.chat import DEFAULT_TEMPLATE, stop_ids
 
 import transformers
 from transformers import AddedToken, PreTrainedConfig
@@ -45,9 +46,29 @@ def add_tokens(tokenizer, vocabulary: Vocabulary, folder: Path) -> tuple[object,
             f"the text tokenizer ({type(tokenizer).__name__}) gives {token} the id {found.get(token)}, needed is {id}: its ids "
             "have gaps, so a stock tokenizer cannot name the video ids"
         )
+    _prepare_for_servers(extended)
     extended.save_pretrained(folder)
     named = {"video_start": controls[0], "video_end": controls[1], "code": f"<|{prefix}code_{{}}|>"}
     return extended, named
+
+
+def _prepare_for_servers(tokenizer) -> None:
+    """Give a tokenizer the chat template of training, and a response template that keeps the tokens of videos.
+
+    Without the latter `transformers serve` removes all special tokens from an answer, and videos with them.
+    """
+    if not tokenizer.chat_template:
+        # A space belongs to the word after it: `chat_segments` ends a prompt without it, too.
+        tokenizer.chat_template = DEFAULT_TEMPLATE.replace("Assistant: {% endif %}", "Assistant:{% endif %}")
+    if getattr(tokenizer, "response_template", None) is None:
+        content = {"content": "text"}
+        if stops := tokenizer.convert_ids_to_tokens(stop_ids(tokenizer)):
+            content["close"] = stops
+        tokenizer.response_template = {
+            "defaults": {"role": "assistant", "content": ""},
+            "start_anchor_pattern": r"\Z",  # the answer begins where the prompt ends
+            "fields": {"content": content},
+        }
 
 
 def loader_of(tokenizer, folder: Path, config: PreTrainedConfig) -> str:
