@@ -14,7 +14,9 @@ class _Span:
 
     codes: list[int] = field(default_factory=list)
     foreign: str = ""
-    """What is no code, without white space at its ends."""
+    """What stands between its codes."""
+    after: str = ""
+    """What stands after its codes so far."""
 
 
 def read_answer(folder: str | Path, text: str) -> tuple[list[Video], list[str]]:
@@ -48,14 +50,14 @@ def read_answer(folder: str | Path, text: str) -> tuple[list[Video], list[str]]:
 def _spans(text: str, words: dict[str, str]) -> list[_Span]:
     before, after = words["code"].split("{}")
     start, end, code = map(re.escape, (words["video_start"], words["video_end"], before))
-    token = re.compile(rf"({start})|({end})|{code}(\d+){re.escape(after)}")
+    token = re.compile(rf"({start})|({end})|{code}([0-9]{{1,9}}){re.escape(after)}")
     spans: list[_Span] = []
     inside = opened = False
     place = 0
     for found in [*token.finditer(text), None]:
         between = text[place : found.start() if found else len(text)].strip()
         if between and opened:
-            spans[-1].foreign += between
+            spans[-1].after += between
         elif between:
             inside = False  # a run of codes without video_start ends where words begin
         if found is None:
@@ -70,16 +72,18 @@ def _spans(text: str, words: dict[str, str]) -> list[_Span]:
             if not inside:
                 spans.append(_Span())
                 inside = True
+            spans[-1].foreign += spans[-1].after
+            spans[-1].after = ""
             spans[-1].codes.append(int(found[3]))
     return spans
 
 
 def _wrong(span: _Span, codebook_size: int, count: int) -> str | None:
     """What keeps a span from being a video."""
-    if span.foreign:
-        return f"has {span.foreign[:40]!r} among its codes"
     if len(span.codes) != count:
         return f"has {len(span.codes)} codes, not {count}"
+    if span.foreign:
+        return f"has {span.foreign[:40]!r} among its codes"
     if (largest := max(span.codes)) >= codebook_size:
         return f"has code {largest}, the last is {codebook_size - 1}"
     return None

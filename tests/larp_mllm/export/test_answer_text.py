@@ -42,6 +42,7 @@ def found(folder, text):
         (f"Here: {span(A)} and {span(B)}.", [A, B]),
         (f"{START} {tokens(A, ' ')}\n{END}", [A]),  # vLLM puts spaces between special tokens
         (START + tokens(A), [A]),  # cut before video_end
+        (json.dumps([START + tokens(A)]), [A]),
         (tokens(A) + END, [A]),  # a completion whose prompt ends with video_start
         (f"{tokens(A)} or {tokens(B)}", [A, B]),
         (json.dumps({"choices": [{"message": {"content": text}} for text in (span(A), span(B))]}), [A, B]),
@@ -59,7 +60,8 @@ def test_whole_videos(text, codes, folder):
         (START + END, [], "video 1 of 1 has 0 codes, not 4"),
         (f"{START}{tokens(A[:2])} a wave {tokens(A[2:])}{END}", [], "video 1 of 1 has 'a wave' among its codes"),
         (span([1, 2, 3, 16]), [], "video 1 of 1 has code 16, the last is 15"),
-        (span([1, 2, 3, 10**30]), [], f"video 1 of 1 has code {10**30}, the last is 15"),
+        (span([1, 2, 10**30, 3, 4]), [], f"video 1 of 1 has '<|code_{10**30}|>' among its codes"),
+        (json.dumps([START + tokens(A[:3])]), [], "video 1 of 1 has 3 codes, not 4"),
         (span(A) + START + tokens(A[:1]) + span(B), [A, B], "video 2 of 3 has 1 codes, not 4"),
         (tokens(A[:2]), [], "video 1 of 1 has 2 codes, not 4"),
     ],
