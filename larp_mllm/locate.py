@@ -207,6 +207,11 @@ def shipped(part: str) -> Path:
     return folder
 
 
+def is_shipped(folder: str | Path) -> bool:
+    """Whether a model folder is one of those that come with the package."""
+    return Path(folder).resolve().parent == _SHIPPED.resolve()
+
+
 @lru_cache
 def _say_once(text: str) -> None:
     """Print a line to stderr, once in a process."""

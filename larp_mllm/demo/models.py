@@ -10,7 +10,14 @@ from larp.hub import choose_device, resolve
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.api import open_model
-from larp_mllm.locate import find_generator, find_model, find_tokenizer, load_generator_tokenizer, read_config
+from larp_mllm.locate import (
+    find_generator,
+    find_model,
+    find_tokenizer,
+    is_shipped,
+    load_generator_tokenizer,
+    read_config,
+)
 from larp_mllm.pipeline import Mllm
 
 
@@ -125,6 +132,6 @@ class Models:
 
 def _shown(place: Callable[[], str | Path]) -> str:
     try:
-        return f"`{place()}`"
+        return "the one that comes with larp-mllm" if is_shipped(folder := place()) else f"`{folder}`"
     except ValueError:  # the tab says why
         return "none"

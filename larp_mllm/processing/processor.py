@@ -15,7 +15,7 @@ from larp.data.clips import clip_to_frames
 from larp.data.video import ShortVideoError, probe, read_video
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.checks import check_start
-from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetch_folder, read_config, shipped, upload
+from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetch_folder, is_shipped, read_config, shipped, upload
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.vocabulary import Vocabulary
 from larp_mllm.processing.batching import BatchOptions, batch_ids, check_side, to_id_list
@@ -391,11 +391,7 @@ class LarpMllmProcessor(ProcessorMixin):
         tokenizer = load_text_tokenizer(folder)
         own = folder / VIDEO_TOKENIZER
         # The models that come with the package share their tokenizer.
-        place = (
-            own.resolve()
-            if own.is_dir() or folder.resolve().parent != shipped("tokenizer").resolve().parent
-            else shipped("tokenizer")
-        )
+        place = shipped("tokenizer") if is_shipped(folder) and not own.is_dir() else own.resolve()
         video_tokenizer = LarpTokenizer.from_pretrained(place, device=device)
         if config is not None:
             check_tokenizers(config, tokenizer, video_tokenizer, where)
