@@ -363,7 +363,8 @@ def test_mistakes_end_with_a_message(home, tmp_path):
     assert "no recipe 'generator-shape32'" in message("--recipe", "generator-shape32")
     assert "holds no token cache" in message("--tokens", str(tmp_path))
     assert "--condition-frames 5" in message("--tokens", tokens, "--task", "frame-prediction")
-    assert "condition_frames is 5, expected 0" in message("--tokens", tokens, "--eval-tokens", str(home / "test-5"))
+    given = ("--tokens", str(home / "train-5"), "--task", "frame-prediction")
+    assert "condition_frames is 0, expected 5" in message(*given, "--eval-tokens", str(home / "test-0"))
     assert "is the same cache as tokens" in message("--tokens", tokens, "--eval-tokens", tokens)
     assert "unknown generator size 'huge'" in message("--tokens", tokens, "--size", "huge")
     assert not (tmp_path / "run" / "config.json").exists(), "a mistake leaves no run behind"
@@ -461,8 +462,8 @@ def test_a_run_begins_with_trained_weights_of_the_same_shape(home, finished, tmp
     train(tiny_run(home, tmp_path / "averaged", ema=0.5))
     averaged = LarpGenerator.from_pretrained(tmp_path / "averaged/model", variant="ema").state_dict()
     source = CachedCodes(TokenCache.open(home / "train-0"), "class", 8, 8, 0, Ranks())
-    model = build_model(dataclasses.replace(begun, start_from=str(tmp_path / "averaged")), source)
+    model = build_model(dataclasses.replace(begun, start_from=str(tmp_path / "averaged")), source, None)
     assert all(torch.equal(weights, averaged[name]) for name, weights in model.state_dict().items())
-    with pytest.raises(ValueError, match=r"start_from .* another model.*depth was 4, is 6.*width was 128, is 256"):
+    with pytest.raises(ValueError, match=r"start_from .* another model.*depth was 4, is 6.*width was 128, is 192"):
         train(dataclasses.replace(begun, out=tmp_path / "other", size="mini"))
     assert not (tmp_path / "other").exists()
