@@ -33,7 +33,7 @@ from bench.machine import machine
 from larp.config import parse, to_dict
 from larp.engine.clock import check_minutes
 from larp.engine.signals import run_script
-from larp.hub import EMA, WEIGHTS, check_device, weights_file
+from larp.hub import WEIGHTS, averaged, check_device
 from larp.metrics import lpips
 
 import torch
@@ -301,8 +301,7 @@ def save_bf16(model: Path, target: Path) -> Path:
     from larp.models.tokenizer import LarpTokenizer
 
     kind = LarpGenerator if "generator" in target.name else LarpTokenizer
-    variant = EMA if (model / weights_file(EMA)).exists() else None
-    return kind.from_pretrained(model, variant=variant).save_pretrained(target, dtype=torch.bfloat16)
+    return kind.from_pretrained(model, variant=averaged(model)).save_pretrained(target, dtype=torch.bfloat16)
 
 
 def save_bf16_mllm(model: Path, target: Path) -> Path:

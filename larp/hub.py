@@ -30,6 +30,11 @@ def weights_file(variant: str | None = None) -> str:
     return WEIGHTS if variant is None else f"model.{variant}.safetensors"
 
 
+def averaged(folder: Path) -> str | None:
+    """Return the variant of the averaged weights if a model folder has them, else None, its weights."""
+    return EMA if (folder / weights_file(EMA)).exists() else None
+
+
 class CheckpointError(ValueError):
     """A checkpoint that is missing, incomplete, damaged, or does not match its config."""
 

@@ -130,7 +130,7 @@ def find_tokenizer(tokenizer: str | None = None) -> str:
         if _model_type(Path(tokenizer, subfolder)) == TOKENIZER_TYPE:
             return str(Path(tokenizer, subfolder))
     run = Path(tokenizer)
-    if run.resolve().parent == _SHIPPED.resolve() and run.name in SHIPPED_MODELS.values():
+    if is_shipped(run) and run.name in SHIPPED_MODELS.values():
         return str(shipped("tokenizer"))  # which the models of the package share
     if not (run / "model.safetensors").is_file() and (run / "state").is_dir():
         raise ValueError(f"{tokenizer}: {_content(run)}")

@@ -18,7 +18,7 @@ from larp.config import parse
 from larp.engine.generator_run import RECORD, find_training
 from larp.engine.signals import run_script
 from larp.files import read_json, write_json
-from larp.hub import EMA, WEIGHTS, weights_file
+from larp.hub import WEIGHTS, averaged
 from larp.models.generator import LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
@@ -47,8 +47,8 @@ class ShipConfig:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line `argv`, by default the program's own; ValueError for models that do not belong together."""
     config, _ = parse(ShipConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "ship.py")
-    trained = LarpTokenizer.from_pretrained(config.tokenizer, variant=_variant(config.tokenizer))
-    generator = LarpGenerator.from_pretrained(config.generator, variant=_variant(config.generator))
+    trained = LarpTokenizer.from_pretrained(config.tokenizer, variant=averaged(config.tokenizer))
+    generator = LarpGenerator.from_pretrained(config.generator, variant=averaged(config.generator))
     mllm = find_model(config.mllm, "--mllm")
     settings = read_json(mllm / "config.json")
     for name, found in (("generator", generator.config.tokenizer_hash), ("mllm", settings["video_tokenizer_hash"])):
@@ -98,10 +98,6 @@ def without_paths(report: dict) -> dict:
         for name, values in report["data"].items()
     }
     return {k: v for k, v in report.items() if k not in ("model", "samples")} | {"data": data}
-
-
-def _variant(folder: Path) -> str | None:
-    return EMA if (folder / weights_file(EMA)).exists() else None
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
-from larp.data.in_memory_clips import MIRRORED, NUM_RANDOM, ResidentClips
+from larp.data.in_memory_clips import NUM_RANDOM, ResidentClips
 from larp.data.loader import ClipLoader, in_order
 from larp.data.token_cache import INDEX, TokenCache, token_key
 from larp.data.video import ShortVideoError, VideoError, VideoInfo, iter_frames, probe, read_video
@@ -242,19 +242,20 @@ class AugmentedWindows:
     """
 
     def __init__(self, videos: VideoSet, shape: ClipShape, count: int, flip: bool):
-        self.videos, self.count, self.flip = videos, count, flip
+        self.videos, self.count = videos, count
         self.clips = ResidentClips(videos, shape, 1, 1, seed=0, flip=flip, reverse=False)
         self.skipped = dict(self.clips.skipped)
+        self.places = {number: place for place, number in enumerate(self.clips.usable)}
 
     def windows_or_error(self, number: int) -> list[Window] | VideoError:
         """Return the clips of the video of this number, or why it has none."""
         item = self.videos.items[number]
-        if number not in self.clips.usable:
+        if number not in self.places:
             return VideoError(self.skipped.get(item.name, f"{item.path}: cannot be read"))
         uniform = np.random.default_rng((_AUGMENT, number)).random((self.count, NUM_RANDOM))
-        chosen = np.full(self.count, self.clips.usable.index(number))
-        starts, strides = self.clips.places(chosen, uniform)
-        mirrored, fps = (uniform[:, MIRRORED] < 0.5) & self.flip, probe(item.path).fps
+        chosen = np.full(self.count, self.places[number])
+        starts, strides, mirrored = self.clips.places(chosen, uniform)
+        fps = probe(item.path).fps
         return [
             Window(int(start), clip, fps / int(stride), bool(flipped))
             for start, clip, stride, flipped in zip(

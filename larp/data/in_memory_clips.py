@@ -27,8 +27,6 @@ _MAX_MEMORY_GB = 64.0
 _REVERSED_SHARE = 0.25
 NUM_RANDOM = 11
 """Random numbers per clip: speed, start, whole frame, side, top, left, mirrored, reversed, and a gain of each colour."""
-MIRRORED = 6
-"""Column of the random numbers that mirrors a clip where it is below 0.5, with `flip`."""
 _AUGMENT = 4  # random stream of the augmentation, separate from those of the loader
 
 
@@ -89,14 +87,14 @@ class ResidentClips(ClipLoader):
             self.step, self.micro = self._after(step, micro)
             yield {"clip": self.cut(chosen, uniform), **batch, "sample_offset": first, "step": step}
 
-    def places(self, chosen: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the first frames and the strides, int64 (b,), of the clips that `cut` cuts."""
-        speed, start, shape = uniform[:, 0], uniform[:, 1], self.out
+    def places(self, chosen: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the first frames and strides, int64 (b,), of the clips that `cut` cuts, and whether they are mirrored, bool (b,)."""
+        (speed, start), mirror, shape = uniform.T[:2], uniform[:, 6], self.out
         lengths = self._lengths[chosen]
         limit = np.clip((lengths - 1) // max(1, shape.frames - 1) // shape.stride, 1, _MAX_STRIDE)
         strides = (1 + (speed * limit).astype(np.int64)) * shape.stride
         room = lengths - (shape.frames - 1) * strides
-        return (start * room).astype(np.int64), strides
+        return (start * room).astype(np.int64), strides, (mirror < 0.5) & self.flip
 
     def _identity(self) -> dict:
         shape = self.out
@@ -114,8 +112,8 @@ class ResidentClips(ClipLoader):
         Returns float32 (b, 3, T, H, W) in [0, 1] on the device.
         """
         shape, device = self.out, self._frames.device
-        whole, side, top, left, mirror, backwards = uniform.T[2:8]
-        starts, strides = self.places(chosen, uniform)
+        whole, side, top, left, _, backwards = uniform.T[2:8]
+        starts, strides, flipped = self.places(chosen, uniform)
         starts = self._offsets[chosen] + starts
         order = np.where(
             self.reverse & (backwards[:, None] < _REVERSED_SHARE),
@@ -142,6 +140,6 @@ class ResidentClips(ClipLoader):
         gains = 1 + _BRIGHTNESS * (2 * uniform[:, 8:] - 1)
         clips *= torch.from_numpy(gains.astype(np.float32)).to(device)[:, :, None, None, None]
         if self.flip:
-            mirrored = torch.from_numpy(mirror < 0.5).to(device)[:, None, None, None, None]
+            mirrored = torch.from_numpy(flipped).to(device)[:, None, None, None, None]
             clips = torch.where(mirrored, clips.flip(-1), clips)
         return clips.clamp_(0, 1)

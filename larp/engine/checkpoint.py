@@ -29,7 +29,7 @@ from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
 from larp.files import read_json, write_json
-from larp.hub import EMA, LarpModel, resolve, weights_file
+from larp.hub import LarpModel, averaged, resolve
 
 import torch
 
@@ -395,8 +395,7 @@ def take_weights(model: LarpModel, source: str, free: Collection[str] = (), opti
         optional: config field of a part that the trained model may lack; the new one's is then left as it is.
     """
     folder = resolve(source)
-    variant = EMA if (folder / weights_file(EMA)).exists() else None
-    trained = type(model).from_pretrained(folder, variant=variant)
+    trained = type(model).from_pretrained(folder, variant=averaged(folder))
     if optional is not None and not getattr(trained.config, optional).enabled:
         free = (*free, optional)
     configs = [{k: v for k, v in to_dict(m.config).items() if k not in free} for m in (trained, model)]

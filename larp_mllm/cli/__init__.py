@@ -32,21 +32,9 @@ from larp_mllm.cli import (
 )
 
 COMMANDS = (
-    *(
-        generate,
-        describe,
-        continue_video,
-        chat,
-        export,
-        decode_tokens,
-        sample,
-        reconstruct,
-        tokenize,
-        detokenize,
-        fetch,
-        doctor,
-    ),
-    *(pack_clips, unpack_clips, train_info, demo),
+    *(generate, describe, continue_video, chat, export, decode_tokens, sample),
+    *(reconstruct, tokenize, detokenize),
+    *(fetch, doctor, pack_clips, unpack_clips, train_info, demo),
 )
 EXAMPLES = """\
 examples:

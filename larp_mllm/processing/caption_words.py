@@ -20,17 +20,18 @@ _STEM = 4
 
 def describe_captions(texts: Collection[str]) -> dict[str, Any]:
     """Return what a model folder records of the captions that it was trained on: their `words`, and `examples` of different words."""
-    words = Counter(word for text in texts for word in content_words(text))
-    return {"words": sorted(word for word, _ in words.most_common(_MOST_WORDS)), "examples": _examples(texts)}
+    words_of = {text: content_words(text) for text in texts}
+    words = Counter(word for found in words_of.values() for word in found)
+    return {"words": sorted(word for word, _ in words.most_common(_MOST_WORDS)), "examples": _examples(words_of)}
 
 
-def _examples(texts: Collection[str]) -> list[str]:
-    """Return up to ten texts, one after the other that which has the largest share of words that are new."""
-    left, seen, chosen = sorted(texts, key=lambda text: (len(text), text)), set(), []
+def _examples(words_of: dict[str, list[str]]) -> list[str]:
+    """Return up to ten of the texts, one after the other that which has the largest share of words that are new."""
+    left, seen, chosen = sorted(words_of, key=lambda text: (len(text), text)), set(), []
     while left and len(chosen) < _EXAMPLES:
-        new = [(len(set(found) - seen) / len(found) if (found := content_words(text)) else 0.0) for text in left]
+        new = [(len(set(found) - seen) / len(found) if (found := words_of[text]) else 0.0) for text in left]
         chosen.append(left.pop(new.index(max(new))))
-        seen.update(content_words(chosen[-1]))
+        seen.update(words_of[chosen[-1]])
     return chosen
 
 
