@@ -28,8 +28,7 @@ def text_perplexity(model, processor, documents: Sequence[str], length: int) -> 
         processor: its encode_text and layout are used.
 
     Returns pieces and tokens (numbers scored), nll (nats per token) and perplexity. Both are over text ids alone and so
-    comparable with the base's. For a LarpMllmForCausalLM also video_start and video_end, the mean probability of each where
-    text continues. Raises ValueError for documents without a token to score.
+    comparable with the base's. For a LarpMllmForCausalLM also video_start, its mean probability where text continues. Raises ValueError for documents without a token to score.
     """
     pieces = TextSet(list(documents), processor.encode_text, processor.layout, length)
     return score_text(model, [pieces[index] for index in range(len(pieces))])
@@ -47,7 +46,7 @@ def score_text(model, pieces: Sequence[TokenSequence], most: int | None = None) 
     _check_rows(base, selected)
     # Sorted by length, a batch holds little padding.
     selected.sort(key=lambda piece: len(piece.ids))
-    sums = torch.zeros(4, dtype=torch.float64)  # nll, positions, video_start, video_end
+    sums = torch.zeros(3, dtype=torch.float64)  # nll, positions, video_start
     training = model.training
     model.eval()
     try:
@@ -70,7 +69,7 @@ def score_text(model, pieces: Sequence[TokenSequence], most: int | None = None) 
     # exp overflows a float above 709.
     scores = {"pieces": len(selected), "tokens": count, "nll": nll, "perplexity": math.exp(min(nll, 700.0))}
     if with_video:
-        scores |= {"video_start": sums[2].item() / count, "video_end": sums[3].item() / count}
+        scores["video_start"] = sums[2].item() / count
     return scores
 
 
@@ -85,15 +84,14 @@ def _check_rows(base, pieces: Sequence[TokenSequence]) -> None:
 
 
 def _score(model, base, hidden: Tensor, targets: Tensor, with_video: bool) -> Tensor:
-    """Return float64 (4,): nll, n and the probabilities of video_start and video_end, each summed over the n positions.
+    """Return float64 (3,): nll, n and the probability of video_start, each summed over the n positions.
 
     hidden: (n, H); targets: (n,).
     """
     text = base.get_output_embeddings()(hidden).float()
     nll = torch.nn.functional.cross_entropy(text, targets, reduction="sum")
-    controls = torch.zeros(2, device=text.device)
+    start = nll.new_zeros(())
     if with_video:
-        logits = (hidden @ model.adapter.control_rows().T).float()
-        every = torch.logaddexp(text.logsumexp(-1), logits.logsumexp(-1))
-        controls = (logits - every[:, None]).exp().sum(0)
-    return torch.stack([nll.double(), nll.new_tensor(len(targets)).double(), *controls.double()]).cpu()
+        logits = (hidden @ model.adapter.control_rows()[0]).float()
+        start = (logits - torch.logaddexp(text.logsumexp(-1), logits)).exp().sum()
+    return torch.stack([nll.double(), nll.new_tensor(len(targets)).double(), start.double()]).cpu()

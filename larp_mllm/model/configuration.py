@@ -1,6 +1,7 @@
 """LarpMllmConfig: the configuration of a language model with video vocabulary."""
 
 import math
+from copy import copy, deepcopy
 from typing import Any, ClassVar, Literal, get_args
 
 from larp_mllm.locate import MODEL_TYPE
@@ -18,7 +19,8 @@ class LarpMllmConfig(PreTrainedConfig):
     """The base model's config, the id layout, and the video tokenizer that belongs to the model.
 
     Args:
-        text_config: config of the base model.
+        text_config: config of the base model. Its vocab_size becomes that of all ids, the width of the logits, for which
+            transformers asks it; `base_config` has that of the base, and so has config.json.
         text_size: the first id that is not text, see `Vocabulary`.
         codebook_size: number of codes K.
         code_dim: width of the codebook.
@@ -55,9 +57,12 @@ class LarpMllmConfig(PreTrainedConfig):
             text = {} if self.text_config is None else dict(self.text_config)
             self.text_config = CONFIG_MAPPING[text.get("model_type", "qwen2")](**text)
         super().__post_init__(**kwargs)
+        self.base_rows = self.text_config.vocab_size
         # transformers builds a config without arguments to save only what differs from it.
         if self.text_size or self.codebook_size:
             self._check()
+            self.text_config = copy(self.text_config)
+            self.text_config.vocab_size = self.vocab_size
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -86,8 +91,21 @@ class LarpMllmConfig(PreTrainedConfig):
         return Vocabulary(self.text_size, self.codebook_size, self.tokens_per_video)
 
     @property
+    def base_config(self) -> PreTrainedConfig:
+        """A copy of the base's config as it is: its vocab_size is the number of rows of its embedding."""
+        base = deepcopy(self.text_config)
+        base.vocab_size = self.base_rows
+        return base
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields of config.json."""
+        fields = super().to_dict()
+        fields["text_config"]["vocab_size"] = fields.pop("base_rows")
+        return fields
+
+    @property
     def vocab_size(self) -> int:
-        """The number of all ids, video ids included; that of the base is `text_config.vocab_size`."""
+        """The number of all ids, video ids included; that of the base is `base_rows`."""
         return self.vocabulary.size if self.text_size else 0  # 0: built without arguments, see __post_init__
 
     @property
@@ -109,7 +127,7 @@ class LarpMllmConfig(PreTrainedConfig):
             isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
         ):
             raise ValueError(f"config.json: fps must be a number above 0, got {self.fps!r}")
-        rows = self.text_config.vocab_size
+        rows = self.base_rows
         if self.text_size < rows:
             raise ValueError(
                 f"config.json: text_size is {self.text_size}, below the base model's {rows} embedding rows: codes would "

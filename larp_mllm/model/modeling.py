@@ -5,7 +5,6 @@ hidden width, K codes.
 """
 
 import os
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_s
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import add_partial_lora, at_positions, for_recomputation
+from larp_mllm.model.parts import Decoder, Embedding, Head
 from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -26,13 +26,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 
 @dataclass
 class LarpMllmOutput(ModelOutput):
-    """The result of forward: `*_nll` (nats), `*_correct` and `*_count` are sums, so that they add up over batches and ranks."""
+    """The result of forward: `*_nll` (nats), `*_correct` and `*_count` are sums, so that they add up over batches and ranks.
+
+    `video_*` are of the targets inside of spans (codes and video_end), `text_*` of the others.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -50,8 +54,9 @@ class LarpMllmOutput(ModelOutput):
 class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     """A base causal language model with a TokenAdapter; the base is never resized.
 
-    Without labels, forward returns logits (B, S, text_size + 2 + K), whose text part equals the base model's bit for bit.
-    With labels, it returns the loss, and computes no text logits for positions whose target is a code.
+    Without labels, forward returns logits (B, S, text_size + 2 + K), whose text part equals the base model's bit for bit;
+    inside of spans text is excluded, outside codes (see parts.py). With labels, it returns the cross-entropy of these
+    logits, and computes no text logits inside of spans.
     """
 
     config: LarpMllmConfig
@@ -65,11 +70,12 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: LarpMllmConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
-        self.base = base if base is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         if config.partial_lora_rank:
             add_partial_lora(self.base, config.partial_lora_rank)
         hidden = self.base.get_input_embeddings().weight.shape[-1]
         self.adapter = TokenAdapter(config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank)
+        self.embeddings, self.decoder, self.head = Embedding(self), Decoder(self), Head(self)
         self.post_init()
 
     @classmethod
@@ -123,18 +129,20 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     @classmethod
-    def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load strictly: never a tensor that is missing in the files and filled in at random.
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load strictly: never a tensor that is missing in the files and filled in at random, unless `output_loading_info` asks
+        for what is missing.
 
         Raises ValueError, naming file or tensor, for tensors that are missing, unknown, of another shape or not finite,
         for files of weights that are truncated, absent or pickled, and for a config.json whose model cannot be built.
         """
         # Mismatched sizes are reported below with all other errors; pickles can run code.
         kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
+        path = pretrained_model_name_or_path
         folder = Path(path, kwargs.get("subfolder", "")) if isinstance(path, (str, os.PathLike)) else None
         try:
             with quiet(bars=True):
-                if folder is not None and folder.is_dir():
+                if folder is not None and folder.is_dir() and not output_loading_info:
                     check_folder(cls, folder, kwargs.get("config"))
                 model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, OSError) as error:
@@ -142,12 +150,14 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"{path}/model.safetensors cannot be read ({error}); it may be missing or truncated: copy the model "
                 "folder again, or write it again with training/train_mllm.py --resume"
             ) from error
+        if output_loading_info:
+            return model, info
         wrong = [f"{name} is missing" for name in info["missing_keys"]]
         wrong += [f"{name} is unknown" for name in info["unexpected_keys"]]
         wrong += [f"{name} has shape {tuple(a)} in place of {tuple(b)}" for name, a, b in info["mismatched_keys"]]
         check_fit(wrong, str(path))
         check_finite(model, str(path))
-        return (model, info) if output_loading_info else model
+        return model
 
     def add_partial_lora(self, rank: int) -> None:
         """Add updates of this rank to the base, see `PartialLoraLinear`; nothing changes where it has them.
@@ -168,44 +178,43 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         """The id layout."""
         return self.config.vocabulary
 
-    def get_input_embeddings(self):
-        """The base model's text embedding; `adapter` has the rows of video ids."""
-        return self.base.get_input_embeddings()
+    @property
+    def base_model(self) -> Decoder:
+        """The decoder: other libraries look for it under this name."""
+        return self.decoder
 
-    def get_output_embeddings(self):
-        """The base model's text head; `adapter` has the rows of video ids."""
-        return self.base.get_output_embeddings()
+    def get_input_embeddings(self) -> Embedding:
+        """The embedding of all ids."""
+        return self.embeddings
+
+    def get_output_embeddings(self) -> Head:
+        """The head of all ids."""
+        return self.head
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the base's text embedding. Raises ValueError for another shape."""
-        _check_same_shape("embedding", self.get_input_embeddings(), value)
-        self.base.set_input_embeddings(value)
+        if value is not self.embeddings:
+            _check_same_shape("embedding", self.base.get_input_embeddings(), value)
+            self.base.set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the base's text head. Raises ValueError for another shape."""
-        _check_same_shape("head", self.get_output_embeddings(), new_embeddings)
-        self.base.set_output_embeddings(new_embeddings)
+        if new_embeddings is not self.head:
+            _check_same_shape("head", self.base.get_output_embeddings(), new_embeddings)
+            self.base.set_output_embeddings(new_embeddings)
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
     ):
-        """Return the text embedding unchanged. Raises ValueError for another number of rows, since video ids follow them."""
-        rows = self.config.text_config.vocab_size
+        """Return the embedding unchanged. Raises ValueError for another number of rows, since text and video ids share them."""
+        rows = self.config.vocab_size
         if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
             raise ValueError(
-                f"the text embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos "
-                "begin behind them): resize the base model and train with it, or resize a stock checkpoint written with "
+                f"the embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos begin "
+                "behind those of text): resize the base model and train with it, or resize a stock checkpoint written with "
                 "larp-mllm export"
             )
         return self.get_input_embeddings()
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Ids int64 (B, S) -> embeddings (B, S, H): text rows of the base, video rows of the adapter."""
-        is_text = self.vocabulary.is_text(input_ids)
-        self._check_known(input_ids)
-        text = self.base.get_input_embeddings()(input_ids.masked_fill(~is_text, 0))
-        video = F.embedding((input_ids - self.vocabulary.text_size).clamp_min(0), self.adapter.input_rows())
-        return torch.where(is_text[..., None], text, video.to(text.dtype))
 
     def run_base(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, **options):
         """Run the base's decoder; returns its output.
@@ -218,7 +227,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ValueError for partial LoRA without ids, which say where it acts.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.embeddings(input_ids)
         if not self.config.partial_lora_rank:
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
         if input_ids is None:
@@ -258,7 +267,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         """Return logits (B, S, text_size + 2 + K), or with labels the loss in nats.
 
         loss = sum over targets of weight * (nll + z_loss * log(sum of exp(logits))^2) / num_items_in_batch, with weight
-        `text_weight` for text and 1 for codes. Text targets are scored among text and controls, code targets among codes.
+        `text_weight` outside of spans and 1 inside. Targets text and video_start are scored among these, video_end and codes
+        among those; a target of codes is video_end too.
 
         Args:
             input_ids: int64 (B, S).
@@ -276,16 +286,14 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         The other arguments are those of transformers' models. Raises ValueError for ids and labels out of range, and
         TypeError for unknown options.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids (B, S) or inputs_embeds (B, S, H)")
         check_options(kwargs, self.base.base_model)
-        check_ids(self.vocabulary, input_ids, labels)
+        check_ids(self.vocabulary, None, labels)
         for option in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, option, False):
                 kwargs.setdefault(option, True)
-        decoded = self.run_base(
+        decoded = self.decoder(
             input_ids,
-            inputs_embeds,
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -295,42 +303,25 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         inner = {"hidden_states": decoded.hidden_states, "attentions": decoded.attentions}
         if labels is None:
-            hidden = select_positions(hidden, logits_to_keep)
-            logits = torch.cat([self.text_logits(hidden), self.code_logits(hidden)], dim=-1)
+            logits = self.head(select_positions(hidden, logits_to_keep))
             return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values, **inner)
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must be {tuple(hidden.shape[:2])} like the ids, got {tuple(labels.shape)}")
-        losses = self._losses(hidden[:, :-1], labels[:, 1:], num_items_in_batch, text_weight, z_loss, head_chunk)
+        losses = self._losses(
+            hidden[:, :-1, : self.embeddings.embedding_dim],
+            labels[:, 1:],
+            num_items_in_batch,
+            text_weight,
+            z_loss,
+            head_chunk,
+        )
         return LarpMllmOutput(**losses, **inner)
 
-    def compute_transition_scores(
-        self,
-        sequences: Tensor,
-        scores: tuple[Tensor, ...],
-        beam_indices: Tensor | None = None,
-        normalize_logits: bool = False,
-    ) -> Tensor:
-        """The score of each generated id. Overridden because transformers' own uses the base's vocabulary size."""
-        if beam_indices is None:
-            beam_indices = torch.arange(len(sequences), device=sequences.device)[:, None].expand(-1, len(scores))
-        length = int((beam_indices >= 0).sum(-1).max())
-        beam_indices = beam_indices[:, :length]
-        steps = torch.stack(scores[:length])
-        if normalize_logits:
-            steps = steps.log_softmax(-1)
-        step = torch.arange(length, device=steps.device)
-        selected = steps[step, beam_indices.clamp_min(0), sequences[:, sequences.shape[1] - length :]]
-        return selected.masked_fill(beam_indices < 0, 0)
-
-    def _beam_search(self, *args, **options):
-        """Beam search of transformers; older releases would use the base's vocabulary size."""
-        text, config, self.config = copy(self.config.text_config), self.config, copy(self.config)
-        text.vocab_size = config.vocab_size
-        self.config.get_text_config = lambda *_, **__: text
-        try:
-            return super()._beam_search(*args, **options)
-        finally:
-            self.config = config
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TokenAdapter):
+            init.zeros_(module.codebook)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **options):
         if self.config.partial_lora_rank:
@@ -348,21 +339,20 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         z_loss: float,
         head_chunk: int,
     ) -> dict[str, Tensor]:
-        # Inside a span only codes are sampled, so code targets are scored among codes, all others among text and controls.
         # Both heads run even without targets: every rank must use every parameter.
-        is_code = self.vocabulary.is_code(targets)
-        is_text = (targets != IGNORE) & ~is_code
-        counts = {"text": is_text.sum(), "video": is_code.sum()}
+        end = self.vocabulary.video_end
+        of_span, of_text = targets >= end, (targets != IGNORE) & (targets < end)
+        counts = {"text": of_text.sum(), "video": of_span.sum()}
         # Indices, since each use of a mask synchronises with the device.
-        text_at, code_at = is_text.nonzero(as_tuple=True), is_code.nonzero(as_tuple=True)
-        codes, text = self.vocabulary.id_to_code(targets[code_at]), self._text_classes(targets[text_at])
-        text_head, code_head = self._text_head(), self._code_head()
+        text_at, span_at = of_text.nonzero(as_tuple=True), of_span.nonzero(as_tuple=True)
+        spans, text = targets[span_at] - end, self._text_classes(targets[text_at])
+        text_head, span_head = self._text_head(), self._span_head()
         # All ranks must call a sharded head equally often, whatever their targets are.
         text_chunks = _num_chunks(targets.numel() if text_head.sharded else len(text), head_chunk)
-        code_chunks = _num_chunks(len(codes), head_chunk)
+        span_chunks = _num_chunks(len(spans), head_chunk)
         sums = {
             "text": chunked_cross_entropy(text_head, hidden[text_at], text, text_chunks, text_weight, z_loss),
-            "video": chunked_cross_entropy(code_head, hidden[code_at], codes, code_chunks, 1.0, z_loss),
+            "video": chunked_cross_entropy(span_head, hidden[span_at], spans, span_chunks, 1.0, z_loss),
         }
         if num_items is None:
             num_items = (counts["text"] + counts["video"]).clamp_min(1)
@@ -374,22 +364,23 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         }
 
     def _text_head(self) -> OutputHead:
-        head, controls = self.base.get_output_embeddings(), self.adapter.control_rows()
+        head, start = self.base.get_output_embeddings(), self.adapter.control_rows()[:1]
         trained = (parameter for parameter in head.parameters() if parameter.requires_grad)
-        return OutputHead(lambda hidden: (head(hidden), hidden @ controls.T), (controls, *trained), is_sharded(head))
+        return OutputHead(lambda hidden: (head(hidden), hidden @ start.T), (start, *trained), is_sharded(head))
 
-    def _code_head(self) -> OutputHead:
-        rows = self.adapter.code_rows()
+    def _span_head(self) -> OutputHead:
+        rows = torch.cat([self.adapter.control_rows()[1:], self.adapter.code_rows()])
         return OutputHead(lambda hidden: (hidden @ rows.T,), (rows,))
 
     def _text_classes(self, ids: Tensor) -> Tensor:
-        """Ids of text and controls -> classes of the base's head rows followed by the two controls."""
-        self._check_known(ids)
-        gap = self.vocabulary.text_size - self.config.text_config.vocab_size
+        """Ids of text and video_start -> classes of the base's head rows followed by that of video_start."""
+        self.check_known(ids)
+        gap = self.vocabulary.text_size - self.config.base_rows
         return torch.where(self.vocabulary.is_text(ids), ids, ids - gap)
 
-    def _check_known(self, ids: Tensor) -> None:
-        rows, v = self.config.text_config.vocab_size, self.vocabulary
+    def check_known(self, ids: Tensor) -> None:
+        """Raise ValueError for text ids that the base model has no row for."""
+        rows, v = self.config.base_rows, self.vocabulary
         if v.text_size > rows and (unknown := ids[(ids >= rows) & v.is_text(ids)]).numel():
             raise ValueError(
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "

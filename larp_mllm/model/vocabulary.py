@@ -62,6 +62,10 @@ class Vocabulary:
         """True where an id is a code (elementwise for tensors)."""
         return ids >= self.first_code
 
+    def is_inside(self, ids):
+        """True where a span goes on after an id: video_start and codes (elementwise for tensors)."""
+        return (ids >= self.text_size) & (ids != self.video_end)
+
     def code_to_id(self, codes):
         """Codes in [0, K) -> ids."""
         return codes + self.first_code

@@ -30,7 +30,6 @@ class BatchOptions(TypedDict, total=False):
 def batch_ids(
     sequences: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
-    single: bool,
     return_tensors: str | None = None,
     padding: bool | str = False,
     padding_side: str | None = None,
@@ -42,7 +41,6 @@ def batch_ids(
     Args:
         sequences: B lists of ids.
         tokenizer: text tokenizer with the padding id.
-        single: return one list instead of a list of one.
 
     The other arguments: see `BatchOptions`. Raises ValueError for other values, a sequence longer than max_length, and
     tensors of sequences of different lengths.
@@ -70,8 +68,6 @@ def batch_ids(
         masks = [_padded(mask, length, 0, side) for mask in masks]
     elif return_tensors is not None and len(set(lengths)) > 1:
         raise ValueError(f"the texts have {sorted(set(lengths))} ids, a tensor needs one length: give padding=True")
-    if single and return_tensors is None:
-        sequences, masks = sequences[0], masks[0]
     return BatchFeature({"input_ids": sequences, "attention_mask": masks}, tensor_type=return_tensors)
 
 

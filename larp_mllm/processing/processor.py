@@ -181,10 +181,10 @@ class LarpMllmProcessor(ProcessorMixin):
         open_video: bool = False,
         **options: Unpack[BatchOptions],
     ) -> BatchFeature:
-        """`"before <video> after"` and a video for each `<video>` -> input_ids and attention_mask, lists or (B, S).
+        """`"before <video> after"` and a video for each `<video>` -> input_ids and attention_mask, B lists or (B, S).
 
         Args:
-            text: a text with its videos, or several with a list of videos each.
+            text: a text with its videos (B = 1), or several with a list of videos each.
             videos: see `encode_videos`.
             add_special_tokens: begin with the base's begin id, if it has one.
             open_video: end with video_start, after which the model generates a video.
@@ -204,7 +204,7 @@ class LarpMllmProcessor(ProcessorMixin):
             where = "the text" if isinstance(text, str) else f"text {number}"
             ids = self._interleaved(content, group, where)
             sequences.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
-        return batch_ids(sequences, self.tokenizer, isinstance(text, str), **options)
+        return batch_ids(sequences, self.tokenizer, **options)
 
     def _interleaved(self, text: str, videos: Sequence[VideoInput], where: str) -> list[int]:
         pieces = text.split(PLACEHOLDER)
@@ -240,7 +240,7 @@ class LarpMllmProcessor(ProcessorMixin):
             enable_thinking: passed to the template. Training passes False, for which Qwen3's puts an empty `<think>`
                 block before the answer.
             tokenize: False returns text for display, with `<video>` for videos.
-            return_dict: return a BatchFeature.
+            return_dict: return a BatchFeature, of B = 1 lists for one chat; else the ids, one list for one chat.
             **options: return_tensors, padding, padding_side, max_length: see `BatchOptions`.
 
         Raises ValueError, naming the message, for other forms, and for unsupported options of transformers (tools,
@@ -261,8 +261,10 @@ class LarpMllmProcessor(ProcessorMixin):
         if not tokenize:
             texts = [self._displayed(ids) for ids in sequences]
             return texts[0] if single else texts
-        batch = batch_ids(sequences, self.tokenizer, single, **batch_options)
-        return batch if return_dict else batch["input_ids"]
+        batch = batch_ids(sequences, self.tokenizer, **batch_options)
+        if return_dict:
+            return batch
+        return batch["input_ids"][0] if single and batch_options.get("return_tensors") is None else batch["input_ids"]
 
     def _chat(
         self, messages: Sequence[dict], where: str, add_generation_prompt: bool, enable_thinking: bool

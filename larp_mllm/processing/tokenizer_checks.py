@@ -31,7 +31,7 @@ def text_tokenizer_hash(tokenizer) -> str:
 
 def check_tokenizers(config: LarpMllmConfig, tokenizer, video_tokenizer: LarpTokenizer, where: str) -> None:
     """Raise ValueError unless both tokenizers are those that the model's config records."""
-    expected = max(config.text_config.vocab_size, len(tokenizer))
+    expected = max(config.base_rows, len(tokenizer))
     if config.text_size != expected:
         raise ValueError(
             f"{where}: the model's text ids end at {config.text_size}, but its base and tokenizer make {expected}; "

@@ -5,6 +5,26 @@ from tests.larp_mllm.tiny import tiny_mllm
 
 import pytest
 
+# Of the common tests of transformers, see model/test_common.py.
+_THEIR_MARKS = (
+    "generate",
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_2_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "torch_compile_test",
+    "torch_export_test",
+    "onnx_export_test",
+    "executorch_export_test",
+)
+
+
+def pytest_configure(config):
+    """Make their marks known to --strict-markers."""
+    for mark in _THEIR_MARKS:
+        config.addinivalue_line("markers", f"{mark}: of transformers' common tests")
+
 
 @pytest.fixture(scope="session", params=["tiny-qwen2", "tiny-llama"])
 def mllm(request) -> Mllm:

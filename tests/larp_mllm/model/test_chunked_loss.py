@@ -193,10 +193,13 @@ def test_chunks_change_neither_loss_nor_gradients_of_a_model(family, sharded):
 
 def test_z_loss_is_added_over_the_targets_of_both_kinds():
     model = tiny_model()
-    ids, labels = mixed_batch(model)
-    logits, targets, first = model(ids).logits[:, :-1], labels[:, 1:], model.vocabulary.first_code
-    text = logits[..., :first].logsumexp(-1).square()[(targets >= 0) & (targets < first)].sum()
-    codes = logits[..., first:].logsumexp(-1).square()[targets >= first].sum()
+    ids = torch.tensor(
+        [[5, 6, *model.vocabulary.span([1, 2, 3, 0]), 7, 8], [*model.vocabulary.span([3, 3, 1, 2]), 9, 5, 6, 7]]
+    )
+    labels = ids.masked_fill(ids == 6, -100)
+    logits, targets, end = model(ids).logits[:, :-1], labels[:, 1:], model.vocabulary.video_end
+    of_all = logits.logsumexp(-1).square()
+    text, codes = of_all[(targets >= 0) & (targets < end)].sum(), of_all[targets >= end].sum()
     without, with_it = (model(ids, labels=labels, num_items_in_batch=7.0, z_loss=z) for z in (0.0, 0.1))
     torch.testing.assert_close(with_it.loss - without.loss, 0.1 * (text + codes) / 7)
     assert torch.equal(with_it.text_nll, without.text_nll)

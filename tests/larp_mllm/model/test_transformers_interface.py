@@ -24,7 +24,7 @@ def eager():
     [
         (
             lambda model: model.resize_token_embeddings(128),
-            "cannot be resized .it has 99 rows.*train with it, or .* export",
+            "cannot be resized .it has 117 rows.*train with it, or .* export",
         ),
         (lambda model: model.resize_token_embeddings(pad_to_multiple_of=64), "cannot be resized"),
         (
@@ -40,16 +40,18 @@ def test_the_base_cannot_be_resized(eager, change, message):
         change(eager)
     after = eager.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
-    assert eager.config.text_config.vocab_size == 99
+    assert eager.config.base_rows == 99
 
 
 def test_embedding_and_head_can_be_read_and_replaced(eager):
-    embedding, head = eager.get_input_embeddings(), eager.get_output_embeddings()
-    assert eager.resize_token_embeddings() is eager.resize_token_embeddings(99) is embedding
+    embedding, head = eager.base.get_input_embeddings(), eager.base.get_output_embeddings()
+    assert eager.resize_token_embeddings() is eager.resize_token_embeddings(117) is eager.get_input_embeddings()
     new = torch.nn.Embedding(99, 32), torch.nn.Linear(32, 99, bias=False)
     eager.set_input_embeddings(new[0])
     eager.set_output_embeddings(new[1])
     found = eager.base.get_input_embeddings(), eager.base.get_output_embeddings()
+    assert torch.equal(eager.get_input_embeddings().weight[:99], new[0].weight)
+    assert torch.equal(eager.get_output_embeddings().weight[:99, :32], new[1].weight)
     eager.set_input_embeddings(embedding)
     eager.set_output_embeddings(head)
     assert found == new
@@ -66,7 +68,7 @@ def test_ids_and_labels_out_of_range_are_refused(eager, wrong):
     with pytest.raises(ValueError, match=rf"labels holds {wrong}, .* 0 to 116 \(and -100 in labels: not a target\)"):
         eager(good, labels=bad)
     with pytest.raises(ValueError, match=rf"labels holds {wrong}"):
-        eager(inputs_embeds=eager.embed(good), labels=bad)
+        eager(inputs_embeds=eager.get_input_embeddings()(good), labels=bad)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,8 @@ def test_generate_returns_scores_and_states_of_all_ids(eager, beams):
 def test_a_config_has_the_sizes_of_the_whole_model(eager, tmp_path):
     config = eager.config
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (117, 32, 2)
-    assert config.get_text_config().vocab_size == 99
+    assert config.get_text_config().vocab_size == 117 and config.base_config.vocab_size == 99
+    assert config.base_config.to_dict() == eager.base.config.to_dict()
     config.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert not {"vocab_size", "hidden_size", "num_hidden_layers"} & saved.keys()

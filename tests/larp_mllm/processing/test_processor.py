@@ -43,7 +43,7 @@ def test_tokens_added_as_non_special_stay_text():
 def test_text_and_videos_survive_encoding_and_decoding(qwen):
     processor = qwen.processor
     clip = torch.rand(3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    ids = processor("before <video> after", [clip])["input_ids"]
+    ids = processor("before <video> after", [clip])["input_ids"][0]
     codes = processor.encode_videos([clip])[0]
     assert processor.vocabulary.split(ids)[1] == ("video", codes)
     before, video, after = processor.decode(ids)
@@ -199,7 +199,7 @@ CLIPS = torch.rand(3, 3, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 def test_texts_are_padded_on_the_tokenizers_side_or_on_padding_side(qwen):
     processor = qwen.processor
     texts, videos = ["a person surfing", "<video> b <video>"], [[], [CLIPS[0], CLIPS[1]]]
-    single = [processor(text, group)["input_ids"] for text, group in zip(texts, videos, strict=True)]
+    single = [processor(text, group)["input_ids"][0] for text, group in zip(texts, videos, strict=True)]
     assert processor(texts, videos)["input_ids"] == single
     for side in (None, "left", "right"):
         batch = processor(texts, videos, return_tensors="pt", padding=True, padding_side=side)
@@ -230,11 +230,11 @@ def test_the_begin_id_and_an_opened_video(tmp_path):
     clips = tiny_video_tokenizer()
     processor = LarpMllmProcessor(tokenizer, clips, Vocabulary(len(tokenizer), clips.codebook_size, clips.num_tokens))
     words = processor.encode_text("a man")
-    prompt = processor("a man", open_video=True)["input_ids"]
+    [prompt] = processor("a man", open_video=True)["input_ids"]
     assert (
         prompt == [tokenizer.bos_token_id, *words, processor.vocabulary.video_start] == processor.layout.prompt(words)
     )
-    assert processor("a man", add_special_tokens=False)["input_ids"] == words
+    assert processor("a man", add_special_tokens=False)["input_ids"] == [words]
 
 
 def test_generate_takes_its_batches(qwen):
@@ -255,9 +255,9 @@ def test_generate_takes_its_batches(qwen):
 
 def test_nothing_is_truncated(qwen):
     encode = qwen.processor
-    alone, short = (encode(text)["input_ids"] for text in ("a person", "a"))
+    alone, short = (encode(text)["input_ids"][0] for text in ("a person", "a"))
     longest = len(alone)
-    assert encode("a person", truncation=False, max_length=longest)["input_ids"] == alone
+    assert encode("a person", truncation=False, max_length=longest)["input_ids"] == [alone]
     assert encode(["a person", "a"], padding="longest", max_length=longest)["attention_mask"][1].count(1) == len(short)
     assert (
         list(map(len, encode(["a person", "a"], padding="max_length", max_length=longest + 3)["input_ids"]))

@@ -1,0 +1,137 @@
+"""The usual parts of a causal language model, for all ids: what `get_input_embeddings`, `get_decoder` and `get_output_embeddings` return.
+
+They have no weights of their own: they read those of the base and the adapter, which may be replaced at any time.
+
+The vocabulary has two parts: text ids and video_start may follow text and video_end; video_end and codes may follow
+video_start and codes. The decoder's hidden states have two columns more than the base's, which say where an id is inside a
+span. The rows of the head read them, and exclude the other part. So the cross-entropy over all ids, as TRL computes it, is
+the loss of the model, and text has the base's own probabilities, but for that of video_start.
+
+Shapes: B batch, S sequence length, H hidden width, V all ids.
+"""
+
+from typing import TYPE_CHECKING
+
+from larp_mllm.model.inputs import check_ids
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from larp_mllm.model.modeling import LarpMllmForCausalLM
+
+# Added to logits of ids that cannot follow: finite, since infinity makes NaN of differences; within float16.
+EXCLUDED = -3e4
+
+
+class _Part(nn.Module):
+    def __init__(self, model: "LarpMllmForCausalLM"):
+        super().__init__()
+        # Not registered: a module of the model that has the model as a module would never end.
+        object.__setattr__(self, "_model", model)
+
+
+class Embedding(_Part):
+    """Ids int64 (B, S) -> embeddings (B, S, H): text rows of the base, video rows of the adapter."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of all ids, (V, H), computed at each access; zero for entries of the text tokenizer without a row."""
+        text, video = self._model.base.get_input_embeddings().weight, self._model.adapter.input_rows()
+        missing = self._model.vocabulary.text_size - len(text)
+        return torch.cat([F.pad(text, (0, 0, 0, missing)), video.to(text.dtype)])
+
+    @property
+    def num_embeddings(self) -> int:
+        """V."""
+        return self._model.vocabulary.size
+
+    @property
+    def embedding_dim(self) -> int:
+        """H."""
+        return self._model.base.get_input_embeddings().weight.shape[-1]
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Raises ValueError for text ids that the base has no row for."""
+        model, v = self._model, self._model.vocabulary
+        is_text = v.is_text(input_ids)
+        model.check_known(input_ids)
+        text = model.base.get_input_embeddings()(input_ids.masked_fill(~is_text, 0))
+        video = F.embedding((input_ids - v.text_size).clamp_min(0), model.adapter.input_rows())
+        return torch.where(is_text[..., None], text, video.to(text.dtype))
+
+    @torch.no_grad()
+    def is_inside(self, inputs_embeds: Tensor) -> Tensor:
+        """Embeddings (B, S, H) -> bool (B, S), True for those of video_start and codes, which their bits tell."""
+        rows = self._model.adapter.input_rows().to(self._model.base.get_input_embeddings().weight.dtype)
+        return torch.isin(_fingerprint(inputs_embeds), _fingerprint(torch.cat([rows[:1], rows[2:]])))
+
+
+class Decoder(_Part):
+    """The base's decoder on ids of text and video; its last_hidden_state is (B, S, H + 2), see above."""
+
+    # Read by transformers where it shards models among devices.
+    _tp_plan = _pp_plan = None
+
+    def forward(self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **options):
+        """Arguments are those of the base's decoder. Raises ValueError for ids out of range, and unless one of both is given."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids (B, S) or inputs_embeds (B, S, H)")
+        check_ids(self._model.vocabulary, input_ids, None)
+        decoded = self._model.run_base(input_ids, inputs_embeds, **options)
+        hidden = decoded.last_hidden_state
+        if input_ids is None:
+            inside = self._model.embeddings.is_inside(inputs_embeds)
+        else:
+            inside = self._model.vocabulary.is_inside(input_ids)
+        where = torch.stack([inside, ~inside], dim=-1).to(hidden)
+        decoded.last_hidden_state = torch.cat([hidden, where], dim=-1)
+        return decoded
+
+
+class Head(_Part):
+    """Hidden states (..., H + 2) of the decoder -> logits of all ids (..., V); of (..., H), nothing is excluded."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of all ids, (V, H + 2), computed at each access."""
+        model = self._model
+        text, controls, codes = (
+            model.base.get_output_embeddings().weight,
+            model.adapter.control_rows(),
+            model.adapter.code_rows(),
+        )
+        missing = model.vocabulary.text_size - len(text)
+        rows = torch.cat([F.pad(text, (0, 0, 0, missing)), controls.to(text.dtype), codes.to(text.dtype)])
+        of_span = torch.arange(len(rows), device=rows.device) > model.vocabulary.video_start
+        return torch.cat([rows, EXCLUDED * torch.stack([~of_span, of_span], dim=-1).to(rows)], dim=-1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of all ids (V,), or None: the base's, and what excludes entries of the text tokenizer without a row."""
+        head, v = self._model.base.get_output_embeddings(), self._model.vocabulary
+        bias, missing = getattr(head, "bias", None), v.text_size - len(head.weight)
+        if bias is None and not missing:
+            return None
+        bias = head.weight.new_zeros(len(head.weight)) if bias is None else bias
+        return F.pad(F.pad(bias, (0, missing), value=EXCLUDED), (0, v.size - v.text_size))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Text logits equal those of the base's head to the bit outside of spans."""
+        model, width = self._model, self._model.embeddings.embedding_dim
+        hidden, where = hidden[..., :width].contiguous(), hidden[..., width:].bool()
+        logits = torch.cat([model.text_logits(hidden), model.code_logits(hidden)], dim=-1)
+        if where.shape[-1]:
+            first = model.vocabulary.video_end
+            outside, inside = logits.tensor_split([first], dim=-1)
+            outside.masked_fill_(where[..., :1], EXCLUDED)
+            inside.masked_fill_(where[..., 1:], EXCLUDED)
+        return logits
+
+
+def _fingerprint(rows: Tensor) -> Tensor:
+    """One int64 of the bits of each row (..., H)."""
+    bits = rows.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()]).long()
+    odd = 2 * torch.arange(1, rows.shape[-1] + 1, device=rows.device) + 1
+    return (bits * (odd * 0x1E3779B97F4A7C15)).sum(-1)  # integers overflow alike everywhere

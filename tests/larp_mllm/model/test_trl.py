@@ -1,0 +1,59 @@
+"""TRL's SFTTrainer on a model with video ids, and decoding with a smaller model or the prompt as assistant."""
+
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from tests.larp_mllm.families import FAMILIES
+from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def video_rows(mllm) -> list[list[int]]:
+    v, encode = mllm.model.vocabulary, mllm.processor.encode_text
+    return [[*encode(text), *v.span([i, 3, 2, 1]), *encode("ends")] for i, text in enumerate(CAPTIONS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "rows, processing_class",
+    [("text", "processor"), ("text", "tokenizer"), ("ids", "processor"), ("ids", "tokenizer"), ("chats", "processor")],
+)
+def test_sft_trainer_gives_our_loss_and_trains(tmp_path, rows, processing_class):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    mllm = tiny_mllm()
+    chats = [[{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": text}] for text in CAPTIONS]
+    given = {"text": {"text": CAPTIONS}, "ids": {"input_ids": video_rows(mllm)}, "chats": {"messages": chats}}[rows]
+    settings = trl.SFTConfig(
+        tmp_path, per_device_train_batch_size=4, max_steps=2, logging_steps=1, learning_rate=1e-2, report_to=[],
+        use_cpu=True, bf16=False, max_length=64, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    processor = mllm.processor if processing_class == "processor" else mllm.processor.tokenizer
+    trainer = trl.SFTTrainer(
+        mllm.model, settings, train_dataset=datasets.Dataset.from_dict(given), processing_class=processor
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        theirs = trainer.compute_loss(mllm.model, dict(batch)).item()
+        ours = mllm.model(**batch).loss.item()
+    assert theirs == pytest.approx(ours, abs=1e-5)
+    assert (batch["labels"] >= mllm.model.vocabulary.first_code).any() == (rows == "ids")
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(ours, abs=1e-3) and losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("helper", ["assistant", "prompt"])
+def test_assisted_decoding_gives_the_codes_of_greedy_decoding(helper):
+    torch.manual_seed(0)
+    base, small = (AutoModelForCausalLM.from_config(FAMILIES[name]()) for name in ("qwen2-untied", "qwen2-tied"))
+    codebook = torch.randn(16, 4)
+    model, assistant = (LarpMllmForCausalLM.from_base(one, 99, codebook, 12).eval() for one in (base, small))
+    v = model.vocabulary
+    prompt = torch.tensor([[5, 6, 7, *v.span([1, 2, 3, 4] * 3), 5, 6, v.video_start, v.code_to_id(1), v.code_to_id(2)]])
+    options = dict(attention_mask=prompt * 0 + 1, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    greedy = model.generate(prompt, **options)
+    with_help = {"assistant_model": assistant} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
+    assert torch.equal(model.generate(prompt, **options, **with_help), greedy)
+    assert v.is_code(greedy[0, prompt.shape[1] :]).any()
