@@ -1,9 +1,11 @@
 """LarpMllmConfig: the configuration of a language model with video vocabulary."""
 
 import math
+import sys
 from typing import Any, ClassVar, Literal, get_args
 
 from larp_mllm.locate import MODEL_TYPE
+from larp_mllm.model.partial_lora import PROJECTIONS
 from larp_mllm.model.vocabulary import Vocabulary
 
 from huggingface_hub.errors import StrictDataclassError
@@ -30,6 +32,9 @@ class LarpMllmConfig(PreTrainedConfig):
         frame_stride: step between the frames that are read from a video file.
         given_frames: number of frames that a continuation starts from; 0: the model is not trained for continuation.
         partial_lora_rank: rank of the base's updates at positions of video ids, see `PartialLoraLinear`; 0: there are none.
+        partial_lora_layers: the last names of the layers that have these updates.
+        packing: whether the base keeps records apart that share a row, see `measure_base`.
+        embedding_scale: the factor by which the base multiplies the rows of its embedding, and so those of video ids.
 
     Raises ValueError, when built and when loaded, for values out of range.
     """
@@ -49,6 +54,9 @@ class LarpMllmConfig(PreTrainedConfig):
     frame_stride: int = 1
     given_frames: int = 0
     partial_lora_rank: int = 0
+    partial_lora_layers: Any = PROJECTIONS
+    packing: bool = True
+    embedding_scale: float = 1.0
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave a dict
@@ -91,6 +99,11 @@ class LarpMllmConfig(PreTrainedConfig):
         return self.vocabulary.size if self.text_size else 0  # 0: built without arguments, see __post_init__
 
     @property
+    def positions(self) -> int:
+        """The largest number of ids of a row, see `positions_of`."""
+        return positions_of(self.text_config)
+
+    @property
     def hidden_size(self) -> int:
         """The width of the base model."""
         return self.text_config.hidden_size
@@ -123,6 +136,12 @@ class LarpMllmConfig(PreTrainedConfig):
                     f"the base model ({self.text_config.model_type}) changes its logits after the head ({name} = "
                     f"{getattr(self.text_config, name)}), which is not supported: take a Llama, Qwen, Mistral or SmolLM"
                 )
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """Return the number of positions that the config of a base states; sys.maxsize if it states none, as those without a table do."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((positions for positions in found if positions is not None), sys.maxsize)
 
 
 def _check_int(name: str, value: int, least: int) -> None:

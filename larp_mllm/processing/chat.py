@@ -7,8 +7,11 @@ trimmed here, but `<think>` blocks of earlier answers stay.
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from larp_mllm.checks import check_encodable
@@ -25,6 +28,7 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
+_DATE: ContextVar[datetime | None] = ContextVar("date of chat templates", default=None)
 _PART_KEYS = {"text": {"type", "text", "loss"}, "video": {"type", "video", "path", "start", "loss"}}
 # White space around the placeholders: if rendering removes it, the template trims contents.
 _EDGE = "\v"
@@ -111,6 +115,21 @@ def chat_parts(
         _message_parts(message, assistant_loss, allow_empty_answers, f"{where}: message {number}")
         for number, message in enumerate(messages, 1)
     ]
+
+
+def template_date() -> datetime:
+    """The date that chat templates print: that of `fixed_date`, else now."""
+    return _DATE.get() or datetime.now()
+
+
+@contextmanager
+def fixed_date(date: str) -> Iterator[None]:
+    """In the block, chat templates print this date, such as "2026-11-27", so that the ids of a chat stay the same."""
+    token = _DATE.set(datetime.fromisoformat(date))
+    try:
+        yield
+    finally:
+        _DATE.reset(token)
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -245,6 +264,8 @@ def _render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=enable_thinking,
+            # In place of transformers' function of this name, which takes the time of the call.
+            strftime_now=lambda form: template_date().strftime(form),
         )
     except Exception as error:  # jinja and templates raise classes of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
