@@ -124,7 +124,8 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
     (folder / "custom_generate").mkdir()
     shutil.copyfile(custom_generate.__file__, folder / "custom_generate/generate.py")
     if (rank := model.config.partial_lora_rank) > 0:
-        add_custom_code(folder, rank, model.config.partial_lora_layers, model.vocabulary.video_start)
+        names = model.config.partial_lora_layers
+        add_custom_code(folder, type(stock.config).__name__, rank, names, model.vocabulary.video_start)
     processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
     (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
     (folder / "README.md").write_text(readme(layout, type(stock).__name__, rank > 0))

@@ -40,12 +40,15 @@ class PartialLoraForCausalLM({architecture}):
 '''
 
 
-def add_custom_code(folder: Path, rank: int, layers: Collection[str], first_video_id: int) -> None:
-    """Write the files into an export whose weights are there, and name them in its config.json."""
+def add_custom_code(folder: Path, config_class: str, rank: int, layers: Collection[str], first_video_id: int) -> None:
+    """Write the files into an export whose weights are there, and name them in its config.json.
+
+    config_class: of the architecture, a name in transformers.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     (architecture,) = config["architectures"]
-    names = {"architecture": architecture, "config": architecture.replace("ForCausalLM", "Config")}
+    names = {"architecture": architecture, "config": config_class}
     (folder / f"{_MODULE}.py").write_text(_CODE.format(**names, model_type=MODEL_TYPE))
     shutil.copyfile(partial_lora.__file__, folder / "partial_lora.py")
     auto_map = {

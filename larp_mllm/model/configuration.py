@@ -118,10 +118,15 @@ class LarpMllmConfig(PreTrainedConfig):
             _check_int(name, getattr(self, name), 1)
         for name in ("given_frames", "partial_lora_rank", "residual_rank"):
             _check_int(name, getattr(self, name), 0)
-        if isinstance(self.fps, bool) or not (
-            isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
-        ):
-            raise ValueError(f"config.json: fps must be a number above 0, got {self.fps!r}")
+        for name in ("fps", "embedding_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"config.json: {name} must be a number above 0, got {value!r}")
+        layers = self.partial_lora_layers
+        if not isinstance(layers, list | tuple) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f"config.json: partial_lora_layers must be a list of names, got {layers!r}")
+        if not isinstance(self.packing, bool):
+            raise ValueError(f"config.json: packing must be true or false, got {self.packing!r}")
         rows = self.text_config.vocab_size
         if self.text_size < rows:
             raise ValueError(

@@ -29,6 +29,7 @@ DEFAULT_TEMPLATE = (
 )
 
 _DATE: ContextVar[datetime | None] = ContextVar("date of chat templates", default=None)
+_DATE_CODES = ("-d", "-m", *"aAbBdejmUuwyYHIMpS")
 _PART_KEYS = {"text": {"type", "text", "loss"}, "video": {"type", "video", "path", "start", "loss"}}
 # White space around the placeholders: if rendering removes it, the template trims contents.
 _EDGE = "\v"
@@ -255,7 +256,7 @@ def _render(
     roles: list[str], tokenizer, where: str, add_generation_prompt: bool, enable_thinking: bool = False
 ) -> _Rendered:
     chat = [{"role": role, "content": f"{_EDGE}X{_SECRET}N{number}X{_EDGE}"} for number, role in enumerate(roles)]
-    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
         # Thinking is off by default, since training targets are answers alone. Templates without it ignore the option.
         text = tokenizer.apply_chat_template(
@@ -264,8 +265,6 @@ def _render(
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             enable_thinking=enable_thinking,
-            # In place of transformers' function of this name, which takes the time of the call.
-            strftime_now=lambda form: template_date().strftime(form),
         )
     except Exception as error:  # jinja and templates raise classes of their own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
@@ -286,6 +285,15 @@ def _render(
         for place, number in enumerate(order)
     }
     return _Rendered([piece.strip(_EDGE) for piece in pieces], order, trims)
+
+
+def _dated(template: str) -> str:
+    """`template` with the date of `fixed_date`, if there is one and it prints the date."""
+    if (date := _DATE.get()) is None or "strftime_now" not in template:
+        return template
+    # A macro in place of transformers' function of this name, since templates get no functions from a caller.
+    replaced = "".join(f"|replace('%{code}','{date.strftime(f'%{code}')}')" for code in _DATE_CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def _turn_end(ids: tuple[int, ...], controls: Collection[int], where: str) -> list[Segment]:
