@@ -1,4 +1,4 @@
-"""Partial LoRA: low-rank updates of a base's projections that act at the positions of video ids alone.
+"""Partial LoRA: low-rank updates of a base's linear layers that act at the positions of video ids alone.
 
     add_partial_lora(model.base, rank=16)
     with at_positions(is_video):                # bool (B, S)
