@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 _REMEDY = "take a Llama, Qwen, Mistral or SmolLM"
-_IDS = 4  # of a record
+_IDS = 3  # of a record
 
 
 class BaseTraits(NamedTuple):
@@ -34,17 +34,14 @@ def measure_base(base: PreTrainedModel) -> BaseTraits:
     Raises ValueError, naming the difference, unless
 
     - its head is a matrix of the width of its embedding, and its embedding a table times a constant,
-    - its logits are those of its head, and follow from embeddings as from ids,
+    - its logits are those of its head, and the same of embeddings as of ids,
     - ids of rows that are padded on the left and then appended one by one give the logits of the whole row.
     """
-    embedding, head = check_parts(base)
+    embedding, _ = check_parts(base)
     if embedding.weight.device.type == "meta":
         return BaseTraits(True, 1.0)
     with torch.no_grad(), _in_mode(base, training=False):
         scale = embedding_scale(embedding)
-        hidden = embedding.weight[:2]
-        if not _equal(head(hidden), hidden @ head.weight.T):
-            raise _refused(base, "has a head that is more than a matrix, which code logits would lack")
         try:
             own = base(input_ids=_text_ids(embedding)[None], use_cache=False).logits[0]
             if not own.isfinite().all():  # a damaged base is reported where its text is scored
@@ -133,19 +130,18 @@ def _check_logits(base: PreTrainedModel, own: Tensor) -> bool:
     others = (text + text.roll(1, 0)) / 2, (text.flip(0) + text.roll(2, 0)) / 2
     rows = torch.stack([torch.cat([other, text]) for other in others])
     positions = torch.arange(_IDS, device=ids.device).repeat(2, 2)
-    packed = head(_decode(base, rows, positions)[:, _IDS:])
+    packed = _decode(base, rows, positions)[:, _IDS:] @ head.weight.T
     if _equal(packed[0], own):
         return _equal(packed[0], packed[1], exact=True)
-    alone = head(_decode(base, text[None], positions[:1, :_IDS]))[0]
-    if not _equal(alone, own):
-        states = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        if _equal(head(states), own):
-            raise _refused(base, "computes other logits from embeddings than from ids")
-        raise _refused(
-            base,
-            f"changes its logits after the head (by up to {_gap(alone, own):.2g}, where the largest is {own.abs().max():.2g})",
-        )
-    return False
+    states = _decode(base, text[None], positions[:1, :_IDS])[0]
+    if _equal(alone := states @ head.weight.T, own):
+        return False
+    if not _equal(states, base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0]):
+        raise _refused(base, "computes something else from embeddings than from ids")
+    if not _equal(alone, head(states)):
+        raise _refused(base, "has a head that is more than a matrix, which code logits would lack")
+    gap = f"by up to {_gap(alone, own):.2g}, where the largest is {own.abs().max():.2g}"
+    raise _refused(base, f"changes its logits after the head ({gap})")
 
 
 def _check_cache(base: PreTrainedModel, last: Tensor) -> None:
@@ -154,10 +150,9 @@ def _check_cache(base: PreTrainedModel, last: Tensor) -> None:
     ids, padding = _text_ids(embedding), 1
     length = padding + _IDS
     cache = StaticCache(config=base.config, max_cache_len=length)
-    mask = torch.ones(2, length, dtype=torch.int64, device=ids.device)
-    mask[1, :padding] = 0
+    mask = (torch.arange(length, device=ids.device) >= padding).long()[None]
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    rows = embedding(torch.stack([F.pad(ids, (padding, 0), value=int(ids[-1])), F.pad(ids, (padding, 0))]))
+    rows = embedding(F.pad(ids, (padding, 0))[None])
     for part in (slice(0, length - 1), slice(length - 1, length)):
         out = base.base_model(
             inputs_embeds=rows[:, part],
@@ -166,7 +161,7 @@ def _check_cache(base: PreTrainedModel, last: Tensor) -> None:
             past_key_values=cache,
             use_cache=True,
         )
-    if not _equal(head(out.last_hidden_state[1, -1]), last):
+    if not _equal(out.last_hidden_state[0, -1] @ head.weight.T, last):
         raise _refused(base, "gives other logits with a cache and padding on the left than without")
 
 

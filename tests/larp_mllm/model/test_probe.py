@@ -37,7 +37,7 @@ REFUSED = {
         dict(
             mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_d_ssm=64, embedding_multiplier=4.0
         ),
-        r"FalconH1ForCausalLM\) computes other logits from embeddings than from ids",
+        r"FalconH1ForCausalLM\) computes something else from embeddings than from ids",
     ),
     "mamba2": (
         transformers.Mamba2Config,
@@ -127,6 +127,22 @@ def test_an_embedding_that_adds_something_is_refused():
     embedding = base.get_input_embeddings()
     embedding.register_forward_hook(lambda module, given, out: out + 1)
     with pytest.raises(ValueError, match="does more than to multiply its rows by a constant"):
+        model_of(base)
+
+
+def test_a_head_that_does_more_than_a_product_is_refused():
+    base = base_of("llama2")
+    base.get_output_embeddings().register_forward_hook(lambda module, given, out: out.tanh())
+    with pytest.raises(ValueError, match="has a head that is more than a matrix"):
+        model_of(base)
+
+
+def test_a_base_that_ignores_padding_is_refused():
+    base = base_of("llama2")
+    base.base_model.register_forward_pre_hook(
+        lambda module, given, options: (given, options | {"attention_mask": None}), with_kwargs=True
+    )
+    with pytest.raises(ValueError, match="other logits with a cache and padding on the left"):
         model_of(base)
 
 
