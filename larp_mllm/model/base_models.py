@@ -39,6 +39,7 @@ ALIASES = {
     "Qwen2.5-3B": "Qwen/Qwen2.5-3B",
     "Qwen3-0.6B": "Qwen/Qwen3-0.6B-Base",
     "Qwen3-1.7B": "Qwen/Qwen3-1.7B-Base",
+    "Qwen3.5-0.8B": "Qwen/Qwen3.5-0.8B-Base",
     "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
     "Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
     "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",

@@ -5,6 +5,7 @@ hidden width, K codes.
 """
 
 import os
+from collections.abc import Collection
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -147,8 +148,10 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         check_finite(model, str(path))
         return (model, info) if output_loading_info else model
 
-    def add_partial_lora(self, rank: int) -> None:
+    def add_partial_lora(self, rank: int, layers: Collection[str] | None = None) -> None:
         """Add updates of this rank to the base, see `PartialLoraLinear`; nothing changes where it has them.
+
+        layers: the last names of the layers, by default `linear_layers`.
 
         Raises ValueError if it has updates of another rank, or lacks the layers.
         """
@@ -158,7 +161,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"--joint.lora-rank {self.config.partial_lora_rank}"
             )
         if not self.config.partial_lora_rank:
-            layers = linear_layers(self.base)
+            layers = list(layers or linear_layers(self.base))
             add_partial_lora(self.base, rank, layers)
             self.config.partial_lora_rank = rank
             if set(layers) != set(PROJECTIONS):

@@ -137,7 +137,7 @@ class TokenAdapter(nn.Module):
         """What the base's decoder gets for video_start, video_end and the codes, (2 + K, hidden)."""
         rows = torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
         # Rounded as bases do that multiply by a tensor of their own dtype.
-        return rows if self.scale == 1.0 else rows * torch.tensor(self.scale, dtype=rows.dtype).item()
+        return rows if self.scale == 1.0 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
 
     def control_rows(self) -> Tensor:
         """The head rows of video_start and video_end, (2, hidden)."""

@@ -224,6 +224,14 @@ def test_lora_updates_every_linear_layer_but_the_head(family, part):
     assert set(updated_layers(model)) == {name.rpartition(".")[2] for name in updated}
 
 
+def test_a_training_goes_on_from_updates_of_fewer_layers():
+    model, other = model_of(base_of("starcoder2")), model_of(base_of("starcoder2"))
+    model.add_partial_lora(2, ("q_proj", "k_proj", "v_proj", "o_proj"))  # as before layers were measured
+    other.add_partial_lora(2, model.config.partial_lora_layers)
+    other.load_state_dict(model.state_dict())
+    assert updated_layers(other) == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
 def test_layers_that_are_read_and_not_called_are_not_updated():
     sizes = dict(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
     more = dict(num_attention_heads=4, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=1)
