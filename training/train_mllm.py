@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from larp.config import parse, to_dict
-from larp.engine.backend import Engine, Ranks, finish, reduce_sum, start, stop_requested
-from larp.engine.checkpoint import newest_state
+from larp.engine.backend import Engine, Ranks, broadcast_object, finish, reduce_sum, start, stop_requested
+from larp.engine.checkpoint import CONFIG_FILE, newest_state
 from larp.engine.clock import Clock
 from larp.engine.distributed import main_first
 from larp.engine.launch import spread
@@ -38,6 +38,7 @@ from larp_mllm.engine.training_report import finished_message, finished_report, 
 from larp_mllm.locate import read_config
 from larp_mllm.model.base_models import check_at_hand, is_tiny
 from larp_mllm.pipeline import Mllm
+from larp_mllm.processing.chat import fixed_date, template_date
 from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
@@ -57,9 +58,17 @@ def main(argv: Sequence[str] | None = None) -> dict:
         spread(config.engine, config.batch_size)
     ranks = start(config.seed)
     try:
-        return fit(config, recipe, ranks)
+        # Some chat templates print the date, and --resume must see the same ids.
+        with fixed_date(broadcast_object(run_date(config))):
+            return fit(config, recipe, ranks)
     finally:
         finish()
+
+
+def run_date(config: TrainMllmConfig) -> str:
+    """Return the date of a run for chat templates: with --resume the one on which it began."""
+    begun = read_config(config.out / CONFIG_FILE) if config.resume else None
+    return (begun or {}).get("date") or f"{template_date():%Y-%m-%d}"
 
 
 def default_recipe(argv: Sequence[str]) -> str | None:
@@ -103,7 +112,7 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     text = {"data": corpus.held_out_text_name, "before": evaluate_text(mllm, corpus, config, ranks)}
     run.begin(mllm)
     del mllm  # so that a later stage has no second copy of the base in memory
-    resume(run, {"recipe": recipe, **to_dict(config)})
+    resume(run, {"recipe": recipe, "date": f"{template_date():%Y-%m-%d}", **to_dict(config)})
     with open_log(config, ranks, run.clock, ("video_bits", "video_accuracy", "text_nll")) as log:
         log_setup(run, text, log)
         stop = loop(run, log)
@@ -124,7 +133,7 @@ def make_tokens(config: TrainMllmConfig) -> None:
 def open_data(config: TrainMllmConfig, videos: TokenCaches, mllm: Mllm) -> Corpus:
     """Open all data as sequences of ids for this model."""
     return open_corpus(
-        videos, mllm.processor, mllm.model.config.text_config.max_position_embeddings, tasks=config.tasks,
+        videos, mllm.processor, mllm.model.config.positions, tasks=config.tasks,
         records=config.records, data_root=config.data_root, allow_outside=config.allow_outside,
         stride=mllm.model.config.frame_stride, encoded=config.out / "records", text=config.text,
         eval_text=config.eval_text, sequence_length=config.sequence_length,
@@ -154,6 +163,8 @@ def log_setup(run: StagedRun, text: dict, log: RunLog) -> None:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in run.mix.shares.items())
     perplexity = text["before"]["perplexity"]
     log.say(f"{run.config.base}: {shares}; perplexity {perplexity:.4g} of held-out text ({text['data']})")
+    if not run.mllm.model.config.packing:
+        log.say("note: this base does not keep records apart that share a row, so each has a row of its own")
     for note in run.corpus.notes:
         log.say(f"note: {note}")
 
@@ -172,7 +183,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     engine.module.train()
     while not run.stage_done:
         sequences = run.mix.batch(run.step, config.batch_size, config.seed)
-        sums += train_step(engine, sequences, config, run.ranks)
+        sums += train_step(engine, sequences, config, run.ranks, run.mllm.model.config.packing)
         clock.advance()
         step, end = clock.step, clock.done
         if step % config.log_every == 0 or run.stage_done:
@@ -189,10 +200,15 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     return False
 
 
-def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
-    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,)."""
+def train_step(
+    engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks, packing: bool = True
+) -> Tensor:
+    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,).
+
+    packing: whether the base keeps records apart that share a row.
+    """
     parts = config.engine.accumulation
-    rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
+    rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size, together=packing)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
     items = max(1, sum(sequence.targets for sequence in sequences)) / (parts * ranks.world_size)
     weights = {"text_weight": config.text_weight, "z_loss": config.z_loss, "head_chunk": config.head_chunk}

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 
-def pack(sequences: Sequence[TokenSequence], length: int | None = None, multiple: int = 1) -> list[list[TokenSequence]]:
+def pack(
+    sequences: Sequence[TokenSequence], length: int | None = None, multiple: int = 1, together: bool = True
+) -> list[list[TokenSequence]]:
     """Pack sequences into rows of at most `length` ids: longest first, each into the first row with room.
 
     Args:
         length: by default that of the longest sequence.
         multiple: empty rows are added up to a multiple of this, so that all ranks and micro batches get equally many.
+        together: several sequences may share a row; False for a base that does not keep them apart, see `measure_base`.
 
     Raises ValueError if a sequence is longer than a row: nothing is truncated.
     """
@@ -31,7 +34,7 @@ def pack(sequences: Sequence[TokenSequence], length: int | None = None, multiple
     rows: list[list[TokenSequence]] = []
     room: list[int] = []
     for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((row for row, free in enumerate(room) if free >= sizes[number]), len(rows))
+        row = next((row for row, free in enumerate(room) if together and free >= sizes[number]), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(length)

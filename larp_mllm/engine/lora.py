@@ -3,7 +3,8 @@
 from typing import Literal
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.partial_lora import PROJECTIONS, PartialLoraLinear, no_projections
+from larp_mllm.model.partial_lora import PartialLoraLinear, layers_named, no_layers
+from larp_mllm.model.probe import linear_layers
 
 import torch
 from torch import Tensor
@@ -11,17 +12,19 @@ from torch import Tensor
 Method = Literal["partial-lora", "lora", "full"]
 TrainedPart = Literal["adapter", "partial-lora", "lora", "full"]
 _LORA = "default"
+# peft refuses it in these models, whose fused kernels read its weight without calling it.
+_WITHOUT_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: int = 32, lora_alpha: int | None = None):
     """Freeze what is not trained and add LoRA; returns peft's LoraModel, whose layers are inside `model.base`, or None.
 
     Args:
-        part: "adapter": the base stays frozen. "partial-lora": adapter, and low-rank updates of the base's projections at the
+        part: "adapter": the base stays frozen. "partial-lora": adapter, and low-rank updates of the base's linear layers at the
             positions of video ids. "lora": the updates act everywhere. "full": all.
         lora_alpha: with "lora", the updates are scaled by lora_alpha / lora_rank; by default 2 * lora_rank.
 
-    Raises ValueError for a base without PROJECTIONS, and for a model with partial LoRA of another rank or another `part`.
+    Raises ValueError for a base without linear layers, and for a model with partial LoRA of another rank or another `part`.
     """
     if part == "full":
         return None
@@ -40,13 +43,30 @@ def prepare_training(model: LarpMllmForCausalLM, part: TrainedPart, lora_rank: i
             "this model has partial LoRA already, to which LoRA cannot be added: train it with --joint.method partial-lora"
         )
     from peft import LoraConfig, LoraModel
+    from peft.tuners.lora.layer import ParamWrapper
 
     alpha = 2 * lora_rank if lora_alpha is None else lora_alpha
-    settings = LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=list(PROJECTIONS))
-    try:
-        return LoraModel(model.base, settings, _LORA)
-    except ValueError as error:
-        raise no_projections(model.base) from error
+    layers = linear_layers(model.base)
+    if model.config.text_config.model_type in _WITHOUT_OUT_PROJ:
+        layers = [name for name in layers if name != "out_proj"]
+    if not layers:
+        raise no_layers(model.base)
+    found = [name for name, _ in layers_named(model.base, layers)]
+    lora = LoraModel(model.base, LoraConfig(r=lora_rank, lora_alpha=alpha, target_modules=found), _LORA)
+    if any(isinstance(layer, ParamWrapper) for layer in model.base.modules()):
+        raise ValueError(
+            f"peft would train the experts of this base ({type(model.base).__name__}) as well, and cannot merge them one by one: "
+            "give --joint.method partial-lora or full"
+        )
+    return lora
+
+
+def updated_layers(model: LarpMllmForCausalLM) -> list[str]:
+    """Return the last names of the layers of the base that have low-rank updates."""
+    names = (
+        name for name, layer in model.base.named_modules() if hasattr(layer, "lora_down") or hasattr(layer, "lora_A")
+    )
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 @torch.no_grad()

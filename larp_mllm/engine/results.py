@@ -141,6 +141,7 @@ def training_report(run: StagedRun, recipe: str | None) -> dict:
                 "steps": state["steps"].get(stage.name, stage.steps),
                 **state["rates"].get(stage.name, {}),
                 "parameters": state["parameters"][stage.name],
+                **({"layers": layers} if (layers := state["layers"].get(stage.name)) else {}),
                 "seconds": round(state["seconds"][stage.name], 1),
             }
             for stage in run.plan

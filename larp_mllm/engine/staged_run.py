@@ -19,7 +19,7 @@ from larp.engine.clock import Clock
 from larp.engine.schedules import lr_factor
 from larp_mllm.data.corpus import Corpus, TokenCaches
 from larp_mllm.data.dataset import TrainingMix
-from larp_mllm.engine.lora import prepare_training
+from larp_mllm.engine.lora import prepare_training, updated_layers
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter
 from larp_mllm.engine.trained_weights import load_start_weights, make_optimizer
@@ -83,6 +83,8 @@ class StagedRun:
     """Number of trained parameters of each stage."""
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     """Peak learning rates of each stage."""
+    layers: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the layers of the base that LoRA updates in each stage."""
     resumed: list[dict[str, Any]] = field(default_factory=list)
     """See `larp_mllm.engine.training_report.option_changes`."""
 
@@ -122,6 +124,7 @@ class StagedRun:
         # Counted before the engine may shard them.
         self.parameters[stage.name] = sum(p.numel() for p in mllm.model.parameters() if p.requires_grad)
         self.rates[stage.name] = stage.rates
+        self.layers[stage.name] = updated_layers(mllm.model) if "lora" in stage.trained else []
         if "continuation" in self.mix.shares:
             mllm.model.config.given_frames = self.corpus.videos.cache.key["condition_frames"]
         schedule = lr_factor(config.schedule, stage.steps, stage.warmup, config.final_lr)
@@ -154,7 +157,7 @@ class StagedRun:
         self.steps[self.stage.name] = self.engine.step_count
         self.seconds[self.stage.name] = self.seconds.get(self.stage.name, 0.0) + now - self.since
         self.since = now
-        names = ("step", "steps", "skipped", "seconds", "parameters", "rates", "resumed")
+        names = ("step", "steps", "skipped", "seconds", "parameters", "rates", "layers", "resumed")
         return {"stage": self.stage.name} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -162,4 +165,5 @@ class StagedRun:
         self.skipped, self.seconds = state["skipped"], state["seconds"]
         self.parameters = state["parameters"] | self.parameters
         self.rates |= state.get("rates", {})
+        self.layers = state.get("layers", {}) | self.layers
         self.steps = state.get("steps", {})

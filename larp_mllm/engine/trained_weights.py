@@ -63,8 +63,8 @@ def load_start_weights(mllm: Mllm, source: str) -> None:
     trained = Mllm.load(folder, "cpu")
     if differing := differences(_shape(trained), _shape(mllm)):
         raise ValueError(f"start_from {source} is another model than this run's: {'; '.join(differing)}")
-    if trained.model.config.partial_lora_rank:
-        mllm.model.add_partial_lora(trained.model.config.partial_lora_rank)
+    if (rank := trained.model.config.partial_lora_rank) > 0:
+        mllm.model.add_partial_lora(rank, trained.model.config.partial_lora_layers)
     weights = trained.model.state_dict()
     weights["adapter.codebook"] = mllm.model.adapter.codebook
     mllm.model.load_state_dict(weights)

@@ -178,7 +178,7 @@ def option_changes(run: Path, options: Mapping[str, Any], step: int, earlier: li
     """
     now = json.loads(json.dumps(options))
     found = changed_values(_read_or_none(run / CONFIG_FILE) or {}, now)
-    changed = {name: values for name, values in found.items() if name not in ("resume", "out")}
+    changed = {name: values for name, values in found.items() if name not in ("resume", "out", "date")}
     before = earlier[-1]["changed"] if earlier else {}
     return earlier if changed == before else [*earlier, {"step": step, "changed": changed}]
 
@@ -197,6 +197,7 @@ def _describe_report(report: dict[str, Any]) -> list[str]:
     for stage in report["stages"]:
         rates = ", ".join(f"{name} {stage[name]:g}" for name in ("adapter_lr", "llm_lr") if name in stage)
         what = _TRAINED[stage["trained"]].format(stage.get("lora_rank"))
+        what += f" of {', '.join(stage['layers'])}" if "layers" in stage else ""
         time = f", {stage['seconds']:.0f} s" if "seconds" in stage else ""
         lines.append(
             f"stage:    {stage['name']}, {stage['steps']} steps, {what} ({stage['parameters']:,} parameters), {rates}{time}"

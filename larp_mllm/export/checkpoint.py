@@ -23,6 +23,7 @@ from larp_mllm.export.token_names import add_tokens, loader_of
 from larp_mllm.locate import read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.partial_lora import add_partial_lora
+from larp_mllm.model.probe import embedding_scale
 from larp_mllm.model.vocabulary import Vocabulary
 from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.chat import stop_ids
@@ -123,7 +124,8 @@ def _write(mllm: "Mllm", folder: Path, dtype: torch.dtype | None, max_shard_size
     (folder / "custom_generate").mkdir()
     shutil.copyfile(custom_generate.__file__, folder / "custom_generate/generate.py")
     if (rank := model.config.partial_lora_rank) > 0:
-        add_custom_code(folder, rank, model.vocabulary.video_start)
+        names = model.config.partial_lora_layers
+        add_custom_code(folder, type(stock.config).__name__, rank, names, model.vocabulary.video_start)
     processor.video_tokenizer.save_pretrained(folder / VIDEO_TOKENIZER)
     (folder / LAYOUT).write_text(json.dumps(layout, indent=2) + "\n")
     (folder / "README.md").write_text(readme(layout, type(stock).__name__, rank > 0))
@@ -139,7 +141,8 @@ def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) ->
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     state = _merged(base)
     for module, text, video in (
-        (base.get_input_embeddings(), embedding, adapter.input_rows()),
+        # The embedding of the export multiplies all of its rows.
+        (base.get_input_embeddings(), embedding, adapter.input_rows() / embedding_scale(base.get_input_embeddings())),
         (base.get_output_embeddings(), head, torch.cat([adapter.control_rows(), adapter.code_rows()])),
     ):
         missing = text.new_zeros(vocabulary.text_size - len(text), text.shape[1])
@@ -150,7 +153,7 @@ def stock_model(model: LarpMllmForCausalLM, dtype: torch.dtype | None = None) ->
     with torch.device("meta"):
         stock = type(base)(config)
         if model.config.partial_lora_rank:
-            add_partial_lora(stock, model.config.partial_lora_rank)
+            add_partial_lora(stock, model.config.partial_lora_rank, model.config.partial_lora_layers)
     stock.load_state_dict({name: t.detach().to(config.dtype) for name, t in state.items()}, strict=True, assign=True)
     return stock
 

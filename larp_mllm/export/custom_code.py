@@ -5,6 +5,7 @@ transformers runs them with `trust_remote_code=True`, without larp_mllm. Without
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from larp_mllm.model import partial_lora
@@ -30,7 +31,7 @@ class PartialLoraForCausalLM({architecture}):
 
     def __init__(self, config):
         super().__init__(config)
-        add_partial_lora(self, config.partial_lora_rank)
+        add_partial_lora(self, config.partial_lora_rank, config.partial_lora_layers)
 
     @wraps({architecture}.forward)
     def forward(self, input_ids, **options):
@@ -39,12 +40,15 @@ class PartialLoraForCausalLM({architecture}):
 '''
 
 
-def add_custom_code(folder: Path, rank: int, first_video_id: int) -> None:
-    """Write the files into an export whose weights are there, and name them in its config.json."""
+def add_custom_code(folder: Path, config_class: str, rank: int, layers: Collection[str], first_video_id: int) -> None:
+    """Write the files into an export whose weights are there, and name them in its config.json.
+
+    config_class: of the architecture, a name in transformers.
+    """
     path = folder / "config.json"
     config = json.loads(path.read_text())
     (architecture,) = config["architectures"]
-    names = {"architecture": architecture, "config": architecture.replace("ForCausalLM", "Config")}
+    names = {"architecture": architecture, "config": config_class}
     (folder / f"{_MODULE}.py").write_text(_CODE.format(**names, model_type=MODEL_TYPE))
     shutil.copyfile(partial_lora.__file__, folder / "partial_lora.py")
     auto_map = {
@@ -52,5 +56,5 @@ def add_custom_code(folder: Path, rank: int, first_video_id: int) -> None:
         "AutoModelForCausalLM": f"{_MODULE}.PartialLoraForCausalLM",
     }
     config |= {"model_type": MODEL_TYPE, "architectures": ["PartialLoraForCausalLM"], "auto_map": auto_map}
-    config |= {"partial_lora_rank": rank, "first_video_id": first_video_id}
+    config |= {"partial_lora_rank": rank, "partial_lora_layers": list(layers), "first_video_id": first_video_id}
     path.write_text(json.dumps(config, indent=2) + "\n")

@@ -194,7 +194,7 @@ def decode_answer(
 
 def max_positions(model: LarpMllmForCausalLM) -> int:
     """The number of positions of the base model."""
-    return model.config.text_config.max_position_embeddings
+    return model.config.positions
 
 
 @contextmanager

@@ -38,7 +38,7 @@ def code_bits(
         raise ValueError(f"{len(prompts)} prompts for the codes of {len(codes)} clips; need one for each")
     count, bits = codes.shape[1], torch.empty(len(codes), dtype=torch.float64)
     longest = max(map(len, prompts), default=0)
-    check_length(longest + count, model.config.text_config.max_position_embeddings, "scoring: the prompt and the video")
+    check_length(longest + count, model.config.positions, "scoring: the prompt and the video")
     # Sorted by length, a batch holds little padding.
     order = sorted(range(len(codes)), key=lambda row: len(prompts[row]))
     for first in tqdm(range(0, len(order), batch_size), desc="scoring codes", unit="batch", delay=2, leave=False):

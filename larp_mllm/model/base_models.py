@@ -10,12 +10,15 @@ from urllib.error import HTTPError
 
 from larp.metrics.weights import SMOLLM2
 from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
+from larp_mllm.model.configuration import positions_of
 from larp_mllm.model.gguf import dequantize, find_gguf
+from larp_mllm.model.probe import check_parts
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +39,7 @@ ALIASES = {
     "Qwen2.5-3B": "Qwen/Qwen2.5-3B",
     "Qwen3-0.6B": "Qwen/Qwen3-0.6B-Base",
     "Qwen3-1.7B": "Qwen/Qwen3-1.7B-Base",
+    "Qwen3.5-0.8B": "Qwen/Qwen3.5-0.8B-Base",
     "Llama-2-7B": "meta-llama/Llama-2-7b-hf",
     "Llama-3-8B": "meta-llama/Meta-Llama-3-8B",
     "Llama-3.2-1B": "meta-llama/Llama-3.2-1B",
@@ -118,8 +122,8 @@ def check_at_hand(name: str) -> None:
 
 def check_positions(base: PreTrainedModel, tokens_per_video: int, name: str = "the base") -> None:
     """Raise BaseError unless a video of so many codes, its two controls and one text id fit the base's positions."""
-    positions = getattr(base.config, "max_position_embeddings", None)
-    if positions is not None and positions < tokens_per_video + 3:
+    positions = positions_of(base.config)
+    if positions < tokens_per_video + 3:
         raise BaseError(
             f"--base {name}: it has {positions} positions, a video of this tokenizer takes {tokens_per_video + 2} and its text "
             "some more: take a base with more positions, or a tokenizer with fewer codes per video"
@@ -278,8 +282,17 @@ def _check_config(config: PreTrainedConfig) -> None:
             f"a {config.model_type} is an encoder-decoder, needed is a causal language model (a decoder)"
         )
     names = config.architectures or []
+    if _has_text_model(config):
+        return
     if names and not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         raise _UnusableBase(f"it is a {names[0]}, needed is a causal language model (...ForCausalLM)")
+
+
+def _has_text_model(config: PreTrainedConfig) -> bool:
+    """Whether transformers loads a checkpoint of text and images as its language model alone, as that of Qwen3.5."""
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    text = config.sub_configs.get("text_config")
+    return text is not None and getattr(model, "config_class", None) == text
 
 
 def _check_files(folder: Path) -> None:
@@ -312,14 +325,10 @@ def _check_weights(model: PreTrainedModel, found: dict) -> None:
 
 
 def _check_model(model: PreTrainedModel) -> None:
-    head = model.get_output_embeddings()
-    if head is None or model.get_input_embeddings() is None:
-        raise _UnusableBase(f"no text head or no text embedding was found in a {model.config.model_type}")
-    if getattr(head, "bias", None) is not None:
-        raise _UnusableBase(
-            f"the head of a {model.config.model_type} has a bias, which codes would not have: take a Llama, Qwen, Mistral "
-            "or SmolLM"
-        )
+    try:
+        check_parts(model)
+    except ValueError as error:
+        raise _UnusableBase(str(error)) from error
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

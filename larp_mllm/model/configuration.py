@@ -1,10 +1,12 @@
 """LarpMllmConfig: the configuration of a language model with video vocabulary."""
 
 import math
+import sys
 from copy import copy, deepcopy
 from typing import Any, ClassVar, Literal, get_args
 
 from larp_mllm.locate import MODEL_TYPE
+from larp_mllm.model.partial_lora import PROJECTIONS
 from larp_mllm.model.vocabulary import Vocabulary
 
 from huggingface_hub.errors import StrictDataclassError
@@ -32,6 +34,9 @@ class LarpMllmConfig(PreTrainedConfig):
         frame_stride: step between the frames that are read from a video file.
         given_frames: number of frames that a continuation starts from; 0: the model is not trained for continuation.
         partial_lora_rank: rank of the base's updates at positions of video ids, see `PartialLoraLinear`; 0: there are none.
+        partial_lora_layers: the last names of the layers that have these updates.
+        packing: whether the base keeps records apart that share a row, see `measure_base`.
+        embedding_scale: the factor by which the base multiplies the rows of its embedding, and so those of video ids.
 
     Raises ValueError, when built and when loaded, for values out of range.
     """
@@ -51,6 +56,9 @@ class LarpMllmConfig(PreTrainedConfig):
     frame_stride: int = 1
     given_frames: int = 0
     partial_lora_rank: int = 0
+    partial_lora_layers: Any = PROJECTIONS
+    packing: bool = True
+    embedding_scale: float = 1.0
 
     def __post_init__(self, **kwargs):
         if not isinstance(self.text_config, PreTrainedConfig):  # older releases leave a dict
@@ -109,6 +117,11 @@ class LarpMllmConfig(PreTrainedConfig):
         return self.vocabulary.size if self.text_size else 0  # 0: built without arguments, see __post_init__
 
     @property
+    def positions(self) -> int:
+        """The largest number of ids of a row, see `positions_of`."""
+        return positions_of(self.text_config)
+
+    @property
     def hidden_size(self) -> int:
         """The width of the base model."""
         return self.text_config.hidden_size
@@ -123,10 +136,15 @@ class LarpMllmConfig(PreTrainedConfig):
             _check_int(name, getattr(self, name), 1)
         for name in ("given_frames", "partial_lora_rank", "residual_rank"):
             _check_int(name, getattr(self, name), 0)
-        if isinstance(self.fps, bool) or not (
-            isinstance(self.fps, (int, float)) and math.isfinite(self.fps) and self.fps > 0
-        ):
-            raise ValueError(f"config.json: fps must be a number above 0, got {self.fps!r}")
+        for name in ("fps", "embedding_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ValueError(f"config.json: {name} must be a number above 0, got {value!r}")
+        layers = self.partial_lora_layers
+        if not isinstance(layers, list | tuple) or not all(isinstance(name, str) for name in layers):
+            raise ValueError(f"config.json: partial_lora_layers must be a list of names, got {layers!r}")
+        if not isinstance(self.packing, bool):
+            raise ValueError(f"config.json: packing must be true or false, got {self.packing!r}")
         rows = self.base_rows
         if self.text_size < rows:
             raise ValueError(
@@ -141,6 +159,12 @@ class LarpMllmConfig(PreTrainedConfig):
                     f"the base model ({self.text_config.model_type}) changes its logits after the head ({name} = "
                     f"{getattr(self.text_config, name)}), which is not supported: take a Llama, Qwen, Mistral or SmolLM"
                 )
+
+
+def positions_of(config: PreTrainedConfig) -> int:
+    """Return the number of positions that the config of a base states; sys.maxsize if it states none, as those without a table do."""
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((positions for positions in found if positions is not None), sys.maxsize)
 
 
 def _check_int(name: str, value: int, least: int) -> None:

@@ -5,6 +5,7 @@ hidden width, K codes.
 """
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, ClassVar
 
 from larp.hub import check_fit
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
-from larp_mllm.model.configuration import LarpMllmConfig
+from larp_mllm.model.configuration import LarpMllmConfig, positions_of
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
-from larp_mllm.model.partial_lora import add_partial_lora, at_positions, for_recomputation
+from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.parts import Decoder, Embedding, Head
+from larp_mllm.model.probe import check_parts, linear_layers, measure_base
 from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -72,9 +74,11 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.base = base if base is not None else AutoModelForCausalLM.from_config(config.base_config)
         if config.partial_lora_rank:
-            add_partial_lora(self.base, config.partial_lora_rank)
+            add_partial_lora(self.base, config.partial_lora_rank, config.partial_lora_layers)
         hidden = self.base.get_input_embeddings().weight.shape[-1]
-        self.adapter = TokenAdapter(config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank)
+        self.adapter = TokenAdapter(
+            config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank, config.embedding_scale
+        )
         self.embeddings, self.decoder, self.head = Embedding(self), Decoder(self), Head(self)
         self.post_init()
 
@@ -98,19 +102,13 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             adapter: "codebook" or "free", see `TokenAdapter`.
             **extra: further fields of LarpMllmConfig.
 
-        Raises ValueError for a base without an output head of the width of its embedding, a base that transforms its
-        logits after the head, a codebook that is not 2-D, and values that the config refuses.
+        Raises ValueError for a base that `measure_base` refuses, a codebook that is not 2-D, and values that the config refuses.
         """
         if codebook.ndim != 2:
             raise ValueError(
                 f"the codebook must be a table (codes, width), got shape {tuple(codebook.shape)}: pass tokenizer.codebook"
             )
-        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        if head is None or head.weight.shape[-1] != embedding.weight.shape[-1]:
-            raise ValueError(
-                f"the base model ({type(base).__name__}) has no language-model head of the width of its embedding: load "
-                "a Llama, Qwen, Mistral or SmolLM with AutoModelForCausalLM"
-            )
+        embedding, head = check_parts(base)
         vocabulary = Vocabulary.for_base(base.config.vocab_size, tokenizer_length, len(codebook), tokens_per_video)
         config = LarpMllmConfig(
             text_config=base.config,
@@ -124,6 +122,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             attn_implementation=base.config._attn_implementation,
             **extra,
         )
+        config.packing, config.embedding_scale = measure_base(base)
         model = cls(config, base).to(embedding.weight.device, base.dtype)
         model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight, _hidden_norm(base))
         return model
@@ -159,8 +158,10 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         check_finite(model, str(path))
         return model
 
-    def add_partial_lora(self, rank: int) -> None:
+    def add_partial_lora(self, rank: int, layers: Collection[str] | None = None) -> None:
         """Add updates of this rank to the base, see `PartialLoraLinear`; nothing changes where it has them.
+
+        layers: the last names of the layers, by default `linear_layers`.
 
         Raises ValueError if it has updates of another rank, or lacks the layers.
         """
@@ -170,8 +171,11 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"--joint.lora-rank {self.config.partial_lora_rank}"
             )
         if not self.config.partial_lora_rank:
-            add_partial_lora(self.base, rank)
+            layers = list(layers or linear_layers(self.base))
+            add_partial_lora(self.base, rank, layers)
             self.config.partial_lora_rank = rank
+            if set(layers) != set(PROJECTIONS):
+                self.config.partial_lora_layers = layers
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -393,7 +397,7 @@ def _hidden_norm(base: PreTrainedModel) -> Tensor:
     """Return the average norm of the hidden states that a base's head gets, of some text ids; float32 scalar."""
     if base.device.type == "meta":  # no values
         return torch.zeros((), device="meta")
-    ids = torch.arange(min(64, base.config.vocab_size, base.config.max_position_embeddings), device=base.device)
+    ids = torch.arange(min(64, base.config.vocab_size, positions_of(base.config)), device=base.device)
     norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean()
     return norm.nan_to_num(0.0, 0.0)  # a damaged base is reported where its text is scored
 

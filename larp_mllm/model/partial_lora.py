@@ -1,4 +1,4 @@
-"""Partial LoRA: low-rank updates of a base's projections that act at the positions of video ids alone.
+"""Partial LoRA: low-rank updates of a base's linear layers that act at the positions of video ids alone.
 
     add_partial_lora(model.base, rank=16)
     with at_positions(is_video):                # bool (B, S)
@@ -9,7 +9,7 @@ The method is that of InternLM-XComposer2 (arXiv:2401.16420); the updates cannot
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The projections of attention and MLP, by the names that Llama, Qwen and Mistral share.
+# The linear layers of Llama, Qwen and Mistral. Others have others, see `larp_mllm.model.probe.linear_layers`.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Per thread, since several may use one model.
 _POSITIONS: ContextVar[Tensor | None] = ContextVar("positions of video ids", default=None)
@@ -44,28 +44,34 @@ class PartialLoraLinear(nn.Linear):
             return out
         # Chosen where rows are narrow: of the width of `out`, the choice costs a seventh of a training step.
         down = F.linear(x, self.lora_down)
-        down = torch.where(where[..., None], down, 0)
+        # Some layers get the positions of all rows as one dimension.
+        down = torch.where(where.view(*x.shape[:-1], 1), down, 0)
         return torch.addmm(out.flatten(0, -2), down.flatten(0, -2), self.lora_up.T).view_as(out)
 
 
-def add_partial_lora(base: nn.Module, rank: int) -> None:
-    """Replace the projections of `base` by layers with updates of this rank, which change nothing yet.
+def add_partial_lora(base: nn.Module, rank: int, layers: Collection[str] = PROJECTIONS) -> None:
+    """Replace linear layers of `base` by such with updates of this rank, which change nothing yet.
 
-    Raises ValueError for a base without PROJECTIONS.
+    layers: the last parts of their names. Raises ValueError for a base without any.
     """
-    found = [(name, layer) for name, layer in base.named_modules() if name.rpartition(".")[2] in PROJECTIONS]
+    found = layers_named(base, layers)
     if not found:
-        raise no_projections(base)
+        raise no_layers(base)
     for name, layer in found:
         parent, _, own = name.rpartition(".")
         setattr(base.get_submodule(parent), own, PartialLoraLinear(layer, rank))
 
 
-def no_projections(base: nn.Module) -> ValueError:
-    """Return the error for a base that has none of PROJECTIONS."""
+def layers_named(base: nn.Module, last: Collection[str]) -> list[tuple[str, nn.Linear]]:
+    """Return the names and linear layers of `base` whose names end with one of `last`."""
+    linear = ((name, layer) for name, layer in base.named_modules() if isinstance(layer, nn.Linear))
+    return [(name, layer) for name, layer in linear if name.rpartition(".")[2] in last]
+
+
+def no_layers(base: nn.Module) -> ValueError:
+    """Return the error for a base without linear layers."""
     return ValueError(
-        f"LoRA finds none of the layers {', '.join(PROJECTIONS)} in this base ({type(base).__name__}): train it with "
-        "--joint.method full"
+        f"LoRA finds no linear layer besides the head in this base ({type(base).__name__}): train it with --joint.method full"
     )
 
 

@@ -40,7 +40,8 @@ class Embedding(_Part):
         """The rows of all ids, (V, H), computed at each access; zero for entries of the text tokenizer without a row."""
         text, video = self._model.base.get_input_embeddings().weight, self._model.adapter.input_rows()
         missing = self._model.vocabulary.text_size - len(text)
-        return torch.cat([F.pad(text, (0, 0, 0, missing)), video.to(text.dtype)])
+        scale = self._model.config.embedding_scale  # of Gemma; video rows have it already
+        return torch.cat([F.pad(text if scale == 1 else text * scale, (0, 0, 0, missing)), video.to(text.dtype)])
 
     @property
     def num_embeddings(self) -> int:

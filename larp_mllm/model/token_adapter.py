@@ -84,10 +84,19 @@ class FreeRows(nn.Module):
 class TokenAdapter(nn.Module):
     """Input and output rows of the video ids of a model: two controls (video_start, video_end) and K codes.
 
-    The codebook, float (K, d), is a buffer and saved with the model. `rank` is that of `CodebookRows`. Raises ValueError for an unknown kind.
+    The codebook, float (K, d), is a buffer and saved with the model. `rank` is that of `CodebookRows`; `scale` that of the base's
+    embedding, which input rows get as well. Raises ValueError for an unknown kind.
     """
 
-    def __init__(self, codebook_size: int, code_dim: int, hidden: int, kind: AdapterKind = "codebook", rank: int = 0):
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        hidden: int,
+        kind: AdapterKind = "codebook",
+        rank: int = 0,
+        scale: float = 1.0,
+    ):
         super().__init__()
         if kind not in get_args(AdapterKind):
             raise ValueError(f"adapter kind must be one of {', '.join(get_args(AdapterKind))}, got {kind!r}")
@@ -97,6 +106,7 @@ class TokenAdapter(nn.Module):
             self.code_output = CodebookRows(code_dim, codebook_size, hidden, offset=False, rank=rank)
         else:
             self.code_input, self.code_output = FreeRows(codebook_size, hidden), FreeRows(codebook_size, hidden)
+        self.scale = scale
         self.control_input = nn.Embedding(2, hidden)
         self.control_output = nn.Embedding(2, hidden)
 
@@ -124,8 +134,10 @@ class TokenAdapter(nn.Module):
             controls.weight.copy_(rows.mean(0) + rows.std(0) * torch.randn_like(controls.weight))
 
     def input_rows(self) -> Tensor:
-        """The embedding rows of video_start, video_end and the codes, (2 + K, hidden)."""
-        return torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
+        """What the base's decoder gets for video_start, video_end and the codes, (2 + K, hidden)."""
+        rows = torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
+        # Rounded as bases do that multiply by a tensor of their own dtype.
+        return rows if self.scale == 1.0 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
 
     def control_rows(self) -> Tensor:
         """The head rows of video_start and video_end, (2, hidden)."""

@@ -7,8 +7,11 @@ trimmed here, but `<think>` blocks of earlier answers stay.
 
 import re
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from larp_mllm.checks import check_encodable
@@ -25,6 +28,8 @@ DEFAULT_TEMPLATE = (
     "{% if add_generation_prompt %}Assistant: {% endif %}"
 )
 
+_DATE: ContextVar[datetime | None] = ContextVar("date of chat templates", default=None)
+_DATE_CODES = ("-d", "-m", *"aAbBdejmUuwyYHIMpS")
 _PART_KEYS = {"text": {"type", "text", "loss"}, "video": {"type", "video", "path", "start", "loss"}}
 # White space around the placeholders: if rendering removes it, the template trims contents.
 _EDGE = "\v"
@@ -111,6 +116,21 @@ def chat_parts(
         _message_parts(message, assistant_loss, allow_empty_answers, f"{where}: message {number}")
         for number, message in enumerate(messages, 1)
     ]
+
+
+def template_date() -> datetime:
+    """The date that chat templates print: that of `fixed_date`, else now."""
+    return _DATE.get() or datetime.now()
+
+
+@contextmanager
+def fixed_date(date: str) -> Iterator[None]:
+    """In the block, chat templates print this date, such as "2026-11-27", so that the ids of a chat stay the same."""
+    token = _DATE.set(datetime.fromisoformat(date))
+    try:
+        yield
+    finally:
+        _DATE.reset(token)
 
 
 def stop_ids(tokenizer) -> list[int]:
@@ -236,7 +256,7 @@ def _render(
     roles: list[str], tokenizer, where: str, add_generation_prompt: bool, enable_thinking: bool = False
 ) -> _Rendered:
     chat = [{"role": role, "content": f"{_EDGE}X{_SECRET}N{number}X{_EDGE}"} for number, role in enumerate(roles)]
-    template = None if tokenizer.chat_template else DEFAULT_TEMPLATE
+    template = _dated(tokenizer.get_chat_template()) if tokenizer.chat_template else DEFAULT_TEMPLATE
     try:
         # Thinking is off by default, since training targets are answers alone. Templates without it ignore the option.
         text = tokenizer.apply_chat_template(
@@ -265,6 +285,15 @@ def _render(
         for place, number in enumerate(order)
     }
     return _Rendered([piece.strip(_EDGE) for piece in pieces], order, trims)
+
+
+def _dated(template: str) -> str:
+    """`template` with the date of `fixed_date`, if there is one and it prints the date."""
+    if (date := _DATE.get()) is None or "strftime_now" not in template:
+        return template
+    # A macro in place of transformers' function of this name, since templates get no functions from a caller.
+    replaced = "".join(f"|replace('%{code}','{date.strftime(f'%{code}')}')" for code in _DATE_CODES)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"
 
 
 def _turn_end(ids: tuple[int, ...], controls: Collection[int], where: str) -> list[Segment]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import transformers
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 VOCAB_SIZE = 99
@@ -35,3 +36,44 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral-sliding": _make(MistralConfig, False, sliding_window=5),
     "smollm": _make(LlamaConfig, True, hidden_size=48, num_attention_heads=3, num_key_value_heads=1),
 }
+
+_HYBRID = dict(mamba_n_heads=8, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2)
+_QWEN35 = dict(
+    num_hidden_layers=4, head_dim=16, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)  # fmt: skip
+
+
+def _renamed(kind: type[PreTrainedConfig], **fields) -> Callable[[], PreTrainedConfig]:
+    """For configs with names of their own for the sizes."""
+    return lambda: kind(vocab_size=VOCAB_SIZE, bos_token_id=1, eos_token_id=2, pad_token_id=None, **fields)
+
+
+# Bases of other kinds: with recurrent layers or other positions, with a scaled embedding, with fused projections.
+OTHERS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "qwen3.5": _make(transformers.Qwen3_5TextConfig, True, **_QWEN35),
+    "qwen3-next": _make(
+        transformers.Qwen3NextConfig, False, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, **_QWEN35,
+    ),
+    "granite-hybrid": _make(
+        transformers.GraniteMoeHybridConfig, True, layer_types=["mamba", "attention"], num_local_experts=0,
+        num_experts_per_tok=0, shared_intermediate_size=64, embedding_multiplier=12.0, **_HYBRID,
+    ),
+    "lfm2": _make(transformers.Lfm2Config, True, layer_types=["conv", "full_attention"]),
+    "falcon-h1": _make(transformers.FalconH1Config, False, mamba_d_ssm=64, **_HYBRID),
+    "opt": _make(transformers.OPTConfig, True, ffn_dim=64, word_embed_proj_dim=32),
+    "falcon": _make(transformers.FalconConfig, True),
+    "mpt": _renamed(transformers.MptConfig, d_model=32, n_heads=4, n_layers=2, max_seq_len=POSITIONS),
+    "xglm": _renamed(transformers.XGLMConfig, d_model=32, ffn_dim=64, num_layers=2, attention_heads=4),
+    "gemma": _make(transformers.GemmaConfig, True, head_dim=8),
+    "gemma2": _make(
+        transformers.Gemma2Config, True, head_dim=8, query_pre_attn_scalar=8, final_logit_softcapping=None
+    ),
+    "gemma3": _make(transformers.Gemma3TextConfig, True, head_dim=8, query_pre_attn_scalar=8, sliding_window=5),
+    "phi3": _make(transformers.Phi3Config, False),
+    "glm4": _make(transformers.Glm4Config, False, head_dim=8),
+    "starcoder2": _make(transformers.Starcoder2Config, True),
+    "smollm3": _make(transformers.SmolLM3Config, True),
+    "olmo2": _make(transformers.Olmo2Config, False),
+}  # fmt: skip

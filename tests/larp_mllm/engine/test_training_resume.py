@@ -2,18 +2,23 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 from larp.engine.checkpoint import newest_state
 from larp.engine.log import read_metrics as metrics
 from larp_mllm.engine import results, staged_run
+from larp_mllm.processing import chat
+from tests.larp_mllm.chat_templates import CHATML
 from tests.larp_mllm.engine.runs import ROOT, SMALL, STAGES, lines, same, stop_after, weights
 from tests.larp_mllm.tiny import tiny_cache
 from training import train_mllm
 
 import pytest
+from transformers import AutoTokenizer
 
 
 @pytest.mark.slow
@@ -63,6 +68,34 @@ def test_a_killed_run_resumes_to_the_same_weights(base, train, tmp_path, monkeyp
             train(tmp_path / "cut", *options)
     train(tmp_path / "cut", *options, "--resume")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+@pytest.mark.slow
+def test_a_run_resumed_on_another_day_has_the_same_weights(base, train, tmp_path, monkeypatch):
+    folder = shutil.copytree(base, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "Today is {{ strftime_now('%d %b %Y') }}.\n" + CHATML
+    tokenizer.save_pretrained(folder)
+    options = ("--base", str(folder), *STAGES, "--tasks.chat", "5", "--tasks.own-answers", "0")
+
+    class Day(datetime):
+        today = 1
+
+        @classmethod
+        def now(cls, *_):
+            return cls(2026, 11, cls.today)
+
+    monkeypatch.setattr(chat, "datetime", Day)
+    train(tmp_path / "whole", *options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        train(tmp_path / "cut", *options)
+    Day.today = 2
+    train(tmp_path / "cut", *options, "--resume")
+    train(tmp_path / "other", *options)
+    whole = weights(tmp_path / "whole")
+    assert same(whole, weights(tmp_path / "cut")) and not same(whole, weights(tmp_path / "other"))
+    assert json.loads((tmp_path / "cut/config.json").read_text())["date"] == "2026-11-01"
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import LarpMllmProcessor
 from tests.larp_mllm import tokenizers
-from tests.larp_mllm.families import FAMILIES
+from tests.larp_mllm.families import FAMILIES, OTHERS
 from tests.larp_mllm.tiny import tiny_video_tokenizer
 
 import numpy as np
@@ -34,6 +34,7 @@ TEXTS = {
     "llama3": "llama3",
     "mistral": "mistral",
     "smollm": "smollm",
+    "qwen3.5": "qwen3",
 }
 QUICK = {"qwen2-tied", "qwen3-untied", "llama2", "llama3-tied", "mistral"}
 PROMPT = "a person surfing <|video_start|>"
@@ -44,7 +45,7 @@ def make(folder, family="qwen2-tied", text=None, rows=520) -> Mllm:
     """A random model of a family with a text tokenizer of its kind, and random adapter rows."""
     torch.manual_seed(0)
     tokenizer = tokenizers.BUILDERS[text or TEXTS[family.split("-")[0]]](folder / "text")
-    config = FAMILIES[family]()
+    config = (FAMILIES | OTHERS)[family]()
     config.vocab_size = rows
     clips = tiny_video_tokenizer()
     model = LarpMllmForCausalLM.from_base(
@@ -193,7 +194,7 @@ assert not any(name.startswith("larp") for name in sys.modules), "larp_mllm was 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["qwen2-tied", "llama3-tied"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "llama3-tied", pytest.param("qwen3.5", marks=pytest.mark.slow)])
 def test_partial_lora_is_exported_with_its_code(family, tmp_path):
     mllm = make(tmp_path, family)
     mllm.model.add_partial_lora(4)
@@ -219,6 +220,15 @@ def test_partial_lora_is_exported_with_its_code(family, tmp_path):
     )
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_code_of_an_export_names_the_config_of_the_base_and_its_layers(tmp_path):
+    mllm = make(tmp_path, "qwen3.5")
+    mllm.model.add_partial_lora(4)
+    folder = export(mllm, tmp_path / "out")
+    assert "class PartialLoraConfig(Qwen3_5TextConfig):" in (folder / "modeling_partial_lora.py").read_text()
+    layers = json.loads((folder / "config.json").read_text())["partial_lora_layers"]
+    assert {"in_proj_qkv", "out_proj", "q_proj", "down_proj"} < set(layers)
 
 
 def test_guidance_of_transformers_equals_ours(tmp_path):

@@ -1,6 +1,8 @@
 """Chats through the chat templates of the families of base models."""
 
-from larp_mllm.processing.chat import DEFAULT_TEMPLATE, chat_segments, stop_ids
+from datetime import datetime
+
+from larp_mllm.processing.chat import DEFAULT_TEMPLATE, chat_segments, fixed_date, stop_ids, template_date
 from larp_mllm.processing.text_to_ids import PlainText, control_ids
 from larp_mllm.processing.token_sequence import Segment
 from tests.larp_mllm.chat_templates import CHATML, FAMILIES, LLAMA2, build
@@ -214,3 +216,15 @@ def test_a_loss_in_a_chat_to_be_answered_is_refused(chatml, flagged):
 def test_stop_ids_are_the_end_of_text_if_the_template_fails(chatml):
     chatml.chat_template = "{{ raise_exception('no') }}"
     assert stop_ids(chatml) == [chatml.eos_token_id]
+
+
+def test_a_template_that_prints_the_date_prints_that_of_the_run(chatml):
+    dated = "{%- if strftime_now is defined %}{%- set day = strftime_now('%d %B %Y %-d') %}{%- endif %}\n<{{ day }}>\n"
+    plain = chatml.decode(ids(segments(TURNS, chatml)))
+    chatml.chat_template = dated + chatml.chat_template
+    with fixed_date("2024-02-03"):
+        assert template_date() == datetime(2024, 2, 3)
+        fixed = ids(segments(TURNS, chatml))
+    assert chatml.decode(fixed) == "<03 February 2024 3>\n" + plain
+    today = chatml.decode(ids(segments(TURNS, chatml)))
+    assert today == f"<{datetime.now():%d %B %Y %-d}>\n" + plain
