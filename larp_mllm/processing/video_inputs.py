@@ -9,7 +9,7 @@ from larp.data.video import (
     ShortVideoError,
     VideoError,
     check_fps,
-    count_frames,
+    frame_times,
     iter_frames,
     probe,
     read_video,
@@ -38,11 +38,12 @@ def read_frames(video: VideoInput, num_frames: int, stride: int) -> np.ndarray |
     if not isinstance(video, (str, Path)):
         return video
     span = (num_frames - 1) * stride + 1
-    count = count_frames(video)
+    times = frame_times(video)
     try:
-        return read_video(video, max(0, count - span) // 2, num_frames, stride)[0]
+        first = times.window(max(0, times.count - span) // 2, span)
+        return read_video(video, first, num_frames, stride)[0]
     except ShortVideoError as error:
-        if error.frames >= span:  # the header announced more frames
+        if error.frames >= span:  # damaged: fewer frames decode
             return read_video(video, (error.frames - span) // 2, num_frames, stride)[0]
         at = f" at stride {stride} (a span of {span})" if stride > 1 else ""
         raise ShortVideoError(
