@@ -50,8 +50,9 @@ class FrameTimes:
         return max(0, min(middle - span // 2, self.count - span))
 
     def first(self, count: int) -> FrameTimes:
-        """Return the times of the first `count` frames."""
-        return replace(self, count=count, seconds=None if self.seconds is None else self.seconds[:count])
+        """Return the times of the first `count` frames; even ones if times are not known for as many."""
+        known = self.seconds is not None and count <= self.count
+        return replace(self, count=count, seconds=self.seconds[:count] if known else None)
 
     def rate(self, start: int, span: int) -> float:
         """Return the frames per second of the `span` frames from `start` on."""
@@ -69,10 +70,11 @@ def read_times(path: str | Path, container, stream) -> FrameTimes:
 def promised_frames(path: str | Path, container, stream) -> int:
     """Return how many frames a just opened file should show, 0 if it does not tell or tells what is known to be wrong.
 
-    Frames that an edit list hides do not count. A wrong number of an AVI counts only if the file is also cut off.
+    Frames that an edit list hides do not count. A wrong number of an AVI counts only if the file is also cut off. An MP4 of
+    fragments, which recorders write since it may end anywhere, promises no more than its header.
     """
     kind = container.format.name
-    if kind.startswith("mov"):
+    if kind.startswith("mov") and not has_fragments(path):
         return sum(not entry.is_discard and entry.size > 0 for entry in stream.index_entries)
     if kind == "avi":
         return stream.frames if ends_early(path, kind) else 0
@@ -138,11 +140,11 @@ def _demuxed(container, stream) -> FrameTimes:
     gap = ticks[-1] / (len(ticks) - 1)
     if gap <= 0:
         return FrameTimes(len(ticks), _stated(stream))
-    even = _even(ticks, gap)
-    if even or last <= 0:
-        last = gap  # the last frame's own duration may be unknown, a pause, or what the header states for all
-    fps = _rate(len(ticks), ticks[-1] + last, stream, min(2, gap / 2))
-    return FrameTimes(len(ticks), fps, None if even else ticks * float(stream.time_base))
+    if _even(ticks, gap):  # whatever the last frame's own duration: a pause, or what the header states for all
+        return FrameTimes(len(ticks), _rate(len(ticks), gap * len(ticks), stream, min(2, gap / 2)))
+    length = Fraction(int(ticks[-1]) + (last if last > 0 else round(gap)))
+    average = len(ticks) / (length * stream.time_base)
+    return FrameTimes(len(ticks), float(average), ticks * float(stream.time_base))
 
 
 def _jumps(decoded: np.ndarray, limit: int) -> np.ndarray:

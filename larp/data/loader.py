@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
-from larp.data.datasets import VideoItem, VideoSet
+from larp.data.datasets import VideoSet
 from larp.data.frame_times import FrameTimes
 from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_video
 
@@ -296,7 +296,7 @@ class _Source:
             raise ValueError(f"{videos.spec}: the set holds no video")
         self.videos, self.shape = videos, shape
         self._memory: dict[int, np.ndarray] | None = None
-        self._uneven: dict[int, FrameTimes] = {}  # of the videos in memory whose frames come at uneven times
+        self._times: dict[int, FrameTimes] = {}  # of the videos that have been counted
         self._reasons: dict[int, str] = {}
 
     @property
@@ -310,24 +310,26 @@ class _Source:
         try:
             if self._memory is not None:
                 video = self._memory[index]
-                times = self._uneven.get(index) or FrameTimes(len(video), 1.0)
-                begin = _begin(times, self.shape, u) if first is None else first
+                begin = _begin(self._times[index], self.shape, u) if first is None else first
                 return video[begin : begin + self.shape.span : self.shape.stride]
-            return self._read(self.videos.items[index], u, first)
+            return self._read(index, u, first)
         except ValueError as error:
             self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
             return None
 
-    def _read(self, item: VideoItem, u: float | None, first: int | None) -> np.ndarray:
-        shape = self.shape
-        begin = _begin(frame_times(item.path), shape, u) if first is None else first
+    def _read(self, index: int, u: float | None, first: int | None) -> np.ndarray:
+        shape, path = self.shape, self.videos.items[index].path
+        if first is None and index not in self._times:
+            self._times[index] = frame_times(path)
+        begin = _begin(self._times[index], shape, u) if first is None else first
         try:
-            frames, _ = read_video(item.path, begin, shape.frames, shape.stride)
+            frames, _ = read_video(path, begin, shape.frames, shape.stride)
         except ShortVideoError as error:
             if first is not None:
                 raise
             # Damaged: select again among the frames that decode.
-            frames, _ = read_video(item.path, choose_start(error.frames, shape, u), shape.frames, shape.stride)
+            begin = _begin(self._times[index].first(error.frames), shape, u)
+            frames, _ = read_video(path, begin, shape.frames, shape.stride)
         return resize_frames(frames, shape.height, shape.width)
 
     def load_all(self, memory_gb: float, quiet: bool) -> None:
@@ -368,10 +370,9 @@ class _Source:
                     chunk = []
             if chunk:
                 parts.append(resize_frames(np.stack(chunk), shape.height, shape.width))
-            count, times = sum(map(len, parts)), frame_times(item.path)
+            count = sum(map(len, parts))
             choose_start(count, shape)
-            if times.seconds is not None and times.count == count:
-                self._uneven[index] = times
+            self._times[index] = frame_times(item.path).first(count)
             return np.concatenate(parts)
         except ValueError as error:
             self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
