@@ -14,7 +14,7 @@ from larp.data.frame_times import FrameTimes
 from larp.data.in_memory_clips import NUM_RANDOM, ResidentClips
 from larp.data.loader import ClipLoader, in_order
 from larp.data.token_cache import INDEX, TokenCache, token_key
-from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_video
+from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
 
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ def _cut(item: VideoItem, shape: ClipShape, windows: int, hop: int | None, times
     if hop is None:
         starts = _by_time(starts, shape.span, times)
     if len(starts) == 1:
-        pictures = [read_video(item.path, starts[0], shape.frames, shape.stride)[0]]
+        pictures = [read_clip(item.path, starts[0], shape.frames, shape.stride)]
     else:
         pictures = _stream(item.path, shape, starts)
     return [

@@ -64,7 +64,9 @@ class FrameTimes:
 
 def read_times(path: str | Path, container, stream) -> FrameTimes:
     """Return the frame times of an opened file, whose packets may be used up by it. FFmpeg's errors pass."""
-    return indexed_times(path, container, stream) or _demuxed(container, stream)
+    kind = container.format.name
+    indexed = kind.startswith("mov") and not has_fragments(path)
+    return (_indexed(stream) if indexed else None) or _demuxed(container, stream)
 
 
 def promised_frames(path: str | Path, container, stream) -> int:
@@ -99,13 +101,11 @@ def whole_packets(container, stream) -> Iterator:
         yield packet
 
 
-def indexed_times(path: str | Path, container, stream) -> FrameTimes | None:
-    """Return the frame times by the index of an MP4 file, which lists every frame; None where the packets must tell.
+def _indexed(stream) -> FrameTimes | None:
+    """Return the times by the index of an MP4 file, which lists every frame; None where the packets must tell.
 
-    The index holds decoding times, which are even if and only if the times of showing are. No packet is used up.
+    The index holds decoding times, which are even if and only if the times of showing are.
     """
-    if not container.format.name.startswith("mov") or has_fragments(path):
-        return None
     shown = [entry for entry in stream.index_entries if not entry.is_discard and entry.size > 0]
     ticks = np.array([entry.timestamp for entry in shown], np.int64)
     if len(ticks) < 2:

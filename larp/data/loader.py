@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
 from larp.data.datasets import VideoSet
 from larp.data.frame_times import FrameTimes
-from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_video
+from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
 
 import numpy as np
 import torch
@@ -323,13 +323,13 @@ class _Source:
             self._times[index] = frame_times(path)
         begin = _begin(self._times[index], shape, u) if first is None else first
         try:
-            frames, _ = read_video(path, begin, shape.frames, shape.stride)
+            frames = read_clip(path, begin, shape.frames, shape.stride)
         except ShortVideoError as error:
             if first is not None:
                 raise
             # Damaged: select again among the frames that decode.
             begin = _begin(self._times[index].first(error.frames), shape, u)
-            frames, _ = read_video(path, begin, shape.frames, shape.stride)
+            frames = read_clip(path, begin, shape.frames, shape.stride)
         return resize_frames(frames, shape.height, shape.width)
 
     def load_all(self, memory_gb: float, quiet: bool) -> None:

@@ -17,7 +17,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.frame_times import FrameTimes, indexed_times, promised_frames, read_times, whole_packets
+from larp.data.frame_times import FrameTimes, promised_frames, read_times, whole_packets
 from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
@@ -115,28 +115,34 @@ def count_frames(path: str | Path) -> int:
 def read_video(
     path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, float]:
-    """Read the frames start, start + stride, ... of a file; return uint8 (T, H, W, 3) RGB and the file's fps.
+    """Read frames of a file as `read_clip` does; return uint8 (T, H, W, 3) RGB and the file's fps. Raises its errors."""
+    return read_clip(path, start, count, stride, max_pixels), frame_times(path).fps
+
+
+def read_clip(
+    path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read the frames start, start + stride, ... of a file; return uint8 (T, H, W, 3) RGB.
 
     `count` is the number of frames to return (None: to the end). Frames are as they are shown: turned or mirrored where
     the file says so, with square pixels, without those that an edit list hides. Decoding starts at the first frame,
     because seeking is inexact with variable frame rates and broken indices.
 
     Raises VideoError; ShortVideoError if there are fewer than `count` frames, or a read to the end yields far fewer than
-    the header states.
+    the file promises.
     """
     _check_choice(path, start, count, stride)
     if is_frame_file(path):
-        return _read_frame_file(path, start, count, stride, max_pixels), FRAMES_PER_SECOND
+        return _read_frame_file(path, start, count, stride, max_pixels)
     frames: list[np.ndarray] = []
     with opened(path, max_pixels) as (container, stream):
-        times = indexed_times(path, container, stream)
         decoded = _Decoded(promised_frames(path, container, stream) if count is None else 0)
         upright = _upright(path, container, stream, max_pixels)
         for frame in _pictures(path, container, stream, upright, decoded, start, count, stride):
             frames.append(frame)
             _check_memory(path, frame.nbytes * len(frames))
     _check_frame_count(path, start, count, stride, len(frames), decoded)
-    return np.stack(frames), (times or frame_times(path)).fps
+    return np.stack(frames)
 
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:

@@ -12,7 +12,7 @@ from larp.data.video import (
     frame_times,
     iter_frames,
     probe,
-    read_video,
+    read_clip,
 )
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.video import Video
@@ -41,10 +41,10 @@ def read_frames(video: VideoInput, num_frames: int, stride: int) -> np.ndarray |
     times = frame_times(video)
     try:
         first = times.window(max(0, times.count - span) // 2, span)
-        return read_video(video, first, num_frames, stride)[0]
+        return read_clip(video, first, num_frames, stride)
     except ShortVideoError as error:
         if error.frames >= span:  # damaged: fewer frames decode
-            return read_video(video, (error.frames - span) // 2, num_frames, stride)[0]
+            return read_clip(video, (error.frames - span) // 2, num_frames, stride)
         at = f" at stride {stride} (a span of {span})" if stride > 1 else ""
         raise ShortVideoError(
             f"{video}: has {error.frames} frames, the model reads {num_frames}{at}: give a longer video",
