@@ -143,6 +143,8 @@ def _container_format(path: str | Path, head: bytes) -> str:
         return "mov"
     if head[:4] == b"RIFF" and head[8:11] == b"AVI":
         return "avi"
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and b"acTL" in head:
+        return "apng"
     for magic, name in (
         (b"\x1a\x45\xdf\xa3", "matroska"), (b"GIF8", "gif"), (b"FLV\x01", "flv"), (b"OggS", "ogg"), (b"DKIF", "ivf"),
         (b"\x30\x26\xb2\x75", "asf"), (b"\x00\x00\x01\xba", "mpeg"), (b"\x00\x00\x01\xb3", "mpegvideo"),
