@@ -103,6 +103,8 @@ def main(argv: list[str] | None = None) -> dict:
                 "--recipe tokenizer-ucf64 --data ucf101:/path/to/UCF101 (recipes: training/recipes)"
             )
         train = open_videos(config.data, "train")
+        for note in train.notes if ranks.is_main else ():
+            print(note)
         test = open_validation(config.eval_data or config.data, config.keep_best)
         config = config.in_steps(len(train))
         report = fit(build(config, ranks, len(train)), train, test)

@@ -20,7 +20,7 @@ from larp.data.clips import resize_frames
 from larp.data.listing import DataError
 from larp.data.loader import in_order
 from larp.data.open_video import has_pyav
-from larp.data.video import VideoError, read_video
+from larp.data.video import VideoError, read_clip
 
 import numpy as np
 from tqdm import tqdm
@@ -169,7 +169,7 @@ def _unpack(
         raise DataError(f"{pack}: {name} has another hash than its line of {MANIFEST}: copy the pack again")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(video)
-    frames = read_video(file)[0] if decoder == "pyav" else _read_with_opencv(file, row["frames"])
+    frames = read_clip(file) if decoder == "pyav" else _read_with_opencv(file, row["frames"])
     file.unlink()
     if frames.shape != (row["frames"], row["size"], row["size"], 3):
         raise DataError(f"{pack}: {name} decodes to {frames.shape} where {row['frames']} frames were packed")

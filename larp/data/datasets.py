@@ -17,6 +17,7 @@ import difflib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from larp.data.listing import (
     humanize,
     no_split,
     ordered_classes,
+    passed_over,
     spoken,
     text_lines,
     videos_below,
@@ -160,7 +162,9 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
     if split == "validation":
         raise no_split(spec, split, "train, test")
     home = next((base / name for name in ("UCF-101", "UCF101") if (base / name).is_dir()), base)
-    found = {f.name: videos_below(f) for f in sorted(home.iterdir()) if f.is_dir() and f.name != "ucfTrainTestlist"}
+    others: Counter[str] = Counter()
+    folders = (f for f in sorted(home.iterdir()) if f.is_dir() and f.name != "ucfTrainTestlist")
+    found = {f.name: videos_below(f, others) for f in folders}
     classes = tuple(name for name, files in found.items() if files)
     if not classes:
         raise DataError(f"{spec}: no class folder with videos in {home}; expected Class/v_Class_gXX_cYY.avi there")
@@ -173,7 +177,7 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
         VideoItem(p, f"{name}/{p.stem}", classes.index(name), humanize(name), _ucf101_group(p.stem))
         for p, name in files
     ]
-    return VideoSet(tuple(items), classes, spec, notes, missing, (published, 101))
+    return VideoSet(tuple(items), classes, spec, (*notes, *passed_over(spec, others)), missing, (published, 101))
 
 
 def _ucf101_group(stem: str) -> str | None:
@@ -231,13 +235,13 @@ def _stems(path: Path, spec: str) -> set[str]:
 
 
 def _read_folder(root: str, split: Split, spec: str) -> VideoSet:
-    base = as_folder(root, spec)
-    files = videos_below(base)
+    base, others = as_folder(root, spec), Counter()
+    files = videos_below(base, others)
     if not files:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
         raise DataError(f"{spec}: no video below {base}; looked for files ending in {suffixes}")
     items = [VideoItem(path, path.relative_to(base).as_posix()) for path in files]
-    return VideoSet(hash_split(items, split, spec), (), spec)
+    return VideoSet(hash_split(items, split, spec), (), spec, passed_over(spec, others))
 
 
 def _read_csv(path: str, split: Split, spec: str) -> VideoSet:

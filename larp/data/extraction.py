@@ -4,17 +4,17 @@ Shapes: N codes of a clip, T frames.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
+from larp.data.frame_times import FrameTimes
 from larp.data.in_memory_clips import NUM_RANDOM, ResidentClips
 from larp.data.loader import ClipLoader, in_order
 from larp.data.token_cache import INDEX, TokenCache, token_key
-from larp.data.video import ShortVideoError, VideoError, VideoInfo, iter_frames, probe, read_video
+from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Window(NamedTuple):
     clip: Tensor
     """float32 (3, T, H, W) in [0, 1]."""
     fps: float
-    """Frames per second of the clip."""
+    """Frames per second of the clip, by the times of its frames."""
     flipped: bool = False
     """Whether it is mirrored."""
 
@@ -188,28 +188,40 @@ def _check_condition_frames(condition_frames: int, least: int, frames: int) -> N
 
 def read_windows(item: VideoItem, shape: ClipShape, windows: int, hop: int | None = None) -> list[Window]:
     """Read the windows that `window_starts` selects from a video. Raises VideoError."""
-    info = probe(item.path)
+    times = frame_times(item.path)
     try:
-        return _cut(item, shape, window_starts(info.frames, shape, windows, hop), info)
+        return _cut(item, shape, windows, hop, times)
     except ShortVideoError as error:
-        # Some headers overstate the number of frames: select again by the number that decodes.
-        if error.frames >= info.frames:
+        # Damaged: select again by the number of frames that decodes.
+        if error.frames >= times.count:
             raise
-        decoded = replace(info, frames=error.frames)
-        return _cut(item, shape, window_starts(decoded.frames, shape, windows, hop), decoded)
+        return _cut(item, shape, windows, hop, times.first(error.frames))
 
 
-def _cut(item: VideoItem, shape: ClipShape, starts: list[int], info: VideoInfo) -> list[Window]:
+def _cut(item: VideoItem, shape: ClipShape, windows: int, hop: int | None, times: FrameTimes) -> list[Window]:
+    starts = window_starts(times.count, shape, windows, hop)
     if not starts:
-        raise ShortVideoError(f"{item.path}: has {info.frames} frames, the clip needs {shape.span}", info.frames)
+        raise ShortVideoError(f"{item.path}: has {times.count} frames, the clip needs {shape.span}", times.count)
+    if hop is None:
+        starts = _by_time(starts, shape.span, times)
     if len(starts) == 1:
-        pictures = [read_video(item.path, starts[0], shape.frames, shape.stride)[0]]
+        pictures = [read_clip(item.path, starts[0], shape.frames, shape.stride)]
     else:
         pictures = _stream(item.path, shape, starts)
     return [
-        Window(start, frames_to_clip(part, shape.height, shape.width), info.fps / shape.stride)
+        Window(start, frames_to_clip(part, shape.height, shape.width), times.rate(start, shape.span) / shape.stride)
         for start, part in zip(starts, pictures, strict=True)
     ]
+
+
+def _by_time(starts: list[int], span: int, times: FrameTimes) -> list[int]:
+    """Move windows to where they lie by time, where the frames come at uneven times; they still do not overlap."""
+    moved, end = [], 0
+    for index, start in enumerate(starts):
+        last = times.count - (len(starts) - index) * span  # leaves room for the windows that follow
+        moved.append(min(max(times.window(start, span), end), last))
+        end = moved[-1] + span
+    return moved
 
 
 def _stream(path: Path, shape: ClipShape, starts: list[int]) -> Iterator[np.ndarray]:
@@ -255,9 +267,9 @@ class AugmentedWindows:
         uniform = np.random.default_rng((_AUGMENT, number)).random((self.count, NUM_RANDOM))
         chosen = np.full(self.count, self.places[number])
         starts, strides, mirrored = self.clips.places(chosen, uniform)
-        fps = probe(item.path).fps
+        times, between = frame_times(item.path), self.clips.out.frames - 1
         return [
-            Window(int(start), clip, fps / int(stride), bool(flipped))
+            Window(int(start), clip, times.rate(int(start), between * int(stride) + 1) / int(stride), bool(flipped))
             for start, clip, stride, flipped in zip(
                 starts, self.clips.cut(chosen, uniform), strides, mirrored, strict=True
             )

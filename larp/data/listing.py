@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,15 +117,30 @@ def as_file(path: str, spec: str) -> Path:
     return file
 
 
-def videos_below(folder: Path) -> list[Path]:
-    """Return the files below a folder with a video suffix, sorted within each folder, without hidden ones."""
+def videos_below(folder: Path, others: Counter[str] | None = None) -> list[Path]:
+    """Return the files below a folder with a video suffix, sorted within each folder, without hidden ones.
+
+    `others` counts the suffixes of the other files, in lower case.
+    """
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(root) / f for f in sorted(files) if os.path.splitext(f)[1].lower() in VIDEO_SUFFIXES and f[0] != "."
-        ]
+        for name in sorted(name for name in files if not name.startswith(".")):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in VIDEO_SUFFIXES:
+                found.append(Path(root) / name)
+            elif others is not None:
+                others[suffix] += 1
     return found
+
+
+def passed_over(spec: str, others: Counter[str]) -> tuple[str, ...]:
+    """Return a note of the files that a folder holds beside its videos, by `videos_below`; none if there are none."""
+    if not others:
+        return ()
+    named = [f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(10)]
+    more = f" and {len(others) - 10} other suffixes" if len(others) > 10 else ""
+    return (f"{spec}: files passed over, their suffixes are not those of videos: {', '.join(named)}{more}",)
 
 
 def text_lines(path: str | Path, spec: str) -> list[str]:

@@ -16,8 +16,9 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
-from larp.data.datasets import VideoItem, VideoSet
-from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, read_video
+from larp.data.datasets import VideoSet
+from larp.data.frame_times import FrameTimes
+from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
 
 import numpy as np
 import torch
@@ -295,6 +296,7 @@ class _Source:
             raise ValueError(f"{videos.spec}: the set holds no video")
         self.videos, self.shape = videos, shape
         self._memory: dict[int, np.ndarray] | None = None
+        self._times: dict[int, FrameTimes] = {}  # of the videos that have been counted
         self._reasons: dict[int, str] = {}
 
     @property
@@ -308,23 +310,26 @@ class _Source:
         try:
             if self._memory is not None:
                 video = self._memory[index]
-                begin = choose_start(len(video), self.shape, u) if first is None else first
+                begin = _begin(self._times[index], self.shape, u) if first is None else first
                 return video[begin : begin + self.shape.span : self.shape.stride]
-            return self._read(self.videos.items[index], u, first)
+            return self._read(index, u, first)
         except ValueError as error:
             self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
             return None
 
-    def _read(self, item: VideoItem, u: float | None, first: int | None) -> np.ndarray:
-        shape = self.shape
-        begin = choose_start(count_frames(item.path), shape, u) if first is None else first
+    def _read(self, index: int, u: float | None, first: int | None) -> np.ndarray:
+        shape, path = self.shape, self.videos.items[index].path
+        if first is None and index not in self._times:
+            self._times[index] = frame_times(path)
+        begin = _begin(self._times[index], shape, u) if first is None else first
         try:
-            frames, _ = read_video(item.path, begin, shape.frames, shape.stride)
+            frames = read_clip(path, begin, shape.frames, shape.stride)
         except ShortVideoError as error:
             if first is not None:
                 raise
-            # The header overstates the number of frames: select again among those that decode.
-            frames, _ = read_video(item.path, choose_start(error.frames, shape, u), shape.frames, shape.stride)
+            # Damaged: select again among the frames that decode.
+            begin = _begin(self._times[index].first(error.frames), shape, u)
+            frames = read_clip(path, begin, shape.frames, shape.stride)
         return resize_frames(frames, shape.height, shape.width)
 
     def load_all(self, memory_gb: float, quiet: bool) -> None:
@@ -365,11 +370,18 @@ class _Source:
                     chunk = []
             if chunk:
                 parts.append(resize_frames(np.stack(chunk), shape.height, shape.width))
-            choose_start(sum(map(len, parts)), shape)
+            count = sum(map(len, parts))
+            choose_start(count, shape)
+            self._times[index] = frame_times(item.path).first(count)
             return np.concatenate(parts)
         except ValueError as error:
             self._reasons[index] = str(error).removeprefix(f"{self.videos.items[index].path}: ")
             return None
+
+
+def _begin(times: FrameTimes, shape: ClipShape, u: float | None) -> int:
+    """Return the first frame of a clip as `choose_start` does, by time where the frames come at uneven times."""
+    return times.window(choose_start(times.count, shape, u), shape.span)
 
 
 def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:

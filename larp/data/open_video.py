@@ -19,6 +19,7 @@ import numpy as np
 
 try:
     import av
+    from av.stream import Disposition
 except ImportError:  # optional: training on unpacked .npy frames does not need it
     av = None
 
@@ -27,7 +28,7 @@ MAX_BYTES = 8 * 2**30
 MAX_PIXELS = 4096 * 4096
 """Limit of the pixels of a frame."""
 FRAMES_PER_SECOND = 25.0
-"""Frame rate assumed for .npy files, which store none."""
+"""Frame rate assumed for .npy files and for videos that state none."""
 
 # The exceptions that PyAV raised in 9,600 decodes of mutated files.
 DECODE_ERRORS = (
@@ -40,6 +41,8 @@ DECODE_ERRORS = (
     ValueError,
     RuntimeError,
 )
+_HEAD = 1024
+"""Bytes that tell the container: four packets of a transport stream."""
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")
 
 # FFmpeg's own messages would break the progress bars; VideoError reports what matters.
@@ -68,7 +71,7 @@ def check_pyav(path: str | Path) -> None:
 
 @contextmanager
 def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
-    """Open a video file; yields PyAV's container and its first video stream.
+    """Open a video file; yields PyAV's container and its video stream.
 
     Exceptions of FFmpeg inside the block become VideoError, as do frames of more than `max_pixels` pixels.
     """
@@ -76,13 +79,11 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
         check_regular(path)
         with open(path, "rb") as file:
             check_pyav(path)
-            name = _container_format(path, file.read(256))
+            name = _container_format(path, file.read(_HEAD))
             file.seek(0)
             # A file object, because FFmpeg interprets names that begin with a dash or contain a colon.
             with av.open(file, format=name, metadata_errors="replace") as container:
-                if not container.streams.video:
-                    raise VideoError(f"{path}: holds no video stream")
-                stream = container.streams.video[0]
+                stream = _video_stream(path, container)
                 codec = stream.codec_context
                 if codec is None:
                     raise VideoError(f"{path}: its video codec is not known to this FFmpeg")
@@ -101,6 +102,15 @@ def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
     except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{path}: cannot be decoded: {reason}") from error
+
+
+def _video_stream(path: str | Path, container):
+    """Return the stream that FFmpeg ranks best, but no picture that is attached, such as the cover of an album."""
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    if not videos:
+        raise VideoError(f"{path}: holds no video stream" + (", only a picture beside the sound" if best else ""))
+    return best if best in videos else videos[0]
 
 
 def check_regular(path: str | Path) -> None:
@@ -133,8 +143,8 @@ def _container_format(path: str | Path, head: bytes) -> str:
         return "mov"
     if head[:4] == b"RIFF" and head[8:11] == b"AVI":
         return "avi"
-    if head[0] == 0x47 and head[188:189] == b"\x47":
-        return "mpegts"
+    if head.startswith(b"\x89PNG\r\n\x1a\n") and b"acTL" in head:
+        return "apng"
     for magic, name in (
         (b"\x1a\x45\xdf\xa3", "matroska"), (b"GIF8", "gif"), (b"FLV\x01", "flv"), (b"OggS", "ogg"), (b"DKIF", "ivf"),
         (b"\x30\x26\xb2\x75", "asf"), (b"\x00\x00\x01\xba", "mpeg"), (b"\x00\x00\x01\xb3", "mpegvideo"),
@@ -142,11 +152,25 @@ def _container_format(path: str | Path, head: bytes) -> str:
     ):  # fmt: skip
         if head.startswith(magic):
             return name
+    if _is_transport_stream(head):
+        return "mpegts"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(_PLAYLISTS):
         raise VideoError(f"{path}: is a playlist, which may open other files; give the video files themselves")
     raise VideoError(
         f"{path}: does not begin like a video file (mp4, mov, avi, mkv, webm, gif, flv, ogg, ivf, wmv, mpeg) "
         "or a picture (png, jpeg)"
+    )
+
+
+def _is_transport_stream(head: bytes) -> bool:
+    """Whether bytes are packets of an MPEG transport stream: of 188 bytes, or 192 (camcorders, Blu-ray) or 204 (receivers).
+
+    A recording may begin inside a packet.
+    """
+    return any(
+        all(head[first + k * size : first + k * size + 1] == b"\x47" for k in range(3))
+        for size in (188, 192, 204)
+        for first in range(size)
     )
 
 

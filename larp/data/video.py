@@ -10,26 +10,27 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.data.frame_times import FrameTimes, promised_frames, read_times, whole_packets
 from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
     MAX_BYTES,
     MAX_PIXELS,
     VideoError,
-    av,
     check_pyav,
     has_pyav,
     is_frame_file,
     open_frames,
     opened,
 )
+from larp.data.upright import Upright
 from larp.data.video_encoders import Encoding, Gif, Movie, check_encoder
 from larp.files import check_output
 
@@ -41,8 +42,11 @@ if TYPE_CHECKING:
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 """Frame rates that can be written: a GIF stores delays as 16 bits of hundredths of a second."""
 VIDEO_SUFFIXES = frozenset(
-    (".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp")
-)
+    (
+        ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".gif", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".3gp",
+        ".mts", ".m2ts", ".vob",
+    )
+)  # fmt: skip
 
 
 class ShortVideoError(VideoError):
@@ -55,9 +59,9 @@ class ShortVideoError(VideoError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """The result of `probe`: display size in pixels, frames, frames per second, codec, duration in seconds.
+    """The result of `probe`: size in which frames are shown, in pixels, shown frames, frames per second, codec, seconds.
 
-    `even` is False for a variable frame rate; `fps` is then the average.
+    `times` holds the times of the frames; `fps` is the average where they are uneven.
     """
 
     width: int
@@ -66,60 +70,79 @@ class VideoInfo:
     fps: float
     codec: str
     duration_s: float
-    even: bool = True
+    times: FrameTimes = field(repr=False, compare=False)
+
+    @property
+    def even(self) -> bool:
+        """Whether the frames come at even times."""
+        return self.times.seconds is None
 
 
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
-    """Describe a video file by its header and first frame; packets are counted if the header has no frame count.
+    """Describe a video file by its packets and first frame, see `frame_times`. Raises VideoError.
 
-    Decoding may yield fewer frames than `frames`. Raises VideoError.
+    Decoding may yield fewer frames than `frames`, if the file is damaged.
     """
     if is_frame_file(path):
-        frames, height, width = open_frames(path, max_pixels).shape[:3]
-        return VideoInfo(width, height, frames, FRAMES_PER_SECOND, "npy", frames / FRAMES_PER_SECOND)
+        height, width = open_frames(path, max_pixels).shape[1:3]
+        return _info(width, height, "npy", frame_times(path))
     with opened(path, max_pixels) as (container, stream):
-        frames = stream.frames or _count_packets(container, stream)
-        if stream.frames == 0:
-            container.seek(0)
+        times, upright = read_times(path, container, stream), _upright(path, container, stream, max_pixels)
+        container.seek(0)
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{path}: holds no video frame")
-        height, width = (first.width, first.height) if first.rotation % 180 else (first.height, first.width)
-        fps = _fps(stream)
-        even = stream.base_rate is None or abs(float(stream.base_rate) / fps - 1) < 0.01
-        return VideoInfo(width, height, frames, fps, stream.codec_context.name, frames / fps, even)
+        height, width = upright.size(first)
+        return _info(width, height, stream.codec_context.name, times)
+
+
+def frame_times(path: str | Path) -> FrameTimes:
+    """Return the number of frames of a video file that are shown, and when, without decoding. Raises VideoError.
+
+    Frames that an edit list hides do not count.
+    """
+    if is_frame_file(path):
+        return FrameTimes(len(open_frames(path)), FRAMES_PER_SECOND)
+    with opened(path) as (container, stream):
+        return read_times(path, container, stream)
 
 
 def count_frames(path: str | Path) -> int:
-    """Return the number of frames by a video file's header or packets, without decoding. Raises VideoError."""
-    if is_frame_file(path):
-        return len(open_frames(path))
-    with opened(path) as (container, stream):
-        return stream.frames or _count_packets(container, stream)
+    """Return the number of frames of a video file that are shown, see `frame_times`. Raises VideoError."""
+    return frame_times(path).count
 
 
 def read_video(
     path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
 ) -> tuple[np.ndarray, float]:
-    """Read the frames start, start + stride, ... of a file; return uint8 (T, H, W, 3) RGB and the file's fps.
+    """Read frames of a file as `read_clip` does; return uint8 (T, H, W, 3) RGB and the file's fps. Raises its errors."""
+    return read_clip(path, start, count, stride, max_pixels), frame_times(path).fps
 
-    `count` is the number of frames to return (None: to the end). Rotation metadata is applied. Decoding starts at the
-    first frame, because seeking is inexact with variable frame rates and broken indices.
+
+def read_clip(
+    path: str | Path, start: int = 0, count: int | None = None, stride: int = 1, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Read the frames start, start + stride, ... of a file; return uint8 (T, H, W, 3) RGB.
+
+    `count` is the number of frames to return (None: to the end). Frames are as they are shown: turned or mirrored where
+    the file says so, with square pixels, without those that an edit list hides. Decoding starts at the first frame,
+    because seeking is inexact with variable frame rates and broken indices.
 
     Raises VideoError; ShortVideoError if there are fewer than `count` frames, or a read to the end yields far fewer than
-    the header states.
+    the file promises.
     """
     _check_choice(path, start, count, stride)
     if is_frame_file(path):
-        return _read_frame_file(path, start, count, stride, max_pixels), FRAMES_PER_SECOND
+        return _read_frame_file(path, start, count, stride, max_pixels)
     frames: list[np.ndarray] = []
     with opened(path, max_pixels) as (container, stream):
-        fps, decoded = _fps(stream), _Decoded(stream.frames)
-        for frame in _pictures(path, container, stream, decoded, start, count, stride):
+        decoded = _Decoded(promised_frames(path, container, stream) if count is None else 0)
+        upright = _upright(path, container, stream, max_pixels)
+        for frame in _pictures(path, container, stream, upright, decoded, start, count, stride):
             frames.append(frame)
             _check_memory(path, frame.nbytes * len(frames))
     _check_frame_count(path, start, count, stride, len(frames), decoded)
-    return np.stack(frames), fps
+    return np.stack(frames)
 
 
 def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.ndarray]:
@@ -128,8 +151,9 @@ def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.n
         yield from map(np.array, open_frames(path, max_pixels))
         return
     with opened(path, max_pixels) as (container, stream):
-        decoded = _Decoded(stream.frames)
-        yield from _pictures(path, container, stream, decoded, 0, None, 1)
+        decoded = _Decoded(promised_frames(path, container, stream))
+        upright = _upright(path, container, stream, max_pixels)
+        yield from _pictures(path, container, stream, upright, decoded, 0, None, 1)
     _check_frame_count(path, 0, None, 1, decoded.frames, decoded)
 
 
@@ -274,19 +298,19 @@ def movies_are_written() -> bool:
 
 @dataclass
 class _Decoded:
-    """Number of frames by the header (0: unknown), and number of frames decoded so far, returned or not."""
+    """Number of frames that the file promises (0: unknown), and number of frames decoded so far, returned or not."""
 
     expected: int
     frames: int = 0
 
 
 def _pictures(
-    path, container, stream, decoded: _Decoded, start: int, count: int | None, stride: int
+    path, container, stream, upright: Upright, decoded: _Decoded, start: int, count: int | None, stride: int
 ) -> Iterator[np.ndarray]:
-    """Yield the chosen frames of an opened stream as uint8 (H, W, 3), with rotation metadata applied."""
+    """Yield the chosen frames of an opened stream as uint8 (H, W, 3), as they are shown."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    convert = av.video.reformatter.VideoReformatter()  # shared: its set-up costs more than converting a small frame
-    for index, frame in enumerate(container.decode(stream)):
+    frames = (frame for packet in whole_packets(container, stream) for frame in packet.decode())
+    for index, frame in enumerate(frames):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
             if frame.is_corrupt:
@@ -294,11 +318,22 @@ def _pictures(
             size = size or (frame.width, frame.height)
             if (frame.width, frame.height) != size:
                 raise VideoError(f"{path}: the frame size changes at frame {index}; re-encode the file")
-            # Both FFmpeg's rotation and rot90 are counter-clockwise.
-            pixels = convert.reformat(frame, format="rgb24").to_ndarray()
-            yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+            yield upright.pixels(frame)
         if index == last:
             return
+
+
+def _upright(path, container, stream, max_pixels: int) -> Upright:
+    """Return the converter of an opened stream. Raises VideoError if frames are shown with over `max_pixels` pixels."""
+    upright, codec = Upright(path, container, stream), stream.codec_context
+    width = round(codec.width * upright.shape)
+    if width * codec.height > max_pixels:
+        raise VideoError(f"{path}: {width}x{codec.height} pixels per shown frame are over max_pixels={max_pixels}")
+    return upright
+
+
+def _info(width: int, height: int, codec: str, times: FrameTimes) -> VideoInfo:
+    return VideoInfo(width, height, times.count, times.fps, codec, times.count / times.fps, times)
 
 
 def _read_frame_file(path, start: int, count: int | None, stride: int, max_pixels: int) -> np.ndarray:
@@ -331,14 +366,6 @@ def _check_frame_count(path, start: int, count: int | None, stride: int, got: in
         raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
     if not got:
         raise ShortVideoError(f"{path}: holds {held} frames, none at or after frame {start}", held)
-
-
-def _count_packets(container, stream) -> int:
-    return sum(1 for packet in container.demux(stream) if packet.size)
-
-
-def _fps(stream) -> float:
-    return float(stream.average_rate or stream.base_rate or 25)
 
 
 def _rational(fps: float) -> Fraction:

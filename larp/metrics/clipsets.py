@@ -12,7 +12,7 @@ from typing import Any
 
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
-from larp.data.video import VideoError, count_frames, read_video
+from larp.data.video import VideoError, count_frames, read_clip
 from larp.metrics.frechet import Moments, bootstrap_deviation, frechet_distance
 from larp.metrics.protocols import Window, sample_windows
 from larp.models.generator import LarpGenerator, Task
@@ -119,7 +119,7 @@ class RealClips:
         if video in self._damaged:
             return None
         try:
-            frames, _ = read_video(self.items[video].path, start, self.shape.frames, self.shape.stride)
+            frames = read_clip(self.items[video].path, start, self.shape.frames, self.shape.stride)
         except VideoError as error:
             self._damaged[video] = str(error).removeprefix(f"{self.items[video].path}: ")
             return None

@@ -16,7 +16,7 @@ from larp.data.extraction import read_windows
 from larp.data.listing import VideoItem
 from larp.data.loader import in_order
 from larp.data.token_cache import CODE_VERSION, file_state
-from larp.data.video import ShortVideoError, VideoError, probe, read_video
+from larp.data.video import ShortVideoError, VideoError, frame_times, read_clip
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -129,8 +129,8 @@ def _clip_or_error(excerpt: Excerpt, shape: ClipShape) -> Tensor | VideoError:
     try:
         if excerpt.start is None:
             return read_windows(VideoItem(excerpt.path, excerpt.path.name), shape, 1)[0].clip
-        first = round(excerpt.start * probe(excerpt.path).fps)
-        frames = read_video(excerpt.path, first, shape.frames, shape.stride)[0]
+        first = frame_times(excerpt.path).at(excerpt.start)
+        frames = read_clip(excerpt.path, first, shape.frames, shape.stride)
         return frames_to_clip(frames, shape.height, shape.width)
     except VideoError as error:
         return error

@@ -13,7 +13,7 @@ from typing import Any
 
 from larp.codec.whole_video import Encoding, Report, reconstruct_video
 from larp.data.clips import clip_to_frames
-from larp.data.open_video import VideoError, opened
+from larp.data.open_video import VideoError
 from larp.data.video import probe
 from larp.sampling.long_clips import sample_classes
 from larp.sampling.options import GuidedSampling
@@ -43,13 +43,8 @@ def check_upload(path: str | None) -> Path:
     info = probe(path)
     if Path(path).stat().st_size > MAX_MEGABYTES * 2**20:
         raise VideoError(f"{path}: is larger than {MAX_MEGABYTES} MB: cut it, or make it smaller")
-    # Counted, because a header may promise fewer frames than the file holds.
-    with opened(path) as (container, stream):
-        frames = 0
-        for packet in container.demux(stream):
-            frames += packet.size > 0
-            if frames > MAX_FRAMES:
-                raise VideoError(f"{path}: has more than {MAX_FRAMES} frames: cut it")
+    if info.frames > MAX_FRAMES:
+        raise VideoError(f"{path}: has more than {MAX_FRAMES} frames: cut it")
     if info.fps > MAX_FPS:
         raise VideoError(f"{path}: has {info.fps:g} frames a second, more than {MAX_FPS}: convert it to fewer")
     return Path(path)

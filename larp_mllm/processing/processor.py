@@ -12,7 +12,7 @@ from typing import Any, Literal, Unpack
 
 from larp.config import check_count, is_whole
 from larp.data.clips import clip_to_frames
-from larp.data.video import ShortVideoError, probe, read_video
+from larp.data.video import ShortVideoError, frame_times, read_clip
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.checks import check_start
 from larp_mllm.locate import MODEL_TYPE, PROCESSOR_FILES, fetch_folder, is_shipped, read_config, shipped, upload
@@ -162,8 +162,8 @@ class LarpMllmProcessor(ProcessorMixin):
                 f'a video part: "start" is for files, got a {type(video).__name__}: give the frames from there on'
             )
         try:
-            first = round(start * probe(video).fps)
-            return read_video(video, first, self.video_tokenizer.config.num_frames, self.frame_stride)[0]
+            first = frame_times(video).at(start)
+            return read_clip(video, first, self.video_tokenizer.config.num_frames, self.frame_stride)
         except ShortVideoError as error:
             raise ShortVideoError(f'{error}: lower its "start" ({start:g})', error.frames) from error
 

@@ -9,10 +9,10 @@ from larp.data.video import (
     ShortVideoError,
     VideoError,
     check_fps,
-    count_frames,
+    frame_times,
     iter_frames,
     probe,
-    read_video,
+    read_clip,
 )
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.video import Video
@@ -38,12 +38,13 @@ def read_frames(video: VideoInput, num_frames: int, stride: int) -> np.ndarray |
     if not isinstance(video, (str, Path)):
         return video
     span = (num_frames - 1) * stride + 1
-    count = count_frames(video)
+    times = frame_times(video)
     try:
-        return read_video(video, max(0, count - span) // 2, num_frames, stride)[0]
+        first = times.window(max(0, times.count - span) // 2, span)
+        return read_clip(video, first, num_frames, stride)
     except ShortVideoError as error:
-        if error.frames >= span:  # the header announced more frames
-            return read_video(video, (error.frames - span) // 2, num_frames, stride)[0]
+        if error.frames >= span:  # damaged: fewer frames decode
+            return read_clip(video, (error.frames - span) // 2, num_frames, stride)
         at = f" at stride {stride} (a span of {span})" if stride > 1 else ""
         raise ShortVideoError(
             f"{video}: has {error.frames} frames, the model reads {num_frames}{at}: give a longer video",

@@ -88,13 +88,23 @@ def test_ucf101_mistakes(tmp_path):
 def test_folder_is_recursive_and_its_splits_are_stable(tmp_path):
     for k in range(60):
         touch(tmp_path / f"d{k % 3}" / f"clip {k}.mp4")
-    touch(tmp_path / "notes.txt")
+    for name in ("notes.txt", "a.RMVB", "b.rmvb", "README", ".hidden.txt"):
+        touch(tmp_path / name)
     train, test, everything = (open_videos(f"folder:{tmp_path}", split) for split in ("train", "test", "all"))
     names = {item.name for item in test.items}
     assert len(everything) == 60 and 1 <= len(test) <= 14 and not names & {item.name for item in train.items}
     assert len(train) + len(test) == 60 and train.classes == () and train.items[0].label is None
+    (note,) = train.notes
+    assert "files passed over" in note and "2 .rmvb, 1 " in note and "1 .txt" in note and "1 without a suffix" in note
     touch(tmp_path / "more.mp4")
     assert names <= {item.name for item in open_videos(str(tmp_path), "test").items}
+
+
+@pytest.mark.parametrize("suffix", [".mts", ".m2ts", ".vob", ".MTS"])
+def test_files_of_camcorders_and_discs_are_videos(tmp_path, suffix):
+    touch(tmp_path / f"a{suffix}")
+    videos = open_videos(f"folder:{tmp_path}", "all")
+    assert len(videos) == 1 and not videos.notes
 
 
 def test_even_two_videos_split(tmp_path):

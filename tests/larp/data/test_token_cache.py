@@ -141,10 +141,10 @@ def test_the_hop_is_used_and_is_part_of_the_key(tokenizer, videos, tmp_path):
 
 
 @pytest.mark.parametrize("windows", [1, 2, 3])
-def test_a_header_that_overstates_the_frames_is_corrected(videos, windows, monkeypatch):
-    info = extraction.probe(videos.items[2].path)
-    assert info.frames == 13
-    monkeypatch.setattr(extraction, "probe", lambda path: replace(info, frames=20))
+def test_a_number_of_frames_that_overstates_is_corrected(videos, windows, monkeypatch):
+    times = extraction.frame_times(videos.items[2].path)
+    assert times.count == 13
+    monkeypatch.setattr(extraction, "frame_times", lambda path: replace(times, count=20))
     found = extraction.read_windows(videos.items[2], ClipShape(4, 16, 16), windows)
     pixels = read_video(videos.items[2].path)[0]
     assert [window.start for window in found] == window_starts(

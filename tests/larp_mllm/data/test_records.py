@@ -8,6 +8,8 @@ from larp.data.video import read_video, write_video
 from larp_mllm.data import record_codes
 from larp_mllm.data.records import open_records
 from larp_mllm.model.vocabulary import IGNORE
+from larp_mllm.processing.video_inputs import read_frames
+from tests.larp.data.field_videos import numbered, numbers, write
 
 import numpy as np
 import pytest
@@ -86,6 +88,18 @@ def test_start_and_stride_select_the_frames(qwen, read, root):
     assert spans(qwen, read({"text": "<video>", "videos": ["a.mp4"]}, stride=2)[0]) == [
         codes(qwen, root / "a.mp4", 2, 2)
     ]
+
+
+def test_start_goes_by_time_where_the_frame_rate_varies(qwen, read, root):
+    """Twelve frames in the first second, then one each half second: the average rate would say frame 24 of 30."""
+    path = write(root / "slow.mp4", numbered(30), 12, seconds=lambda k: k / 12 if k < 12 else 1 + (k - 12) / 2)
+    record = {"text": "<video>", "videos": [{"path": "slow.mp4", "start": 5}]}
+    assert spans(qwen, read(record)[0]) == [codes(qwen, path, 20)]
+    shown = qwen.processor.video_of({"type": "video", "path": path, "start": 5})
+    assert numbers(shown, 30) == [20, 21, 22, 23]
+    # Without a start, the middle of the time, 5.25 seconds.
+    assert spans(qwen, read({"text": "<video>", "videos": ["slow.mp4"]})[0]) == [codes(qwen, path, 18)]
+    assert numbers(read_frames(path, 4, 1), 30)[0] == 18
 
 
 def test_loss_flags_of_a_record_and_its_videos(qwen, read):
