@@ -76,7 +76,7 @@ def test_onnx_from_the_command_line(tmp_path, capsys):
         assert report[name]["cpu_time_ratio"]["median"] > 0
     assert "of 12 codes differ" in capsys.readouterr().out
     with pytest.raises(ValueError, match="onnx, which is compared on a CPU in fp32"):
-        run(tmp_path, "--what", "onnx", "--precision", "bf16")
+        speed.SpeedConfig(what=("onnx",), device="cpu", precision="bf16")
 
 
 def test_training_steps_from_the_command_line(tmp_path, monkeypatch):
