@@ -2,6 +2,7 @@
 
     python eval/speed.py --out speed.json                          # the paper's size
     python eval/speed.py --size small --what inference             # a recipe's, encode and decode only
+    python eval/speed.py --what onnx --threads 1                   # beside onnxruntime (pip install 'larp-mllm[onnx]')
     python eval/speed.py --what head                               # the loss of the language model, see eval/bench/lm_head.py
     python eval/speed.py --device cuda --precision bf16 --compile --batch-size 16
 
@@ -22,6 +23,7 @@ from typing import Any, Literal
 from bench import flops
 from bench.lm_head import HeadSize, describe_heads, measure_heads
 from bench.machine import describe_machine, machine
+from bench.onnx_models import describe_onnx, measure_onnx
 from bench.reference import ReferenceTokenizer, reference_discriminator
 from bench.timing import (
     MIN_PAIRS,
@@ -64,8 +66,12 @@ class SpeedConfig:
 
     size: str = "paper"
     """paper (LARP-L), small (64x64), or a recipe of training/train_tokenizer.py, by name or path."""
-    what: tuple[Literal["inference", "training", "adversarial", "head"], ...] = ("inference", "training", "adversarial")
-    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one of tokenizer, prior and discriminator; head: the loss of the language model."""
+    what: tuple[Literal["inference", "training", "adversarial", "head", "onnx"], ...] = (
+        "inference",
+        "training",
+        "adversarial",
+    )
+    """inference: encode and decode; training: a step of tokenizer and prior; adversarial: one of tokenizer, prior and discriminator; head: the loss of the language model; onnx: encode and decode by onnxruntime."""
     out: Path = Path("speed.json")
     """Where the record goes, written again after each kind of measurement."""
     batch_size: int = 1
@@ -87,7 +93,9 @@ class SpeedConfig:
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if not self.what:
-            raise ValueError("what is empty: name inference, training, adversarial or head")
+            raise ValueError("what is empty: name inference, training, adversarial, head or onnx")
+        if "onnx" in self.what and (self.device, self.precision) != ("cpu", "fp32"):
+            raise ValueError("what names onnx, which is compared on a CPU in fp32: take --device cpu --precision fp32")
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: there is no GPU that torch can use here; take --device cpu")
 
@@ -299,7 +307,7 @@ def measure(config: SpeedConfig) -> dict[str, Any]:
 
 def measurements(config: SpeedConfig, device: torch.device) -> Iterator[dict[str, Any]]:
     """Take one kind of measurement after the other, and yield what each adds to the record."""
-    if set(config.what) != {"head"}:
+    if set(config.what) - {"head", "onnx"}:
         subject = subject_of(config)
         matmuls = [*flops.encode_matmuls(subject.model), *flops.decode_matmuls(subject.model)]
         rates = matmul_rates(matmuls, device, torch.bfloat16 if config.precision == "bf16" else torch.float32)
@@ -312,6 +320,10 @@ def measurements(config: SpeedConfig, device: torch.device) -> Iterator[dict[str
             yield about | with_floors(
                 {"adversarial step": training(subject, adversarial=True)}, rate, config.batch_size
             )
+    if "onnx" in config.what:
+        subject = subject_of(config)
+        figures = measure_onnx(subject.build().eval(), subject.clips(), config.pairs)
+        yield {"model": to_dict(subject.model), "onnx": figures}
     if "head" in config.what:
         yield {"head": measure_heads(config.head, config.device, config.precision, config.pairs)}
 
@@ -351,6 +363,8 @@ def describe(report: dict[str, Any]) -> str:
                 f"{own['flops_per_clip'] / 1e9:10.1f} {own['share_of_rate']:8.1%} {memory:>6}"
             )
         lines.append(f"{'':17} {describe_ratios(report[kind])}, floor {report[kind]['floor_seconds']:.3f} s")
+    if "onnx" in report:
+        lines += describe_onnx(report["onnx"])
     if "head" in report:
         lines += describe_heads(report["head"])
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from larp.config import from_dict, is_whole
 from larp.files import read_json
@@ -52,9 +52,27 @@ class LarpModel(nn.Module):
         """Convert a config and tensors from the published layout to ours. Models with such a layout override this."""
         raise CheckpointError(f"there is no published layout of {cls.model_type}: give a checkpoint that larp wrote")
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters, except those of `keep_in_fp32`."""
+        return next(p.dtype for name, p in self.named_parameters() if name not in self.keep_in_fp32)
+
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, revision: str | None = None, device="cpu", variant: str | None = None
+        cls,
+        path: str | Path,
+        *,
+        revision: str | None = None,
+        subfolder: str = "",
+        device: str | torch.device = "cpu",
+        device_map: str | torch.device | dict | None = None,
+        dtype: str | torch.dtype | None = None,
+        variant: str | None = None,
     ):
         """Load a model in evaluation mode from a local folder or a hub repository, in our layout or the published one.
 
@@ -63,13 +81,19 @@ class LarpModel(nn.Module):
         Args:
             path: a model folder, the folder of a training run, or a repository name OWNER/NAME.
             revision: branch, tag or commit of the repository.
+            subfolder: of the folder or the repository, where the model is in one.
+            device: of the model.
+            device_map: the same in the words of transformers and diffusers: a device, {"": device}, or "auto", a GPU if there is
+                one. The model is never split.
+            dtype: of the weights, "auto" for the stored one; by default float32. Codebooks stay float32.
             variant: "ema" loads the averaged weights.
 
         Raises CheckpointError, naming the file, key or tensor, for anything missing, unknown, of another shape or dtype, or
-        not finite; ValueError for a device that this machine lacks.
+        not finite; ValueError for a device that this machine lacks, and for a dtype that is no floating-point one.
         """
-        check_device(device)
-        folder = resolve(path, revision, variant)
+        device = _one_device(device, device_map)
+        dtype = _float_dtype(dtype)
+        folder = resolve(path, revision, variant, subfolder)
         config, tensors = _read_checkpoint(folder, variant)
         stored = None
         if "model_type" in config and config.get("larp_format") is not None:
@@ -101,7 +125,12 @@ class LarpModel(nn.Module):
         _check_tensors(expected, tensors, str(folder), stored)
         model = cls(settings)
         model.load_state_dict(tensors)
-        return model.eval().to(device)
+        if dtype == "auto":
+            dtype = _STORED_DTYPES[stored or "float32"]
+        model = model.eval().to(device, dtype)
+        for name in model.keep_in_fp32:
+            model.get_parameter(name).data = tensors[name].to(device)
+        return model
 
     def save_pretrained(
         self, folder: str | Path, *, ema: "LarpModel | None" = None, dtype: torch.dtype = torch.float32
@@ -186,6 +215,33 @@ class LarpModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
+def _one_device(device: str | torch.device, device_map: str | torch.device | dict | None) -> str | torch.device:
+    """Return the device that `from_pretrained` is asked for. Raises ValueError for more than one, and as `check_device`."""
+    if device_map is not None and str(device) != "cpu":
+        raise ValueError(f"device is {str(device)!r} and device_map {device_map!r}: give one of the two")
+    if device_map == "auto":
+        return choose_device()
+    if isinstance(device_map, dict):
+        if set(device_map) != {""}:
+            raise ValueError(
+                f'device_map is {device_map!r}, but the model is never split: give a device, or {{"": device}}'
+            )
+        device_map = device_map[""]
+    device = device if device_map is None else device_map
+    check_device(device)
+    return device
+
+
+def _float_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype | None:
+    """Return a dtype of `from_pretrained`: None, "auto", or a floating-point one, which may be given by name."""
+    if dtype is None or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}: give a floating-point one such as torch.bfloat16, or 'auto'")
+    return found
+
+
 def make_folder(folder: str | Path) -> Path:
     """Create `folder` and its parents where missing and return it; ValueError if one of them is a file."""
     folder = Path(folder)
@@ -209,13 +265,17 @@ def non_default_fields(config) -> dict:
     return values
 
 
-def resolve(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
+def resolve(path: str | Path, revision: str | None = None, variant: str | None = None, subfolder: str = "") -> Path:
     """Return the local model folder of `path`: the folder itself, the model of a run folder, or a hub snapshot.
 
-    From a repository only the config and the weights of `variant` are downloaded. Raises CheckpointError if there is neither
-    a folder nor a repository of that name.
+    From a repository only the config and the weights of `variant` are downloaded, from `subfolder` if the model is in one.
+    Raises CheckpointError if there is neither a folder nor a repository of that name, or no such subfolder.
     """
     if (folder := Path(path)).is_dir():
+        if not (folder := folder / (subfolder or "")).is_dir():
+            raise CheckpointError(
+                f"{path} has no subfolder {subfolder!r}: leave it out, or give the folder of the model"
+            )
         inside = folder / RUN_MODEL
         # A run folder has a config.json, too, so the weights decide.
         is_run = not (folder / weights_file(variant)).is_file() and (inside / CONFIG).is_file()
@@ -226,8 +286,9 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
         raise CheckpointError(f"{name}: no such folder (and not a hub name of the form owner/name)")
     from huggingface_hub import snapshot_download
 
+    wanted = [str(PurePosixPath(subfolder or "", file)) for file in (CONFIG, weights_file(variant))]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, weights_file(variant)]))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted), subfolder or "")
     except Exception as error:  # huggingface_hub and httpx have no common base class
         raise CheckpointError(
             f"{name} is not a local folder and could not be downloaded from the hub ({_describe(error)}): give the path of "

@@ -87,8 +87,9 @@ def describe(
     """Generate a caption for a video.
 
     Args:
-        video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1] of the size of the
-            training clips. Of a longer video the middle frames are read.
+        video: a file, a Video, uint8 frames (T, H, W, 3) or (T, 3, H, W), a float clip (3, T, H, W) in [0, 1] of the size of
+            the training clips, a list of frames (PIL images, arrays), or a reader or frames of torchcodec or decord. Of a
+            longer video the middle frames are read.
         temperature, top_k, top_p, max_new_tokens, seed: see `TextSampling`.
         model, device, dtype: see `generate`.
         progress: called with a `Progress` after each token.

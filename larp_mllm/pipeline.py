@@ -162,8 +162,8 @@ class Mllm:
         """Generate a caption of at least one token for each video.
 
         Args:
-            videos: files, Videos, uint8 frames (T, H, W, 3), or float clips (3, T, H, W) in [0, 1]. Of a longer video
-                the middle frames are read, of a file every `frame_stride`-th frame.
+            videos: as for `LarpMllmProcessor.encode_videos`. Of a longer video the middle frames are read, of a file every
+                `frame_stride`-th frame.
             sampling: see `TextSampling`.
             progress: called after each token.
 
@@ -177,11 +177,11 @@ class Mllm:
                 f"max_new_tokens is {sampling.max_new_tokens}; of the {max_positions(model)} positions of the base model "
                 f"the video leaves {left}: give at most that"
             )
-        if not videos:
-            return []
         codes = self.processor.encode_videos(videos)
-        total = sampling.max_new_tokens * len(videos)
-        text_progress = TextProgress(total, progress, self.processor.decode_text if len(videos) == 1 else lambda _: "")
+        if not codes:
+            return []
+        total = sampling.max_new_tokens * len(codes)
+        text_progress = TextProgress(total, progress, self.processor.decode_text if len(codes) == 1 else lambda _: "")
         with num_threads_for(model, len(codes)):
             texts = decode_text(
                 model,
@@ -249,7 +249,7 @@ class Mllm:
         """Continue a video by new frames.
 
         Args:
-            video: a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1]. Frames are resized
+            video: one of those of `LarpMllmProcessor.encode_videos`. Frames are resized
                 and cropped to the video tokenizer's size as in training. Of a file every `frame_stride`-th frame is
                 read, the last one included, at the file's rate / stride. Arrays have the model's rate.
             seconds: duration of the new frames.

@@ -3,9 +3,10 @@
 import base64
 import html
 import math
+import operator
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from larp.data.video import VideoError, VideoWriter, check_fps, write_video
 from larp.files import check_output
 
 import numpy as np
+import torch
 
 # Containers of libx264, then GIF and contact sheet.
 SUFFIXES = (
@@ -34,6 +36,9 @@ _MAX_BYTES = 4 * 2**20
 @dataclass(frozen=True, eq=False)
 class Video:
     """A video, displayed by notebooks.
+
+    A sequence of its frames: `len(video)`, `video[3]` (uint8 (H, W, 3)), `video[4:12]` (a Video), iteration, `np.asarray(video)`.
+    Two videos are equal if their codes are; of two without codes, if their frames are.
 
     Raises ValueError for frames of another shape or dtype, no frames, a rate out of range, codes that are no whole
     numbers, and more given frames than frames.
@@ -64,6 +69,47 @@ class Video:
         if not is_whole(self.given) or not 0 <= self.given <= len(frames):
             raise ValueError(f"given is {self.given!r}; of {len(frames)} frames it must be a whole number from 0 on")
         object.__setattr__(self, "fps", check_fps(self.fps))
+
+    def __len__(self) -> int:
+        """The number of frames."""
+        return len(self.frames)
+
+    def __getitem__(self, index: int | slice) -> "np.ndarray | Video":
+        """A frame, uint8 (H, W, 3), or the Video of a slice.
+
+        Every n-th frame has the rate / n. The prompt stays; the codes stay if all frames do. Raises IndexError for a frame that
+        is not there, TypeError for other types, ValueError for a slice without frames.
+        """
+        if not isinstance(index, slice):
+            return self.frames[operator.index(index)]
+        chosen = range(len(self))[index]
+        given = sum(frame < self.given for frame in chosen) if chosen.step > 0 else 0
+        codes = self.codes if chosen == range(len(self)) else ()
+        return Video(self.frames[index], self.fps / abs(chosen.step), self.prompt, codes, given)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The frames, uint8 (H, W, 3), in order."""
+        return iter(self.frames)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Video):
+            return NotImplemented
+        return self.codes == other.codes and (bool(self.codes) or np.array_equal(self.frames, other.frames))
+
+    def __hash__(self) -> int:
+        return hash(self.codes or self.frames.shape)
+
+    def __array__(self, dtype=None, copy: bool | None = None) -> np.ndarray:
+        """The frames for numpy, (T, H, W, 3)."""
+        return np.array(self.frames, dtype=dtype, copy=copy)
+
+    def numpy(self) -> np.ndarray:
+        """The frames, uint8 (T, H, W, 3)."""
+        return self.frames
+
+    def torch(self) -> torch.Tensor:
+        """The frames as a tensor, uint8 (T, H, W, 3)."""
+        return torch.from_numpy(np.require(self.frames, requirements=("C", "W")))
 
     def save(self, path: str | Path, scale: int = 1) -> Path:
         """Save the video by suffix: .mp4 or another container, .gif, or .png for a contact sheet of its frames.

@@ -60,6 +60,8 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, latents: Tensor) -> Tensor:
         """Return the codes of highest cosine similarity, (B, N) int64, without a (B, N, K) tensor."""
+        if torch.compiler.is_compiling():  # chunks would fix the batch size
+            return self.similarities(latents).argmax(-1)
         chunks = latents.flatten(0, -2).split(self._rows_per_chunk(latents))
         return torch.cat([self.similarities(chunk).argmax(-1) for chunk in chunks]).view(latents.shape[:-1])
 

@@ -91,7 +91,7 @@ class LarpTokenizer(LarpModel):
         """Map a clip (B, 3, T', H, W) to unnormalised latents (B, N, d); T' <= T is a multiple of the temporal patch size."""
         x = embed_patches(self.x_embedder, clip)
         x = x + self.encoder_positions[:, : x.shape[1]].to(x)
-        queries = self.queries.to(x).expand(len(x), -1, -1)
+        queries = self.queries.to(x).expand(x.shape[0], -1, -1)
         return self.in_linear(self.encoder(torch.cat([x, queries], dim=1), last=self.num_tokens))
 
     def mask(self, latents: Tensor, prefix_lengths: Tensor) -> Tensor:
@@ -105,13 +105,13 @@ class LarpTokenizer(LarpModel):
         If n < N, the mask latent is appended N - n times.
         """
         if missing := self.num_tokens - latents.shape[1]:
-            latents = torch.cat([latents, self.mask_latent.to(latents).expand(len(latents), missing, -1)], dim=1)
+            latents = torch.cat([latents, self.mask_latent.to(latents).expand(latents.shape[0], missing, -1)], dim=1)
         t, h, w = self.config.grid(self.decoder_patch_size)
         pt, ph, pw = self.decoder_patch_size
         t = t if num_frames is None else num_frames // pt
         x = self.out_linear(latents.to(self.out_linear.weight.dtype))
         x = x + self.latent_positions.to(x)
-        queries = (self.decoder_positions[:, : t * h * w] + self.patch_type).to(x).expand(len(x), -1, -1)
+        queries = (self.decoder_positions[:, : t * h * w] + self.patch_type).to(x).expand(x.shape[0], -1, -1)
         x = self.decoder(torch.cat([x, queries], dim=1), last=t * h * w)
         pixels = self.head(self.norm_final(x))
         return rearrange(
@@ -151,7 +151,7 @@ class LarpTokenizer(LarpModel):
             decoded = self.mask(decoded, prefix_lengths)
         return TokenizerOutput(self.decode_latents(decoded, clip.shape[2]), latents, quantized, prior)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def encode(self, clip: Tensor, num_tokens: int | None = None, target_psnr: float | None = None) -> Tensor:
         """Encode clips (B, 3, T, H, W) in [0, 1] to codes (B, n) int64, by default n = N.
 
@@ -164,19 +164,23 @@ class LarpTokenizer(LarpModel):
             target_psnr: return the fewest codes that reconstruct every clip of the batch with this PSNR in dB, N if it is out of
                 reach (nested models only). See `shortest_prefix`.
 
-        Raises ValueError for anything but a tensor, for a wrong shape, dtype or range, and for NaN.
+        Raises ValueError for anything but a tensor, for a wrong shape, dtype or range, and for NaN. torch.compile, torch.export and
+        ONNX trace the computation without the checks of values, and without `target_psnr`.
         """
         if num_tokens is not None and target_psnr is not None:
             raise ValueError("give num_tokens or target_psnr, not both")
         if num_tokens is not None:
             self.check_length(num_tokens)
-        clip = self._to_weights(self.check_clip(clip))
+        clip = self._check_clip_shape(clip)
+        end_check = start_range_check(clip, 1, _CLIP_RANGE)
+        clip = self._to_weights(clip)
         codes = self.quantizer.nearest(self.project(clip))
+        end_check()
         if target_psnr is not None:
             num_tokens = max(self.shortest_prefix(clip, codes, target_psnr).tolist(), default=1)
         return codes[:, :num_tokens]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def shortest_prefix(self, clip: Tensor, codes: Tensor, target_psnr: float) -> Tensor:
         """Return the number of codes that reconstructs each clip with `target_psnr` dB: (B,) int64, N if it is out of reach.
 
@@ -197,17 +201,22 @@ class LarpTokenizer(LarpModel):
 
         return shortest_lengths(reached, codes)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, codes: Tensor, num_frames: int | None = None) -> Tensor:
         """Decode codes (B, n), integers in [0, K), to clips (B, 3, num_frames, H, W), float32 clamped to [0, 1]; T frames by default.
 
         n is N, or less for a nested model. Raises ValueError for anything but a tensor of integers, for a wrong shape, for codes
-        out of range, and if `num_frames` is not a multiple of the temporal patch size.
+        out of range, and if `num_frames` is not a multiple of the temporal patch size. Traced as `encode` is.
         """
-        codes = self.check_codes(codes)
+        codes = self._check_code_shape(codes)
         self.check_frames(self.config.num_frames if num_frames is None else num_frames, self.decoder_patch_size[0])
-        latents = self.quantizer.lookup(codes.to(self.queries.device))
-        return self.decode_latents(latents, num_frames).float().clamp(0, 1)
+        end_check = start_range_check(codes, self.codebook_size - 1, _CODE_RANGE)
+        if codes.device.type != "cpu":
+            # A code out of range would end the process's use of a GPU before the check does.
+            codes = codes.clamp(0, self.codebook_size - 1)
+        clip = self.decode_latents(self.quantizer.lookup(codes.to(self.device)), num_frames).float().clamp(0, 1)
+        end_check()
+        return clip
 
     def check_frames(self, frames: int, patch: int) -> None:
         """Raise ValueError unless `frames` is a multiple of the temporal patch size `patch`, at most T."""
@@ -230,6 +239,11 @@ class LarpTokenizer(LarpModel):
 
     def check_clip(self, clip: Tensor) -> Tensor:
         """Return `clip`, an image as one temporal patch. Raises ValueError unless it is float (B, 3, T', H, W) in [0, 1]."""
+        clip = self._check_clip_shape(clip)
+        start_range_check(clip, 1, _CLIP_RANGE)()
+        return clip
+
+    def _check_clip_shape(self, clip: Tensor) -> Tensor:
         _, h, w = self.config.clip_shape
         check_tensor(clip, "a clip")
         if clip.ndim != 5 or clip.shape[1] != 3 or tuple(clip.shape[3:]) != (h, w):
@@ -239,22 +253,18 @@ class LarpTokenizer(LarpModel):
         if clip.shape[2] == 1:
             clip = clip.expand(-1, -1, self.patch_size[0], -1, -1)
         self.check_frames(clip.shape[2], self.patch_size[0])
-        if clip.numel():
-            low, high = clip.amin().item(), clip.amax().item()
-            if not (low >= 0 and high <= 1):
-                raise ValueError(f"expected a clip in [0, 1], got values from {low:g} to {high:g}")
         return clip
 
     def _to_weights(self, clip: Tensor) -> Tensor:
         """Move `clip` to the device and dtype of the weights. Raises ValueError unless it has that dtype or is float32."""
-        expected = self.x_embedder.weight.dtype
+        expected = self.dtype
         if clip.dtype not in (torch.float32, expected):
             remedy = "cast it with .float()" + ("" if expected == torch.float32 else f" or .to({expected})")
             raise ValueError(f"expected a float32 clip (the weights are {expected}), got {clip.dtype}; {remedy}")
         return clip.to(self.x_embedder.weight)
 
-    def check_codes(self, codes: Tensor) -> Tensor:
-        """Return `codes` as int64. Raises ValueError unless they are integers (B, N), or (B, n) if nested, in [0, K)."""
+    def _check_code_shape(self, codes: Tensor) -> Tensor:
+        """Return `codes` as int64. Raises ValueError unless they are integers (B, N), or (B, n) if nested."""
         check_tensor(codes, "codes")
         if codes.ndim != 2:
             raise ValueError(f"expected codes (B, {self.num_tokens}), got shape {tuple(codes.shape)}")
@@ -262,17 +272,43 @@ class LarpTokenizer(LarpModel):
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"expected integer codes, got {codes.dtype}")
         # Cast before comparing: few operations support uint16 to uint64. Values beyond int64 become negative.
-        codes = codes.long()
-        if codes.numel() and not 0 <= codes.amin().item() <= codes.amax().item() < self.codebook_size:
-            raise ValueError(
-                f"codes run from {codes.amin().item()} to {codes.amax().item()}, but the codebook has 0..{self.codebook_size - 1}"
-            )
-        return codes
+        return codes.long()
 
     @classmethod
     def from_published(cls, config: dict, tensors: dict[str, Tensor]) -> tuple[TokenizerConfig, dict[str, Tensor]]:
         """Convert from the published layout; see `larp.hub`."""
         return tokenizer_from_published(config, tensors)
+
+
+_CLIP_RANGE = "expected a clip in [0, 1], got values from {:g} to {:g}"
+_CODE_RANGE = "codes run from {} to {}, but the codebook has 0..{}"
+
+
+def start_range_check(values: Tensor, highest: float, message: str) -> Callable[[], None]:
+    """Start checking that values lie in [0, highest], and return a function that raises ValueError if they do not.
+
+    On a CPU the error is raised at once. On a GPU two numbers are copied behind the work that was queued before; the returned
+    function waits for this copy only, so that the GPU never waits for the host if the next work was queued in between. Nothing is
+    checked where torch.compile or torch.export traces. `message` takes the smallest value, the largest and `highest`.
+    """
+    if torch.compiler.is_compiling() or not values.numel():
+        return lambda: None
+    # NaN propagates.
+    ends, copied = torch.stack(torch.aminmax(values)), None
+    if values.is_cuda:
+        ends = torch.empty_like(ends, device="cpu", pin_memory=True).copy_(ends, non_blocking=True)
+        copied = torch.cuda.current_stream(values.device).record_event()
+
+    def end_check() -> None:
+        if copied is not None:
+            copied.synchronize()
+        low, high = ends.tolist()
+        if not (low >= 0 and high <= highest):
+            raise ValueError(message.format(low, high, highest))
+
+    if copied is None:
+        end_check()
+    return end_check
 
 
 def check_tensor(value: Any, what: str) -> None:
@@ -289,7 +325,7 @@ def shortest_lengths(reached: Callable[[Tensor], Tensor], codes: Tensor) -> Tens
     """
     low = torch.ones(len(codes), dtype=torch.int64, device=codes.device)
     high = torch.full_like(low, codes.shape[1])
-    while bool((low < high).any()):
+    for _ in range((codes.shape[1] - 1).bit_length()):  # no value is read back to end earlier
         middle = (low + high) // 2
         enough = reached(middle)
         high = torch.where(enough, middle, high)

@@ -14,7 +14,7 @@ from larp.kernels.threads import best_threads, threads
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -24,22 +24,20 @@ if TYPE_CHECKING:
 GPU_STRIDE = 256
 
 
-class KeyValueCache:
+class KeyValueCache(nn.Module):
     """Keys and values of all layers, preallocated for the maximum length.
 
     Args:
         layers, rows, heads, length, head_dim: the shape of the keys and of the values.
         dtype, device: of the keys and values.
-        masked: whether attention reads positions that are not yet filled, under a mask.
     """
 
-    def __init__(
-        self, layers: int, rows: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device, masked: bool
-    ):
-        # Zeros, because attention multiplies masked positions by 0, and 0 times NaN is NaN.
-        allocate = torch.zeros if masked else torch.empty
+    def __init__(self, layers: int, rows: int, heads: int, length: int, head_dim: int, dtype: torch.dtype, device):
+        super().__init__()
         shape = (layers, rows, heads, length, head_dim)
-        self.keys, self.values = (allocate(shape, dtype=dtype, device=device) for _ in range(2))
+        for name in ("keys", "values"):
+            # Zeros, because attention multiplies masked positions by 0, and 0 times NaN is NaN.
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
 
     def update(self, layer: int, positions: Tensor, key: Tensor, value: Tensor, span: int) -> tuple[Tensor, Tensor]:
         """Store keys and values (R, H, S, head_dim) of a layer at `positions` (S,); return views of the first `span` positions."""
@@ -66,8 +64,11 @@ class BlockWeights:
         return [weight.detach().to(dtype) for weight in weights]
 
 
-class Decoder:
+class Decoder(nn.Module):
     """Decodes codes with a generator's weights. Build a new one after the weights change.
+
+    Called with one code per row, it is `decode_one`, which torch.compile(fullgraph=True) and torch.export take: a traced step
+    attends to all positions under a mask, and an exported one has cache and position as buffers, as `prefill` left them.
 
     Fused and packed weights are copies; embeddings and some plain weights are shared with the model. After an in-place change
     they would not match.
@@ -99,8 +100,11 @@ class Decoder:
         dtype: torch.dtype | None = None,
         stride: int | None = None,
     ):
+        super().__init__()
         like, config = model.output.weight, model.config
-        self.model, self.config, self.dtype = model, config, dtype or like.dtype
+        # The method, since the model would be a part of this module.
+        self.embed_condition = model.embed_condition
+        self.config, self.dtype = config, dtype or like.dtype
         self.stride = stride or (1 if like.device.type == "cpu" else GPU_STRIDE)
         tuned = weights == "fused"
         if (
@@ -127,8 +131,7 @@ class Decoder:
         head_dim = config.width // config.heads
         # On a CPU attention in bfloat16 is half as fast as in float32.
         cache_dtype = torch.float32 if like.device.type == "cpu" and self.dtype == torch.bfloat16 else self.dtype
-        masked = self.stride > 1
-        self.cache = KeyValueCache(config.depth, rows, config.heads, length, head_dim, cache_dtype, like.device, masked)
+        self.cache = KeyValueCache(config.depth, rows, config.heads, length, head_dim, cache_dtype, like.device)
         self.fused = None
         if weights == "fused":
             from larp.sampling.decoder_kernels import FusedBlocks
@@ -138,9 +141,9 @@ class Decoder:
             tune(self.fused, tuned)
         # Results of `make_step` with their tensors, stored by callers that reuse them.
         self.saved_steps: dict[Hashable, tuple] = {}
-        # The number of positions in the cache, and the same on the device, where a captured step reads it.
-        self.filled = 0
-        self.position = torch.zeros(1, dtype=torch.int64, device=like.device)
+        # The number of positions in the cache, None after compiled steps, and the same on the device, where captured steps read it.
+        self.filled: int | None = 0
+        self.register_buffer("position", torch.zeros(1, dtype=torch.int64, device=like.device))
         # The index of the newest code, on the device.
         self.code_index = torch.zeros_like(self.position)
         self.position_ids = torch.arange(length, device=like.device)
@@ -148,7 +151,7 @@ class Decoder:
     @torch.no_grad()
     def prefill(self, condition: Tensor) -> Tensor:
         """Start new sequences with a condition per row (see `LarpGenerator`); return float32 logits (R, K) of the first code."""
-        x = self.model.embed_condition(condition).to(self.dtype)
+        x = self.embed_condition(condition).to(self.dtype)
         length = x.shape[1]
         logits = self._forward(x + self.position_embeddings[:, :length], self.position_ids[:length], length)
         self.position.fill_(length)
@@ -159,9 +162,15 @@ class Decoder:
     @torch.no_grad()
     def decode_one(self, codes: Tensor) -> Tensor:
         """Append one code per row, int64 (R,); return float32 logits (R, K) of the next."""
+        if torch.compiler.is_compiling():
+            if not torch.compiler.is_exporting():
+                self.filled = None  # a number that changes would need a new graph
+            return self._step(codes, self.position_ids.shape[0])
         logits = self._step(codes, self._span())
         self.filled += 1
         return logits
+
+    forward = decode_one
 
     @torch.no_grad()
     def decode_n(self, codes: Tensor, choose: Callable[[Tensor, Tensor], Tensor], progress: bool = False) -> None:
@@ -208,6 +217,8 @@ class Decoder:
 
     def _span(self) -> int:
         """Return the attended length of the next step; ValueError if all positions are filled."""
+        if self.filled is None:
+            self.filled = int(self.position)
         if self.filled >= self.config.positions:
             raise ValueError(
                 f"all {self.config.positions} positions of this generator are filled: the clip is complete"
@@ -221,7 +232,8 @@ class Decoder:
         if self.fused is not None:
             logits = self.fused(x[:, 0], self.position)
         else:
-            mask = None if self.stride == 1 else (self.position_ids[:span] <= self.position)[None]
+            is_masked = self.stride > 1 or torch.compiler.is_compiling()
+            mask = (self.position_ids[:span] <= self.position)[None] if is_masked else None
             logits = self._forward(x, self.position, span, mask)
         self.position.add_(1)
         return logits
@@ -269,7 +281,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = No
 def swiglu(x: Tensor) -> Tensor:
     """Compute `silu(gate) * up` (..., F) from both concatenated (..., 2 F)."""
     gate, up = x.chunk(2, dim=-1)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.silu(gate).mul_(up)
     # One thread: the chunk of another may start inside a SIMD vector, whose rest a different implementation of exp computes.
     with threads(1):

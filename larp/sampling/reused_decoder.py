@@ -30,7 +30,7 @@ def reused_decoder(model: "LarpGenerator", rows: int, weights: Weights, dtype: t
     last = _last.pop() if _last else None
     if state is not None and last and last[0] == options and last[1]() is model and last[2] == state:
         decoder = last[3]
-        decoder.model = model
+        decoder.embed_condition = model.embed_condition
     else:
         if last:
             last[3].saved_steps.clear()
@@ -41,7 +41,7 @@ def reused_decoder(model: "LarpGenerator", rows: int, weights: Weights, dtype: t
         yield decoder
         if reusable:
             # Without a reference to the model, which could otherwise never be deleted.
-            decoder.model = None
+            decoder.embed_condition = None
             clear()
             _last.append((options, weakref.ref(model, lambda _: clear()), state, decoder))
     except BaseException:

@@ -21,6 +21,7 @@ from larp_mllm.cli import (
     detokenize,
     doctor,
     export,
+    export_onnx,
     fetch,
     generate,
     pack_clips,
@@ -33,7 +34,7 @@ from larp_mllm.cli import (
 
 COMMANDS = (
     *(generate, describe, continue_video, chat, export, decode_tokens, sample),
-    *(reconstruct, tokenize, detokenize),
+    *(reconstruct, tokenize, detokenize, export_onnx),
     *(fetch, doctor, pack_clips, unpack_clips, train_info, demo),
 )
 EXAMPLES = """\
@@ -50,6 +51,7 @@ examples:
   larp-mllm reconstruct clip.mp4 -o again.mp4
   larp-mllm tokenize clip.mp4 -o clip.larp --tokenizer runs/ucf/tokenizer
   larp-mllm detokenize clip.larp -o again.mp4 --tokenizer runs/ucf/tokenizer
+  larp-mllm export-onnx --to onnx/ --tokenizer runs/ucf/tokenizer
   larp-mllm fetch lpips
   larp-mllm doctor --data ucf101:/path/to/UCF101
   larp-mllm pack-clips --data ucf101:/path/to/UCF101 -o ucf.clips

@@ -138,14 +138,19 @@ def visible_scale(video: "Video") -> int:
 
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     """--tokenizer, --variant, --device, --batch-size: for `load_tokenizer`."""
+    add_tokenizer_name(parser)
+    add_device(parser)
+    parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass")
+
+
+def add_tokenizer_name(parser: argparse.ArgumentParser) -> None:
+    """--tokenizer, --variant: for `load_tokenizer`, which also reads `device`."""
     parser.add_argument(
         "--tokenizer",
         help="folder or hub name of a trained tokenizer, or the folder of its run, or of a language model that has one "
         "(default: the tokenizer of the language model that generate would use, else the one that comes with larp-mllm)",
     )
     parser.add_argument("--variant", choices=["ema"], help="ema: the averaged weights of a training with --ema")
-    add_device(parser)
-    parser.add_argument("--batch-size", type=int, default=8, help="windows in one pass")
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:

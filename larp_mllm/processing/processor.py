@@ -134,9 +134,10 @@ class LarpMllmProcessor(ProcessorMixin):
     def encode_videos(self, videos: Sequence[VideoInput]) -> list[list[int]]:
         """Videos -> their codes, N each.
 
-        A video is a file, a Video, uint8 frames (T, H, W, 3), or a float clip (3, T, H, W) in [0, 1], as array or tensor.
-        Frames are resized, and of a longer video the middle is taken; a clip is not changed. Raises ValueError for other
-        shapes, dtypes or ranges, and for clips of different shapes.
+        A video is a file, a Video, uint8 frames (T, H, W, 3) or (T, 3, H, W) or a float clip (3, T, H, W) in [0, 1] as array
+        or tensor, a list of frames (PIL images, arrays), or a reader or frames of torchcodec or decord. Frames are resized,
+        and of a longer video the middle is taken; a clip is not changed. Raises ValueError for other shapes, dtypes or
+        ranges, for frames whose axis of colours is not clear, and for clips of different shapes.
         """
         count = self.video_tokenizer.config.num_frames
         clips = [
@@ -185,7 +186,7 @@ class LarpMllmProcessor(ProcessorMixin):
 
         Args:
             text: a text with its videos (B = 1), or several with a list of videos each.
-            videos: see `encode_videos`.
+            videos: see `encode_videos`; for one text with one video, the video itself.
             add_special_tokens: begin with the base's begin id, if it has one.
             open_video: end with video_start, after which the model generates a video.
             **options: return_tensors, padding, padding_side, max_length: see `BatchOptions`. Nothing is truncated.

@@ -64,6 +64,21 @@ def test_inference_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert "encode+decode" in printed and "load average" in printed and "CPU time" in printed
 
 
+@pytest.mark.slow
+def test_onnx_from_the_command_line(tmp_path, capsys):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs pip install 'larp-mllm[onnx]'")
+    report = run(tmp_path, "--what", "onnx", "--batch-size", "2")["onnx"]
+    assert report["codes"] == 12 and report["largest_difference_of_clips"] < 1e-4
+    for name in ("encode", "decode"):
+        for way in ("ours", "onnxruntime"):
+            assert len(report[name][way]["all_seconds"]) == 3
+        assert report[name]["cpu_time_ratio"]["median"] > 0
+    assert "of 12 codes differ" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="onnx, which is compared on a CPU in fp32"):
+        speed.SpeedConfig(what=("onnx",), device="cpu", precision="bf16")
+
+
 def test_training_steps_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "in_fresh_process", lambda work, *arguments: work(*arguments))
     report = run(tmp_path, "--what", "training", "adversarial")

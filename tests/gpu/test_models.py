@@ -125,5 +125,23 @@ def test_bfloat16_encodes_and_decodes_close_to_float32(device):
         assert (model.encode(clip) == codes).float().mean() > SHARE
 
 
+@torch.no_grad()
+def test_the_checks_of_values_stop_no_loop(device):
+    """Codes and clips that are on the GPU are checked without reading a number back between two calls."""
+    if device.type != "cuda":
+        pytest.skip("a CPU has nothing to wait for")
+    model, clip = tokenizer().to(device), clips().to(device)
+    codes = model.encode(clip)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            model.decode(model.encode(clip))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(ValueError, match="codes run from"):
+        model.decode(codes + 10**6)
+    assert torch.equal(model.encode(clip), codes), "the GPU is as it was"
+
+
 # Of codes sampled from random weights, which lie closer together than trained ones.
 SHARE = 0.9

@@ -244,3 +244,59 @@ def test_a_dtype_of_the_config_that_is_not_the_files_is_named(tmp_path, said, na
     (folder / "config.json").write_text(json.dumps(config | said))
     with pytest.raises(CheckpointError, match=rf'config\.json says {named} where it must say "dtype": "bfloat16"'):
         Discriminator.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", "torch.bfloat16"])
+def test_a_model_is_loaded_in_the_wanted_dtype(tmp_path, dtype):
+    folder = LarpTokenizer(TINY_TOKENIZER).save_pretrained(tmp_path)
+    whole, half = LarpTokenizer.from_pretrained(folder), LarpTokenizer.from_pretrained(folder, dtype=dtype)
+    assert (whole.dtype, whole.device) == (torch.float32, torch.device("cpu"))
+    assert half.dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
+    assert {name for name, p in half.named_parameters() if p.dtype != half.dtype} == {"quantizer.embedding.weight"}
+    assert torch.equal(half.codebook, whole.codebook)
+    codes = half.encode(torch.rand(1, 3, 4, 16, 16))
+    torch.testing.assert_close(half.decode(codes), whole.decode(codes), rtol=0, atol=0.02)
+
+
+def test_the_stored_dtype_is_had_by_auto(tmp_path):
+    folder = small().save_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert Discriminator.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
+    assert Discriminator.from_pretrained(folder).dtype == torch.float32
+    for wrong in ("int8", torch.int8, "half a float", 16):
+        with pytest.raises(
+            ValueError, match=r"dtype is .*: give a floating-point one such as torch\.bfloat16, or 'auto'"
+        ):
+            Discriminator.from_pretrained(folder, dtype=wrong)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, "auto", None])
+def test_a_device_map_is_one_device(tmp_path, device_map):
+    folder = small().save_pretrained(tmp_path)
+    expected = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
+    assert Discriminator.from_pretrained(folder, device_map=device_map).device.type == expected
+
+
+def test_a_device_map_that_splits_the_model_is_refused(tmp_path):
+    folder = small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model is never split: give a device"):
+        Discriminator.from_pretrained(folder, device_map={"blocks": 0, "head": 1})
+    with pytest.raises(ValueError, match="device is 'meta' and device_map 'cpu': give one of the two"):
+        Discriminator.from_pretrained(folder, device="meta", device_map="cpu")
+    with pytest.raises(ValueError, match="device 'balanced' is not there"):
+        Discriminator.from_pretrained(folder, device_map="balanced")
+
+
+def test_a_model_in_a_subfolder(tmp_path, monkeypatch):
+    model = small()
+    model.save_pretrained(tmp_path / "video/discriminator", ema=small(1))
+
+    def snapshot_download(name, revision, allow_patterns):
+        assert allow_patterns == ["video/discriminator/config.json", "video/discriminator/model.ema.safetensors"]
+        return str(tmp_path)
+
+    assert Discriminator.from_pretrained(tmp_path, subfolder="video/discriminator").weight_hash() == model.weight_hash()
+    with pytest.raises(CheckpointError, match="has no subfolder 'vae': leave it out"):
+        Discriminator.from_pretrained(tmp_path, subfolder="vae")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    averaged = Discriminator.from_pretrained("me/models", subfolder="video/discriminator", variant="ema")
+    assert averaged.weight_hash() == small(1).weight_hash()

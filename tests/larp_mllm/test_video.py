@@ -183,3 +183,48 @@ def test_other_suffixes_are_refused(qwen, tmp_path, suffix):
     with pytest.raises(ValueError, match=r"choose one of \.mp4"):
         qwen.generate(["surfing"])[0].save(tmp_path / f"clip{suffix}")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_video_is_a_sequence_of_frames():
+    video = noise(7, 4, 6, prompt="a red circle")
+    assert len(video) == 7 and [frame.shape for frame in video] == [(4, 6, 3)] * 7
+    assert np.array_equal(video[3], video.frames[3]) and np.array_equal(video[np.int64(-1)], video.frames[6])
+    assert np.array_equal(np.stack(list(video)), video.numpy())
+    with pytest.raises(IndexError):
+        video[7]
+    with pytest.raises(TypeError):
+        video["a"]
+
+
+def test_a_slice_is_a_video_with_its_share_of_what_was_given():
+    frames = noise(8, 4, 6).frames
+    video = Video(frames, 12.0, "a red circle", codes=(3, 1), given=5)
+    part = video[2:7]
+    assert isinstance(part, Video) and np.array_equal(part.frames, frames[2:7])
+    assert (part.fps, part.prompt, part.codes, part.given) == (12.0, "a red circle", (), 3)
+    assert (video[::3].fps, video[::3].given) == (4.0, 2) and np.array_equal(video[::3].frames, frames[::3])
+    assert (video[::-1].fps, video[::-1].given) == (12.0, 0) and np.array_equal(video[::-1].frames, frames[::-1])
+    assert video[:].codes == (3, 1) and video[5:].given == 0
+    with pytest.raises(ValueError, match="at least one frame"):
+        video[3:3]
+
+
+def test_a_video_is_an_array_and_a_tensor(tmp_path):
+    video = noise(3, 4, 6)
+    assert np.asarray(video) is video.frames and np.asarray(video, dtype=np.float32).dtype == np.float32
+    copied = np.array(video)
+    assert np.array_equal(copied, video.frames) and copied is not video.frames
+    for given in (video, video[::-1]):
+        tensor = given.torch()
+        assert tensor.shape == (3, 4, 6, 3) and np.array_equal(tensor.numpy(), given.frames)
+    assert video[::-1].save(tmp_path / "backwards.gif").exists()
+
+
+def test_videos_are_equal_if_their_codes_are():
+    frames = noise(3, 4, 6).frames
+    video = Video(frames, 8.0, "a", codes=(1, 2))
+    assert video == Video(frames // 2, 5.0, "b", codes=np.array([1, 2])) != Video(frames, 8.0, "a", codes=(1, 3))
+    assert hash(video) == hash(Video(frames // 2, 5.0, codes=(1, 2))) and video != "a"
+    without = Video(frames, 8.0)
+    assert without == Video(frames.copy(), 8.0) and without != video and without != Video(frames // 2, 8.0)
+    assert len({without, Video(frames.copy(), 8.0), video}) == 2

@@ -178,8 +178,8 @@ def test_arguments_of_another_type_are_refused(qwen):
     ):
         with pytest.raises(ValueError, match=words):
             LarpMllmProcessor(*arguments)
-    for videos in (3, "clip.mp4", Video(FRAMES.astype(np.uint8), 8.0)):
-        for call in (qwen.describe, lambda videos: qwen.processor("<video>", videos)):
+    for videos in (3, "clip.mp4", Video(FRAMES.astype(np.uint8), 8.0), FRAMES.astype(np.uint8), [FRAMES[0]] * 4):
+        for call in (qwen.describe, lambda videos: qwen.processor(["<video>"] * 2, videos)):
             with pytest.raises(ValueError, match="videos must be a list, got "):
                 call(videos)
 
