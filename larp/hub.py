@@ -5,6 +5,7 @@ huggingface_hub's model mixin is not used: it ignores unknown config keys and ca
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ RUN_MODEL = "model"
 EMA = "ema"
 """The variant of a checkpoint with the exponential moving average of the weights."""
 _STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+loading = threading.RLock()
+"""Held while a model is built or loaded, by larp_mllm as well: transformers patches torch's initialisation meanwhile, and sets
+its default dtype, for all threads of the process."""
 
 
 def weights_file(variant: str | None = None) -> str:
@@ -94,12 +99,13 @@ class LarpModel(nn.Module):
                 raise CheckpointError(f"{folder / CONFIG}: {error}") from error
         try:
             # On the meta device first: a damaged config may ask for more memory than there is.
-            with torch.device("meta"):
+            with loading, torch.device("meta"):
                 expected = cls(settings).state_dict()
         except RuntimeError as error:
             raise CheckpointError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error
         _check_tensors(expected, tensors, str(folder), stored)
-        model = cls(settings)
+        with loading:
+            model = cls(settings)
         model.load_state_dict(tensors)
         return model.eval().to(device)
 
