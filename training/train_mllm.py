@@ -23,6 +23,7 @@ from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
 from larp.engine.signals import run_script
+from larp.engine.untrusted import naming_damaged
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
@@ -143,7 +144,8 @@ def resume(run: StagedRun, options: dict) -> None:
     config = run.config
     state = open_training(config, options, run.clock, {"model": run.engine}, run.identity)
     if state is not None:
-        run.load_state_dict(state.loader_state)
+        with naming_damaged(state.folder):
+            run.load_state_dict(state.loader_state)
     if config.resume:
         earlier = state.loader_state.get("resumed", []) if state is not None else []
         run.resumed = option_changes(config.out, options, run.step, earlier)

@@ -30,6 +30,7 @@ from larp.engine.run import check_run, open_log, open_training, save_training, s
 from larp.engine.schedules import ramp
 from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
+from larp.engine.untrusted import naming_damaged
 from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.reconstruction import ValidationMetrics
@@ -172,8 +173,9 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     loader = open_loader(config, train, shape, trainer.ranks)
     saved = open_training(config, to_dict(config), clock, trainer.engines, config.identity)
     if saved is not None:
-        loader.load_state_dict(saved.loader_state)
-        trainer.load_state_dict(saved.extra)
+        with naming_damaged(saved.folder):
+            loader.load_state_dict(saved.loader_state)
+            trainer.load_state_dict(saved.extra)
     began = time.monotonic()
     with open_log(config, trainer.ranks, clock, ("loss", "psnr", "prior_top1")) as log:
         log_setup(trainer, train, test, log)

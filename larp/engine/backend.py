@@ -46,6 +46,7 @@ from larp.engine.distributed import (
 )
 from larp.engine.ema import WeightAverage
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, check_trainable, deepspeed_settings, micro_batch
+from larp.engine.untrusted import only_data
 from larp.kernels.allocator import keep_freed_memory
 from larp.kernels.threads import cores
 from larp.models.layers import checkpoint_activations, compile_blocks
@@ -407,7 +408,7 @@ class Engine:
         )
 
     def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
-        """Load a checkpoint of `save` and return its client_state. Unpickles, so it is only for trusted files.
+        """Load a checkpoint of `save` and return its client_state. Files that hold code are refused, see `only_data`.
 
         Learning rates and other optimizer settings stay those of this run.
 
@@ -418,7 +419,8 @@ class Engine:
         Raises ValueError if there is no checkpoint.
         """
         self._engine._config.load_universal_checkpoint = universal
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
+        with only_data():
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]

@@ -23,6 +23,7 @@ from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, save_state
 from larp.engine.clock import Clock
 from larp.engine.log import RunLog, check_wandb
+from larp.engine.untrusted import naming_damaged
 
 
 class RunConfig(Protocol):
@@ -66,8 +67,9 @@ def open_training(
         return None
     load_state(engines, saved, identity)
     # Tokenizer runs that began before 2026-11-27 hold it in `extra`.
-    elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))
-    clock.start(saved.step, elapsed)
+    with naming_damaged(saved.folder):
+        elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))
+        clock.start(saved.step, float(elapsed))
     return saved
 
 
