@@ -174,7 +174,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     engine.module.train()
     while not run.stage_done:
         sequences = run.mix.batch(run.step, config.batch_size, config.seed)
-        sums += train_step(engine, sequences, config, run.ranks)
+        sums += train_step(engine, sequences, config, run.ranks, run.step)
         clock.advance()
         step, end = clock.step, clock.done
         if step % config.log_every == 0 or run.stage_done:
@@ -184,15 +184,20 @@ def loop(run: StagedRun, log: RunLog) -> bool:
         if config.sampling.every and clock.due(config.sampling.every) and not end:
             sample_on_the_way(run, config.out / "samples" / f"step-{step:08d}")
         stop = stop_requested()
-        if stop or clock.due(config.save_every) or run.stage_done:
+        if stop or run.stage_done or (clock.due(config.save_every) and not engine.is_skipping):
             save_training(config, clock, {"model": engine}, run.identity, run.state_dict())
         if stop and not end:
             return True
     return False
 
 
-def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
-    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,)."""
+def train_step(
+    engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks, step: int | None = None
+) -> Tensor:
+    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,).
+
+    step: of the data, where the engine has counted other steps.
+    """
     parts = config.engine.accumulation
     rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
@@ -202,7 +207,7 @@ def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllm
     for batch in micro_batches(rows, parts, ranks):
         out = engine(**batch, num_items_in_batch=items, **weights)
         engine.backward(out.loss)
-        engine.step()
+        engine.step(step)
         sums += metric_sums(out)
     return sums
 

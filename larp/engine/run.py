@@ -79,8 +79,9 @@ def open_log(config: RunConfig, ranks: Ranks, clock: Clock, show: Sequence[str])
 
 
 def step_metrics(engine: Engine, clock: Clock) -> dict[str, float]:
-    """Return what the log holds of a step in every training: learning rates, gradient norm, place on the schedule."""
-    return {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0, **clock.metrics}
+    """Return what the log holds of a step in every training: learning rates, gradient norm, skipped updates, place on the schedule."""
+    skipped = {"skipped_updates": count} if (count := engine.skipped_count) else {}
+    return {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0, **skipped, **clock.metrics}
 
 
 def save_training(

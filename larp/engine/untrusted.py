@@ -20,19 +20,15 @@ _DAMAGE = (KeyError, TypeError, AttributeError, IndexError, RuntimeError, Assert
 
 
 @contextmanager
-def only_data() -> Iterator[None]:
-    """In the block, torch.load builds tensors, plain values and three classes of DeepSpeed, even where it is asked for more.
+def only_data(*classes: type) -> Iterator[None]:
+    """In the block, torch.load builds tensors, plain values and these classes, even where it is asked for more.
 
     For other objects it raises pickle.UnpicklingError.
     """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     before = os.environ.get(_VARIABLE)
     os.environ[_VARIABLE] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(list(classes)):
             yield
     finally:
         if before is None:
@@ -56,7 +52,9 @@ def naming_damaged(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder} {what}: no training wrote it so; copy the run again, or train anew from its model with --start-from"
         ) from error
-    except _DAMAGE as error:
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         text = str(error).strip().splitlines() or [""]
         raise ValueError(
             f"{folder} is damaged ({type(error).__name__}: {text[0][:200]}): delete it to go on from the checkpoint before, or copy the "

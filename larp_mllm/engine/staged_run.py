@@ -129,6 +129,7 @@ class StagedRun:
         updates = make_optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
         self.mllm, self.since = mllm, time.monotonic()
         self.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, self.ranks)
+        self.engine.clips_of = lambda step: self.mix.clips_of(step, config.batch_size, config.seed)
 
     def next_stage(self) -> None:
         """End a stage and begin the next. Collective.
