@@ -275,7 +275,7 @@ def _read_checkpoint(folder: Path, variant: str | None = None) -> tuple[dict, di
 
 def _upcast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
     """Cast tensors of `dtype`, which config.json declares for stored weights, to float32; leave others unchanged."""
-    if dtype not in _STORED_DTYPES:
+    if str(dtype) not in _STORED_DTYPES:
         raise CheckpointError(f"{where}: dtype is {dtype!r}, expected one of {', '.join(_STORED_DTYPES)}")
     return {k: v.float() if v.dtype == _STORED_DTYPES[dtype] else v for k, v in tensors.items()}
 

@@ -6,6 +6,7 @@ import pickle
 
 from larp.engine.backend import EngineConfig
 from larp.engine.checkpoint import load_state, newest_state, open_run, save_state
+from tests.faults.damage import damaged, places
 
 import pytest
 import torch
@@ -29,10 +30,7 @@ def one_line(folder, work, match="damaged|more than"):
 
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_what_a_strangers_checkpoint_wants_to_run_is_not_run(new_engine, train, tmp_path, stage):
-    def engine():
-        return new_engine(EngineConfig(zero_stage=stage))
-
-    own = engine()
+    own, other = (new_engine(EngineConfig(zero_stage=stage)) for _ in range(2))
     train(own, 0, 1)
     save_state({"model": own}, tmp_path, 1, {}, {"best": 1.0})
     state = newest_state(tmp_path)
@@ -43,32 +41,12 @@ def test_what_a_strangers_checkpoint_wants_to_run_is_not_run(new_engine, train, 
         content = torch.load(path, weights_only=False)
         torch.save({**content, "more": Code(f"touch {tmp_path}/ran")}, path)
         match = r"holds more than tensors and numbers \(posix\.system\), which could run code: .*copy the run again"
-        one_line(state.folder, lambda: load_state({"model": engine()}, state) or state.extra, match)
+        one_line(state.folder, lambda: load_state({"model": other}, state) or state.extra, match)
         path.write_bytes(pickle.dumps(Code(f"touch {tmp_path}/ran")))
-        one_line(state.folder, lambda: load_state({"model": engine()}, state) or state.extra)
+        one_line(state.folder, lambda: load_state({"model": other}, state) or state.extra)
         path.write_bytes(whole)
     assert not (tmp_path / "ran").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
-    load_state({"model": engine()}, state)
-
-
-def places(value, where=()):
-    """Yield the path of each value in nested dicts and lists, the outermost first."""
-    yield where
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, child in children:
-        yield from places(child, (*where, name))
-
-
-def damaged(value, where, new):
-    """Return a copy of nested plain values in which the one at `where` is `new`, or missing if that is ...."""
-    if not where:
-        return new
-    copy = value.copy()
-    if len(where) == 1 and new is ...:
-        del copy[where[0]]
-    else:
-        copy[where[0]] = damaged(copy[where[0]], where[1:], new)
-    return copy
+    load_state({"model": other}, state)
 
 
 def test_a_damaged_marker_is_one_line_at_any_depth(new_engine, tmp_path):
