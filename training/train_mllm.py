@@ -174,7 +174,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     engine.module.train()
     while not run.stage_done:
         sequences = run.mix.batch(run.step, config.batch_size, config.seed)
-        sums += train_step(engine, sequences, config, run.ranks, run.step)
+        sums += train_step(engine, sequences, config, run.ranks)
         clock.advance()
         step, end = clock.step, clock.done
         if step % config.log_every == 0 or run.stage_done:
@@ -191,13 +191,8 @@ def loop(run: StagedRun, log: RunLog) -> bool:
     return False
 
 
-def train_step(
-    engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks, step: int | None = None
-) -> Tensor:
-    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,).
-
-    step: of the data, where the engine has counted other steps.
-    """
+def train_step(engine: Engine, sequences: list[TokenSequence], config: TrainMllmConfig, ranks: Ranks) -> Tensor:
+    """Train one step on a global batch, of which this rank takes its rows; return the sums named in METRIC_SUMS, float64 (6,)."""
     parts = config.engine.accumulation
     rows = pack(sequences, config.sequence_length, multiple=parts * ranks.world_size)
     # One divisor for all micro batches and ranks: their mean is then the mean over the targets of the global batch.
@@ -207,7 +202,7 @@ def train_step(
     for batch in micro_batches(rows, parts, ranks):
         out = engine(**batch, num_items_in_batch=items, **weights)
         engine.backward(out.loss)
-        engine.step(step)
+        engine.step()
         sums += metric_sums(out)
     return sums
 

@@ -211,6 +211,7 @@ class Engine:
 
     Attributes:
         step_count: number of global batches, including skipped updates, so that it matches the position in the data.
+        first_step: the step of the data that the first global batch was.
         clips_of: returns the names of the clips of a step of the data, for the message about a skipped update; or None.
         average: EMA of the weights, or None.
     """
@@ -230,7 +231,7 @@ class Engine:
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
         self._hyperparameters = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
-        self.step_count = 0
+        self.step_count = self.first_step = 0
         self.clips_of: Callable[[int], Sequence[str]] | None = None
         self._skipped = self._skipped_in_a_row = 0
         self._data_step = 0
@@ -295,7 +296,7 @@ class Engine:
     def step(self, data_step: int | None = None) -> bool | None:
         """Update the weights; to be called after `backward` of each micro batch.
 
-        data_step: the step of the data that is trained on, where that is not `step_count`.
+        data_step: the step of the data, by default `first_step` + `step_count`.
 
         Returns None while the global batch is incomplete, True after an update, and False if loss or gradient was not finite
         and the update was skipped, on all ranks alike; the main rank then names its clips. At stage 0 on a GPU in fp32 or bf16 the result is True also for
@@ -308,7 +309,7 @@ class Engine:
             self._engine.step()
             return None
         self._apply_lr()
-        before, self._data_step = self._data_step, self.step_count if data_step is None else data_step
+        before, self._data_step = self._data_step, self.first_step + self.step_count if data_step is None else data_step
         if self._device_steps is not None:
             applied = self._device_step()
             if self._skipped_in_a_row:

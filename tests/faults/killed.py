@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import larp  # noqa: F401  (before torch: it sets how torch's threads wait)
 from larp.engine.checkpoint import newest_state
