@@ -169,7 +169,7 @@ def kill(job: Job, pid: int, out: Path, seconds: float, rng: random.Random) -> d
     if (status := wait(pid, 60)) is None:
         raise Unequal(f"{job.name}: a rank survives the other by a minute")
     # A rank that is killed in the last moment, after it has done its work, is none that counts.
-    return status if status == 0 else {"in_save": unfinished_save(out), "one_rank": one_rank}
+    return status if status == 0 else {"in_save": unfinished_save(out) and not known, "one_rank": one_rank}
 
 
 def ended_before(pid: int) -> int | None:
