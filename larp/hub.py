@@ -5,6 +5,7 @@ huggingface_hub's model mixin is not used: it ignores unknown config keys and ca
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,10 @@ RUN_MODEL = "model"
 EMA = "ema"
 """The variant of a checkpoint with the exponential moving average of the weights."""
 _STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+loading = threading.RLock()
+"""Held while a model is built or loaded, by larp_mllm as well: transformers patches torch's initialisation meanwhile, and sets
+its default dtype, for all threads of the process."""
 
 
 def weights_file(variant: str | None = None) -> str:
@@ -118,12 +123,13 @@ class LarpModel(nn.Module):
                 raise CheckpointError(f"{folder / CONFIG}: {error}") from error
         try:
             # On the meta device first: a damaged config may ask for more memory than there is.
-            with torch.device("meta"):
+            with loading, torch.device("meta"):
                 expected = cls(settings).state_dict()
         except RuntimeError as error:
             raise CheckpointError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error
         _check_tensors(expected, tensors, str(folder), stored)
-        model = cls(settings)
+        with loading:
+            model = cls(settings)
         model.load_state_dict(tensors)
         if dtype == "auto":
             dtype = _STORED_DTYPES[stored or "float32"]
@@ -330,7 +336,7 @@ def _read_checkpoint(folder: Path, variant: str | None = None) -> tuple[dict, di
 
 def _upcast(tensors: dict[str, Tensor], dtype: str, where: Path) -> dict[str, Tensor]:
     """Cast tensors of `dtype`, which config.json declares for stored weights, to float32; leave others unchanged."""
-    if dtype not in _STORED_DTYPES:
+    if str(dtype) not in _STORED_DTYPES:
         raise CheckpointError(f"{where}: dtype is {dtype!r}, expected one of {', '.join(_STORED_DTYPES)}")
     return {k: v.float() if v.dtype == _STORED_DTYPES[dtype] else v for k, v in tensors.items()}
 

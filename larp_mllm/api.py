@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from larp.config import check_count
-from larp.hub import check_device
+from larp.hub import check_device, loading
 from larp_mllm.checks import check_progress, check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.progress import ProgressCallback
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
@@ -220,7 +220,8 @@ def open_model(model: Model = None, device: str | None = None, dtype: str | torc
     if device is not None:
         check_device(device)
     folder = find_model(model).resolve()
-    return _load_cached(folder, (folder / "config.json").stat().st_mtime_ns, device, dtype)
+    with loading:  # so that threads that ask for one model at a time load it once
+        return _load_cached(folder, (folder / "config.json").stat().st_mtime_ns, device, dtype)
 
 
 @lru_cache(maxsize=2)

@@ -22,7 +22,7 @@ from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import TRAINING, find_model, read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, quiet
-from larp_mllm.processing.caption_words import is_far
+from larp_mllm.processing.caption_words import are_captions, is_far
 from larp_mllm.processing.chat import chat_segments, stop_ids
 from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.token_sequence import encode
@@ -66,8 +66,12 @@ class Mllm:
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
             # Not with .to(), which would also round the rotary frequencies.
             model = LarpMllmForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
-        training = read_config(folder / TRAINING) or {}
-        return cls(model.to(device).eval(), processor, training.get("captions"))
+        captions = (read_config(folder / TRAINING) or {}).get("captions")
+        if not are_captions(captions):
+            raise ValueError(
+                f"{folder / TRAINING} is damaged: captions holds no words; copy the file again, or delete it"
+            )
+        return cls(model.to(device).eval(), processor, captions)
 
     def save(self, folder: str | Path) -> None:
         """Save a folder that `load` reads. Raises ValueError, naming the folder, if it cannot be written."""

@@ -28,6 +28,7 @@ from larp.engine.optimizer import build_optimizer
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
 from larp.engine.samples import GUIDANCE, Samples, tokenizer_of
 from larp.engine.signals import run_script
+from larp.engine.untrusted import naming_damaged
 from larp.files import write_json
 from larp.hub import EMA
 from larp.metrics.code_prediction import predict_codes
@@ -99,10 +100,13 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         parameters = model.num_parameters()  # before the engine may shard them
         samples = open_samples(config, held_out, tokenizer, model.config, ranks)
         engine = make_generator_engine(config, model, len(source), clock, ranks)
+        engine.clips_of = source.clips_of
         trainer = Trainer(config, engine, source, held_out, clock, samples)
         saved = open_training(config, to_dict(config) | {"recipe": recipe}, clock, trainer.engines, trainer.identity)
         if saved is not None:
-            trainer.best = saved.extra
+            with naming_damaged(saved.folder):
+                trainer.best = saved.extra
+                bits(trainer.best) < math.inf  # noqa: B015 - a damaged one cannot be compared
         with open_log(config, ranks, clock, ("loss", "bits_per_token", "top1", "top5")) as log:
             stop = {} if loop(trainer, log) else stopped(config, clock.step, log)
         skipped = {tuple(entry) for entries in backend.gather_objects(source.skipped) for entry in entries}
@@ -117,6 +121,7 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
             "clips": len(source),
             "held_out_clips": len(held_out),
             "skipped_videos": len(skipped),
+            "skipped_updates": engine.skipped_count,
             **trainer.best,
             "uniform_bits_per_token": math.log2(model.config.codebook_size),
             "model": str(config.out / "model"),
@@ -207,7 +212,7 @@ def loop(trainer: Trainer, log: RunLog) -> bool:
         log.progress(step)
         stop = backend.stop_requested()
         # After the validation of the step, whose `best` belongs to model/.
-        if stop or last or clock.due(config.save_every):
+        if stop or last or (clock.due(config.save_every) and not engine.is_skipping):
             save_training(config, clock, trainer.engines, trainer.identity, extra=trainer.best)
         if stop and not last:
             return False

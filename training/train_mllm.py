@@ -23,6 +23,7 @@ from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
 from larp.engine.signals import run_script
+from larp.engine.untrusted import naming_damaged
 from larp_mllm.data.collate import pack
 from larp_mllm.data.corpus import Corpus, TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import TrainingMix
@@ -152,7 +153,8 @@ def resume(run: StagedRun, options: dict) -> None:
     config = run.config
     state = open_training(config, options, run.clock, {"model": run.engine}, run.identity)
     if state is not None:
-        run.load_state_dict(state.loader_state)
+        with naming_damaged(state.folder):
+            run.load_state_dict(state.loader_state)
     if config.resume:
         earlier = state.loader_state.get("resumed", []) if state is not None else []
         run.resumed = option_changes(config.out, options, run.step, earlier)
@@ -193,7 +195,7 @@ def loop(run: StagedRun, log: RunLog) -> bool:
         if config.sampling.every and clock.due(config.sampling.every) and not end:
             sample_on_the_way(run, config.out / "samples" / f"step-{step:08d}")
         stop = stop_requested()
-        if stop or clock.due(config.save_every) or run.stage_done:
+        if stop or run.stage_done or (clock.due(config.save_every) and not engine.is_skipping):
             save_training(config, clock, {"model": engine}, run.identity, run.state_dict())
         if stop and not end:
             return True

@@ -30,6 +30,7 @@ from larp.engine.run import check_run, open_log, open_training, save_training, s
 from larp.engine.schedules import ramp
 from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
+from larp.engine.untrusted import naming_damaged
 from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.reconstruction import ValidationMetrics
@@ -172,10 +173,13 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     validation = TokenizerValidation(test, shape, config.eval_clips, config.workers, trainer.metrics)
     validation.check_readable()
     loader = open_loader(config, train, shape, trainer.ranks)
+    for engine in trainer.engines.values():
+        engine.clips_of = loader.clips_of
     saved = open_training(config, to_dict(config), clock, trainer.engines, config.identity)
     if saved is not None:
-        loader.load_state_dict(saved.loader_state)
-        trainer.load_state_dict(saved.extra)
+        with naming_damaged(saved.folder):
+            loader.load_state_dict(saved.loader_state)
+            trainer.load_state_dict(saved.extra)
     began = time.monotonic()
     with open_log(config, trainer.ranks, clock, ("loss", "psnr", "prior_top1")) as log:
         log_setup(trainer, train, test, log)
@@ -192,6 +196,8 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         "skipped_videos": len(skipped),
         "skipped_updates": trainer.tokenizer.skipped_count,
     }
+    if trainer.adversary is not None:
+        report["skipped_discriminator_updates"] = trainer.adversary.engine.skipped_count
     if config.keep_best:
         report["best"] = trainer.best
     if trainer.ranks.is_main:
@@ -219,7 +225,8 @@ def loop(trainer: Trainer, loader: ClipLoader, validation: TokenizerValidation, 
         if last or (clock.due(config.eval_every) and not stop):
             report = check(trainer, validation, log)
         # After the validation of the step, whose `best` belongs to model/.
-        if stop or last or clock.due(config.save_every):
+        skipping = any(engine.is_skipping for engine in trainer.engines.values())
+        if stop or last or (clock.due(config.save_every) and not skipping):
             save_training(config, clock, trainer.engines, config.identity, loader.state_dict(), trainer.state_dict())
         if stop and not last:
             return None
@@ -267,7 +274,7 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
         engine.backward(loss)
     engine.step()
     if adversary is not None and adversary.is_update_step(place, step):
-        parts["discriminator"] = adversary.update(clip, out.reconstruction.detach(), noise)
+        parts["discriminator"] = adversary.update(clip, out.reconstruction.detach(), noise, step)
     trainer.codes.observe(out)
     return {"loss": loss, **parts}
 

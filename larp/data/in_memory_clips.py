@@ -106,6 +106,9 @@ class ResidentClips(ClipLoader):
     def _count(self) -> int:
         return len(self.usable)
 
+    def _name(self, index: int) -> str:
+        return super()._name(self.usable[index])
+
     def cut(self, chosen: np.ndarray, uniform: np.ndarray) -> Tensor:
         """Cut clips from the videos `chosen` (b,), indices of `usable`, by U[0, 1) values (b, NUM_RANDOM).
 

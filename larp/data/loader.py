@@ -105,6 +105,14 @@ class ClipLoader:
                 yield {**batch, "sample_offset": offset, "step": step}
                 step, micro = self._after(step, micro)
 
+    def clips_of(self, step: int) -> list[str]:
+        """Return the names of the videos of a step, of all ranks; one that cannot be read has another in its place."""
+        first = step * self.global_batch
+        return [self._name(self._index(position)) for position in range(first, first + self.global_batch)]
+
+    def _name(self, index: int) -> str:
+        return self._source.videos.items[index].name
+
     def state_dict(self) -> dict:
         """Return the position and the identity of the data as JSON-serialisable values."""
         return {"step": self.step, "micro": self.micro, "micro_batch": self.micro_batch, **self._identity()}

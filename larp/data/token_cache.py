@@ -94,10 +94,20 @@ class TokenCache:
             f"the token cache {folder}",
             "extract the tokens again, into another folder",
         )
-        shards = [
-            read_shard(folder / name)
-            for name in tqdm(index["shards"], desc="tokens", disable=len(index["shards"]) < 200)
-        ]
+        try:
+            cache = cls._read(folder, index)
+            if cache.codes.shape[1] != cache.num_tokens or cache.codebook_size < 1:
+                raise IndexError(f"its codes do not fit {INDEX}")
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            raise TokenCacheError(
+                f"{folder} is damaged ({error}): extract the tokens again, into another folder"
+            ) from error
+        return cache
+
+    @classmethod
+    def _read(cls, folder: Path, index: Mapping[str, Any]) -> "TokenCache":
+        names = tqdm(index["shards"], desc="tokens", disable=len(index["shards"]) < 200)
+        shards = [read_shard(folder / name) for name in names]
         for tensors, _ in shards:
             tensors.setdefault("fps", torch.full((len(tensors["codes"]),), torch.nan, dtype=torch.float64))
         columns = {
@@ -343,7 +353,7 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
         with safe_open(path, framework="pt") as file:
             notes = {name: json.loads(text) for name, text in file.metadata().items() if name in ("videos", "skipped")}
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise TokenCacheError(
             f"{path}: {error}; delete this file and {INDEX} beside it, and run the extraction again"
         ) from error

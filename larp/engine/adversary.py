@@ -3,6 +3,7 @@
 Shapes: B batch, T frames, H, W pixels.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,12 +84,13 @@ class Adversary:
             for p in trainable:
                 p.requires_grad_(True)
 
-    def update(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise) -> Tensor:
+    def update(self, clip: Tensor, reconstruction: Tensor, noise: BatchNoise, data_step: int | None = None) -> Tensor:
         """Train the discriminator on one micro batch; return its total loss, a scalar.
 
         Args:
             clip, reconstruction: (B, 3, T, H, W); the reconstruction is detached.
             noise: random numbers of the micro batch.
+            data_step: the step of the data.
         """
         # One forward pass for both, because an engine expects one per backward pass.
         real, fake = self.engine(torch.cat([clip, reconstruction])).chunk(2)
@@ -97,9 +99,11 @@ class Adversary:
             # Added to the loss, because an engine expects one backward pass per micro batch.
             loss = loss + self.weights.r1 * self.weights.r1_every * losses.r1_penalty(self.discriminator, clip)
         self.engine.backward(loss)
-        self.engine.step()
+        self.engine.step(data_step)
         means = backend.reduce_mean({"real": real.detach().mean(), "fake": fake.detach().mean()})
-        self.lecam.update(means["real"], means["fake"])
+        if math.isfinite(means["real"]) and math.isfinite(means["fake"]):
+            # Running means would keep what is not finite, and no later loss would be.
+            self.lecam.update(means["real"], means["fake"])
         return loss
 
     def discriminator_loss(self, real: Tensor, fake: Tensor, noise: BatchNoise) -> Tensor:

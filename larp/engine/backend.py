@@ -20,10 +20,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,35 +41,24 @@ from larp.engine.distributed import (
     local_world_size,
     reduce_mean,
     reduce_sum,
+    seed_everything,
     set_current_ranks,
 )
 from larp.engine.ema import WeightAverage
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, check_trainable, deepspeed_settings, micro_batch
+from larp.engine.untrusted import only_data
 from larp.kernels.allocator import keep_freed_memory
 from larp.kernels.threads import cores
 from larp.models.layers import checkpoint_activations, compile_blocks
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 __all__ = [
-    "Engine",
-    "EngineConfig",
-    "Ranks",
-    "barrier",
-    "broadcast_object",
-    "current_ranks",
-    "finish",
-    "gather",
-    "gather_objects",
-    "make_engine",
-    "micro_batch",
-    "reduce_mean",
-    "reduce_sum",
-    "start",
-    "stop_requested",
-]
+    "Engine", "EngineConfig", "Ranks", "barrier", "broadcast_object", "current_ranks", "finish", "gather", "gather_objects",
+    "make_engine", "micro_batch", "reduce_mean", "reduce_sum", "start", "stop_requested",
+]  # fmt: skip
 
 
 # Timeout of collectives: other ranks may encode videos or write samples for hours. The end of a rank is detected earlier,
@@ -89,7 +77,7 @@ def start(seed: int) -> Ranks:
     the machine divided by its ranks. Raises ValueError if a launcher has set only a part of its variables.
     """
     global _own_variables
-    _seed_everything(seed)
+    seed_everything(seed)
     if _own_variables is not None:
         return current_ranks()
     own = fill_in_environment(os.environ)
@@ -136,12 +124,6 @@ def finish() -> None:
 def stop_requested() -> bool:
     """Whether any rank got SIGTERM or Ctrl-C or lost its launcher; the same on all ranks. Collective."""
     return bool(reduce_sum(torch.tensor(float(signals.stop_flag()))).item())
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _import_deepspeed() -> str:
@@ -229,6 +211,8 @@ class Engine:
 
     Attributes:
         step_count: number of global batches, including skipped updates, so that it matches the position in the data.
+        first_step: the step of the data that the first global batch was.
+        clips_of: returns the names of the clips of a step of the data, for the message about a skipped update; or None.
         average: EMA of the weights, or None.
     """
 
@@ -247,8 +231,10 @@ class Engine:
         groups = self._engine.basic_optimizer.param_groups
         self._initial_lrs = [group["lr"] for group in groups]
         self._hyperparameters = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
-        self.step_count = 0
+        self.step_count = self.first_step = 0
+        self.clips_of: Callable[[int], Sequence[str]] | None = None
         self._skipped = self._skipped_in_a_row = 0
+        self._data_step = 0
         self._grad_norm: float | None = None
         self._device_steps = DeviceSteps(self.module, optimizer, config.clip_grad, ranks.device) if fused else None
         self._apply_lr()
@@ -262,6 +248,11 @@ class Engine:
     def skipped_count(self) -> int:
         """Number of skipped updates; waits for the device."""
         return self._skipped if self._device_steps is None else self._device_steps.count()
+
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the last update was skipped (on a GPU the one before), so that the weights may not be worth saving."""
+        return self._skipped_in_a_row > 0
 
     @property
     def grad_norm(self) -> float | None:
@@ -297,15 +288,18 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of one micro batch.
 
-        `loss` is the mean over the micro batch; the engine divides by the accumulation and applies the loss scale.
+        `loss` is the mean over the micro batch; the engine divides by the accumulation and applies the loss scale. A loss that is
+        not finite makes the gradient so, on all ranks.
         """
-        self._engine.backward(loss)
+        self._engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan))
 
-    def step(self) -> bool | None:
+    def step(self, data_step: int | None = None) -> bool | None:
         """Update the weights; to be called after `backward` of each micro batch.
 
-        Returns None while the global batch is incomplete, True after an update, and False if the gradient was not finite
-        and the update was skipped, on all ranks alike. At stage 0 on a GPU in fp32 or bf16 the result is True also for
+        data_step: the step of the data, by default `first_step` + `step_count`.
+
+        Returns None while the global batch is incomplete, True after an update, and False if loss or gradient was not finite
+        and the update was skipped, on all ranks alike; the main rank then names its clips. At stage 0 on a GPU in fp32 or bf16 the result is True also for
         skipped updates, because the host does not wait for the device; `skipped_count` counts them, and the average is
         updated with the unchanged weights.
 
@@ -315,8 +309,11 @@ class Engine:
             self._engine.step()
             return None
         self._apply_lr()
+        before, self._data_step = self._data_step, self.first_step + self.step_count if data_step is None else data_step
         if self._device_steps is not None:
             applied = self._device_step()
+            if self._skipped_in_a_row:
+                self._name_clips(before)
         else:
             applied = self._host_step() if self.config.zero_stage == 0 else self._sharded_step()
             self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
@@ -326,13 +323,20 @@ class Engine:
         if not applied:
             self._skipped += 1
             self._grad_norm = math.inf
+            self._name_clips(self._data_step)
         if self._skipped_in_a_row >= self._max_skipped:
             raise FloatingPointError(
                 f"the gradient of the {self.name} was not finite in {self._skipped_in_a_row} steps in a row, "
                 f"the last one step {self.step_count}: lower the learning rate, use precision fp32, or look at the "
-                "data of these steps"
+                "data of these steps; --resume goes on from the checkpoint before them"
             )
         return applied
+
+    def _name_clips(self, data_step: int) -> None:
+        """Print which clips the skipped update of a step of the data had."""
+        if self.ranks.is_main:
+            names = "" if self.clips_of is None else f"; its clips: {', '.join(self.clips_of(data_step))}"
+            tqdm.write(f"step {data_step + 1}: loss or gradient of the {self.name} is not finite, no update{names}")
 
     def _device_step(self) -> bool:
         """Step at stage 0 on a GPU, which decides whether to skip."""
@@ -407,7 +411,7 @@ class Engine:
         )
 
     def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
-        """Load a checkpoint of `save` and return its client_state. Unpickles, so it is only for trusted files.
+        """Load a checkpoint of `save` and return its client_state. Files that hold code are refused, see `only_data`.
 
         Learning rates and other optimizer settings stay those of this run.
 
@@ -418,7 +422,12 @@ class Engine:
         Raises ValueError if there is no checkpoint.
         """
         self._engine._config.load_universal_checkpoint = universal
-        path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        with only_data(LossScaler, ZeroStageEnum, fragment_address):
+            path, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._partly_frozen)
         if path is None:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]

@@ -9,7 +9,7 @@ weights to start from.
     runs/NAME/state/step-00000100/random-0.pt    random state of rank 0, and so on
     runs/NAME/state/step-00000100/state.json     the marker, written last; a checkpoint without it is ignored
 
-Loading a checkpoint unpickles, as deepspeed offers nothing else: resume trusted runs only.
+Loading a checkpoint runs no code, whoever wrote it, see untrusted.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from larp.config import to_dict
+from larp.config import is_whole, to_dict
 from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
+from larp.engine.untrusted import naming_damaged
 from larp.files import read_json, write_json
 from larp.hub import LarpModel, averaged, resolve
 
@@ -56,7 +57,8 @@ class SavedState:
     @property
     def extra(self) -> dict[str, Any]:
         """The `extra` of `save_state`, loaded from disk; tensors are on the CPU."""
-        return torch.load(self.folder / _EXTRA, map_location="cpu", weights_only=True)
+        with naming_damaged(self.folder):
+            return torch.load(self.folder / _EXTRA, map_location="cpu", weights_only=True)
 
 
 def check_folder(folder: Path | str, resume: bool) -> None:
@@ -117,9 +119,10 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         first = folder / CONFIG_FILE
         if first.exists():
-            _print_changes(
-                read_json(first, "restore the file, or train in another folder"), json.loads(json.dumps(config))
-            )
+            remedy = "restore the file, or train in another folder"
+            if not isinstance(before := read_json(first, remedy), dict):
+                raise ValueError(f"{first} is damaged, it holds no options: {remedy}")
+            _print_changes(before, json.loads(json.dumps(config)))
         write_json(folder / ("config.resumed.json" if first.exists() else CONFIG_FILE), dict(config))
     barrier()
     if resume and current_ranks().is_main:
@@ -175,16 +178,41 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _read_marker(folder: Path) -> SavedState | None:
+    """Return a checkpoint, or None if it is not complete. Raises ValueError for a marker that no training has written."""
     try:
         marker = read_json(folder / _MARKER)
-        complete = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
+        return None
+    fields = marker if isinstance(marker, dict) else {}
+    wrong = [name for name, is_right in _MARKER_FIELDS.items() if not is_right(fields.get(name))]
+    if wrong:
+        raise ValueError(
+            f"{folder / _MARKER} is damaged: {wrong[0]} is {str(fields.get(wrong[0]))[:80]!r}; delete {folder} to go on from the "
+            "checkpoint before, or copy the run again"
+        )
+    try:
+        complete = all((folder / name).stat().st_size == size for name, size in fields["files"].items())
+    except (OSError, ValueError):
         return None
     if not complete:
         return None
     names = ("step", "world_size", "zero_stages", "model", "loader_state")
-    state = SavedState(folder=folder, **{name: marker[name] for name in names})
+    state = SavedState(folder=folder, **{name: fields[name] for name in names})
     return replace(state, model={_RENAMED.get(name, name): value for name, value in state.model.items()})
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_whole(count) and count >= 0 for count in value.values())
+
+
+_MARKER_FIELDS = {
+    "step": lambda value: is_whole(value) and value >= 0,
+    "world_size": lambda value: is_whole(value) and value >= 1,
+    "zero_stages": _are_counts,
+    "model": lambda value: isinstance(value, dict),
+    "loader_state": lambda value: isinstance(value, dict),
+    "files": _are_counts,
+}
 
 
 def save_state(
@@ -248,8 +276,9 @@ def _remove_old(folder: Path, keep: int) -> None:
     for candidate in _step_folders(folder):
         if complete >= max(1, keep):
             _remove(candidate)
-        elif _read_marker(candidate) is not None:
-            complete += 1
+        else:
+            with contextlib.suppress(ValueError):  # damaged, and so not complete
+                complete += _read_marker(candidate) is not None
 
 
 def _remove(folder: Path) -> None:
@@ -292,9 +321,14 @@ def load_state(
     Raises ValueError, before anything is loaded, if the model config, the engines, a ZeRO stage or (at stages 1 to 3) the
     number of ranks differ from the checkpoint's.
     """
-    ranks = current_ranks()
     _check_model(state, model)
     _check_engines(engines, state)
+    with naming_damaged(state.folder):
+        _load(engines, state, restore_random)
+
+
+def _load(engines: Mapping[str, Engine], state: SavedState, restore_random: bool) -> None:
+    ranks = current_ranks()
     for name, engine in engines.items():
         if _needs_universal(engine, state, ranks.world_size):
             engine.load(state.folder, name + _UNIVERSAL, universal=True)

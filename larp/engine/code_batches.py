@@ -62,6 +62,12 @@ class CachedCodes:
         """Everything that the codes depend on, see `larp.data.token_cache.token_key`."""
         return self.cache.key
 
+    def clips_of(self, step: int) -> list[str]:
+        """Return the names of the videos of a step, of all ranks."""
+        return [
+            self.cache.names[row] for row in batch_rows(len(self.cache), step, self.global_batch, self.seed).tolist()
+        ]
+
     def step(self, step: int) -> Iterator[CodeBatch]:
         """Yield this rank's micro batches of a step: a contiguous slice of the global batch, in equal parts."""
         rows = batch_rows(len(self.cache), step, self.global_batch, self.seed)
@@ -129,6 +135,10 @@ class LiveCodes:
     def skipped(self) -> list[tuple[str, str]]:
         """(name, reason) of the videos that this rank could not use so far."""
         return self.loader.skipped
+
+    def clips_of(self, step: int) -> list[str]:
+        """Return the names of the videos of a step, of all ranks."""
+        return self.loader.clips_of(step)
 
     def step(self, step: int) -> Iterator[CodeBatch]:
         """Yield this rank's micro batches of a step: a contiguous slice of the global batch, in equal parts."""

@@ -102,7 +102,8 @@ class CodebookTracker:
         if codes is not None:
             add_counts(self.counts, codes)
         if self.resetter is not None:
-            latents = gather(F.normalize(out.latents.detach().float(), dim=-1))
+            # Of a step that is skipped latents may not be finite, and codes are placed on them later.
+            latents = gather(F.normalize(out.latents.detach().float(), dim=-1).nan_to_num(0.0))
             self.resetter.observe(latents, None if codes is None else gather(codes))
 
     def usage(self) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,13 @@ class Ranks:
 
 
 _current: Ranks | None = None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed random, numpy and torch, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def current_ranks() -> Ranks:

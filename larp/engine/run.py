@@ -23,6 +23,7 @@ from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, save_state
 from larp.engine.clock import Clock
 from larp.engine.log import RunLog, check_wandb
+from larp.engine.untrusted import naming_damaged
 
 
 class RunConfig(Protocol):
@@ -66,8 +67,9 @@ def open_training(
         return None
     load_state(engines, saved, identity)
     # Tokenizer runs that began before 2026-11-27 hold it in `extra`.
-    elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))
-    clock.start(saved.step, elapsed)
+    with naming_damaged(saved.folder):
+        elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))
+        clock.start(saved.step, float(elapsed))
     return saved
 
 
@@ -77,8 +79,9 @@ def open_log(config: RunConfig, ranks: Ranks, clock: Clock, show: Sequence[str])
 
 
 def step_metrics(engine: Engine, clock: Clock) -> dict[str, float]:
-    """Return what the log holds of a step in every training: learning rates, gradient norm, place on the schedule."""
-    return {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0, **clock.metrics}
+    """Return what the log holds of a step in every training: learning rates, gradient norm, skipped updates, place on the schedule."""
+    skipped = {"skipped_updates": count} if (count := engine.skipped_count) else {}
+    return {**engine.learning_rates, "grad_norm": engine.grad_norm or 0.0, **skipped, **clock.metrics}
 
 
 def save_training(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import median
 
 import torch
+
+_lock, _own = threading.Lock(), threading.local()
+_users, _outside = 0, 1
+"""Blocks of `threads` that are open in all Python threads, and torch's number of threads outside of them."""
 
 
 def best_threads(run: Callable[[], object]) -> int:
@@ -37,13 +42,25 @@ def _seconds(run: Callable[[], object], count: int) -> float:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Set the number of threads of torch's CPU kernels inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    """Set the number of threads of torch's CPU kernels inside the block; several Python threads may be in one at a time."""
+    global _users, _outside
+    with _lock:
+        before = torch.get_num_threads()
+        if _users == 0:
+            _outside = before
+        elif not getattr(_own, "inside", 0):
+            # A thread that begins now inherits the number that another one has set for its block.
+            before = _outside
+        _users += 1
+        _own.inside = getattr(_own, "inside", 0) + 1
+        torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        with _lock:
+            _users -= 1
+            _own.inside -= 1
+            torch.set_num_threads(before)
 
 
 def cores() -> int:

@@ -6,6 +6,7 @@ SHA-256 of every file is checked before it is read, and files are written to the
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
@@ -288,11 +289,21 @@ def _state(source: Source, files: tuple[Path, ...], size: int) -> str:
 
 @contextmanager
 def _atomic(target: Path) -> Iterator[Path]:
-    """Yield a temporary path that is renamed to `target` after the block, or removed if the block raises."""
+    """Yield a temporary path that is renamed to `target` after the block, or removed if the block raises.
+
+    Those that killed processes have left are removed: a process that still writes holds a lock on its own.
+    """
+    for left in target.parent.glob(f"{target.name}.*.partial"):
+        with suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        partial.replace(target)
+        with open(partial, "wb") as file:
+            with suppress(OSError):  # file systems without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield partial
+            partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -151,17 +151,30 @@ class TrainingMix:
         Each place of the batch samples a task and takes a row of that task's source. The rows of a source are shuffled
         anew in each epoch.
         """
+        return [
+            self._video(row, task, for_phrase, for_text) if task in VIDEO_TASKS else self._sources[task][1][row]
+            for task, row, for_phrase, for_text in self._places(step, global_batch, seed)
+        ]
+
+    def clips_of(self, step: int, global_batch: int, seed: int) -> list[str]:
+        """Return the names of what `batch` returns: videos, records as FILE:LINE, and pieces of text by their number."""
+        names = {task: source.cache.names if task in VIDEO_TASKS else getattr(source, "names", None)
+                 for task, (_, source) in self._sources.items()}  # fmt: skip
+        return [
+            names[task][row] if names[task] else f"{task} {row}"
+            for task, row, *_ in self._places(step, global_batch, seed)
+        ]
+
+    def _places(self, step: int, global_batch: int, seed: int) -> Iterator[tuple[str, int, float, float]]:
+        """Yield the task and the row of each place of a batch, and its random numbers of phrase and text."""
         uniforms = BatchNoise(seed, step, global_batch).uniform(3).tolist()
         rows: dict[int, list[int]] = {}
-        sequences = []
         for place, (for_task, for_phrase, for_text) in enumerate(uniforms):
             task = self._task(for_task)
             number, source = self._sources[task]
             if number not in rows:
                 rows[number] = batch_rows(len(source), step, global_batch, seed + number).tolist()
-            row = rows[number][place]
-            sequences.append(self._video(row, task, for_phrase, for_text) if task in VIDEO_TASKS else source[row])
-        return sequences
+            yield task, rows[number][place], for_phrase, for_text
 
     def _task(self, uniform: float) -> str:
         for task, share in self.shares.items():

@@ -132,6 +132,8 @@ class StagedRun:
         updates = make_optimizer(mllm.model, stage.adapter_lr, stage.llm_lr, config.weight_decay)
         self.mllm, self.since = mllm, time.monotonic()
         self.engine = make_engine(mllm.model, updates, factor, config.engine, config.batch_size, self.ranks)
+        self.engine.first_step = self.step
+        self.engine.clips_of = lambda step: self.mix.clips_of(step, config.batch_size, config.seed)
 
     def next_stage(self) -> None:
         """End a stage and begin the next. Collective.
@@ -161,7 +163,8 @@ class StagedRun:
         return {"stage": self.stage.name} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned, after the engine."""
+        self.engine.first_step = self.step - self.engine.step_count
         self.skipped, self.seconds = state["skipped"], state["seconds"]
         self.parameters = state["parameters"] | self.parameters
         self.rates |= state.get("rates", {})

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from larp.hub import check_fit
+from larp_mllm.locate import first_line
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig, positions_of
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
@@ -148,6 +149,10 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{path}/model.safetensors cannot be read ({error}); it may be missing or truncated: copy the model "
                 "folder again, or write it again with training/train_mllm.py --resume"
+            ) from error
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                f"{path}: config.json or generation_config.json is damaged ({first_line(error)[:200]}): copy the model folder again"
             ) from error
         if output_loading_info:
             return model, info

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from larp.hub import check_fit, is_finite
+from larp.hub import check_fit, is_finite, loading
 from larp_mllm.locate import MODEL_TYPE, first_line, read_config
 
 import torch
@@ -75,8 +75,13 @@ def naming_unwritable(folder: str | Path) -> Iterator[None]:
 def quiet(bars: bool = False) -> Iterator[None]:
     """In the block, transformers and what it imports for saving print no warnings, tables or progress bars.
 
-    bars: leave progress bars as they are.
+    One thread at a time is in such a block. bars: leave progress bars as they are.
     """
+    with loading:
+        yield from _quiet(bars)
+
+
+def _quiet(bars: bool) -> Iterator[None]:
     level, variable = logging.get_verbosity(), "DS_ACCELERATOR"
     added = variable not in os.environ and not torch.accelerator.is_available()
     hidden = not bars and logging.is_progress_bar_enabled()

@@ -40,6 +40,14 @@ def content_words(text: str) -> list[str]:
     return [word for word in _WORD.findall(text.lower()) if word not in _COMMON]
 
 
+def are_captions(captions: Any) -> bool:
+    """Whether this is what `describe_captions` returns, or None."""
+    if not isinstance(captions, dict | None):
+        return False
+    lists = [(captions or {}).get(name) or [] for name in ("words", "examples")]
+    return all(isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in lists)
+
+
 def is_far(prompt: str, words: Collection[str]) -> bool:
     """Whether a prompt has words with content, but none that begins like one of `words`."""
     stems = {word[:_STEM] for word in words}

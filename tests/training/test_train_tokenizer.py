@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 from larp.config import ConfigError, from_dict, load_recipe
 from larp.data.datasets import DataError, open_videos
+from larp.engine.checkpoint import newest_state
 from larp.engine.distributed import free_port
 from larp.metrics.lpips import Lpips
 from larp.metrics.weights import I3D_STYLEGANV, LPIPS_HEADS, VGG16, WeightFile, file_sha256
 from larp.models.tokenizer import LarpTokenizer
+from training import train_tokenizer
 from training.train_tokenizer import RECIPES, TrainTokenizerConfig, main
 
 import pytest
@@ -121,6 +124,58 @@ def test_resume_equals_the_uninterrupted_run(recipe, finished, cut):
         *(LarpTokenizer.from_pretrained(out / "model").state_dict().values() for out in (finished, cut)), strict=True
     ):
         assert torch.equal(left, right)
+
+
+def poisoned(monkeypatch, *steps: int) -> None:
+    """Let the loss of these steps be NaN."""
+    own, count = train_tokenizer.tokenizer_loss, iter(range(1000))
+
+    def loss(*arguments):
+        total, parts = own(*arguments)
+        return (total * float("nan") if next(count) in steps else total), parts
+
+    monkeypatch.setattr(train_tokenizer, "tokenizer_loss", loss)
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_counted_and_its_clips_are_named(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    poisoned(monkeypatch, 4)
+    report = main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--ema", "0.5"])
+    assert report["skipped_updates"] == 1 and report["skipped_discriminator_updates"] == 0
+    said = re.search(
+        r"step 5: loss or gradient of the tokenizer is not finite, no update; its clips: (.*)", capsys.readouterr().out
+    )
+    assert len(said[1].split(", ")) == 4 and said[1].endswith(".mp4")
+    steps = lines(tmp_path / "run")
+    assert [line.get("skipped_updates") for line in steps[:6]] == [None, None, None, None, 1, 1]
+    assert steps[4]["loss"] is None and steps[5]["loss"] > 0
+    for variant in (None, "ema"):
+        tensors = LarpTokenizer.from_pretrained(tmp_path / "run/model", variant=variant).state_dict()
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_a_run_without_a_finite_loss_ends_with_the_checkpoint_before_it(recipe, tmp_path, monkeypatch):
+    options = [
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "30",
+        "--eval-every",
+        "30",
+        "--save-every",
+        "2",
+    ]
+    with monkeypatch.context() as patch:
+        poisoned(patch, *range(5, 100))
+        with pytest.raises(
+            FloatingPointError, match=r"tokenizer was not finite in 10 steps in a row, .*step 15.*--resume"
+        ):
+            main(options)
+    assert newest_state(tmp_path / "run").step == 4
+    assert main([*options, "--resume"])["skipped_updates"] == 0
 
 
 def test_resuming_a_finished_run_loses_nothing(recipe, finished, tmp_path):

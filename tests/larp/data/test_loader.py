@@ -62,6 +62,13 @@ def test_batch_contents(videos):
         assert caption == f"video {index}" and label == index % 2
 
 
+def test_the_clips_of_a_step_are_named_without_reading_them(videos):
+    loader = ClipLoader(videos, SHAPE, 4, 2, seed=0, rank=1, world_size=2)
+    whole = ClipLoader(videos, SHAPE, 4, 4, seed=0)
+    read = [[videos.items[i].name for i in batch["index"]] for batch in take(whole, 5)]
+    assert [loader.clips_of(step) for step in range(5)] == [whole.clips_of(step) for step in range(5)] == read
+
+
 def test_every_epoch_holds_every_video_once_in_a_new_order(videos):
     epochs = [
         [int(b["index"]) for b in take(loader, 7)] for loader in [iter(ClipLoader(videos, SHAPE, 1, 1, seed=0))] * 3

@@ -132,6 +132,19 @@ def test_lazy_r1_trains_like_plain_torch(ranks, stage, accumulation):
     )
 
 
+def test_a_clip_that_is_not_finite_costs_the_discriminator_one_update(ranks, capsys):
+    adversarial = adversary(ranks, replace(WEIGHTS, lecam=0.1))
+    adversarial.engine.clips_of = lambda step: [f"clip of step {step}"]
+    real, fake = clips(0)
+    before = {name: p.clone() for name, p in adversarial.discriminator.state_dict().items()}
+    adversarial.update(real, fake * float("nan"), BatchNoise(0, 0, 4), 7)
+    assert all(torch.equal(p, before[name]) for name, p in adversarial.discriminator.state_dict().items())
+    assert adversarial.engine.skipped_count == 1 and adversarial.state_dict() == {"lecam_real": 0.0, "lecam_fake": 0.0}
+    assert "step 8: loss or gradient of the discriminator is not finite" in (said := capsys.readouterr().out)
+    assert "clip of step 7" in said
+    assert adversarial.update(real, fake, BatchNoise(0, 1, 4)).isfinite() and adversarial.engine.skipped_count == 1
+
+
 def test_kinds_of_adversarial_loss(ranks):
     first = {}
     for kind in ("smooth", "plain", "hinge"):

@@ -118,6 +118,21 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(new_engine, train):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_is_not_finite_is_skipped_though_its_gradient_is_and_its_clips_are_named(new_engine, capsys, stage):
+    engine = new_engine(EngineConfig(zero_stage=stage), name="generator")
+    engine.clips_of = lambda step: [f"surf-{step}.mp4", "dive.mp4"]
+    before = weights(engine) if stage < 3 else None
+    engine.backward(engine(torch.ones(8, 4)).mean() + float("inf"))
+    assert engine.step(41) is False and engine.is_skipping and engine.skipped_count == 1
+    line = "step 42: loss or gradient of the generator is not finite, no update; its clips: surf-41.mp4, dive.mp4\n"
+    assert capsys.readouterr().out == line
+    if before is not None:
+        assert all(torch.equal(value, before[name]) for name, value in weights(engine).items())
+    engine.backward(engine(torch.ones(8, 4)).mean())
+    assert engine.step() is True and not engine.is_skipping and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_rate_of_each_group_is_used(new_engine, stage):
     engine = new_engine(EngineConfig(zero_stage=stage), factor=lambda step: float(step == 1))
     moved = []

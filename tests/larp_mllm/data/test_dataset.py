@@ -1,6 +1,7 @@
 """Token caches, records and text as training sequences of mixed tasks."""
 
 import dataclasses
+import re
 from collections import Counter
 
 from larp_mllm.data.dataset import (
@@ -67,6 +68,16 @@ def test_batches_follow_from_seed_and_step(with_given, records, text):
     assert ids(mix.batch(3, 16, seed=1)) == ids(again) != ids(other)
     assert ids(mix.batch(3, 16, seed=2)) != ids(again)
     assert ids(TrainingMix(Tasks(), with_given, records, text).batch(4, 16, seed=1)) == ids(other)
+
+
+def test_what_a_batch_holds_is_named(with_given, text):
+    rows = [TokenSequence(torch.tensor([7, i]), torch.tensor([IGNORE, i])) for i in range(5)]
+    records = RecordSet(rows, [f"chats.jsonl:{i}" for i in range(5)])
+    mix = TrainingMix(Tasks(), with_given, records, text)
+    names, found = mix.clips_of(3, 64, seed=1), ids(mix.batch(3, 64, seed=1))
+    assert all(sequence == [7, int(name[-1])] for name, sequence in zip(names, found, strict=True) if "jsonl" in name)
+    assert set(with_given.cache.names) & set(names) and set(records.names) & set(names)
+    assert any(re.fullmatch(r"text \d+", name) for name in names)
 
 
 def kinds(mix, vocabulary, size=600):

@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import larp_mllm
 from larp.data import token_cache as token_files
+from larp.engine.backend import Engine
 from larp.engine.checkpoint import newest_state
 from larp_mllm.engine import results
 from larp_mllm.locate import find_model, shipped
@@ -187,6 +189,21 @@ def test_a_failure_after_training_does_not_lose_the_model(train, tmp_path, monke
         assert find_model() == (tmp_path / name / "model").resolve()
         assert weights(tmp_path / name)
         assert json.loads((tmp_path / name / "model/training.json").read_text())["steps"] == 2
+
+
+def test_a_loss_of_the_second_stage_that_is_not_finite_is_skipped_and_its_videos_are_named(
+    base, train, tmp_path, monkeypatch, capsys
+):
+    own, count = Engine.backward, iter(range(100))
+    monkeypatch.setattr(
+        Engine, "backward", lambda engine, loss: own(engine, loss * (math.nan if next(count) == 4 else 1.0))
+    )
+    report = train(tmp_path / "run", "--base", str(base), "--joint.method", "lora", *STAGES)
+    line = re.search(
+        r"step 5: loss or gradient of the model is not finite, no update; its clips: (.*)", capsys.readouterr().out
+    )
+    assert len(line[1].split(", ")) == 16 and re.fullmatch(r"(video\d+(, )?)+", line[1])
+    assert report["skipped_updates"] == 1 and lines(tmp_path / "run")[4]["skipped_updates"] == 1
 
 
 def test_a_non_finite_model_is_written_but_is_not_the_default(train, tmp_path, monkeypatch):
