@@ -249,10 +249,9 @@ class VideoWriter:
         check_pyav(self.path)
         check_encoder(self.path, self._encoding.codec)
         if audio is not None:
-            try:
+            with suppress(*DECODE_ERRORS):
                 return Movie(self._temporary, self._rate, self._size, self._encoding, audio)
-            except DECODE_ERRORS:
-                audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
+            audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
         return Movie(self._temporary, self._rate, self._size, self._encoding, None)
 
     @contextmanager
