@@ -80,13 +80,24 @@ class AudioTrack:
             self.notes.append(f"the sound has gaps: {late} of its packets were left out, because their times go back")
 
     def _demuxed(self, container) -> Iterator[av.Packet]:
-        """Yield the packets with timestamps relative to the first frame. A damaged packet ends the audio, not the video."""
+        """Yield the packets with timestamps relative to the first frame. A damaged packet ends the audio, not the video.
+
+        Of those that an edit list hides only the last one at the beginning is yielded, which decoders need to start.
+        """
+        held, started = None, False
         try:
             for packet in container.demux(self.stream):
-                if packet.dts is not None and packet.size and not packet.is_discard:
-                    packet.pts = packet.dts if packet.pts is None else packet.pts
-                    _move(packet, packet.dts - self._shift)
-                    yield packet
+                if packet.dts is None or not packet.size:
+                    continue
+                packet.pts = packet.dts if packet.pts is None else packet.pts
+                _move(packet, packet.dts - self._shift)
+                if packet.is_discard:
+                    held = None if started else packet
+                    continue
+                if held is not None:
+                    yield held
+                held, started = None, True
+                yield packet
         except DECODE_ERRORS as error:
             self.notes.append(f"the sound ends early: the file is damaged there ({error})")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -176,6 +176,8 @@ class VideoWriter:
         preset, tune: x264's speed preset and tuning ("psnr" favours pixel error over appearance); x265 takes them too,
             other codecs ignore them.
         audio: copied without encoding; if the container cannot hold it, it is left out and `audio.notes` says why.
+        seconds: the time of each frame, ascending from 0, where they do not come evenly at `fps`, their average. Ignored
+            unless `holds_uneven_times(path)`.
 
     Raises VideoError for an invalid rate, a URL, a file that cannot be written, and an encoder that is not available.
     """
@@ -191,8 +193,10 @@ class VideoWriter:
         preset: str = "medium",
         tune: str | None = None,
         audio: AudioTrack | None = None,
+        seconds: Sequence[float] | None = None,
     ):
         self.path = Path(path)
+        self._seconds, self._apart = (seconds, False) if holds_uneven_times(path) else (None, seconds is not None)
         try:
             check_output(self.path)
         except ValueError as error:
@@ -245,14 +249,19 @@ class VideoWriter:
         if self.path.suffix.lower() == ".gif":
             if audio is not None:
                 audio.notes.append("the sound was left out: a .gif holds none")
-            return Gif(self._temporary, self._rate)
+            return Gif(self._temporary, self._rate, self._seconds)
+        if audio is not None and self._apart:
+            audio.notes.append(
+                f"the sound was left out: a {self.path.suffix} cannot show frames at uneven times, .mkv can"
+            )
+            audio = None
         check_pyav(self.path)
         check_encoder(self.path, self._encoding.codec)
         if audio is not None:
             with suppress(*DECODE_ERRORS):
-                return Movie(self._temporary, self._rate, self._size, self._encoding, audio)
+                return Movie(self._temporary, self._rate, self._size, self._encoding, audio, self._seconds)
             audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
-        return Movie(self._temporary, self._rate, self._size, self._encoding, None)
+        return Movie(self._temporary, self._rate, self._size, self._encoding, None, self._seconds)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -269,6 +278,11 @@ class VideoWriter:
                 f"{self.path}: cannot be written with codec {self._encoding.codec!r}, pixel format "
                 f"{self._encoding.pixel_format!r}: {error}"
             ) from error
+
+
+def holds_uneven_times(path: str | Path) -> bool:
+    """Whether the container of a file name stores a time for each frame that is written to it, and not one rate."""
+    return Path(path).suffix.lower() not in (".avi", ".mpg", ".mpeg", ".vob")
 
 
 def check_fps(fps: float) -> float:

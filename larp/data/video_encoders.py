@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import math
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ import numpy as np
 if TYPE_CHECKING:
     from larp.data.audio import AudioTrack
 
+_TICK = Fraction(1, 90_000)
+"""Unit of uneven times, in seconds: that of transport streams."""
 _SD_HEIGHT = 576
 """Most lines of standard definition, in pixels; players take an untagged video of more lines for BT.709."""
 _SOUND = {
@@ -45,13 +48,20 @@ class Movie:
     """A container with one video stream and, optionally, an audio track whose packets are interleaved by time."""
 
     def __init__(
-        self, target: str, rate: Fraction, size: tuple[int, ...], encoding: Encoding, audio: AudioTrack | None
+        self,
+        target: str,
+        rate: Fraction,
+        size: tuple[int, ...],
+        encoding: Encoding,
+        audio: AudioTrack | None,
+        seconds: Sequence[float] | None,
     ):
         self.padding = [(0, 0)] * 4
         height, width = size[:2]
         if "420" in encoding.pixel_format:
             self.padding = [(0, 0), (0, height % 2), (0, width % 2), (0, 0)]
         self.rate, self.audio, self.frames, self.sound, self._last_tick = rate, audio, 0, None, -math.inf
+        self._seconds = seconds
         self._heard: Fraction | None = None  # seconds of sound that an AVI holds
         self.container, self._reformatter = av.open(target, "w"), av.video.reformatter.VideoReformatter()
         try:
@@ -62,6 +72,8 @@ class Movie:
             self.stream.height, self.stream.width = height + self.padding[1][1], width + self.padding[2][1]
             self.stream.pix_fmt, self.stream.thread_count = encoding.pixel_format, 1
             self._tag_colours()
+            if seconds is not None:
+                self.stream.codec_context.time_base = _TICK
             if audio is not None:
                 if not audio.codec.startswith(_SOUND.get(self.container.format.name, "")):
                     raise ValueError
@@ -76,10 +88,20 @@ class Movie:
         if any(sum(pair) for pair in self.padding):
             frames = np.pad(frames, self.padding, mode="edge")
         for frame in frames:
-            self._mux_sound(self.frames / self.rate)
+            time = self._time(self.frames)
+            self._mux_sound(time)
             self.frames += 1
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self.container.mux(self.stream.encode(self._convert(picture)))
+            picture = self._convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
+            if self._seconds is not None:
+                picture.pts, picture.time_base = round(time / _TICK), _TICK
+            self.container.mux(self.stream.encode(picture))
+
+    def _time(self, frame: int) -> Fraction:
+        """Return the time in seconds of a frame."""
+        if self._seconds is None:
+            return frame / self.rate
+        last = len(self._seconds) - 1
+        return Fraction(self._seconds[min(frame, last)]) + max(0, frame - last) / self.rate
 
     def _tag_colours(self) -> None:
         """Choose BT.709 for HD and BT.601 for SD, and state it in the stream; RGB and JPEG formats have their own rules."""
@@ -153,10 +175,13 @@ class Gif:
     Pillow joins equal frames into one that is shown longer. They are taken apart again, so that every frame is kept.
     """
 
-    def __init__(self, target: str, rate: Fraction):
+    def __init__(self, target: str, rate: Fraction, seconds: Sequence[float] | None):
         self.target, self.pictures, self.bytes = target, [], 0
         # GIF delays are in hundredths of a second, and players slow down delays below two hundredths.
         self.delay = max(2, round(100 / float(rate)))
+        self.uneven = (
+            [] if seconds is None else np.diff(np.round(np.asarray(seconds) * 100)).clip(2, 65535).astype(int).tolist()
+        )
 
     def add(self, frames: np.ndarray) -> None:
         """Append uint8 (T, H, W, 3) frames."""
@@ -174,26 +199,29 @@ class Gif:
         joined = io.BytesIO()
         first.save(joined, "GIF", save_all=True, append_images=others, duration=10, loop=0, disposal=1)
         with open(self.target, "wb") as file:
-            file.writelines(_apart(joined.getvalue(), self.delay))
+            file.writelines(_apart(joined.getvalue(), chain(self.uneven, repeat(self.delay))))
 
 
 # A transparent image of one pixel, which changes nothing: control extension up to the delay, the rest of it, and the image.
 _STILL = b"\x21\xf9\x04\x05", b"\0\0" + b"\x2c\0\0\0\0\x01\0\x01\0\x80" + bytes(6) + b"\x02\x02\x44\x01\0"
 
 
-def _apart(gif: bytes, delay: int) -> Iterator[bytes]:
-    """Yield the pieces of a GIF in which a frame of delay n becomes n frames of `delay` hundredths of a second."""
+def _apart(gif: bytes, delays: Iterator[int]) -> Iterator[bytes]:
+    """Yield the pieces of a GIF in which a frame of delay n becomes n frames, each with the next one of `delays`."""
 
     def after_colours(at: int, flags: int) -> int:
         return at + (6 << (flags & 7) if flags & 0x80 else 0)
 
-    at, frames, shown = after_colours(13, gif[10]), 1, delay.to_bytes(2, "little")
+    def delay() -> bytes:
+        return next(delays).to_bytes(2, "little")
+
+    at, frames = after_colours(13, gif[10]), 1
     yield gif[:at]
     while gif[at] != 0x3B:
         start, image = at, gif[at] == 0x2C
         if gif[at : at + 2] == b"\x21\xf9":
             frames = int.from_bytes(gif[at + 4 : at + 6], "little")
-            yield gif[at : at + 4] + shown
+            yield gif[at : at + 4] + delay()
             start, at = at + 6, at + 2
         else:
             at = after_colours(at + 10, gif[at + 9]) + 1 if image else at + 2
@@ -202,7 +230,7 @@ def _apart(gif: bytes, delay: int) -> Iterator[bytes]:
         at += 1
         yield gif[start:at]
         if image:
-            yield (_STILL[0] + shown + _STILL[1]) * (frames - 1)
+            yield from (_STILL[0] + delay() + _STILL[1] for _ in range(frames - 1))
     yield gif[at:]
 
 
