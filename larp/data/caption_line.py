@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -108,7 +109,8 @@ def _unshaped(font):
     """Return a font that draws what is asked for, and not a circle before a mark that stands alone."""
     from PIL import ImageFont
 
-    return font.font_variant(layout_engine=ImageFont.Layout.BASIC)
+    source = font.path if isinstance(font.path, str) else io.BytesIO(font.font_bytes)
+    return ImageFont.truetype(source, SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 @cache
