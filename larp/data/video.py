@@ -87,8 +87,9 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
         height, width = open_frames(path, max_pixels).shape[1:3]
         return _info(width, height, "npy", frame_times(path))
     with opened(path, max_pixels) as (container, stream):
-        times, upright = read_times(path, container, stream), _upright(path, container, stream, max_pixels)
-        container.seek(0)
+        times = read_times(path, container, stream)
+    with opened(path, max_pixels) as (container, stream):  # anew: a damaged index does not lead back to the beginning
+        upright = _upright(path, container, stream, max_pixels)
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{path}: holds no video frame")
@@ -315,6 +316,16 @@ class _Decoded:
 
     expected: int
     frames: int = 0
+    stored: int = 0
+    """Packets that were decoded, from the first key frame on, where each holds one frame; else 0."""
+
+
+def _frames(container, stream, decoded: _Decoded) -> Iterator:
+    """Yield the decoded frames. FFmpeg leaves out frames without an error if those that they refer to are lost."""
+    counted = stream.codec_context.name in ("h264", "hevc") and container.format.name not in ("mpegts", "mpeg")
+    for packet in whole_packets(container, stream):
+        decoded.stored += counted and packet.size > 0 and (packet.is_keyframe or decoded.stored > 0)
+        yield from packet.decode()
 
 
 def _pictures(
@@ -322,8 +333,7 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Yield the chosen frames of an opened stream as uint8 (H, W, 3), as they are shown."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    frames = (frame for packet in whole_packets(container, stream) for frame in packet.decode())
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(_frames(container, stream, decoded)):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
             if frame.is_corrupt:
@@ -377,6 +387,8 @@ def _check_frame_count(path, start: int, count: int | None, stride: int, got: in
         raise ShortVideoError(f"{path}: {wanted}, but the video holds {held}", held)
     if count is None and held < expected - max(2, expected // 50):
         raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
+    if count is None and not expected and held < decoded.stored - max(2, decoded.stored // 50):
+        raise ShortVideoError(f"{path}: damaged: of {decoded.stored} stored frames {held} decode", held)
     if not got:
         raise ShortVideoError(f"{path}: holds {held} frames, none at or after frame {start}", held)
 
