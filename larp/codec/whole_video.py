@@ -2,7 +2,8 @@
 
 Every frame is resized to the tokenizer's frame size (see `larp.codec.fitting`). Each T consecutive frames form a window. The last
 window is padded by repeating its last frame, and the padding is removed after decoding. A still image is a video of one frame.
-The output has the video's frame rate, or the average of a varying one.
+The output has the video's frame rate. A token
+file of a varying one holds the average.
 
 Shapes: B windows at a time, T frames, H, W pixels of the tokenizer's frame, n codes of a window, N at most, K codebook size.
 """
@@ -19,7 +20,7 @@ from larp.config import check_count
 from larp.data.audio import AudioTrack
 from larp.data.clips import clip_to_frames, pixels_to_clip
 from larp.data.open_video import opened
-from larp.data.video import VideoInfo, VideoWriter, iter_frames, probe
+from larp.data.video import VideoInfo, VideoWriter, holds_uneven_times, iter_frames, probe
 from larp.models.tokenizer import LarpTokenizer, shortest_lengths
 
 import numpy as np
@@ -145,7 +146,9 @@ def reconstruct_video(
     *,
     original_size: bool = False,
 ) -> Report:
-    """Encode and decode a video file and write the result, with the original sound if the container supports it.
+    """Encode and decode a video file and write the result, each frame at its time, with the original sound.
+
+    What the container cannot hold of times and sound is left out with a note.
 
     `original_size` is as in `detokenize_video`. Raises the errors of `tokenize_video`, and ValueError if `out` is the video
     itself; no file is written then.
@@ -154,9 +157,10 @@ def reconstruct_video(
     source = Source.open(path, tokenizer, encoding or Encoding())
     fitting, totals = source.fitting, _Totals()
     notes = []
-    if not source.info.even:
+    if not source.info.even and not holds_uneven_times(out):
         notes.append(f"the frames come at uneven times: written at their average of {source.info.fps:.4g} a second")
-    with AudioTrack(path) as audio, VideoWriter(out, source.info.fps, audio=audio) as writer:
+    times = source.info.times.seconds
+    with AudioTrack(path) as audio, VideoWriter(out, source.info.fps, audio=audio, seconds=times) as writer:
         for batch in source.batches("reconstructing"):
             clips = decode_windows(tokenizer, batch.codes)
             for pixels, codes, clip, length in zip(batch.pixels, batch.codes, clips, batch.lengths, strict=True):

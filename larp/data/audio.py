@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
+from itertools import chain, pairwise
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class AudioTrack:
-    """The first audio stream of a video file; a context manager.
+    """The audio stream of a video file that FFmpeg ranks best; a context manager.
 
-    Timestamps are relative to the first video frame.
+    Timestamps are relative to the first video frame, and rise from packet to packet.
 
     Attributes:
         stream: PyAV's audio stream, valid inside the block; None if the file has no stream that FFmpeg can decode.
@@ -35,12 +37,15 @@ class AudioTrack:
         self._file = ExitStack()
 
     def __enter__(self) -> AudioTrack:
+        first = _first_frame_time(self.path)
         container, video = self._file.enter_context(opened(self.path))
         known = [stream for stream in container.streams.audio if stream.codec_context is not None]
         if known:
-            self.stream, self.codec = known[0], known[0].codec_context.name
-            self._packets = container.demux(self.stream)
-            self._shift = round((video.start_time or 0) * video.time_base / self.stream.time_base)
+            best = container.streams.best("audio", video)
+            self.stream = best if best in known else known[0]
+            self.codec = self.stream.codec_context.name
+            self._packets = self._rising(container)
+            self._shift = round(first / self.stream.time_base)
         elif container.streams.audio:
             self.notes.append("the sound was left out: its codec is not known to this FFmpeg")
         return self
@@ -51,22 +56,59 @@ class AudioTrack:
 
     def packets(self, until: Fraction | None) -> Iterator[av.Packet]:
         """Yield the next packets in order: those that start before `until` seconds, or all remaining ones if None."""
-        while self._next is not None or self._advance():
-            if until is not None and self._next.dts * self.stream.time_base >= until:
+        while (packet := self._next or next(self._packets, None)) is not None:
+            self._next = packet
+            if until is not None and packet.dts * self.stream.time_base >= until:
                 return
-            packet, self._next = self._next, None
+            self._next = None
             yield packet
 
-    def _advance(self) -> bool:
-        """Fetch the next packet; return False at the end. A damaged packet ends the audio, not the video."""
+    def _rising(self, container) -> Iterator[av.Packet]:
+        """Yield the packets with rising timestamps: a repeated one is moved on, and what goes back further is left out."""
+        last, late = None, 0
+        for packet, following in pairwise(chain(self._demuxed(container), (None,))):
+            if last is not None:
+                step, limit = max(packet.duration or 0, 1), inf if following is None else following.dts
+                if packet.dts < last - step:
+                    late += 1
+                    continue
+                if packet.dts <= last or last < limit < packet.dts:  # it repeats a time, or runs ahead of the next one
+                    _move(packet, last + step if last + step < limit else last + 1)
+            last = packet.dts
+            yield packet
+        if late:
+            self.notes.append(f"the sound has gaps: {late} of its packets were left out, because their times go back")
+
+    def _demuxed(self, container) -> Iterator[av.Packet]:
+        """Yield the packets with timestamps relative to the first frame. A damaged packet ends the audio, not the video.
+
+        Of those that an edit list hides only the last one at the beginning is yielded, which decoders need to start.
+        """
+        held, started = None, False
         try:
-            for packet in self._packets:
-                if packet.dts is not None and packet.size:
-                    packet.pts = packet.dts if packet.pts is None else packet.pts
-                    packet.pts, packet.dts = packet.pts - self._shift, packet.dts - self._shift
-                    self._next = packet
-                    return True
+            for packet in container.demux(self.stream):
+                if packet.dts is None or not packet.size:
+                    continue
+                packet.pts = packet.dts if packet.pts is None else packet.pts
+                _move(packet, packet.dts - self._shift)
+                if packet.is_discard:
+                    held = None if started else packet
+                    continue
+                if held is not None:
+                    yield held
+                held, started = None, True
+                yield packet
         except DECODE_ERRORS as error:
             self.notes.append(f"the sound ends early: the file is damaged there ({error})")
-            self._packets = iter(())
-        return False
+
+
+def _first_frame_time(path: str | Path) -> Fraction:
+    """Return the time in seconds of the first frame that decodes; the header of an AVI does not count delayed frames."""
+    with opened(path) as (container, video):
+        frame = next(container.decode(video), None)
+        pts = video.start_time if frame is None or frame.pts is None else frame.pts
+        return (pts or 0) * video.time_base
+
+
+def _move(packet: av.Packet, dts: int) -> None:
+    packet.pts, packet.dts = packet.pts + dts - packet.dts, dts

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from larp.data.caption_line import CaptionLine
 from larp.data.video import movies_are_written, write_video
 
 import numpy as np
@@ -18,6 +19,8 @@ _MAX_SIDE = 8192
 """Largest side of an enlarged video, in pixels."""
 _MAX_CELL_WIDTH = 4096
 """Largest width of a frame on a contact sheet, in pixels."""
+_MAX_CAPTION_WIDTH = 1024
+"""Width in pixels to which captions widen a sheet of narrow rows."""
 _GIVEN_COLOUR = "#2f6fdf"
 """Colour of the border of given frames."""
 
@@ -86,7 +89,7 @@ def contact_sheet(
 
     Args:
         videos: uint8 (T, H, W, 3).
-        captions: one for each video.
+        captions: one for each video, see `CaptionLine`; cut where they are wider than the sheet.
         path: of the PNG; missing folders are created.
         columns: frames per video.
         cell: height of a frame in pixels. Smaller frames are enlarged by whole factors up to it (nearest neighbour),
@@ -97,24 +100,25 @@ def contact_sheet(
     Raises ValueError if the numbers of captions and videos differ or are 0, OSError that names the file if it cannot
     be written.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     if len(videos) != len(captions) or not len(videos):
         raise ValueError(
             f"{len(videos)} videos and {len(captions)} captions; need one caption for each video, at least 1"
         )
-    font, gap = ImageFont.load_default(size=14), max(3, cell // 24) if given else 3
+    gap = max(3, cell // 24) if given else 3
     line = 16 + 2 * gap
     rows = [
         [(k < given, _resize_to_cell(video[k], cell)) for k in _shown_frames(len(video), columns, given)]
         for video in videos
     ]
     width = max(sum(picture.width + gap for _, picture in row) for row in rows) + gap
-    width = max(width, *(int(font.getlength(text)) + 4 * gap for text in captions))
+    lines = [CaptionLine(text, max(width, _MAX_CAPTION_WIDTH) - 4 * gap) for text in captions]
+    width = max(width, *(caption.width + 4 * gap for caption in lines))
     sheet = Image.new("RGB", (width, sum(row[0][1].height + line + gap for row in rows) + gap), "white")
     canvas, y = ImageDraw.Draw(sheet), 0
-    for row, text in zip(rows, captions, strict=True):
-        canvas.text((2 * gap, y + gap), text, fill="black", font=font)
+    for row, caption in zip(rows, lines, strict=True):
+        caption.draw(canvas, 2 * gap, y + gap)
         y, x = y + line, gap
         for bordered, picture in row:
             if bordered:

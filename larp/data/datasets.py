@@ -26,12 +26,14 @@ from typing import TypeVar
 from larp.data import shapes
 from larp.data.kinetics import read_kinetics
 from larp.data.listing import (
+    CAPTION_BREAK,
     DataError,
     NoSplitError,
     Split,
     VideoItem,
     VideoSet,
     as_folder,
+    captions_of,
     cell,
     csv_rows,
     hash_split,
@@ -164,11 +166,15 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
     home = next((base / name for name in ("UCF-101", "UCF101") if (base / name).is_dir()), base)
     others: Counter[str] = Counter()
     folders = (f for f in sorted(home.iterdir()) if f.is_dir() and f.name != "ucfTrainTestlist")
-    found = {f.name: videos_below(f, others) for f in folders}
+    found: dict[str, dict[str, Path]] = {}
+    for folder in folders:
+        one_class = found.setdefault(_ucf101_spelling(folder.name), {})
+        for path in videos_below(folder, others):
+            one_class.setdefault(_ucf101_spelling(path.stem), path)
     classes = tuple(name for name, files in found.items() if files)
     if not classes:
         raise DataError(f"{spec}: no class folder with videos in {home}; expected Class/v_Class_gXX_cYY.avi there")
-    files = [(path, name) for name in classes for path in found[name]]
+    files = [(path, name) for name in classes for path in found[name].values()]
     notes, missing, published = (), (), sum(_UCF101[fold])
     if split != "all":
         files, notes, missing = _official_split(spec, base, home, classes, files, split, fold)
@@ -178,6 +184,11 @@ def _read_ucf101(root: str, split: Split, spec: str, fold: int) -> VideoSet:
         for p, name in files
     ]
     return VideoSet(tuple(items), classes, spec, (*notes, *passed_over(spec, others)), missing, (published, 101))
+
+
+def _ucf101_spelling(name: str) -> str:
+    """Return the name of a class or clip in one spelling; UCF-101 itself has both HandstandPushups and HandStandPushups."""
+    return name.replace("HandStandPushups", "HandstandPushups")
 
 
 def _ucf101_group(stem: str) -> str | None:
@@ -208,7 +219,7 @@ def _official_split(spec: str, base: Path, home: Path, classes, files, split: st
             f"rename or remove them, or read {home} as folder:"
         )
     keep = train if split == "train" else test
-    chosen = [(path, name) for path, name in files if f"{name}/{path.stem}" in keep]
+    chosen = [(path, name) for path, name in files if _ucf101_spelling(f"{name}/{path.stem}") in keep]
     if not chosen:
         raise DataError(
             f"{spec}: none of the {len(files)} videos is in {lists / f'{split}list{fold:02d}.txt'}; "
@@ -219,7 +230,7 @@ def _official_split(spec: str, base: Path, home: Path, classes, files, split: st
         notes.append(
             f"{spec}: {len(classes)} of the {len(listed)} listed classes are here; labels are 0 to {len(classes) - 1}"
         )
-    here = {f"{name}/{path.stem}" for path, name in files}
+    here = {_ucf101_spelling(f"{name}/{path.stem}") for path, name in files}
     if extra := sorted(here - train - test):
         notes.append(f"{spec}: {len(extra)} files are in no list of fold {fold} and left out, such as {extra[0]}")
     if missing := sorted(name for name in keep - here if name.split("/")[0] not in absent):
@@ -231,7 +242,7 @@ def _stems(path: Path, spec: str) -> set[str]:
     if not path.is_file():
         raise DataError(f"{spec}: the split list {path} is missing")
     lines = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
-    return {os.path.splitext(parts[0])[0] for parts in lines if parts}
+    return {_ucf101_spelling(os.path.splitext(parts[0])[0]) for parts in lines if parts}
 
 
 def _read_folder(root: str, split: Split, spec: str) -> VideoSet:
@@ -275,21 +286,24 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     base = Path(path).expanduser().parent
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")
-    values = [{key: cell(row.get(key), f"{path}, line {number}: {key}") for key in _COLUMNS} for number, row in rows]
-    names: dict[str, int] = {}
-    for (number, _), row in zip(rows, values, strict=True):
-        if not row["path"]:
+    values: dict[str, dict[str, str | None]] = {}
+    lines: dict[str, int] = {}
+    for number, given in rows:
+        row = {key: cell(given.get(key), f"{path}, line {number}: {key}") for key in _COLUMNS}
+        if not (name := row["path"]):
             raise DataError(f"{path}, line {number}: no path")
-        if row["path"] in names:
-            raise DataError(f"{path}, line {number}: lists {row['path']} again (first in line {names[row['path']]})")
-        names[row["path"]] = number
+        if name in values:  # another caption of a video, as MSR-VTT and VATEX have them
+            _add_caption(values[name], row, f"{path}, line {number}: lists {name} again (first in line {lines[name]})")
+            continue
+        values[name], lines[name] = row, number
+        first = next(iter(values.values()))
         if row["split"] not in (None, *_SPLITS):
             raise DataError(
                 f"{path}, line {number}: split is {row['split']!r}; it must be train or test (or validation)"
             )
-        if (row["split"] is None) != (values[0]["split"] is None):
+        if (row["split"] is None) != (first["split"] is None):
             raise DataError(f"{path}, line {number}: some lines have a split and others do not; give all or none")
-    classes = ordered_classes(row["label"] for row in values)
+    classes = ordered_classes(row["label"] for row in values.values())
     index = {name: k for k, name in enumerate(classes)}
     items = [
         VideoItem(
@@ -300,21 +314,32 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
             row["group"],
             row["split"],
         )
-        for row in values
+        for row in values.values()
     ]
     if not any(item.path.is_file() for item in items):
         raise DataError(
             f"{path}: none of its {len(items)} videos exists, such as {items[0].path}; "
             "paths are relative to the manifest"
         )
-    if values[0]["split"] is None:
+    if first["split"] is None:
         return VideoSet(hash_split(items, split, spec), classes, spec)
-    chosen = tuple(item for item, row in zip(items, values, strict=True) if split in ("all", row["split"]))
+    chosen = tuple(item for item, row in zip(items, values.values(), strict=True) if split in ("all", row["split"]))
     if not chosen:
-        others = ", ".join(sorted({row["split"] for row in values}))
+        others = ", ".join(sorted({row["split"] for row in values.values()}))
         remedy = "give other data with --eval-data, or add such lines" if split == "test" else "add such lines"
         raise NoSplitError(f"{path}: no line has split {split}, all have {others}: {remedy}")
     return VideoSet(chosen, classes, spec)
+
+
+def _add_caption(row: dict[str, str | None], other: dict[str, str | None], where: str) -> None:
+    """Add the captions of another line of the same video. Raises DataError, whose message begins with `where`, if it differs."""
+    if differing := [key for key in ("label", "split", "group") if row[key] != other[key]]:
+        raise DataError(
+            f"{where} with another {differing[0]}: a video may have several captions, but one {differing[0]}"
+        )
+    if not (row["caption"] and other["caption"]):
+        raise DataError(f"{where}: only lines with captions may name a video several times")
+    row["caption"] = CAPTION_BREAK.join(dict.fromkeys(captions_of(row["caption"]) + captions_of(other["caption"])))
 
 
 def _read_shapes(rest: str, split: Split, spec: str, **options: int) -> VideoSet:

@@ -88,10 +88,14 @@ def promised_frames(path: str | Path, container, stream) -> int:
 def whole_packets(container, stream) -> Iterator:
     """Yield the packets of a stream and the empty one that ends it, without incomplete packets just before the end.
 
-    Where a recording broke off, its last packet is incomplete.
+    Where a recording broke off, its last packet is incomplete. Of a picture only the first is yielded: a second one in its
+    file is a gain map or another view.
     """
     held = []
-    for packet in container.demux(stream):
+    packets = container.demux(stream)
+    if container.format.name.endswith("_pipe"):
+        packets = (packet for number, packet in enumerate(packets) if number == 0 or not packet.size)
+    for packet in packets:
         if packet.size and packet.is_corrupt:
             held.append(packet)
             continue

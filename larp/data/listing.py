@@ -18,6 +18,10 @@ from larp.data.video import VIDEO_SUFFIXES
 Split = Literal["train", "validation", "test", "all"]
 
 
+CAPTION_BREAK = "\x1e"
+"""Separates the captions of one video: the record separator of ASCII, which no text holds."""
+
+
 class DataError(ValueError):
     """A data spec, folder or manifest that cannot be used; the message states the place and the remedy."""
 
@@ -36,6 +40,7 @@ class VideoItem:
     label: int | None = None
     """Class index; None without a class."""
     caption: str | None = None
+    """Its caption, or several joined by `CAPTION_BREAK`, see `captions_of`; None without one."""
     group: str | None = None
     """Identifier shared by videos of one scene; None if unknown."""
     split: str | None = None
@@ -69,6 +74,11 @@ def of_classes(videos: VideoSet, names: Collection[str]) -> VideoSet:
     number = {videos.classes.index(name): new for new, name in enumerate(classes)}
     items = tuple(replace(item, label=number[item.label]) for item in videos.items if item.label in number)
     return replace(videos, items=items, classes=classes, published=None)
+
+
+def captions_of(caption: str | None) -> tuple[str, ...]:
+    """Return the captions of a video, the first one first; none for None."""
+    return () if caption is None else tuple(caption.split(CAPTION_BREAK))
 
 
 def humanize(class_name: str) -> str:

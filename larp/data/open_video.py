@@ -43,6 +43,8 @@ DECODE_ERRORS = (
 )
 _HEAD = 1024
 """Bytes that tell the container: four packets of a transport stream."""
+_MOTION_JPEG = (".mjpeg", ".mjpg")
+"""Suffixes of JPEG pictures in a row that are the frames of a video; other JPEG files may hold a second picture, and show one."""
 _PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD", b"v=0")
 
 # FFmpeg's own messages would break the progress bars; VideoError reports what matters.
@@ -151,7 +153,7 @@ def _container_format(path: str | Path, head: bytes) -> str:
         (b"\x89PNG\r\n\x1a\n", "png_pipe"), (b"\xff\xd8\xff", "jpeg_pipe"),
     ):  # fmt: skip
         if head.startswith(magic):
-            return name
+            return "mjpeg" if name == "jpeg_pipe" and Path(path).suffix.lower() in _MOTION_JPEG else name
     if _is_transport_stream(head):
         return "mpegts"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(_PLAYLISTS):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -87,8 +87,9 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> VideoInfo:
         height, width = open_frames(path, max_pixels).shape[1:3]
         return _info(width, height, "npy", frame_times(path))
     with opened(path, max_pixels) as (container, stream):
-        times, upright = read_times(path, container, stream), _upright(path, container, stream, max_pixels)
-        container.seek(0)
+        times = read_times(path, container, stream)
+    with opened(path, max_pixels) as (container, stream):  # anew: a damaged index does not lead back to the beginning
+        upright = _upright(path, container, stream, max_pixels)
         first = next(container.decode(stream), None)
         if first is None:
             raise VideoError(f"{path}: holds no video frame")
@@ -176,6 +177,8 @@ class VideoWriter:
         preset, tune: x264's speed preset and tuning ("psnr" favours pixel error over appearance); x265 takes them too,
             other codecs ignore them.
         audio: copied without encoding; if the container cannot hold it, it is left out and `audio.notes` says why.
+        seconds: the time of each frame, ascending from 0, where they do not come evenly at `fps`, their average. Ignored
+            unless `holds_uneven_times(path)`.
 
     Raises VideoError for an invalid rate, a URL, a file that cannot be written, and an encoder that is not available.
     """
@@ -191,8 +194,10 @@ class VideoWriter:
         preset: str = "medium",
         tune: str | None = None,
         audio: AudioTrack | None = None,
+        seconds: Sequence[float] | None = None,
     ):
         self.path = Path(path)
+        self._seconds, self._apart = (seconds, False) if holds_uneven_times(path) else (None, seconds is not None)
         try:
             check_output(self.path)
         except ValueError as error:
@@ -245,15 +250,19 @@ class VideoWriter:
         if self.path.suffix.lower() == ".gif":
             if audio is not None:
                 audio.notes.append("the sound was left out: a .gif holds none")
-            return Gif(self._temporary, self._rate)
+            return Gif(self._temporary, self._rate, self._seconds)
+        if audio is not None and self._apart:
+            audio.notes.append(
+                f"the sound was left out: a {self.path.suffix} cannot show frames at uneven times, .mkv can"
+            )
+            audio = None
         check_pyav(self.path)
         check_encoder(self.path, self._encoding.codec)
         if audio is not None:
-            try:
-                return Movie(self._temporary, self._rate, self._size, self._encoding, audio)
-            except DECODE_ERRORS:
-                audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
-        return Movie(self._temporary, self._rate, self._size, self._encoding, None)
+            with suppress(*DECODE_ERRORS):
+                return Movie(self._temporary, self._rate, self._size, self._encoding, audio, self._seconds)
+            audio.notes.append(f"the sound was left out: {self.path.suffix} cannot hold {audio.codec}, .mkv can")
+        return Movie(self._temporary, self._rate, self._size, self._encoding, None, self._seconds)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -270,6 +279,11 @@ class VideoWriter:
                 f"{self.path}: cannot be written with codec {self._encoding.codec!r}, pixel format "
                 f"{self._encoding.pixel_format!r}: {error}"
             ) from error
+
+
+def holds_uneven_times(path: str | Path) -> bool:
+    """Whether the container of a file name stores a time for each frame that is written to it, and not one rate."""
+    return Path(path).suffix.lower() not in (".avi", ".mpg", ".mpeg", ".vob")
 
 
 def check_fps(fps: float) -> float:
@@ -302,6 +316,16 @@ class _Decoded:
 
     expected: int
     frames: int = 0
+    stored: int = 0
+    """Packets that were decoded, from the first key frame on, where each holds one frame; else 0."""
+
+
+def _frames(container, stream, decoded: _Decoded) -> Iterator:
+    """Yield the decoded frames. FFmpeg leaves out frames without an error if those that they refer to are lost."""
+    counted = stream.codec_context.name in ("h264", "hevc") and container.format.name not in ("mpegts", "mpeg")
+    for packet in whole_packets(container, stream):
+        decoded.stored += counted and packet.size > 0 and (packet.is_keyframe or decoded.stored > 0)
+        yield from packet.decode()
 
 
 def _pictures(
@@ -309,8 +333,7 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Yield the chosen frames of an opened stream as uint8 (H, W, 3), as they are shown."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    frames = (frame for packet in whole_packets(container, stream) for frame in packet.decode())
-    for index, frame in enumerate(frames):
+    for index, frame in enumerate(_frames(container, stream, decoded)):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
             if frame.is_corrupt:
@@ -364,6 +387,8 @@ def _check_frame_count(path, start: int, count: int | None, stride: int, got: in
         raise ShortVideoError(f"{path}: {wanted}, but the video holds {held}", held)
     if count is None and held < expected - max(2, expected // 50):
         raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
+    if count is None and not expected and held < decoded.stored - max(2, decoded.stored // 50):
+        raise ShortVideoError(f"{path}: damaged: of {decoded.stored} stored frames {held} decode", held)
     if not got:
         raise ShortVideoError(f"{path}: holds {held} frames, none at or after frame {start}", held)
 

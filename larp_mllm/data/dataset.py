@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from larp.data.datasets import humanize
+from larp.data.listing import captions_of, humanize
 from larp.data.token_cache import TokenCache, batch_rows
 from larp.models.noise import BatchNoise
 from larp_mllm.data.records import RecordSet
@@ -374,7 +374,7 @@ def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
             "from a manifest with a caption or label column"
         )
     # Data sets with classes repeat the class name as the caption; only another caption says more.
-    return tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else (caption,)
+    return tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else captions_of(caption)
 
 
 def _most_ids(text: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from larp.data.clips import ClipShape, pixels_to_clip
 from larp.data.datasets import VideoSet, humanize
 from larp.data.extraction import repeat_last
+from larp.data.listing import captions_of
 from larp.data.loader import iterate_once
 from larp.data.token_cache import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
@@ -71,8 +72,11 @@ def prompts_of(videos: VideoSet) -> list[tuple[str, ...]]:
     names = [humanize(name) for name in videos.classes]
     if all(item.caption in (None, names[item.label]) for item in videos.items):
         return [tuple(phrasing.format(name) for phrasing in PHRASINGS) for name in names]
-    own = [{item.caption for item in videos.items if item.label == number} for number in range(len(names))]
-    return [tuple(sorted(texts - {None})) or (name,) for name, texts in zip(names, own, strict=True)]
+    own = [
+        {text for item in videos.items if item.label == number for text in captions_of(item.caption)}
+        for number in range(len(names))
+    ]
+    return [tuple(sorted(texts)) or (name,) for name, texts in zip(names, own, strict=True)]
 
 
 def split_evenly(num_videos: int, classes: int) -> list[int]:

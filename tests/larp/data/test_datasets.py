@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from larp.data.datasets import DataError, NoSplitError, evenly_spaced, humanize, open_videos
+from larp.data.listing import captions_of
 from larp.data.video import write_video
 
 import numpy as np
@@ -57,6 +58,22 @@ def test_ucf101_follows_its_lists(tmp_path, suffix, home):
 def test_ucf101_finds_lists_beside_its_root(tmp_path):
     root = make_ucf101(tmp_path)
     assert len(open_videos(f"ucf101:{root / 'UCF-101'}", "test")) == 4
+
+
+@pytest.mark.parametrize(
+    "folders", [["HandstandPushups"], ["HandStandPushups"], ["HandStandPushups", "HandstandPushups"]]
+)
+def test_the_two_spellings_of_an_ucf101_class_are_one(tmp_path, folders):
+    root = make_ucf101(tmp_path)
+    for number, folder in enumerate(folders, 1):
+        for stem in (f"v_HandStandPushups_g0{number}_c01", "v_HandstandPushups_g05_c01"):
+            touch(root / "UCF-101" / folder / f"{stem}.avi")
+    with (root / "ucfTrainTestlist" / "trainlist01.txt").open("a") as file:
+        file.writelines(f"HandstandPushups/v_HandStandPushups_g0{group}_c01.avi 37\n" for group in (1, 2, 5))
+    videos = open_videos(f"ucf101:{root}", "train")
+    assert videos.classes == ("Archery", "BasketballDunk", "HandstandPushups")
+    assert len([item for item in videos.items if item.label == 2]) == len(folders) + 1
+    assert {item.caption for item in videos.items if item.label == 2} == {"handstand pushups"}
 
 
 def test_ucf101_mistakes(tmp_path):
@@ -129,6 +146,21 @@ def test_manifests(tmp_path):
     )
 
 
+@pytest.mark.parametrize("form", ["m.csv", "m.jsonl"])
+def test_a_video_may_have_several_captions(tmp_path, form):
+    touch(tmp_path / "a.mp4"), touch(tmp_path / "b.mp4")
+    pairs = [("a.mp4", "a dog runs"), ("b.mp4", "rain"), ("a.mp4", "the dog, running"), ("a.mp4", "a dog runs")]
+    path = tmp_path / form
+    if form == "m.csv":
+        path.write_text("path,caption\n" + "".join(f'{name},"{caption}"\n' for name, caption in pairs))
+    else:
+        rows = [{"path": name, "caption": caption} for name, caption in pairs]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    videos = open_videos(str(path), "all")
+    assert [item.name for item in videos.items] == ["a.mp4", "b.mp4"]
+    assert [captions_of(item.caption) for item in videos.items] == [("a dog runs", "the dog, running"), ("rain",)]
+
+
 def test_text_of_manifests_may_hold_unicode_line_separators(tmp_path):
     touch(tmp_path / "a.mp4"), touch(tmp_path / "b.mp4")
     caption = "one\u2028two\u0085three\x1cfour"
@@ -155,6 +187,11 @@ def test_a_manifest_in_another_encoding_is_named(tmp_path, name):
         ("m.jsonl", '["a.mp4"]', "line 1: each line must be an object"),
         ("m.jsonl", '{"label": 1}', "line 1: no path"),
         ("m.jsonl", '{"path": "a.mp4"}\n{"path": "a.mp4"}', "line 2: lists a.mp4 again .first in line 1"),
+        (
+            "m.csv",
+            "path,caption,label\na.mp4,one,3\na.mp4,two,4",
+            "line 3: lists a.mp4 again .first in line 2. with another label: a video may have several captions, but one",
+        ),
         ("m.jsonl", '{"path": "a.mp4", "split": "dev"}', "line 1: split is 'dev'; it must be train or test"),
         ("m.jsonl", '{"path": "a.mp4", "split": "test"}\n{"path": "b.mp4"}', "line 2: some lines have a split"),
         ("m.jsonl", '{"path": "a.mp4", "split": "test"}', "no line has split train"),

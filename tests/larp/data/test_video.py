@@ -304,6 +304,20 @@ def test_truncation_is_never_silent(tmp_path):
             read_video(tmp_path / "cut.avi", start=0, count=40)
 
 
+def test_frames_that_the_decoder_leaves_out_are_not_missed_in_silence(tmp_path):
+    """A piece of the file with a key frame is lost, so that what follows cannot be decoded; FFmpeg gives no error."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 32, 32, 3), dtype=np.uint8)
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("libx264", rate=20, options={"g": "20"})
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        frames = [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in noise]
+        packets = [packet for frame in (*frames, None) for packet in stream.encode(frame)]
+        container.mux(packets[:10] + packets[23:])
+    for read in (read_video, lambda path: list(iter_frames(path))):
+        with pytest.raises(ShortVideoError, match=r"a.mkv: damaged: of 27 stored frames 2\d decode"):
+            read(tmp_path / "a.mkv")
+
+
 def test_mutated_files_raise_only_video_errors(tmp_path, clip):
     data, rng = bytearray(clip.read_bytes()), np.random.default_rng(0)
     for _ in range(60):

@@ -98,12 +98,17 @@ def test_losses_are_noted(folder, capsys):
     assert "note" not in capsys.readouterr().out
 
 
-def test_variable_frame_rates_become_their_average_with_a_note(folder, capsys):
+def test_frames_at_uneven_times_stay_there_or_become_even_with_a_note(folder, capsys):
     write_unevenly(Path("uneven.mp4"), noise(12, 32, 48))
-    main(["reconstruct", "uneven.mp4", "-o", "a.mp4", "--tokenizer", "t"])
-    assert "note: the frames come at uneven times: written at their average of " in capsys.readouterr().out
-    before, after = probe("uneven.mp4"), probe("a.mp4")
-    assert after.frames == 12 and after.duration_s == pytest.approx(before.duration_s, rel=0.01)
+    before = probe("uneven.mp4")
+    for name, noted in (("a.mp4", False), ("a.avi", True)):
+        main(["reconstruct", "uneven.mp4", "-o", name, "--tokenizer", "t"])
+        note = "note: the frames come at uneven times: written at their average of "
+        assert (note in capsys.readouterr().out) == noted
+        after = probe(name)
+        assert after.frames == 12 and after.even == noted
+        assert after.duration_s == pytest.approx(before.duration_s, abs=1 / before.fps)
+    assert probe("a.mp4").times.seconds == pytest.approx(before.times.seconds, abs=0.001)
 
 
 def test_a_tokenizer_is_loaded_from_a_run_or_a_language_model(folder, qwen, capsys):

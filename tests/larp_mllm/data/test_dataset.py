@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections import Counter
 
+from larp.data.listing import CAPTION_BREAK
 from larp_mllm.data.dataset import (
     NUM_DIALOGUES,
     PHRASINGS,
@@ -193,6 +194,17 @@ def test_classes_come_in_several_phrasings_and_captions_as_they_are(qwen, tmp_pa
     written = (sequence.labels[sequence.labels != IGNORE] for sequence in sampled)
     texts = {qwen.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in written}
     assert texts == {phrasing.format(name) for phrasing in PHRASINGS for name in ("surfing", "horse riding")}
+
+
+def test_one_of_several_captions_is_drawn_at_each_use(qwen, tmp_path):
+    captions = ("a dog runs", "the dog is running", "run, dog")
+    cache = open_cache(tmp_path, rows=4, captions=[CAPTION_BREAK.join(captions), "rain"])
+    data = CaptionedVideos(cache, qwen.processor.layout, qwen.processor.encode_text, 1024)
+    assert set(data.phrases) == {captions, ("rain",)}
+    sampled = TrainingMix(only(video_to_text=1), data).batch(0, 80, 0)
+    written = (sequence.labels[sequence.labels != IGNORE] for sequence in sampled)
+    texts = Counter(qwen.processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in written)
+    assert set(texts) == {*captions, "rain"} and texts["rain"] == 40
 
 
 def test_mirrored_clips_whose_caption_says_left_or_right_are_left_out(qwen, tmp_path):
