@@ -6,11 +6,12 @@ huggingface_hub's model mixin is not used: it ignores unknown config keys and ca
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 from larp.config import from_dict, is_whole
-from larp.files import read_json
+from larp.files import read_json, replacing
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -119,30 +120,25 @@ class LarpModel(nn.Module):
         if ema is not None and ema.config != self.config:
             raise ValueError("the averaged model has another config than the model: save it into a folder of its own")
         folder = make_folder(folder)
-        (folder / weights_file(EMA)).unlink(missing_ok=True)
-        self._write_weights(folder / WEIGHTS, dtype)
-        if ema is not None:
-            ema._write_weights(folder / weights_file(EMA), dtype)
         stored = {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
         config = {"model_type": self.model_type, "larp_format": FORMAT, **stored, **asdict(self.config)}
-        part = folder / (CONFIG + ".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(folder / CONFIG)
+        # All are written before the first of them is replaced, so that a full disk leaves an earlier model as it is.
+        with ExitStack() as files:
+            written = files.enter_context(replacing(folder / CONFIG))
+            written.write_text(json.dumps(config, indent=2) + "\n")
+            if ema is not None:
+                ema._write_weights(files.enter_context(replacing(folder / weights_file(EMA), sync=True)), dtype)
+            self._write_weights(files.enter_context(replacing(folder / WEIGHTS, sync=True)), dtype)
+            if ema is None:
+                (folder / weights_file(EMA)).unlink(missing_ok=True)
         return folder
 
-    def _write_weights(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def _write_weights(self, path: Path, dtype: torch.dtype) -> None:
         # Position tables follow from the config; they are stored so that the file is complete by itself.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         if dtype != torch.float32:
             tensors |= {k: tensors[k].to(dtype) for k, _ in self.named_parameters() if k not in self.keep_in_fp32}
-        part = path.with_name(path.name + ".part")
-        # safetensors makes files that only the owner can read: give them the permissions of config.json.
-        part.unlink(missing_ok=True)
-        part.touch()
-        mode = part.stat().st_mode & 0o777
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.chmod(mode)
-        part.replace(path)
+        save_file(tensors, path, metadata={"format": "pt"})
 
     def push_to_hub(
         self, repo_id: str, *, ema: "LarpModel | None" = None, private: bool = False, token: str | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from larp.data.video import movies_are_written, write_video
+from larp.files import replacing
 
 import numpy as np
 
@@ -123,18 +123,8 @@ def contact_sheet(
             sheet.paste(picture, (x, y))
             x += picture.width + gap
         y += row[0][1].height + gap
-    path = Path(path)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
 
 
 def side_by_side(
