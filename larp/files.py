@@ -8,13 +8,15 @@ import math
 import os
 import re
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the system's errors for a full disk."""
 
 
 def read_json(path: Path | str, remedy: str = "copy it again") -> Any:
@@ -67,7 +69,7 @@ def replacing(path: Path | str, sync: bool = False) -> Iterator[Path]:
                 os.fsync(file.fileno())
         os.replace(part, path)
     except Exception as error:
-        number = _error_number(error)
+        number = error_number(error)
         if number is None or (isinstance(error, OSError) and error.filename not in (None, str(part), part)):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
@@ -84,40 +86,59 @@ def set_mode(path: Path, mode: int) -> None:
 
 
 def obey_umask(folder: Path) -> None:
-    """Give the files below a new folder the permissions of other new files; libraries make some for their owner alone."""
+    """Give the weights below a folder the permissions of other new files; safetensors makes them for their owner alone."""
     probe = folder / f".mode-{secrets.token_hex(6)}"
     probe.touch()
     mode = probe.stat().st_mode
     probe.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            set_mode(path, mode)
+    for path in folder.rglob("*.safetensors"):
+        set_mode(path, mode)
 
 
-def _error_number(error: Exception) -> int | None:
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder, which takes the place of `folder` after the block. After an error `folder` is as it was before."""
+    part, old = (folder.absolute().with_name(f".writing-{secrets.token_hex(6)}") for _ in range(2))
+    try:
+        part.mkdir(parents=True)
+        yield part
+        obey_umask(part)
+        with suppress(FileNotFoundError):
+            os.replace(folder, old)
+        os.replace(part, folder)
+    finally:
+        for path in (part, old):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def error_number(error: Exception) -> int | None:
     """Return the number of the system's error in an exception, None if it has another cause."""
     if isinstance(error, OSError):
         return error.errno
     # safetensors has a class of its own, which is no OSError, and tokenizers raises a bare Exception.
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    # torch.save, which hides the reason.
+    return errno.ENOSPC if re.search(r"inline_container|iostream error", str(error)) else None
 
 
 def error_line(error: BaseException) -> str:
-    """Return the message of an error in one line, with the remedy of a full disk."""
-    if not isinstance(error, OSError) or error.errno is None:
-        return str(error)
-    where = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or "")
-    remedy = ": free space there, or choose another place" if error.errno in _FULL else ""
-    return f"{where + ': ' if where else ''}{error.strerror}{remedy}"
+    """Return the message of an error, with the remedy of a full disk."""
+    full = isinstance(error, OSError) and error.errno in FULL
+    return f"{error}; free space there, or choose another place" if full else str(error)
 
 
 def user_path(path: Path | str) -> Path:
     """Return `path` with a leading ~ or ~USER as that home folder. Raises ValueError for ~ without a home folder."""
-    text = os.path.expanduser(path)
-    if text == "~" or text.startswith("~/"):
-        raise ValueError(f"{path}: this user has no home folder: give the whole path, or set HOME")
-    return Path(text)
+    return Path(user_text(os.fspath(path)))
+
+
+def user_text(text: str) -> str:
+    """Return what may be a path, a hub name or a data spec as it is, but for a leading ~ or ~USER, see `user_path`."""
+    found = os.path.expanduser(text)
+    if found == "~" or found.startswith("~/"):
+        raise ValueError(f"{text}: this user has no home folder: give the whole path, or set HOME")
+    return found
 
 
 def cache_folder(variable: str, name: str = "larp") -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from larp.config import from_dict, is_whole
 from larp.files import read_json, replacing
+from larp.kernels.threads import limit_threads
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,6 +71,7 @@ class LarpModel(nn.Module):
         not finite; ValueError for a device that this machine lacks.
         """
         check_device(device)
+        limit_threads()
         folder = resolve(path, revision, variant)
         config, tensors = _read_checkpoint(folder, variant)
         stored = None

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from larp.files import read_json, write_json
+from larp.files import cache_folder, error_line, read_json, user_path, user_text, write_json
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -68,9 +68,10 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
         else f"Give {option} such a folder, owner/name on the hub, or {names}, which comes with the package"
     )
     if model is not None:
-        chosen, source = model, "model=" if option is None else f"{option} "
+        chosen = user_text(model) if isinstance(model, str) else user_path(model)
+        source = "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
-        chosen, source = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
+        chosen, source = user_text(os.environ["LARP_MLLM_MODEL"]), "LARP_MLLM_MODEL="
     elif (newest := _newest("model")) is not None:
         chosen, source = newest, f"{home() / POINTERS['model']}: "
     else:
@@ -107,7 +108,7 @@ def find_generator(generator: str | None = None) -> str:
     said once on stderr. Raises ValueError if the latter is damaged.
     """
     if generator is not None:
-        return generator
+        return user_text(generator)
     if (newest := _newest("generator")) is not None:
         _say_once(f"the generator is the newest one that was trained here: {newest}")
         return str(newest)
@@ -126,6 +127,7 @@ def find_tokenizer(tokenizer: str | None = None) -> str:
     """
     if tokenizer is None:
         tokenizer = str(find_model() if has_default_model() else shipped("tokenizer"))
+    tokenizer = user_text(tokenizer)
     for subfolder in ("", RUN_MODEL, "video_tokenizer", f"{RUN_MODEL}/video_tokenizer"):
         if _model_type(Path(tokenizer, subfolder)) == TOKENIZER_TYPE:
             return str(Path(tokenizer, subfolder))
@@ -218,15 +220,22 @@ def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def set_default_model(model: str | Path, kind: Literal["model", "generator"] = "model") -> Path:
+def set_default_model(model: str | Path, kind: Literal["model", "generator"] = "model") -> Path | None:
     """Make a folder the language model, or the class-conditional generator, that is loaded by default.
 
-    Returns the file that points to it.
+    Returns the file that points to it; None, with a note on stderr, if that cannot be written.
     """
     pointer = home() / POINTERS[kind]
-    pointer.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
+    try:
+        write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
+    except OSError as error:
+        print(
+            f"note: {model} is not the default from now on: {error_line(error)}; give it with --model, or set LARP_MLLM_HOME "
+            "to a folder that can be written",
+            file=sys.stderr,
+        )
+        return None
     return pointer
 
 
@@ -243,7 +252,7 @@ def clear_default_model(model: str | Path) -> None:
 
 def home() -> Path:
     """The folder of the pointers to the default models: LARP_MLLM_HOME, by default ~/.cache/larp-mllm."""
-    return Path(os.environ.get("LARP_MLLM_HOME") or Path.home() / ".cache" / "larp-mllm")
+    return cache_folder("LARP_MLLM_HOME", "larp-mllm")
 
 
 def read_config(path: Path) -> dict | None:
@@ -359,7 +368,10 @@ def upload(
 def _newest(kind: str) -> Path | None:
     """The folder of the newest model of a kind of `POINTERS`, None if none was trained here or it is gone."""
     pointer = home() / POINTERS[kind]
-    if not pointer.is_file():
+    try:
+        if not pointer.is_file():
+            return None
+    except PermissionError:  # the home of another user
         return None
     try:
         folder = Path(json.loads(pointer.read_text(encoding="utf-8"))["model"])

@@ -16,7 +16,7 @@ from larp.data.listing import VideoItem
 from larp.data.loader import in_order
 from larp.data.token_cache import CODE_VERSION, file_state
 from larp.data.video import ShortVideoError, VideoError, probe, read_video
-from larp.files import replacing
+from larp.files import replacing, user_path
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -57,7 +57,7 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
         )
     try:
         base = root.resolve()
-        path = (base / name).resolve()
+        path = (base / user_path(name)).resolve()
         inside, there = path.is_relative_to(base), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long
         raise ValueError(f"{where}: {name} cannot be found ({error}): give the name of a video file") from None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from larp.data.listing import text_lines
+from larp.files import user_text
 from larp_mllm.data.leakage import HELD_OUT, content_numbers, held_out_rows
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import check_text
@@ -154,7 +155,7 @@ def _lines(path: str, spec: str) -> list[str]:
 
 
 def _read_hub(rest: str, spec: str) -> list[str]:
-    name, options = _hub_options(rest, spec)
+    name, options = _hub_options(user_text(rest), spec)
     try:
         from datasets import load_dataset
     except ImportError as error:
