@@ -11,7 +11,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 
 from larp.config import from_dict, is_whole
-from larp.files import read_json, replacing
+from larp.files import read_json, replacing, user_path
+from larp.hub_files import ANSWER, snapshot, within
 from larp.kernels.threads import limit_threads
 
 import torch
@@ -157,7 +158,7 @@ class LarpModel(nn.Module):
             self.save_pretrained(folder, ema=ema)
             try:
                 api = HfApi(token=token)
-                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                url = within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), ANSWER)
                 # Deletes the averaged weights of an earlier upload, not those of this one.
                 api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=[weights_file(EMA)])
             except Exception as error:  # huggingface_hub and httpx have no common base class
@@ -186,7 +187,7 @@ class LarpModel(nn.Module):
 
 def make_folder(folder: str | Path) -> Path:
     """Create `folder` and its parents where missing and return it; ValueError if one of them is a file."""
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -210,10 +211,10 @@ def non_default_fields(config) -> dict:
 def resolve(path: str | Path, revision: str | None = None, variant: str | None = None) -> Path:
     """Return the local model folder of `path`: the folder itself, the model of a run folder, or a hub snapshot.
 
-    From a repository only the config and the weights of `variant` are downloaded. Raises CheckpointError if there is neither
+    From a repository only the config and the weights of `variant` are downloaded, if they are not in the local cache. Raises CheckpointError if there is neither
     a folder nor a repository of that name.
     """
-    if (folder := Path(path)).is_dir():
+    if (folder := user_path(path)).is_dir():
         inside = folder / RUN_MODEL
         # A run folder has a config.json, too, so the weights decide.
         is_run = not (folder / weights_file(variant)).is_file() and (inside / CONFIG).is_file()
@@ -222,10 +223,9 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
     looks_like_a_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
     if not looks_like_a_repository:
         raise CheckpointError(f"{name}: no such folder (and not a hub name of the form owner/name)")
-    from huggingface_hub import snapshot_download
-
+    wanted = [CONFIG, weights_file(variant)]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, weights_file(variant)]))
+        return snapshot(name, wanted, wanted, revision)
     except Exception as error:  # huggingface_hub and httpx have no common base class
         raise CheckpointError(
             f"{name} is not a local folder and could not be downloaded from the hub ({_describe(error)}): give the path of "

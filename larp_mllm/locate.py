@@ -3,14 +3,13 @@
 import json
 import os
 import sys
-import urllib.request
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from larp.files import cache_folder, error_line, read_json, user_path, user_text, write_json
+from larp.hub_files import ANSWER, snapshot, within
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -46,8 +45,6 @@ _SHIPPED_FILES = {
     "generator": (TRAINING,),
     "language-model": ("tokenizer.json", "tokenizer_config.json", "processor_config.json", TRAINING),
 }
-# Seconds to wait for the hub.
-_TIMEOUT = 5.0
 
 
 def find_model(model: str | Path | None = None, option: str | None = None) -> Path:
@@ -290,11 +287,11 @@ def fetch_folder(
 ) -> Path:
     """A local folder: `name` itself, or a snapshot of a hub repository with the `files` that match these patterns.
 
-    Without a network, the snapshot in the local cache. Raises ValueError within seconds if there is neither such a folder
+    See larp/hub_files.py for when the hub is asked. Raises ValueError within seconds if there is neither such a folder
     nor such a repository, or the hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if user_path(name).is_dir():
+        return user_path(name)
     if not is_hub_name(name):
         raise ValueError(f"{name}: there is no such folder (and it is no hub name of the form owner/name)")
     try:
@@ -306,32 +303,11 @@ def fetch_folder(
         ) from error
 
 
-@lru_cache  # ask the hub once per process, not for each video
+@lru_cache  # look once per process, not for each video
 def _snapshot(name, files, revision, local_files_only, token, cache_dir) -> Path:
-    from huggingface_hub import snapshot_download
-
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(files)}
-    if local_files_only:
-        return Path(snapshot_download(name, local_files_only=True, **options))
-    try:
-        check_reachable(name, token)
-        return Path(snapshot_download(name, **options))
-    except Exception:
-        with suppress(Exception):
-            return Path(snapshot_download(name, local_files_only=True, **options))
-        raise
-
-
-def check_reachable(name: str, token: str | bool | None = None) -> None:
-    """Raise OSError unless the hub answers for a repository within seconds; its own client would retry for minutes."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
-        raise OSError("HF_HUB_OFFLINE is set and the model is not in the local cache")
-    headers = build_hf_headers(token=token)
-    request = urllib.request.Request(hf_hub_url(name, "config.json"), method="HEAD", headers=headers)
-    urllib.request.urlopen(request, timeout=_TIMEOUT).close()
+    weights = [pattern for pattern in files if pattern == "*.safetensors"]
+    needed = (*weights, "processor_config.json", "tokenizer_config.json", "video_tokenizer/model.safetensors")
+    return snapshot(name, files, needed, revision, local_files_only, token, cache_dir)
 
 
 def upload(
@@ -350,7 +326,7 @@ def upload(
 
     try:
         api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), ANSWER)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), revision=revision)

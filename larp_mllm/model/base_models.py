@@ -9,8 +9,9 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 from larp.files import user_text
+from larp.hub_files import check_reachable
 from larp.metrics.weights import SMOLLM2
-from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, first_line, is_hub_name, read_config
 from larp_mllm.model.gguf import dequantize, find_gguf
 from larp_mllm.model.weights import not_finite, pickled_in
 
