@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,16 @@ def user_text(text: str) -> str:
 def cache_folder(variable: str, name: str = "larp") -> Path:
     """Return the folder that an environment variable names, by default ~/.cache/NAME.
 
-    Without a home folder it is `temporary_folder` / NAME.
+    Without a home folder, or with that of another user, it is `temporary_folder` / NAME.
     """
     if given := os.environ.get(variable):
         return user_path(given)
-    home = os.path.expanduser("~")
-    return Path(home, ".cache", name) if os.path.isabs(home) else temporary_folder() / name
+    folder = Path(os.path.expanduser("~"), ".cache", name)
+    try:
+        readable = not folder.is_dir() or os.access(folder, os.X_OK)
+    except PermissionError:
+        readable = False
+    return folder if folder.is_absolute() and readable else temporary_folder() / name
 
 
 def temporary_folder() -> Path:
@@ -161,6 +166,40 @@ def temporary_folder() -> Path:
     if folder.is_symlink() or (user != "user" and folder.stat().st_uid != user):
         raise ValueError(f"{folder} belongs to another user: set HOME, or TMPDIR to a folder of yours")
     return folder
+
+
+def claim(names: Iterable[Path]) -> Path:
+    """Make an empty file of the first name that no file has, and return it: no other program gets this name."""
+    for path in names:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return path
+    raise ValueError("no name is left")
+
+
+@contextmanager
+def writing_alone(folder: Path) -> Iterator[None]:
+    """Create a folder; in the block other programs are refused there. Raises ValueError if another one is in such a block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise ValueError(
+            f"another program writes to {folder} now: wait until it ends, or choose another folder"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+        with suppress(OSError):  # nothing was written
+            folder.rmdir()
 
 
 def check_writable(path: Path) -> None:

@@ -344,10 +344,7 @@ def upload(
 def _newest(kind: str) -> Path | None:
     """The folder of the newest model of a kind of `POINTERS`, None if none was trained here or it is gone."""
     pointer = home() / POINTERS[kind]
-    try:
-        if not pointer.is_file():
-            return None
-    except PermissionError:  # the home of another user
+    if not pointer.is_file():
         return None
     try:
         folder = Path(json.loads(pointer.read_text(encoding="utf-8"))["model"])

@@ -42,7 +42,8 @@ class Gallery:
 
     def add(self, name: str, frames: np.ndarray) -> Path:
         """Write uint8 (T, H, W, 3) frames and return the path of the file that shows them; `name` is their caption."""
-        plain = re.sub(r"[^\w.]+", "-", name).strip("-")
+        # A file name takes 255 bytes.
+        plain = re.sub(r"[^\w.]+", "-", name).strip("-").encode()[:200].decode(errors="ignore")
         path = self.folder / f"{len(self.names):03d}-{plain}.mp4"
         scale = max(1, 256 // frames.shape[1]) if self.scale is None else self.scale
         check_scale(scale, *frames.shape[1:3])

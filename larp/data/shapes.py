@@ -209,10 +209,7 @@ def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, fr
 
 
 def _is_rendered(folder: Path) -> bool:
-    try:
-        return (folder / "manifest.jsonl").is_file()
-    except PermissionError:
-        return False
+    return (folder / "manifest.jsonl").is_file()
 
 
 def _new_folder(parent: Path, prefix: str) -> Path:

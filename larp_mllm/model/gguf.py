@@ -62,8 +62,9 @@ def dequantize(path: Path) -> Path:
             tokenizer.save_pretrained(part)
             obey_umask(part)
         write_json(part / SOURCE, {"file": path.name, "sha256": digest, "stored": "dequantized, bfloat16"})
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        if not (folder / SOURCE).is_file():  # else another process was faster, and may read it
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     except Exception as error:  # transformers and gguf raise classes of their own
         reason = (str(error) if isinstance(error, ValueError) else first_line(error)).partition(": copy")[0]
         raise ValueError(f"{path} cannot be read as GGUF: {reason}. Download it again, or take another base") from error
