@@ -49,6 +49,11 @@ def run_script(prog: str, main: Callable[[], Any]) -> None:
         if not getattr(error, "reported", False):
             print(f"{prog}: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "closed by peer" not in str(error):
+            raise
+        print(f"{prog}: rank {os.environ.get('RANK')} ends because another one did", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
