@@ -70,7 +70,7 @@ def check_reachable(name: str, token: str | bool | None = None, kind: Literal["m
         raise OSError(f"{variable} is set and {name} is not in the local cache")
     url = hf_hub_url(name, "config.json" if kind == "model" else "README.md", repo_type=kind)
     request = urllib.request.Request(url, method="HEAD", headers=build_hf_headers(token=token))
-    within(lambda: urllib.request.urlopen(request, timeout=_TIMEOUT).close(), _TIMEOUT + 1, request.host)
+    within(lambda: urllib.request.urlopen(request, timeout=_TIMEOUT).close(), _TIMEOUT, request.host)
 
 
 def within(work: Callable[[], T], seconds: float, host: str = "the hub") -> T:

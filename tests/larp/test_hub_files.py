@@ -16,7 +16,7 @@ def silent(monkeypatch):
     """A hub that takes connections and answers nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda name, file, repo_type: f"{address}/{name}/{file}")
         monkeypatch.setattr(hub_files, "_TIMEOUT", 0.3)
         yield address
 
