@@ -16,6 +16,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+from larp.files import user_path, user_text
+
 Config = TypeVar("Config")
 
 _INHERIT = "inherit"
@@ -131,9 +133,26 @@ def _convert(value: Any, annotation: Any, where: str, key: str) -> Any:
     return _convert_scalar(value, annotation, where, key)
 
 
+def _in_home(value: Any) -> Any:
+    """Return paths, text and what configs and tuples hold of them with a leading ~ as the home folder; see `user_path`."""
+    if isinstance(value, Path):
+        return user_path(value)
+    if isinstance(value, str):
+        return user_text(value) if value.startswith("~/") else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_in_home(item) for item in value)
+    if dataclasses.is_dataclass(value):
+        old = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        new = {name: _in_home(item) for name, item in old.items()}
+        return dataclasses.replace(value, **new) if new != old else value
+    return value
+
+
 def _convert_scalar(value: Any, annotation: Any, where: str, key: str) -> Any:
     if annotation is Path and isinstance(value, (str, Path)):
-        return Path(value)
+        return user_path(value)
+    if annotation is str and isinstance(value, str):
+        return _in_home(value)
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
     # bool is a subclass of int: without this check `steps = true` would train for one step.
@@ -284,7 +303,7 @@ def _recipe_chain(name_or_path: str | Path, folder: Path) -> list[tuple[Path, di
 def _recipe_path(name_or_path: str | Path, folder: Path, asked_by: str) -> Path:
     text = str(name_or_path)
     by_name = folder / (text if text.endswith(".toml") else f"{text}.toml")
-    for candidate in (by_name, Path(text)):
+    for candidate in (by_name, user_path(text)):
         if candidate.is_file():
             return candidate.resolve()
     available = sorted(path.stem for path in folder.glob("*.toml"))
@@ -348,9 +367,10 @@ def parse(
         f"{(cls.__doc__ or '').strip()}\n\n--recipe NAME starts from a recipe ({available}) or a .toml file.{used}"
     )
     # The recipe decides whether an optional group exists; tyro would make subcommands of the choice.
-    return tyro.cli(
+    config = tyro.cli(
         cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)
-    ), recipe
+    )
+    return _in_home(config), recipe
 
 
 def _start_config(cls: type[Config], recipe: str | None, recipes: Path) -> Config:

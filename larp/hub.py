@@ -7,11 +7,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path, PurePosixPath
 
 from larp.config import from_dict, is_whole
-from larp.files import read_json
+from larp.files import read_json, replacing, user_path
+from larp.hub_files import ANSWER, snapshot, within
+from larp.kernels.threads import limit_threads
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -98,6 +101,7 @@ class LarpModel(nn.Module):
         """
         device = _one_device(device, device_map)
         dtype = _float_dtype(dtype)
+        limit_threads()
         folder = resolve(path, revision, variant, subfolder)
         config, tensors = _read_checkpoint(folder, variant)
         stored = None
@@ -154,30 +158,25 @@ class LarpModel(nn.Module):
         if ema is not None and ema.config != self.config:
             raise ValueError("the averaged model has another config than the model: save it into a folder of its own")
         folder = make_folder(folder)
-        (folder / weights_file(EMA)).unlink(missing_ok=True)
-        self._write_weights(folder / WEIGHTS, dtype)
-        if ema is not None:
-            ema._write_weights(folder / weights_file(EMA), dtype)
         stored = {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
         config = {"model_type": self.model_type, "larp_format": FORMAT, **stored, **asdict(self.config)}
-        part = folder / (CONFIG + ".part")
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(folder / CONFIG)
+        # All are written before the first of them is replaced, so that a full disk leaves an earlier model as it is.
+        with ExitStack() as files:
+            written = files.enter_context(replacing(folder / CONFIG))
+            written.write_text(json.dumps(config, indent=2) + "\n")
+            if ema is not None:
+                ema._write_weights(files.enter_context(replacing(folder / weights_file(EMA), sync=True)), dtype)
+            self._write_weights(files.enter_context(replacing(folder / WEIGHTS, sync=True)), dtype)
+            if ema is None:
+                (folder / weights_file(EMA)).unlink(missing_ok=True)
         return folder
 
-    def _write_weights(self, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    def _write_weights(self, path: Path, dtype: torch.dtype) -> None:
         # Position tables follow from the config; they are stored so that the file is complete by itself.
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
         if dtype != torch.float32:
             tensors |= {k: tensors[k].to(dtype) for k, _ in self.named_parameters() if k not in self.keep_in_fp32}
-        part = path.with_name(path.name + ".part")
-        # safetensors makes files that only the owner can read: give them the permissions of config.json.
-        part.unlink(missing_ok=True)
-        part.touch()
-        mode = part.stat().st_mode & 0o777
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.chmod(mode)
-        part.replace(path)
+        save_file(tensors, path, metadata={"format": "pt"})
 
     def push_to_hub(
         self, repo_id: str, *, ema: "LarpModel | None" = None, private: bool = False, token: str | None = None
@@ -194,7 +193,7 @@ class LarpModel(nn.Module):
             self.save_pretrained(folder, ema=ema)
             try:
                 api = HfApi(token=token)
-                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                url = within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), ANSWER)
                 # Deletes the averaged weights of an earlier upload, not those of this one.
                 api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=[weights_file(EMA)])
             except Exception as error:  # huggingface_hub and httpx have no common base class
@@ -250,7 +249,7 @@ def _float_dtype(dtype: str | torch.dtype | None) -> str | torch.dtype | None:
 
 def make_folder(folder: str | Path) -> Path:
     """Create `folder` and its parents where missing and return it; ValueError if one of them is a file."""
-    folder = Path(folder)
+    folder = user_path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -274,10 +273,10 @@ def non_default_fields(config) -> dict:
 def resolve(path: str | Path, revision: str | None = None, variant: str | None = None, subfolder: str = "") -> Path:
     """Return the local model folder of `path`: the folder itself, the model of a run folder, or a hub snapshot.
 
-    From a repository only the config and the weights of `variant` are downloaded, from `subfolder` if the model is in one.
-    Raises CheckpointError if there is neither a folder nor a repository of that name, or no such subfolder.
+    From a repository only the config and the weights of `variant` are downloaded, from `subfolder` if the model is in one, if they are
+    not in the local cache. Raises CheckpointError if there is neither a folder nor a repository of that name, or no such subfolder.
     """
-    if (folder := Path(path)).is_dir():
+    if (folder := user_path(path)).is_dir():
         if not (folder := folder / (subfolder or "")).is_dir():
             raise CheckpointError(
                 f"{path} has no subfolder {subfolder!r}: leave it out, or give the folder of the model"
@@ -290,11 +289,9 @@ def resolve(path: str | Path, revision: str | None = None, variant: str | None =
     looks_like_a_repository = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
     if not looks_like_a_repository:
         raise CheckpointError(f"{name}: no such folder (and not a hub name of the form owner/name)")
-    from huggingface_hub import snapshot_download
-
     wanted = [str(PurePosixPath(subfolder or "", file)) for file in (CONFIG, weights_file(variant))]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted), subfolder or "")
+        return Path(snapshot(name, wanted, wanted, revision), subfolder or "")
     except Exception as error:  # huggingface_hub and httpx have no common base class
         raise CheckpointError(
             f"{name} is not a local folder and could not be downloaded from the hub ({_describe(error)}): give the path of "

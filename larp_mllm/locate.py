@@ -3,14 +3,13 @@
 import json
 import os
 import sys
-import urllib.request
-from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from larp.files import read_json, write_json
+from larp.files import cache_folder, error_line, read_json, user_path, user_text, write_json
+from larp.hub_files import ANSWER, snapshot, within
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -46,8 +45,6 @@ _SHIPPED_FILES = {
     "generator": (TRAINING,),
     "language-model": ("tokenizer.json", "tokenizer_config.json", "processor_config.json", TRAINING),
 }
-# Seconds to wait for the hub.
-_TIMEOUT = 5.0
 
 
 def find_model(model: str | Path | None = None, option: str | None = None) -> Path:
@@ -68,9 +65,10 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
         else f"Give {option} such a folder, owner/name on the hub, or {names}, which comes with the package"
     )
     if model is not None:
-        chosen, source = model, "model=" if option is None else f"{option} "
+        chosen = user_text(model) if isinstance(model, str) else user_path(model)
+        source = "model=" if option is None else f"{option} "
     elif os.environ.get("LARP_MLLM_MODEL"):
-        chosen, source = os.environ["LARP_MLLM_MODEL"], "LARP_MLLM_MODEL="
+        chosen, source = user_text(os.environ["LARP_MLLM_MODEL"]), "LARP_MLLM_MODEL="
     elif (newest := _newest("model")) is not None:
         chosen, source = newest, f"{home() / POINTERS['model']}: "
     else:
@@ -107,7 +105,7 @@ def find_generator(generator: str | None = None) -> str:
     said once on stderr. Raises ValueError if the latter is damaged.
     """
     if generator is not None:
-        return generator
+        return user_text(generator)
     if (newest := _newest("generator")) is not None:
         _say_once(f"the generator is the newest one that was trained here: {newest}")
         return str(newest)
@@ -126,6 +124,7 @@ def find_tokenizer(tokenizer: str | None = None) -> str:
     """
     if tokenizer is None:
         tokenizer = str(find_model() if has_default_model() else shipped("tokenizer"))
+    tokenizer = user_text(tokenizer)
     for subfolder in ("", RUN_MODEL, "video_tokenizer", f"{RUN_MODEL}/video_tokenizer"):
         if _model_type(Path(tokenizer, subfolder)) == TOKENIZER_TYPE:
             return str(Path(tokenizer, subfolder))
@@ -218,15 +217,22 @@ def _say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def set_default_model(model: str | Path, kind: Literal["model", "generator"] = "model") -> Path:
+def set_default_model(model: str | Path, kind: Literal["model", "generator"] = "model") -> Path | None:
     """Make a folder the language model, or the class-conditional generator, that is loaded by default.
 
-    Returns the file that points to it.
+    Returns the file that points to it; None, with a note on stderr, if that cannot be written.
     """
     pointer = home() / POINTERS[kind]
-    pointer.parent.mkdir(parents=True, exist_ok=True)
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
+    try:
+        write_json(pointer, {"model": str(Path(model).resolve()), "written": time})
+    except OSError as error:
+        print(
+            f"note: {model} is not the default from now on: {error_line(error)}; give it with --model, or set LARP_MLLM_HOME "
+            "to a folder that can be written",
+            file=sys.stderr,
+        )
+        return None
     return pointer
 
 
@@ -243,7 +249,7 @@ def clear_default_model(model: str | Path) -> None:
 
 def home() -> Path:
     """The folder of the pointers to the default models: LARP_MLLM_HOME, by default ~/.cache/larp-mllm."""
-    return Path(os.environ.get("LARP_MLLM_HOME") or Path.home() / ".cache" / "larp-mllm")
+    return cache_folder("LARP_MLLM_HOME", "larp-mllm")
 
 
 def read_config(path: Path) -> dict | None:
@@ -281,11 +287,11 @@ def fetch_folder(
 ) -> Path:
     """A local folder: `name` itself, or a snapshot of a hub repository with the `files` that match these patterns.
 
-    Without a network, the snapshot in the local cache. Raises ValueError within seconds if there is neither such a folder
+    See larp/hub_files.py for when the hub is asked. Raises ValueError within seconds if there is neither such a folder
     nor such a repository, or the hub cannot be reached.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if user_path(name).is_dir():
+        return user_path(name)
     if not is_hub_name(name):
         raise ValueError(f"{name}: there is no such folder (and it is no hub name of the form owner/name)")
     try:
@@ -297,32 +303,11 @@ def fetch_folder(
         ) from error
 
 
-@lru_cache  # ask the hub once per process, not for each video
+@lru_cache  # look once per process, not for each video
 def _snapshot(name, files, revision, local_files_only, token, cache_dir) -> Path:
-    from huggingface_hub import snapshot_download
-
-    options = {"revision": revision, "token": token, "cache_dir": cache_dir, "allow_patterns": list(files)}
-    if local_files_only:
-        return Path(snapshot_download(name, local_files_only=True, **options))
-    try:
-        check_reachable(name, token)
-        return Path(snapshot_download(name, **options))
-    except Exception:
-        with suppress(Exception):
-            return Path(snapshot_download(name, local_files_only=True, **options))
-        raise
-
-
-def check_reachable(name: str, token: str | bool | None = None) -> None:
-    """Raise OSError unless the hub answers for a repository within seconds; its own client would retry for minutes."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers
-
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "TRUE", "YES", "ON"}:
-        raise OSError("HF_HUB_OFFLINE is set and the model is not in the local cache")
-    headers = build_hf_headers(token=token)
-    request = urllib.request.Request(hf_hub_url(name, "config.json"), method="HEAD", headers=headers)
-    urllib.request.urlopen(request, timeout=_TIMEOUT).close()
+    weights = [pattern for pattern in files if pattern == "*.safetensors"]
+    needed = (*weights, "processor_config.json", "tokenizer_config.json", "video_tokenizer/model.safetensors")
+    return snapshot(name, files, needed, revision, local_files_only, token, cache_dir)
 
 
 def upload(
@@ -341,7 +326,7 @@ def upload(
 
     try:
         api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        url = within(lambda: api.create_repo(repo_id, private=private, exist_ok=True), ANSWER)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=str(folder), revision=revision)

@@ -12,6 +12,7 @@ from typing import Any
 
 from larp.config import check_count
 from larp.data.clips import clip_to_frames, pixels_to_clip
+from larp.files import obey_umask
 from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_prompt, check_prompts, check_seconds
@@ -80,6 +81,7 @@ class Mllm:
             make_folder(folder)
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
+            obey_umask(Path(folder))
 
     def push_to_hub(
         self, repo: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None

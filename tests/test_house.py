@@ -18,7 +18,19 @@ NOT_BELOW = {
 }
 # From the ground up: a room imports from its own and from the ones before it.
 FLOORS = {
-    "larp": ["files", "config", "kernels", "hub", "models", "data", "sampling", "codec", "engine", "metrics"],
+    "larp": [
+        "files",
+        "config",
+        "kernels",
+        "hub_files",
+        "hub",
+        "models",
+        "data",
+        "sampling",
+        "codec",
+        "engine",
+        "metrics",
+    ],
     "larp_mllm": [
         *("checks", "locate", "video", "model", "processing", "generation", "pipeline"),
         *("data", "metrics", "engine", "export", "api", "demo", "cli"),

@@ -17,7 +17,7 @@ from larp.data.datasets import open_videos
 from larp.data.extraction import check_counts, extract_tokens
 from larp.data.token_cache import TokenCache
 from larp.engine import backend
-from larp.engine.signals import run_script
+from larp.engine.signals import run_script, stop_flag, stopped_by
 from larp.models.tokenizer import LarpTokenizer
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -88,6 +88,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=backend.barrier,
+            stop=lambda: stopped_by() if stop_flag() else None,
         )
         if ranks.is_main:
             report(cache, config.out)

@@ -13,12 +13,12 @@ Shapes: W windows, T frames of a window, N codes of a window at most, K codebook
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from larp.codec.fitting import Fit, Fitting
 from larp.config import check_positive, from_dict
+from larp.files import replacing
 from larp.models.tokenizer import LarpTokenizer
 
 import numpy as np
@@ -120,13 +120,8 @@ class TokenizedVideo:
         values = asdict(h)
         # One entry, because safetensors writes several in an order that changes from run to run.
         entry = {"format": FORMAT, "header": values, "digest": _digest(values, tensors)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as part:
             part.write_bytes(save(tensors, metadata={_ENTRY: json.dumps(entry, sort_keys=True)}))
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from larp.data.doctor import equal_files
 from larp.data.listing import DataError, NoSplitError, VideoItem
 from larp.data.loader import in_order
 from larp.data.video import ShortVideoError, VideoError, count_frames, read_video, write_video
+from larp.files import replacing
 from larp.kernels.threads import cores
 
 import numpy as np
@@ -115,12 +115,11 @@ def pack_clips(
         raise DataError(f"{out}: is a folder: give the name of a file")
     make_room(out, _MIN_BYTES * len(entries))
     rows, errors = [], []
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", suffix=".clips", dir=out.parent)
     try:
         # Deflated: the container's tables and the encoder's signature are a tenth of such a small file.
         with (
-            os.fdopen(handle, "wb") as file,
-            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack,
+            replacing(out) as part,
+            zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as pack,
             closing(in_order(partial(_encode, options=options), entries, workers)) as encoded,
         ):
             for entry, (row, video, error) in zip(
@@ -135,13 +134,8 @@ def pack_clips(
             if not rows:
                 raise VideoError(f"none of {len(entries)} videos can be packed; the first, {': '.join(skipped[0])}")
             pack.writestr(zipfile.ZipInfo(MANIFEST), json_lines(rows), zipfile.ZIP_DEFLATED)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, out)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {(error.strerror or str(error)).lower()}") from error
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
     return PackReport(
         dict(Counter(row["split"] for row in rows)),
         sum(row["frames"] for row in rows),

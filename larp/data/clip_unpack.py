@@ -90,7 +90,11 @@ def unpack_clips(
                 (new / _MARKER).write_text(json.dumps(mark | {"sha256": hashes}) + "\n")
                 if folder.is_dir():
                     folder.rmdir()  # _check_free has shown that it is empty
-                new.rename(folder)
+                try:
+                    new.rename(folder)
+                except OSError:
+                    if not _is_complete(folder, mark, workers):  # else another process was faster
+                        raise
     except OSError as error:
         if error.filename is not None and Path(error.filename) == pack:
             raise DataError(f"{pack}: cannot be read: {(error.strerror or str(error)).lower()}") from None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from larp.data.caption_line import CaptionLine
 from larp.data.video import movies_are_written, write_video
+from larp.files import replacing
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class Gallery:
 
     def add(self, name: str, frames: np.ndarray) -> Path:
         """Write uint8 (T, H, W, 3) frames and return the path of the file that shows them; `name` is their caption."""
-        plain = re.sub(r"[^\w.]+", "-", name).strip("-")
+        # A file name takes 255 bytes.
+        plain = re.sub(r"[^\w.]+", "-", name).strip("-").encode()[:200].decode(errors="ignore")
         path = self.folder / f"{len(self.names):03d}-{plain}.mp4"
         scale = max(1, 256 // frames.shape[1]) if self.scale is None else self.scale
         check_scale(scale, *frames.shape[1:3])
@@ -127,18 +128,8 @@ def contact_sheet(
             sheet.paste(picture, (x, y))
             x += picture.width + gap
         y += row[0][1].height + gap
-    path = Path(path)
-    temporary = path.with_name(f".writing-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(temporary, format="PNG")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")
 
 
 def side_by_side(

@@ -46,6 +46,7 @@ from larp.data.listing import (
     videos_below,
 )
 from larp.data.video import VIDEO_SUFFIXES
+from larp.files import user_path
 
 UCF101_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+")
 """Name of a UCF-101 clip; the first match group is its UCF-101 group, the source video that it is cut from."""
@@ -85,7 +86,7 @@ def split_specs(spec: str) -> list[str]:
     parts: list[str] = []
     for piece in spec.split("+"):
         # A + inside a path does not start a spec: the part after it has no kind and does not exist as a path.
-        if parts and not re.match(r"\w+:", piece) and not Path(piece.strip()).expanduser().exists():
+        if parts and not re.match(r"\w+:", piece) and not user_path(piece.strip()).exists():
             parts[-1] += "+" + piece
         else:
             parts.append(piece)
@@ -94,7 +95,7 @@ def split_specs(spec: str) -> list[str]:
 
 def _open_one(spec: str, split: Split) -> VideoSet:
     kind, colon, rest = spec.partition(":")
-    if not colon or Path(spec).expanduser().exists():
+    if not colon or user_path(spec).exists():
         kind, rest = _kind_of_path(spec), spec
     if kind not in _READERS:
         near = difflib.get_close_matches(kind, _READERS, n=1)
@@ -104,7 +105,7 @@ def _open_one(spec: str, split: Split) -> VideoSet:
     reader, defaults = _READERS[kind]
     pieces, options = rest.split(",") if rest else [], {}
     while pieces and (match := re.fullmatch(r"\s*(\w+)=(.*)", pieces[-1])):
-        if Path(",".join(pieces).strip()).expanduser().exists():
+        if user_path(",".join(pieces).strip()).exists():
             break  # the comma is part of a path
         options[match[1]] = match[2].strip()
         pieces.pop()
@@ -112,7 +113,7 @@ def _open_one(spec: str, split: Split) -> VideoSet:
 
 
 def _kind_of_path(spec: str) -> str:
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if path.is_dir():
         return "folder"
     if path.suffix in (".csv", ".jsonl") and path.is_file():
@@ -283,7 +284,7 @@ def _read_jsonl(path: str, split: Split, spec: str) -> VideoSet:
 
 def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) -> VideoSet:
     """Build a set from (line number, row) pairs; classes are those of the whole file, so that splits share labels."""
-    base = Path(path).expanduser().parent
+    base = user_path(path).parent
     if not rows:
         raise DataError(f"{path}: the manifest lists no video")
     values: dict[str, dict[str, str | None]] = {}
@@ -307,7 +308,7 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     index = {name: k for k, name in enumerate(classes)}
     items = [
         VideoItem(
-            base / row["path"],
+            base / user_path(row["path"]),
             row["path"],
             index.get(row["label"]),
             row["caption"] or spoken(row["label"]),

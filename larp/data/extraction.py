@@ -71,6 +71,7 @@ def extract_tokens(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    stop: Callable[[], int | None] = lambda: None,
 ) -> TokenCache:
     """Encode windows of all videos into a token cache and return the opened cache. Collective: every rank calls it.
 
@@ -91,6 +92,7 @@ def extract_tokens(
         workers: threads that decode videos.
         tokenizer_name, variant: path or hub name of the tokenizer and its weight variant, recorded in the cache.
         rank, world_size, barrier: this rank, the number of ranks that share the work, and their barrier.
+        stop: asked after each video; a number other than None, of a signal, ends the work with KeyboardInterrupt. Whole shards stay.
 
     Raises TokenCacheError if the folder was begun with other settings or cannot be written, or if no video could be
     read; in the last case the cache is removed, so that the next run tries the videos again.
@@ -125,6 +127,8 @@ def extract_tokens(
             for number, item, clips in zip(slices[shard], items, found, strict=True):
                 rows.add(number, item, clips)
                 bar.update()
+                if (signal := stop()) is not None:
+                    raise KeyboardInterrupt(signal)
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
     barrier()
     skipped = tokens.nothing_encoded(folder, len(slices))

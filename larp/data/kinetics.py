@@ -31,6 +31,7 @@ from larp.data.listing import (
     videos_below,
 )
 from larp.data.video import VIDEO_SUFFIXES
+from larp.files import user_path
 
 CLASSES = 600
 PUBLISHED = {"train": 392_622, "validation": 30_000, "test": 60_000}
@@ -99,7 +100,7 @@ def read_kinetics(root: str, split: Split, spec: str, *, videos: str, test: str)
 
 def _find_lists(root: str, spec: str) -> tuple[Path, list[tuple[Path, str | None]]]:
     """Return the folder of the lists, and each list with the split that its name states (None if it states none)."""
-    given = Path(root).expanduser()
+    given = user_path(root)
     if given.is_file():
         return given.parent, [(given, _split_of_list(given))]
     base = as_folder(root, spec)
@@ -222,7 +223,7 @@ class _FileIndex:
     def find(self, row: _Entry) -> Path | None:
         """Return the file of a line; of several, prefer one in a folder named after its split."""
         if row.path is not None:
-            path = self.base / Path(row.path).expanduser()
+            path = self.base / user_path(row.path)
             return path if path.is_file() else None
         found = next((self._by_stem[stem] for stem in row.stems if stem in self._by_stem), None)
         return None if found is None else min(found, key=lambda path: row.split not in self._splits(path))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from larp.data.video import VIDEO_SUFFIXES
+from larp.files import user_path
 
 Split = Literal["train", "validation", "test", "all"]
 
@@ -105,7 +106,7 @@ def no_split(spec: str, split: Split, there: str) -> NoSplitError:
 
 def as_folder(root: str, spec: str) -> Path:
     """Return the folder at a path. Raises DataError if it does not exist."""
-    path = Path(root).expanduser()
+    path = user_path(root)
     if not root or not path.is_dir():
         raise DataError(
             f"{spec}: there is no folder {root!r}" if root else f"{spec}: the path is missing after the colon"
@@ -115,7 +116,7 @@ def as_folder(root: str, spec: str) -> Path:
 
 def as_file(path: str, spec: str) -> Path:
     """Return the regular file at a path. Raises DataError otherwise, also for a pipe, which could block."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not path:
         raise DataError(f"{spec}: the path is missing after the colon")
     if not file.is_file():
@@ -130,17 +131,33 @@ def as_file(path: str, spec: str) -> Path:
 def videos_below(folder: Path, others: Counter[str] | None = None) -> list[Path]:
     """Return the files below a folder with a video suffix, sorted within each folder, without hidden ones.
 
-    `others` counts the suffixes of the other files, in lower case.
+    Those of linked folders follow, each folder once, also if links make a loop. `others` counts the suffixes of the other
+    files, in lower case. Raises DataError for a folder that cannot be read.
     """
-    found = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            suffix = os.path.splitext(name)[1].lower()
-            if suffix in VIDEO_SUFFIXES:
-                found.append(Path(root) / name)
-            elif others is not None:
-                others[suffix] += 1
+
+    def unreadable(error: OSError) -> None:
+        raise DataError(f"{error.filename}: the folder cannot be read ({error.strerror}): mend it, or take it away")
+
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    pending = [str(folder)]
+    while pending:
+        links = []
+        for root, folders, files in os.walk(pending.pop(0), onerror=unreadable):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            links += [path for name in folders if os.path.islink(path := os.path.join(root, name))]
+            for name in sorted(name for name in files if not name.startswith(".")):
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in VIDEO_SUFFIXES:
+                    found.append(Path(root) / name)
+                elif others is not None:
+                    others[suffix] += 1
+        pending += links
     return found
 
 
@@ -191,7 +208,7 @@ def hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[Vid
         return items
     if split == "validation":
         raise no_split(spec, split, "train, test")
-    order = {item.name: int(hashlib.sha256(item.name.encode()).hexdigest()[:8], 16) for item in items}
+    order = {item.name: int(hashlib.sha256(os.fsencode(item.name)).hexdigest()[:8], 16) for item in items}
     test = {name for name, value in order.items() if value % 10 == 0}
     # The hashes of a few videos may all select one split; each split gets at least one video.
     if len(items) > 1 and not test:

@@ -7,6 +7,7 @@ position only, not of ranks, workers, accumulation or earlier reads.
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -148,7 +149,7 @@ class ClipLoader:
             "clip_shape": [shape.frames, shape.height, shape.width, shape.stride],
             "shuffle": self.shuffle,
             "flip": self.flip,
-            "videos": hashlib.sha256(names.encode()).hexdigest()[:16],
+            "videos": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
         }
 
     def _after(self, step: int, micro: int) -> tuple[int, int]:

@@ -11,11 +11,13 @@ import json
 import os
 import random
 import re
+import secrets
 import shutil
-import tempfile
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from larp import files
 from larp.data.video import write_video
 
 import numpy as np
@@ -166,7 +168,7 @@ def video_seed(seed: int, split: str, index: int) -> int:
 
 def cache_folder() -> Path:
     """Return the folder of the built-in videos: $LARP_DATA, by default ~/.cache/larp."""
-    return Path(os.environ.get("LARP_DATA") or Path.home() / ".cache" / "larp")
+    return files.cache_folder("LARP_DATA")
 
 
 def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, frames: int = 16) -> Path:
@@ -179,21 +181,41 @@ def materialise(split: str, count: int = 4096, seed: int = 0, size: int = 32, fr
     for name, value, least in (("count", count, 1), ("size", size, 16), ("frames", frames, 2)):
         if value < least:
             raise ValueError(f"shapes: {name}={value} is too small; the least is {least}")
-    folder = cache_folder() / f"shapes-v{VERSION}-{size}x{frames}-n{count}-seed{seed}" / split
-    if (folder / "manifest.jsonl").is_file():
+    name = Path(f"shapes-v{VERSION}-{size}x{frames}-n{count}-seed{seed}", split)
+    folder = cache_folder() / name
+    if _is_rendered(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
+    try:
+        temporary = _new_folder(folder.parent, f".{split}-")
+    except OSError as error:
+        # A home that cannot be written keeps nobody from the built-in videos; a folder that was asked for does.
+        if "LARP_DATA" in os.environ:
+            raise ValueError(f"LARP_DATA: {files.error_line(error)}; name another folder") from error
+        folder = files.temporary_folder() / name
+        if _is_rendered(folder):
+            return folder
+        print(f"note: {files.error_line(error)}; the built-in videos are rendered into {folder}", file=sys.stderr)
+        temporary = _new_folder(folder.parent, f".{split}-")
     try:
         _write_split(temporary, split, count if split == "train" else max(16, count // _TEST_SHARE), seed, size, frames)
-        temporary.chmod(0o755)
         temporary.rename(folder)
     except OSError:
         # Another process was faster; its folder holds the same pixels.
-        if not (folder / "manifest.jsonl").is_file():
+        if not _is_rendered(folder):
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _is_rendered(folder: Path) -> bool:
+    return (folder / "manifest.jsonl").is_file()
+
+
+def _new_folder(parent: Path, prefix: str) -> Path:
+    """Create a folder of a new name, with the permissions of other new folders."""
+    folder = parent / f"{prefix}{secrets.token_hex(6)}"
+    folder.mkdir(parents=True)
     return folder
 
 

@@ -10,14 +10,13 @@ Shapes: M rows (windows of videos), N codes of a clip, K codebook size, b rows o
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from larp.data.datasets import VideoSet
-from larp.files import read_json, write_json
+from larp.files import read_json, replacing, write_json
 
 import torch
 import torch.nn.functional as F
@@ -336,15 +335,22 @@ def shard_path(folder: Path, shard: int) -> Path:
 def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skipped: list[list[str]]) -> None:
     """Write a shard atomically.
 
+    Raises TokenCacheError if it cannot be written.
+
     Args:
         path: see `shard_path`.
         tensors: columns of `TokenCache` by name.
         videos: [index, name, caption] of each video with rows in this shard.
         skipped: [name, reason] of each video without rows.
     """
-    part = path.with_suffix(".part")
-    save_file(tensors, part, metadata={"videos": json.dumps(videos), "skipped": json.dumps(skipped)})
-    os.replace(part, path)
+    try:
+        with replacing(path, sync=True) as part:
+            save_file(tensors, part, metadata={"videos": json.dumps(videos), "skipped": json.dumps(skipped)})
+    except OSError as error:
+        raise TokenCacheError(
+            f"{path} cannot be written ({error.strerror}); the shards before it are whole: make room, and run the extraction "
+            "again, which goes on there"
+        ) from error
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:

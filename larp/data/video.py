@@ -6,10 +6,8 @@ that names the file. FFmpeg may stop early without an error, so the number of de
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -32,7 +30,7 @@ from larp.data.open_video import (
 )
 from larp.data.upright import Upright
 from larp.data.video_encoders import Encoding, Gif, Movie, check_encoder
-from larp.files import check_output
+from larp.files import check_output, replacing
 
 import numpy as np
 
@@ -209,11 +207,8 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         with self._errors():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, self._temporary = tempfile.mkstemp(
-                prefix=".writing-", suffix=self.path.suffix or ".mp4", dir=self.path.parent
-            )
-            os.close(handle)
+            self._files = ExitStack()
+            self._temporary = str(self._files.enter_context(replacing(self.path)))
         return self
 
     def write(self, frames: np.ndarray) -> None:
@@ -237,13 +232,12 @@ class VideoWriter:
                     raise VideoError(f"{self.path}: no frame was written")
                 with self._errors():
                     self._sink.finish()
-                    os.chmod(self._temporary, 0o644)
-                    os.replace(self._temporary, self.path)
+                    self._files.close()
         finally:
             if isinstance(self._sink, Movie):
                 self._sink.close()
-            with suppress(FileNotFoundError):
-                os.unlink(self._temporary)
+            # Without effect where the file has its name; else the temporary file is removed.
+            self._files.__exit__(kind or VideoError, error, trace)
 
     def _open(self) -> Movie | Gif:
         audio = self._audio if self._audio is not None and self._audio.stream is not None else None

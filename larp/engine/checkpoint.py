@@ -29,7 +29,7 @@ from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
 from larp.engine.untrusted import naming_damaged
-from larp.files import read_json, write_json
+from larp.files import check_names, check_writable, error_number, read_json, write_json
 from larp.hub import LarpModel, averaged, resolve
 
 import torch
@@ -67,9 +67,12 @@ def check_folder(folder: Path | str, resume: bool) -> None:
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
+    check_names(folder)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ValueError(f"{folder} cannot be a run folder, {existing} is a file: choose another place with --out")
+    if current_ranks().is_main:
+        check_writable(folder / METRICS_FILE)
     started = any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, _STATE))
     if started and not resume and current_ranks().is_main:
         raise ValueError(
@@ -235,9 +238,35 @@ def save_state(
         extra: numbers, text and tensors in dicts and lists, the same on all ranks.
         model: the model config as plain values, compared when the run is resumed.
         keep: number of checkpoints, at least 1.
+
+    Raises ValueError if it cannot be written; then it is removed, and earlier ones stay.
     """
-    ranks = current_ranks()
     target = Path(folder) / _STATE / f"step-{step:08d}"
+    try:
+        _save(engines, target, step, loader_state, extra, model)
+        if current_ranks().is_main:
+            _remove_old(Path(folder), keep)
+    except (OSError, RuntimeError) as error:
+        if (number := error_number(error)) is None:
+            raise
+        _remove(target)
+        raise ValueError(
+            f"{target} cannot be written ({os.strerror(number)}); the checkpoint before it is whole: make room there, and go on "
+            "with --resume"
+        ) from error
+    barrier()
+    return target
+
+
+def _save(
+    engines: Mapping[str, Engine],
+    target: Path,
+    step: int,
+    loader_state: Mapping[str, Any],
+    extra: Mapping[str, Any] | None,
+    model: Mapping[str, Any] | None,
+) -> None:
+    ranks = current_ranks()
     if ranks.is_main:
         _remove(target)
         target.mkdir(parents=True)
@@ -265,9 +294,6 @@ def save_state(
         }
         write_json(target / _MARKER, marker)
         _sync(target)
-        _remove_old(Path(folder), keep)
-    barrier()
-    return target
 
 
 def _remove_old(folder: Path, keep: int) -> None:

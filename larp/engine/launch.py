@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.1
 # After the failure of a rank, the time in which the others may end by themselves: one of them may have the message.
 _GRACE_SECONDS = 3.0
-_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+_STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP)
 
 
 def spread(config: EngineConfig, batch_size: int) -> None:
@@ -78,7 +78,7 @@ def count_processes(config: EngineConfig, batch_size: int) -> int:
 def main(command: Sequence[str]) -> int:
     """Run a script, given with its options, in WORLD_SIZE processes; return the exit status that a single one would have.
 
-    SIGTERM, Ctrl-C and the end of the launcher are passed on as SIGTERM, once; a second Ctrl-C ends the ranks at once.
+    SIGTERM, SIGHUP, Ctrl-C and the end of the launcher are passed on as SIGTERM, once; a second Ctrl-C ends the ranks at once.
     """
     name = Path(command[0]).name
     signals.install_handlers()

@@ -1,4 +1,4 @@
-"""How a script ends: exit status and message, and SIGTERM, Ctrl-C and a dead launcher as a flag that trainers poll.
+"""How a script ends: exit status and message, and SIGTERM, SIGHUP, Ctrl-C and a dead launcher as a flag that trainers poll.
 
 SIGTERM to the `deepspeed` runner kills only the runner, not its launcher process or the ranks. Each rank therefore
 watches the processes that started it and treats the end of one of them like SIGTERM.
@@ -6,14 +6,18 @@ watches the processes that started it and treats the end of one of them like SIG
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from larp.files import FULL, error_line
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 300.0
@@ -27,21 +31,32 @@ _old_handlers: dict[int, Any] = {}
 def run_script(prog: str, main: Callable[[], Any]) -> None:
     """Run a script's `main`; report errors that the user can fix in one message, with exit status 2 and no traceback.
 
-    These are ValueError, OSError with a file name, and FloatingPointError (a loss that is not finite). A rank that only
+    These are ValueError, OSError with a file name or of a full disk, and FloatingPointError (a loss that is not finite). A rank that only
     repeats an error of the main rank prints nothing. If the result has a key `stopped_at`, because the run was asked to
-    stop, the exit status is 143 after SIGTERM and 130 after Ctrl-C, so that later commands do not run.
+    stop, the exit status is 143 after SIGTERM, 129 after SIGHUP and 130 after Ctrl-C, so that later commands do not run.
     """
+    plain_output()
     try:
-        result = main()
+        try:
+            result = main()
+        finally:
+            flush_output()
+    except BrokenPipeError:
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename is None and error.errno not in FULL:
             raise
         if not getattr(error, "reported", False):
-            print(f"{prog}: {error}", file=sys.stderr)
+            print(f"{prog}: {error_line(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except RuntimeError as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "closed by peer" not in str(error):
+            raise
+        print(f"{prog}: rank {os.environ.get('RANK')} ends because another one did", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt as stop:
         print(f"{prog}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))
     if isinstance(result, dict) and "stopped_at" in result:
         sys.exit(128 + _stopped_by)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -52,8 +67,37 @@ def run_script(prog: str, main: Callable[[], Any]) -> None:
         os._exit(0)
 
 
+def plain_output() -> None:
+    """Print what the terminal's encoding lacks, such as parts of file names that are not UTF-8, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush_output() -> None:
+    """Flush the output while an error can still be reported. Raises ValueError for a full disk, BrokenPipeError as it is."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # At exit Python flushes again and would report the error a second time.
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ValueError(
+            f"the output cannot be written ({error.strerror}): free space, or send it elsewhere"
+        ) from error
+
+
+def stop_signals() -> tuple[int, ...]:
+    """Return the signals that ask for an end: SIGTERM, and SIGHUP unless it is ignored, as under nohup."""
+    hangup = getattr(signal, "SIGHUP", None)
+    ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
+    return (signal.SIGTERM,) if ignored else (signal.SIGTERM, hangup)
+
+
 def stop_flag() -> bool:
-    """Whether this process got SIGTERM or Ctrl-C, or lost its launcher; see backend.stop_requested for all ranks."""
+    """Whether this process got SIGTERM, SIGHUP or Ctrl-C, or lost its launcher; see backend.stop_requested for all ranks."""
     return _requested.is_set()
 
 
@@ -63,7 +107,7 @@ def stopped_by() -> int:
 
 
 def install_handlers() -> None:
-    """Record SIGTERM and the first Ctrl-C in `stop_flag` instead of exiting.
+    """Record SIGTERM, SIGHUP unless it is ignored, and the first Ctrl-C in `stop_flag` instead of exiting.
 
     Does nothing outside the main thread, where Python allows no signal handlers.
     """
@@ -71,7 +115,7 @@ def install_handlers() -> None:
     _requested.clear()
     _stopped_by = int(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (*stop_signals(), signal.SIGINT):
             _old_handlers[number] = signal.signal(number, _handle)
 
 

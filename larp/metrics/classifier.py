@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from larp.data.loader import FixedPass, iterate_once
 from larp.data.shapes import cache_folder
 from larp.data.token_cache import file_state
 from larp.data.video import VideoError
+from larp.files import replacing
 from larp.metrics.clipsets import skipped_entries
 from larp.models.tokenizer import LarpTokenizer
 
@@ -84,11 +84,9 @@ class ClipClassifier:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         notes = {"classes": json.dumps(self.classes), "key": json.dumps(self.key)}
-        save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, part, metadata=notes)
-        part.replace(path)
+        with replacing(path) as part:
+            save_file({"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}, part, metadata=notes)
 
     @classmethod
     def load(cls, path: Path) -> ClipClassifier:

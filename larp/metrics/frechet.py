@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from larp.files import replacing
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -79,7 +81,8 @@ class Moments:
     def save(self, path: str | Path) -> None:
         """Write the moments to a safetensors file."""
         tensors = {"count": torch.tensor([self.count]), "sum": self.sum, "outer": self.outer}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path))
+        with replacing(path) as part:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:

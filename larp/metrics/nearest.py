@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +24,7 @@ from larp.data.datasets import VideoSet
 from larp.data.extraction import read_windows
 from larp.data.token_cache import file_state
 from larp.data.video import VideoError
+from larp.files import replacing
 from larp.metrics.classifier import wilson
 from larp.metrics.clipsets import reconstructed_clips, skipped_entries
 from larp.metrics.i3d import ClipFeatures
@@ -61,10 +61,8 @@ class RealFeatures:
     def save(self, path: Path) -> None:
         """Write a safetensors file atomically."""
         tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, part, metadata={"skipped": json.dumps(self.skipped)})
-        part.replace(path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata={"skipped": json.dumps(self.skipped)})
 
     @classmethod
     def load(cls, path: Path) -> RealFeatures:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from larp import files
+from larp.files import user_path
 from larp.metrics.i3d_kinetics import from_jax
 
 import torch
@@ -123,9 +125,9 @@ class WeightFile:
         """
         for source, given in (("the given path", path), (self.variable, os.environ.get(self.variable))):
             if given:
-                if not Path(given).is_file():
+                if not (file := user_path(given)).is_file():
                     raise WeightsMissing(f"{source} names {given}, which does not exist. {self.remedy}")
-                return Path(given)
+                return file
         cached = cache_folder() / self.filename
         return cached if cached.is_file() else None
 
@@ -182,7 +184,7 @@ class Package:
 
 def cache_folder() -> Path:
     """Return the folder of weight files: LARP_CACHE, by default ~/.cache/larp."""
-    return Path(os.environ.get("LARP_CACHE") or Path.home() / ".cache" / "larp")
+    return files.cache_folder("LARP_CACHE")
 
 
 def writable_cache_folder() -> Path:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from larp.files import replacing, write_text
 from larp.hub import CONFIG, WEIGHTS, make_folder
 from larp.models.discriminator import Discriminator, discriminator_to_published
 from larp.models.published_tokenizer import tokenizer_to_published
@@ -31,10 +32,9 @@ def save_published(model: LarpTokenizer | Discriminator, folder: str | Path) -> 
     folder = make_folder(folder)
     # Copies: safetensors rejects tensors that share memory, such as the slices of a fused weight.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / (WEIGHTS + ".part"), metadata={"format": "pt"})
-    (folder / (WEIGHTS + ".part")).replace(folder / WEIGHTS)
-    (folder / (CONFIG + ".part")).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / (CONFIG + ".part")).replace(folder / CONFIG)
+    with replacing(folder / WEIGHTS) as part:
+        save_file(tensors, part, metadata={"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 

@@ -5,13 +5,14 @@ the parsed arguments. `run` imports the libraries that do the work, so that --he
 """
 
 import argparse
-import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from pathlib import Path
 
+from larp.engine.signals import flush_output, plain_output, stop_signals
+from larp.files import error_line, user_path
 from larp_mllm.cli import (
     chat,
     continue_video,
@@ -67,66 +68,72 @@ else the newest one trained on this machine, else a small one that comes along; 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv`, by default that of the process.
 
-    A ValueError or OSError ends it with a message and exit status 2, Ctrl-C and SIGTERM with a message and 130 or 143; no
+    A ValueError or OSError ends it with a message and exit status 2, Ctrl-C, SIGTERM and SIGHUP with a message and 130, 143 or 129; no
     partial file is left. A closed output (`| head -1`) ends it silently with 141.
     """
     parser = build_parser()
+    plain_output()
     try:
         try:
             arguments = parser.parse_args(argv)
-            with _sigterm_raised():
+            with _signals_raised():
                 arguments.run(arguments)
         finally:
-            _flush()
+            flush_output()
     except BrokenPipeError:
         parser.exit(141)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"larp-mllm: {error}\n")
-    except _Terminated:
-        parser.exit(143, "larp-mllm: stopped\n")
+        parser.exit(2, f"larp-mllm: {error_line(error)}\n")
+    except _Terminated as stop:
+        parser.exit(128 + stop.number, "larp-mllm: stopped\n")
     except KeyboardInterrupt:
         parser.exit(130, "larp-mllm: stopped\n")
 
 
-def _flush() -> None:
-    """Flush the output while an error can still be reported."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        # At exit Python flushes again and would report the error a second time.
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise
-        raise ValueError(
-            f"the output cannot be written ({error.strerror}): free space, or send it elsewhere"
-        ) from error
-
-
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM as an exception, like KeyboardInterrupt."""
+    """SIGTERM, or the end of the terminal, as an exception, like KeyboardInterrupt."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
 
 
 @contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Raise _Terminated in the block at SIGTERM; no effect outside the main thread, where Python allows no handlers."""
+def _signals_raised() -> Iterator[None]:
+    """Raise _Terminated in the block at SIGTERM or SIGHUP; no effect outside the main thread, where Python allows no handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def terminate(*_) -> None:
-        raise _Terminated
+    def terminate(number: int, _) -> None:
+        raise _Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, terminate)
+    before = {number: signal.signal(number, terminate) for number in stop_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser, and so are those of its commands, that takes ~ in paths for the home folder."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.register("type", Path, _user_path)
+
+
+def _user_path(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="larp-mllm",
         description="Video as vocabulary: videos for text, text for videos, and videos as the codes of a tokenizer.",
         epilog=EXAMPLES,

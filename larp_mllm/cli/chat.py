@@ -3,9 +3,11 @@
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.files import user_path
 from larp_mllm.cli import options
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.scale is not None:
         check_count("scale", arguments.scale)
-    check_writable(_next_path(arguments.out))
+    check_writable(next(path for path in _names(arguments.out) if not path.exists()))
     conversation = Conversation(arguments)
     for path in arguments.videos or ():
         conversation.show(path)
@@ -104,7 +106,7 @@ class Conversation:
         line = line.strip()
         name, _, argument = line.partition(" ")
         if name == "/video" and argument.strip():
-            self.show(Path(argument.strip()))
+            self.show(user_path(argument.strip()))
         elif line == "/new":
             self.messages, self.shown = [], []
         elif line == "/help":
@@ -160,7 +162,7 @@ class _Printer:
             self.bar.update(progress.done - self.bar.n)
         for video in progress.previews or ():
             self._end_line()
-            print(video.save(_next_path(self.out), self.scale or options.visible_scale(video)), flush=True)
+            print(options.save_under(video, _names(self.out), self.scale or options.visible_scale(video)), flush=True)
 
     def close(self) -> None:
         """End the line and the progress bar."""
@@ -173,8 +175,8 @@ class _Printer:
         self.in_line = False
 
 
-def _next_path(folder: Path) -> Path:
-    return next(path for number in itertools.count() if not (path := folder / f"chat-{number}.mp4").exists())
+def _names(folder: Path) -> Iterator[Path]:
+    return (folder / f"chat-{number}.mp4" for number in itertools.count())
 
 
 def _lines():

@@ -5,7 +5,7 @@ import ast
 import inspect
 import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +126,25 @@ def check_videos_out(arguments: argparse.Namespace, stem: str) -> None:
 
 def save_videos(videos: "list[Video]", arguments: argparse.Namespace, stem: str) -> None:
     """Write videos to the paths of the options of `add_videos_out`; print the paths."""
-    # The paths are computed again: files may have appeared since `check_videos_out`.
-    for video, path in zip(videos, _targets(arguments, stem), strict=True):
-        print(video.save(path, visible_scale(video) if arguments.scale is None else arguments.scale))
+    for number, video in enumerate(videos):
+        scale = visible_scale(video) if arguments.scale is None else arguments.scale
+        if arguments.out is None:
+            print(save_under(video, _names(arguments.num_videos, stem), scale))
+        else:
+            print(video.save(_targets(arguments, stem)[number], scale))
+
+
+def save_under(video: "Video", names: Iterable[Path], scale: int) -> Path:
+    """Write a video under the first name that no file has, also if other programs write at the same time; return its path."""
+    from larp.files import claim
+
+    path = claim(names)
+    try:
+        return video.save(path, scale)
+    except BaseException:
+        if not path.stat().st_size:
+            path.unlink()
+        raise
 
 
 def visible_scale(video: "Video") -> int:
@@ -236,6 +252,10 @@ def _targets(arguments: argparse.Namespace, stem: str) -> list[Path]:
     count, out = arguments.num_videos, arguments.out
     if out is not None:
         return [out] if count == 1 else [out.with_stem(f"{out.stem}-{number}") for number in range(count)]
+    return list(itertools.islice((path for path in _names(count, stem) if not path.exists()), count))
+
+
+def _names(count: int, stem: str) -> Iterator[Path]:
+    """Yield the names of `count` videos of the stem, in order, and further ones."""
     numbered = (Path(f"{stem}-{number}.mp4") for number in itertools.count())
-    names = itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered
-    return list(itertools.islice((path for path in names if not path.exists()), count))
+    return itertools.chain([Path(f"{stem}.mp4")], numbered) if count == 1 else numbered

@@ -5,6 +5,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     from larp.hub import choose_device
     from larp.models.generator import LarpGenerator
 
-    folder, sampling = _check(arguments), _sampling(arguments)
+    _check(arguments)
+    sampling = _sampling(arguments)
     device = choose_device(arguments.device)
     arguments.generator = find_generator(arguments.generator)
     generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
@@ -134,14 +136,16 @@ def run(arguments: argparse.Namespace) -> None:
         check_scale(arguments.scale, tokenizer.config.height, tokenizer.config.width)
     fps = _fps(arguments, training)
     names, clips = _videos(arguments, generator, tokenizer, training, labels, fps, sampling)
-    gallery, seams = Gallery(folder, fps, arguments.scale), []
-    for batch in clips:
-        for clip, row in zip(batch.frames, batch.seam_psnr.tolist(), strict=True):
-            path = gallery.add(names[len(gallery.names)], clip_to_frames(clip))
-            about = f", seams {' '.join(f'{value:.1f}' for value in row)} dB" if row else ""
-            print(f"{path}: {clip.shape[1]} frames at {fps:g} fps{about}", flush=True)
-            seams += row
-    print(gallery.write_sheet())
+    seams = []
+    with _opened(arguments.out) as folder:
+        gallery = Gallery(folder, fps, arguments.scale)
+        for batch in clips:
+            for clip, row in zip(batch.frames, batch.seam_psnr.tolist(), strict=True):
+                path = gallery.add(names[len(gallery.names)], clip_to_frames(clip))
+                about = f", seams {' '.join(f'{value:.1f}' for value in row)} dB" if row else ""
+                print(f"{path}: {clip.shape[1]} frames at {fps:g} fps{about}", flush=True)
+                seams += row
+        print(gallery.write_sheet())
     if seams:
         print(
             f"seams: {sum(seams) / len(seams):.2f} dB on average of {len(seams)}: PSNR of the model's version of the given"
@@ -149,11 +153,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
 
 
-def _check(arguments: argparse.Namespace) -> Path:
-    """Return the folder OUT; ValueError for options that are wrong whatever the model."""
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise ValueError for options that are wrong whatever the model."""
     from larp.data.contact_sheet import SHEET
     from larp.data.video import probe
-    from larp.files import check_writable
+    from larp.files import check_writable, user_path
     from larp_mllm.video import SUFFIXES
 
     for name in ("num_videos", "scale", "batch_size", "stride", "given"):
@@ -181,19 +185,32 @@ def _check(arguments: argparse.Namespace) -> Path:
         probe(arguments.source)
     if arguments.continue_with is not None and arguments.seconds is None:
         raise ValueError("--continue-with is for videos longer than one window: give --seconds")
-    if arguments.out is None:
-        arguments.out = next(name for name in _default_folders() if not Path(name).exists())
-    if not arguments.out.strip():
+    if arguments.out is not None and not arguments.out.strip():
         raise ValueError("--out is empty: name a folder, such as out/")
-    folder = Path(arguments.out)
+    arguments.out = arguments.out and user_path(arguments.out)
+    folder = arguments.out or next(name for name in _default_folders() if not name.exists())
     if folder.suffix.lower() in SUFFIXES and not folder.is_dir():
         raise ValueError(f"{folder} is the name of a file: give a folder with --out, the videos in it are numbered")
     check_writable(folder / SHEET)
-    return folder
 
 
-def _default_folders() -> Iterator[str]:
-    return itertools.chain([_OUT], (f"{_OUT}-{number}" for number in itertools.count()))
+@contextmanager
+def _opened(out: Path | None) -> Iterator[Path]:
+    """Yield the folder to write to, which no other program writes to at the same time: OUT, or the first default that is new."""
+    from larp.files import writing_alone
+
+    folder = out
+    for name in _default_folders() if out is None else ():
+        with suppress(FileExistsError):
+            name.mkdir()
+            folder = name
+            break
+    with writing_alone(folder):
+        yield folder
+
+
+def _default_folders() -> Iterator[Path]:
+    return itertools.chain([Path(_OUT)], (Path(f"{_OUT}-{number}") for number in itertools.count()))
 
 
 def _sampling(arguments: argparse.Namespace) -> GuidedSampling:

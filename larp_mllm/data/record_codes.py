@@ -5,7 +5,6 @@ folder/<tokenizer and clip>-<videos>.safetensors   codes of up to 64 videos; wri
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from larp.data.listing import VideoItem
 from larp.data.loader import in_order
 from larp.data.token_cache import CODE_VERSION, file_state
 from larp.data.video import ShortVideoError, VideoError, frame_times, read_clip
+from larp.files import replacing, user_path
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -57,7 +57,7 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
         )
     try:
         base = root.resolve()
-        path = (base / name).resolve()
+        path = (base / user_path(name)).resolve()
         inside, there = path.is_relative_to(base), path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long
         raise ValueError(f"{where}: {name} cannot be found ({error}): give the name of a video file") from None
@@ -158,14 +158,12 @@ def _read_cache(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _write_cache(path: Path, codes: dict[str, Tensor]) -> None:
-    part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"codes": torch.stack(list(codes.values()))}, part, metadata={"videos": json.dumps(list(codes))})
-        os.replace(part, path)
-    except (OSError, SafetensorError) as error:
+        with replacing(path) as part:
+            save_file({"codes": torch.stack(list(codes.values()))}, part, metadata={"videos": json.dumps(list(codes))})
+    except OSError as error:
         raise ValueError(
-            f"the codes of videos cannot be written to {path.parent} ({error}): choose another folder"
+            f"the codes of videos cannot be written to {path.parent} ({error.strerror}): choose another folder"
         ) from error
 
 

@@ -10,10 +10,14 @@ import copy
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from urllib.error import HTTPError
 
 from larp.data.listing import text_lines
+from larp.files import user_text
+from larp.hub_files import check_reachable
 from larp_mllm.data.leakage import HELD_OUT, content_numbers, held_out_rows
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.chat import check_text
@@ -154,7 +158,7 @@ def _lines(path: str, spec: str) -> list[str]:
 
 
 def _read_hub(rest: str, spec: str) -> list[str]:
-    name, options = _hub_options(rest, spec)
+    name, options = _hub_options(user_text(rest), spec)
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -163,7 +167,8 @@ def _read_hub(rest: str, spec: str) -> list[str]:
             "or jsonl:FILE"
         ) from error
     try:
-        rows = load_dataset(name, options["config"], split=options["split"])
+        with nullcontext() if Path(name).is_dir() or _answers(name) else _from_cache_alone():
+            rows = load_dataset(name, options["config"], split=options["split"])
         columns = list(rows.column_names)
     except Exception as error:  # datasets and the hub raise many types
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
@@ -175,6 +180,28 @@ def _read_hub(rest: str, spec: str) -> list[str]:
         raise ValueError(f"text {spec}: has no column {options['column']!r}; column= one of {', '.join(columns)}")
     texts = rows[options["column"]]
     return [check_text(text, f"text {spec}: row {number}") for number, text in enumerate(texts)]
+
+
+def _answers(name: str) -> bool:
+    try:
+        check_reachable(name, kind="dataset")
+    except HTTPError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _from_cache_alone() -> Iterator[None]:
+    """Keep `datasets` away from a hub that does not answer, for which it would wait for minutes."""
+    from datasets import config
+
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _hub_options(rest: str, spec: str) -> tuple[str, dict[str, str | None]]:

@@ -6,13 +6,13 @@
 The weights of the adapter go from one stage to the next as a file, which is the same at every ZeRO stage.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from larp.engine.distributed import gathered_weights
+from larp.files import replacing
 from larp_mllm.engine.lora import Method, TrainedPart
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 
@@ -130,13 +130,8 @@ def save_adapter(model: LarpMllmForCausalLM, folder: Path, zero_stage: int, is_m
     """Write the unsharded weights of the adapter into a run folder; the file is whole or absent. Collective."""
     with gathered_weights(model.adapter, zero_stage):
         if is_main:
-            path = folder / ADAPTER_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({name: tensor.contiguous() for name, tensor in model.adapter.state_dict().items()}, part)
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with replacing(folder / ADAPTER_FILE, sync=True) as part:
+                save_file({name: tensor.contiguous() for name, tensor in model.adapter.state_dict().items()}, part)
 
 
 def load_adapter(model: LarpMllmForCausalLM, folder: Path) -> None:

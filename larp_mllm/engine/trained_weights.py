@@ -1,15 +1,15 @@
 """The weights of a model in training: where they start from, their optimizer, and the model that is written."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 from larp.engine.checkpoint import differences
 from larp.engine.distributed import Ranks, barrier, gathered_weights
+from larp.files import replacing_folder
 from larp_mllm.engine.lora import merged_weights
 from larp_mllm.locate import find_model
 from larp_mllm.model.modeling import LarpMllmForCausalLM
-from larp_mllm.model.weights import not_finite
+from larp_mllm.model.weights import naming_unwritable, not_finite
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import VIDEO_TOKENIZER, LarpMllmProcessor, text_tokenizer_hash
 
@@ -73,15 +73,12 @@ def load_start_weights(mllm: Mllm, source: str) -> None:
 def write_model(
     model: LarpMllmForCausalLM, processor: LarpMllmProcessor, lora: bool, folder: Path, zero_stage: int, ranks: Ranks
 ) -> None:
-    """Write a model in training as a folder that `Mllm.load` reads, replaced as a whole. Collective."""
+    """Write a model in training as a folder that `Mllm.load` reads, replaced as a whole. Collective. ValueError if it cannot be."""
     with gathered_weights(model, zero_stage):
         if ranks.is_main:
-            part = folder.with_name(f".{folder.name}.part")
-            shutil.rmtree(part, ignore_errors=True)
-            model.save_pretrained(part, state_dict=merged_weights(model) if lora else model.state_dict())
-            processor.save_pretrained(part)
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
+            with naming_unwritable(folder), replacing_folder(folder) as part:
+                model.save_pretrained(part, state_dict=merged_weights(model) if lora else model.state_dict())
+                processor.save_pretrained(part)
     barrier()
 
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.files import check_writable
+from larp.files import check_writable, obey_umask
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.export import custom_generate
 from larp_mllm.export.custom_code import add_custom_code
@@ -77,7 +77,7 @@ def export(
             part.mkdir()
             with quiet():
                 _write(model, part, dtype, max_shard_size)
-            _make_readable(part)
+            obey_umask(part)
             check_target(to, overwrite)
             if to.exists():
                 # Moved into the folder that is deleted in any case, so that no half of an export is ever left.
@@ -242,11 +242,3 @@ def read_layout(folder: Path) -> dict:
 @lru_cache(maxsize=2)
 def _video_tokenizer(folder: Path) -> LarpTokenizer:
     return LarpTokenizer.from_pretrained(folder / VIDEO_TOKENIZER)
-
-
-def _make_readable(folder: Path) -> None:
-    # safetensors makes files that only their owner can read; they get the mode of other new files.
-    mask = os.umask(0)
-    os.umask(mask)
-    for file in folder.rglob("*.safetensors"):
-        file.chmod(0o666 & ~mask)

@@ -14,6 +14,7 @@ from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.listing import Split
 from larp.engine.generator_run import find_training
+from larp.files import user_path
 from larp.metrics.classifier import require_labels
 from larp.metrics.clip_source import ClipSource, GeneratorSource
 from larp.metrics.clipsets import load_generator
@@ -153,7 +154,7 @@ def _data_of(generator: str) -> str:
     """Return the data spec of LARP_UCF101, else of the training of a generator, and say on stderr which."""
     if root := os.environ.get(UCF101):
         data, source = f"ucf101:{root}", UCF101
-        if not Path(root).expanduser().is_dir():
+        if not user_path(root).is_dir():
             raise ValueError(f"{UCF101}={root}: there is no such folder. {_UCF101_IS}")
     else:
         data, source = generator and find_training(generator).data, generator

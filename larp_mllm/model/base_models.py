@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.error import HTTPError
 
+from larp.files import user_text
+from larp.hub_files import check_reachable
 from larp.metrics.weights import SMOLLM2
-from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, check_reachable, first_line, is_hub_name, read_config
+from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, first_line, is_hub_name, read_config
 from larp_mllm.model.configuration import positions_of
 from larp_mllm.model.gguf import dequantize, find_gguf
 from larp_mllm.model.probe import check_parts
@@ -205,7 +207,7 @@ class _UnusableBase(Exception):
 
 def _source(name: str) -> str:
     """The folder, GGUF file or hub name that a name means; BaseError if it is none of these."""
-    source = ALIASES.get(name, name)
+    source = user_text(ALIASES.get(name, name))
     if Path(source).is_dir() or find_gguf(source) is not None or is_hub_name(source):
         return source
     found = "no such folder" if not Path(source).exists() else "that is a file, not a folder"

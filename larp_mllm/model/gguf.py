@@ -4,7 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
-from larp.files import write_json
+from larp.files import obey_umask, write_json
 from larp.metrics.weights import cache_folder, file_sha256, writable_cache_folder
 from larp_mllm.locate import first_line
 from larp_mllm.model.weights import check_finite, quiet
@@ -60,9 +60,11 @@ def dequantize(path: Path) -> Path:
             check_finite(model, "dequantized")
             model.to(torch.bfloat16).save_pretrained(part)
             tokenizer.save_pretrained(part)
+            obey_umask(part)
         write_json(part / SOURCE, {"file": path.name, "sha256": digest, "stored": "dequantized, bfloat16"})
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        if not (folder / SOURCE).is_file():  # else another process was faster, and may read it
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
     except Exception as error:  # transformers and gguf raise classes of their own
         reason = (str(error) if isinstance(error, ValueError) else first_line(error)).partition(": copy")[0]
         raise ValueError(f"{path} cannot be read as GGUF: {reason}. Download it again, or take another base") from error

@@ -293,3 +293,27 @@ def test_bools_are_neither_counts_nor_numbers():
     for value in (1, 2.0, True):
         with pytest.raises(ValueError, match=f"clips must be a whole number of at least 2, got {value}"):
             check_count("clips", value, least=2)
+
+
+def test_a_leading_tilde_is_the_home_folder(recipes, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text('out = "~/a"\ndata = "~/videos"\n')
+    assert run(["--recipe", "~/mine.toml"], recipes)[0].out == tmp_path / "a"
+    assert run(["--recipe", "~/mine.toml"], recipes)[0].data == str(tmp_path / "videos")
+    for written in (["--out", "~/b"], ["--out=~/b"]):
+        assert run(written, recipes)[0].out == tmp_path / "b"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs SIGHUP")
+def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler, handled in ((signal.SIG_DFL, True), (signal.SIG_IGN, False)):
+            signal.signal(signal.SIGHUP, handler)
+            signals.install_handlers()
+            signal.raise_signal(signal.SIGHUP) if handled else None
+            assert signals.stop_flag() is handled and (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) is not handled
+            assert not handled or signals.stopped_by() == signal.SIGHUP
+            signals.restore_handlers()
+    finally:
+        signal.signal(signal.SIGHUP, before)

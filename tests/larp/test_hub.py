@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch):
                     path.unlink()
             shutil.copytree(folder_path, repository, dirs_exist_ok=True)
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, allow_patterns):
         fetched = tmp_path / "fetched"
         shutil.rmtree(fetched, ignore_errors=True)
         fetched.mkdir()
@@ -58,6 +58,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr("larp.hub_files.check_reachable", lambda *_: None)
     return repository
 
 

@@ -131,7 +131,7 @@ def hub(run, monkeypatch):
         return str(run / "model")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    monkeypatch.setattr("larp_mllm.locate.check_reachable", lambda name, token: None)
+    monkeypatch.setattr("larp.hub_files.check_reachable", lambda name, token: None)
     _snapshot.cache_clear()
     yield calls
     _snapshot.cache_clear()

@@ -1,6 +1,7 @@
 """The spec grammar, every format, disjoint splits, and errors with remedies."""
 
 import json
+import os
 from pathlib import Path
 
 from larp.data.datasets import DataError, NoSplitError, evenly_spaced, humanize, open_videos
@@ -313,3 +314,45 @@ def test_real_clips(clips_root):
 def test_evenly_spaced_items_come_from_all_over_a_set(count, chosen):
     assert "".join(evenly_spaced("abcdef", count)) == chosen
     assert evenly_spaced((), count) == ()
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    for name in ("data/a/0.mp4", "data/a/1.mp4", "elsewhere/2.mp4"):
+        touch(tmp_path / name)
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/a/loop").symlink_to("..")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "data")
+    names = [item.name for item in open_videos(f"folder:{tmp_path / 'data'}", "all").items]
+    assert names == ["a/0.mp4", "a/1.mp4", "link/2.mp4"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    touch(tmp_path / "a/0.mp4")
+    touch(tmp_path / "b/0.mp4")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"/b: the folder cannot be read \(Permission denied\)"):
+        open_videos(f"folder:{tmp_path}", "all")
+
+
+def test_names_that_are_not_utf8_are_videos(tmp_path):
+    for number in range(20):
+        touch(tmp_path / os.fsdecode(b"caf\xe9-%d.mp4" % number))
+    train, test = (open_videos(f"folder:{tmp_path}", split) for split in ("train", "test"))
+    assert len(train) + len(test) == 20 and all(item.path.is_file() for item in train.items)
+
+
+def test_manifests_name_videos_of_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    video = touch(tmp_path / "videos/0.mp4")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/a.jsonl").write_text(json.dumps({"path": "~/videos/0.mp4"}))
+    (tmp_path / "list/a.csv").write_text("path\n~/videos/0.mp4\n")
+    for spec in ("~/list/a.jsonl", "jsonl:~/list/a.jsonl", "csv:~/list/a.csv", "~/videos"):
+        assert [item.path for item in open_videos(spec, "all").items] == [video]

@@ -23,6 +23,7 @@ from larp.models.tokenizer_config import TokenizerConfig
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 LENGTHS = (4, 9, 13, 3, 8, 5, 6, 7, 4, 4, 10)
 """Frames of the videos; the fourth is shorter than a clip of 4."""
@@ -366,3 +367,23 @@ def test_index_is_plain_json(tokenizer, videos, tmp_path):
     extract_tokens(tokenizer, videos, "train", tmp_path)
     key = json.loads((tmp_path / INDEX).read_text())["key"]
     assert key["data"] == "test:" and key["num_tokens"] == 5 and key["height"] == 16 and key["code_version"] == 1
+
+
+def test_a_full_disk_leaves_whole_shards(tokenizer, videos, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens, "save_file", full)
+        with pytest.raises(
+            TokenCacheError, match=r"shard-00000\.safetensors cannot be written \(No space left on device\)"
+        ):
+            extract_tokens(tokenizer, videos, "all", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [tokens.KEY]
+    assert len(extract_tokens(tokenizer, videos, "all", tmp_path))
+
+
+def test_extraction_is_stopped_between_videos(tokenizer, videos, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        extract_tokens(tokenizer, videos, "all", tmp_path, stop=lambda: 15)
+    assert stopped.value.args == (15,) and len(extract_tokens(tokenizer, videos, "all", tmp_path))

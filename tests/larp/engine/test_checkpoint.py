@@ -199,3 +199,12 @@ def test_a_run_is_not_resumed_beyond_its_end(new_engine, tmp_path):
     with pytest.raises(ValueError, match="at step 12, beyond the 10 steps"):
         open_run(tmp_path, {}, resume=True, steps=10)
     assert open_run(tmp_path, {}, resume=True, steps=12).step == 12
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(new_engine, train, tmp_path, full_disk):
+    engine = new_engine()
+    train(engine, 0, 2)
+    save_state({"model": engine}, tmp_path, 2, {})
+    with full_disk(), pytest.raises(ValueError, match=r"step-00000003 cannot be written .* go on with --resume"):
+        save_state({"model": engine}, tmp_path, 3, {})
+    assert newest_state(tmp_path).step == 2 and len(list((tmp_path / "state").iterdir())) == 1

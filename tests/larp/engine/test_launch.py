@@ -95,7 +95,7 @@ def started(folder):
     return all((folder / f"started-{rank}").exists() and (folder / f"started-{rank}").read_text() for rank in (0, 1))
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_reaches_each_rank_once(tmp_path, number, status):
     with start(tmp_path, RANK) as launcher:
         assert wait_for(lambda: started(tmp_path))

@@ -291,3 +291,10 @@ def test_user_mistakes_end_with_one_line(monkeypatch, tmp_path, capsys):
         main(["generate", "a red circle", "--model", "nosuch"])
     assert stopped.value.code == 2
     assert "make quickstart" in capsys.readouterr().err
+
+
+def test_paths_of_options_may_begin_at_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.delenv("LARP_MLLM_MODEL")
+    main(["generate", "a red circle", "--out=~/x.mp4", "--model=~/model"])
+    assert (folder / "x.mp4").is_file()
