@@ -84,7 +84,7 @@ class LarpMllmConfig(PreTrainedConfig):
             )
         try:
             return super().from_dict(config_dict, **kwargs)
-        except (StrictDataclassError, AttributeError, TypeError) as error:
+        except (StrictDataclassError, AttributeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"config.json of a {MODEL_TYPE} model: {reason}; copy the model folder again") from error
 
