@@ -94,14 +94,11 @@ class TokenCache:
             "extract the tokens again, into another folder",
         )
         try:
-            cache = cls._read(folder, index)
-            if cache.codes.shape[1] != cache.num_tokens or cache.codebook_size < 1:
-                raise IndexError(f"its codes do not fit {INDEX}")
+            return cls._read(folder, index)
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise TokenCacheError(
-                f"{folder} is damaged ({error}): extract the tokens again, into another folder"
+                f"{folder} is damaged ({error}): extract the tokens anew into another folder"
             ) from error
-        return cache
 
     @classmethod
     def _read(cls, folder: Path, index: Mapping[str, Any]) -> "TokenCache":
@@ -109,9 +106,10 @@ class TokenCache:
         shards = [read_shard(folder / name) for name in names]
         for tensors, _ in shards:
             tensors.setdefault("fps", torch.full((len(tensors["codes"]),), torch.nan, dtype=torch.float64))
-        columns = {
-            name: torch.cat([tensors[name] for tensors, _ in shards]) for name in COLUMNS if name in shards[0][0]
-        }
+        found = [name for name in COLUMNS if name in shards[0][0]]
+        columns = {name: torch.cat([tensors[name] for tensors, _ in shards]) for name in found}
+        if columns["codes"].shape[1] != index["key"]["num_tokens"] or index["key"]["codebook_size"] < 1:
+            raise IndexError(f"its codes do not fit {INDEX}")
         described = {number: video for _, notes in shards for number, *video in notes["videos"]}
         rows = columns["videos"].tolist()
         return cls(
@@ -333,9 +331,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skipped: list[list[str]]) -> None:
-    """Write a shard atomically.
-
-    Raises TokenCacheError if it cannot be written.
+    """Write a shard atomically. Raises TokenCacheError if it cannot be written.
 
     Args:
         path: see `shard_path`.
@@ -347,10 +343,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skip
         with replacing(path, sync=True) as part:
             save_file(tensors, part, metadata={"videos": json.dumps(videos), "skipped": json.dumps(skipped)})
     except OSError as error:
-        raise TokenCacheError(
-            f"{path} cannot be written ({error.strerror}); the shards before it are whole: make room, and run the extraction "
-            "again, which goes on there"
-        ) from error
+        what = f"{path} cannot be written ({error.strerror}); the shards before it are whole"
+        raise TokenCacheError(f"{what}: make room, and run the extraction again, which goes on there") from error
 
 
 def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
@@ -360,9 +354,8 @@ def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
             notes = {name: json.loads(text) for name, text in file.metadata().items() if name in ("videos", "skipped")}
             return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (no mapping)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise TokenCacheError(
-            f"{path}: {error}; delete this file and {INDEX} beside it, and run the extraction again"
-        ) from error
+        remedy = f"delete this file and {INDEX} beside it, and run the extraction again"
+        raise TokenCacheError(f"{path}: {error}; {remedy}") from error
 
 
 def begin_cache(folder: Path, key: dict[str, Any]) -> None:

@@ -24,11 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from larp.config import is_whole, to_dict
+from larp.config import to_dict
 from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
-from larp.engine.untrusted import naming_damaged
+from larp.engine.untrusted import checked_marker, naming_damaged
 from larp.files import check_names, check_writable, error_number, read_json, write_json
 from larp.hub import LarpModel, averaged, resolve
 
@@ -186,13 +186,7 @@ def _read_marker(folder: Path) -> SavedState | None:
         marker = read_json(folder / _MARKER)
     except (OSError, ValueError):
         return None
-    fields = marker if isinstance(marker, dict) else {}
-    wrong = [name for name, is_right in _MARKER_FIELDS.items() if not is_right(fields.get(name))]
-    if wrong:
-        raise ValueError(
-            f"{folder / _MARKER} is damaged: {wrong[0]} is {str(fields.get(wrong[0]))[:80]!r}; delete {folder} to go on from the "
-            "checkpoint before, or copy the run again"
-        )
+    fields = checked_marker(marker, folder / _MARKER)
     try:
         complete = all((folder / name).stat().st_size == size for name, size in fields["files"].items())
     except (OSError, ValueError):
@@ -202,20 +196,6 @@ def _read_marker(folder: Path) -> SavedState | None:
     names = ("step", "world_size", "zero_stages", "model", "loader_state")
     state = SavedState(folder=folder, **{name: fields[name] for name in names})
     return replace(state, model={_RENAMED.get(name, name): value for name, value in state.model.items()})
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, dict) and all(is_whole(count) and count >= 0 for count in value.values())
-
-
-_MARKER_FIELDS = {
-    "step": lambda value: is_whole(value) and value >= 0,
-    "world_size": lambda value: is_whole(value) and value >= 1,
-    "zero_stages": _are_counts,
-    "model": lambda value: isinstance(value, dict),
-    "loader_state": lambda value: isinstance(value, dict),
-    "files": _are_counts,
-}
 
 
 def save_state(

@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from larp.config import is_whole
 
 import torch
 
@@ -60,3 +63,29 @@ def naming_damaged(folder: Path) -> Iterator[None]:
             f"{folder} is damaged ({type(error).__name__}: {text[0][:200]}): delete it to go on from the checkpoint before, or copy the "
             "run again"
         ) from error
+
+
+def checked_marker(marker: Any, path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's marker, read from `path`. Raises ValueError for one that no training has written."""
+    fields = marker if isinstance(marker, dict) else {}
+    wrong = [name for name, is_right in _MARKER_FIELDS.items() if not is_right(fields.get(name))]
+    if wrong:
+        raise ValueError(
+            f"{path} is damaged: {wrong[0]} is {str(fields.get(wrong[0]))[:80]!r}; delete {path.parent} to go on from the checkpoint "
+            "before, or copy the run again"
+        )
+    return fields
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, dict) and all(is_whole(count) and count >= 0 for count in value.values())
+
+
+_MARKER_FIELDS = {
+    "step": lambda value: is_whole(value) and value >= 0,
+    "world_size": lambda value: is_whole(value) and value >= 1,
+    "zero_stages": _are_counts,
+    "model": lambda value: isinstance(value, dict),
+    "loader_state": lambda value: isinstance(value, dict),
+    "files": _are_counts,
+}
