@@ -150,9 +150,8 @@ def read_weights(model: LarpGenerator) -> Callable[[int], None]:
 class Candidate:
     """A sampler of some clips that starts at any position."""
 
-    def __init__(self, sampler: Decoder | NaiveSampler, clips: int, config: SamplerSpeedConfig):
+    def __init__(self, model: LarpGenerator, sampler: Decoder | NaiveSampler, clips: int, config: SamplerSpeedConfig):
         self.sampler, self.clips, self.guidance = sampler, clips, config.guidance
-        model = sampler.model
         labels = torch.arange(clips, device=config.device) % model.config.num_classes
         self.condition = labels
         if config.guidance != 1:
@@ -198,8 +197,8 @@ def make_candidates(config: SamplerSpeedConfig, model: LarpGenerator) -> dict[st
         # Memory that was never written maps to one page of zeros, which is read faster than a real cache.
         decoder.cache.keys.fill_(0.5)
         decoder.cache.values.fill_(0.5)
-        made[name] = Candidate(decoder, clips, config)
-        made[f"naive_{name}"] = Candidate(NaiveSampler(model, copies * clips), clips, config)
+        made[name] = Candidate(model, decoder, clips, config)
+        made[f"naive_{name}"] = Candidate(model, NaiveSampler(model, copies * clips), clips, config)
     return made
 
 

@@ -75,7 +75,7 @@ class HeadCase:
         count, texts = self.size.positions, self.size.text_targets(self.batch)
         hidden = torch.randn(1, count + 1, self.size.hidden, generator=generator)
         codes = torch.randint(model.vocabulary.first_code, model.vocabulary.size, (count,), generator=generator)
-        words = torch.randint(0, model.vocabulary.first_code, (count,), generator=generator)
+        words = torch.randint(0, model.vocabulary.video_end, (count,), generator=generator)
         is_text = torch.zeros(count, dtype=torch.bool)
         is_text[torch.randperm(count, generator=generator)[:texts]] = True
         labels = F.pad(torch.where(is_text, words, codes), (1, 0), value=IGNORE)[None]
@@ -85,7 +85,9 @@ class HeadCase:
         """The matmuls of one forward and backward pass; frozen weights get no gradient."""
         texts = self.size.text_targets(self.batch)
         rows = [self.size.positions] * 3 if way == "reference" else [texts, texts, self.size.positions - texts]
-        classes = (self.size.vocab_size, 2, self.size.codebook_size)
+        codes = self.size.codebook_size
+        # The reference scores both controls with text, then masks.
+        classes = (self.size.vocab_size, 2, codes) if way == "reference" else (self.size.vocab_size, 1, 1 + codes)
         return [
             Matmul(count, self.size.hidden, width, gradients=2 if self.trained or index else 1)
             for index, (count, width) in enumerate(zip(rows, classes, strict=True))
@@ -96,14 +98,15 @@ class HeadCase:
 def reference_loss(model: LarpMllmForCausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
     """Return the loss of the model as one cross entropy over text, controls and codes, of all positions.
 
-    Logits of text are minus infinity where the target is a code, and those of codes elsewhere, as inside and outside of a video.
+    Logits of text are minus infinity inside of a video, where the target is a code, and those of codes outside.
     """
     hidden = model.base.base_model(inputs_embeds=hidden).last_hidden_state[:, :-1]
     targets = labels[:, 1:]
-    never = torch.zeros_like(targets, dtype=hidden.dtype).masked_fill(model.vocabulary.is_code(targets), -torch.inf)
-    other = torch.zeros_like(never).masked_fill(~model.vocabulary.is_code(targets), -torch.inf)
+    inside = targets >= model.vocabulary.video_end
+    never = torch.zeros_like(targets, dtype=hidden.dtype).masked_fill(inside, -torch.inf)
+    other = torch.zeros_like(never).masked_fill(~inside, -torch.inf)
     text = model.base.get_output_embeddings()(hidden).add_(never[..., None])
-    controls = (hidden @ model.adapter.control_rows().T).add_(never[..., None])
+    controls = (hidden @ model.adapter.control_rows().T).add_(torch.stack([never, other], dim=-1))
     codes = (hidden @ model.adapter.code_rows().T).add_(other[..., None])
     logits = torch.cat([text, controls, codes], dim=-1)
     del text, controls, codes

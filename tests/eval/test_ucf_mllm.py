@@ -100,7 +100,7 @@ def test_bits_of_a_model_to_which_all_codes_are_alike(world, tmp_path):
 
 
 def test_bits_are_the_models_own(world, tmp_path):
-    """The first phrasing alone by forward with labels; every phrasing is another figure."""
+    """The first phrasing alone by the logits of codes; every phrasing is another figure."""
     report = run(world, tmp_path / "x.json", "--what", "bits", "--eval-tokens", world / "test/cache",
                  "--train-tokens", world / "train/cache")["bits"]  # fmt: skip
     mllm = Mllm.load(world / "model")
@@ -109,8 +109,8 @@ def test_bits_are_the_models_own(world, tmp_path):
         codes = [(kind * 3 + place) % K for place in range(4)]
         prompt = mllm.processor.layout.prompt(mllm.processor.encode_text(text))
         ids = torch.tensor([[*prompt, *mllm.model.vocabulary.span(codes)[1:]]])
-        labels = torch.where(mllm.model.vocabulary.is_code(ids), ids, -100)
-        nats += mllm.model(input_ids=ids, labels=labels).video_nll.item()
+        logits = mllm.model(input_ids=ids).logits[0, len(prompt) - 1 : -2, mllm.model.vocabulary.first_code :]
+        nats += torch.nn.functional.cross_entropy(logits, torch.tensor(codes), reduction="sum").item()
     assert report["first_phrasing"]["mean"] == pytest.approx(nats / 8 / math.log(2), rel=1e-5)
     assert len(set(report["by_phrasing"])) == len(PHRASINGS)
     assert report["all_phrasings"]["mean"] == pytest.approx(np.mean(report["by_phrasing"]))
