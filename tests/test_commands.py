@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 from larp.data.video import write_video
@@ -111,6 +112,15 @@ def stand_in(root: Path) -> None:
     (root / "ucf/ucfTrainTestlist/classInd.txt").write_text("\n".join(numbered))
     shutil.copy(root / "ucf/UCF-101/Surfing/v_Surfing_g01_c01.avi", root / "clip.mp4")
     (root / "text.txt").write_text("The sea is wide, and a wave is a wave. " * 200)
+    (root / "web").mkdir()
+    movies = sorted((root / "ucf/UCF-101").rglob("*.avi"))
+    for shard in range(2):
+        with tarfile.open(root / f"web/{shard:05d}.tar", "w") as tar:
+            for number, movie in enumerate(movies[shard::2]):
+                key = f"{shard:05d}{number:04d}"
+                tar.add(movie, f"{key}.avi")
+                (root / "web/caption.txt").write_text(f"wave number {number}")
+                tar.add(root / "web/caption.txt", f"{key}.txt")
     said = [
         {"role": "user", "content": [{"type": "video", "video": "clip.mp4"}, {"type": "text", "text": "What is it?"}]}
     ]

@@ -7,6 +7,7 @@ started again.
 """
 
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,16 @@ from larp.config import parse
 from larp.data.datasets import open_videos
 from larp.data.extraction import check_counts, extract_tokens
 from larp.data.token_cache import TokenCache
+from larp.data.token_rows import chunks
 from larp.engine import backend
+from larp.engine.distributed import main_first
 from larp.engine.signals import run_script, stop_flag, stopped_by
 from larp.models.tokenizer import LarpTokenizer
 
+import torch
+
+SHOWN = 1000
+"""Most skipped videos that are printed."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -32,7 +39,7 @@ class ExtractTokensConfig:
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer, where training kept them."""
     data: str = "shapes:"
-    """Data spec: ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
+    """Data spec: ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, wds:PATTERN, hf-disk:FOLDER, shapes:, joined with +."""
     split: Literal["train", "validation", "test", "all"] = "train"
     out: Path = Path("runs/tokens")
     """Folder of the cache."""
@@ -53,21 +60,36 @@ class ExtractTokensConfig:
     """Clips in one pass of the tokenizer; by default 16 on a CPU and 64 on a GPU."""
     workers: int = 2
     """Threads of each process that decode videos; with 0, decoding and encoding take turns."""
+    share: str = "1/1"
+    """K/N: encode the K-th of N shares of the data. N machines that share --out work without knowing of each other, and the last one
+    completes the cache; one that died is started again alone."""
+
+    @property
+    def machine(self) -> tuple[int, int]:
+        """K and N of `share`. Raises ValueError unless they are whole numbers, 1 <= K <= N."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.share)
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(
+                f"share is {self.share!r}; it must be K/N with 1 <= K <= N, such as 1/4 to 4/4 on four machines"
+            )
+        return int(found[1]), int(found[2])
 
 
-def main(argv: list[str] | None = None) -> TokenCache:
+def main(argv: list[str] | None = None) -> TokenCache | None:
     """Run the command line `argv` (by default the program's own); ValueError for mistakes of the user."""
     config, _ = parse(ExtractTokensConfig, sys.argv[1:] if argv is None else argv, RECIPES, "extract_tokens.py")
     return extract(config)
 
 
-def extract(config: ExtractTokensConfig) -> TokenCache:
-    """Extract as `config` says, on every rank; return the whole cache."""
+def extract(config: ExtractTokensConfig) -> TokenCache | None:
+    """Extract as `config` says, on every rank; return the whole cache, or None while shares of other machines are missing."""
+    machine = config.machine
     check_counts(config.windows, config.batch_size, config.workers)  # before the tokenizer is loaded
     ranks = backend.start(seed=0)
     try:
         tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device, variant=config.variant)
-        videos = open_videos(config.data, config.split)
+        # The first process writes the indices of shards, which the others read.
+        videos = main_first(lambda: open_videos(config.data, config.split))
         for note in videos.notes if ranks.is_main else ():
             print(note)
         cache = extract_tokens(
@@ -89,8 +111,11 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
             world_size=ranks.world_size,
             barrier=backend.barrier,
             stop=lambda: stopped_by() if stop_flag() else None,
+            share=machine,
         )
-        if ranks.is_main:
+        if ranks.is_main and cache is None:
+            print(f"share {config.share} is done; the cache in {config.out} is complete when all shares are")
+        elif ranks.is_main:
             report(cache, config.out)
         return cache
     finally:
@@ -99,13 +124,21 @@ def extract(config: ExtractTokensConfig) -> TokenCache:
 
 def report(cache: TokenCache, folder: Path) -> None:
     """Print what a cache holds, and which videos were skipped and why."""
-    used = len(cache.codes.unique())
-    print(f"{folder}: {len(cache)} clips of {len(set(cache.names))} videos, {cache.num_tokens} codes each; ", end="")
-    print(f"{used} of {cache.codebook_size} codes are in use; {cache.frame_rate(math.nan):g} frames per second")
+    used, videos = torch.zeros(cache.codebook_size, dtype=torch.bool), 0
+    for rows in chunks(len(cache)):
+        videos += len(cache.take("videos", rows).unique())
+        for part in rows.split(4096):
+            used[cache.take("codes", part).long().flatten()] = True
+    print(f"{folder}: {len(cache)} clips of {videos} videos, {cache.num_tokens} codes each; ", end="")
+    print(
+        f"{int(used.sum())} of {cache.codebook_size} codes are in use; {cache.frame_rate(math.nan):g} frames per second"
+    )
     if cache.skipped:
         print(f"{len(cache.skipped)} videos were skipped:")
-        for name, reason in cache.skipped:
+        for name, reason in cache.skipped[:SHOWN]:
             print(f"  {name}: {reason}")
+        if len(cache.skipped) > SHOWN:
+            print(f"  and {len(cache.skipped) - SHOWN} more: TokenCache.open({str(folder)!r}).skipped lists all")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
 from larp.engine.codebook_reset import CodebookTracker
+from larp.engine.distributed import main_first
 from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
@@ -103,10 +104,11 @@ def main(argv: list[str] | None = None) -> dict:
                 f"recipe {recipe}: a tiny tokenizer on the built-in videos. For real data: "
                 "--recipe tokenizer-ucf64 --data ucf101:/path/to/UCF101 (recipes: training/recipes)"
             )
-        train = open_videos(config.data, "train")
+        # The first process writes the indices of shards, which the others read.
+        train = main_first(lambda: open_videos(config.data, "train"))
         for note in train.notes if ranks.is_main else ():
             print(note)
-        test = open_validation(config.eval_data or config.data, config.keep_best)
+        test = main_first(lambda: open_validation(config.eval_data or config.data, config.keep_best))
         config = config.in_steps(len(train))
         report = fit(build(config, ranks, len(train)), train, test)
         # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
@@ -317,7 +319,7 @@ def log_setup(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) ->
         f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
         f"{length}"
     )
-    for note in (*trainer.config.notes, *train.notes, *test.notes, *trainer.metrics.notes):
+    for note in dict.fromkeys((*trainer.config.notes, *train.notes, *test.notes, *trainer.metrics.notes)):
         log.say(note)
 
 

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from larp.data.open_video import open_bytes
+
 # More parts than this are not followed; a whole video has a handful.
 _MOST_PARTS = 1000
 
 
 def has_fragments(path: str | Path) -> bool:
     """Whether an MP4 file holds fragments, of which its header may count none, or too many parts to tell."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         return any(kind == b"moof" or number == _MOST_PARTS for number, kind in enumerate(_boxes(file)))
 
 
@@ -25,7 +27,7 @@ def ends_early(path: str | Path, container: str) -> bool:
 
     Known for AVI, FLV and Matroska; False for other containers, and for a recording that was never finished.
     """
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         if container == "avi":
             return _riff_end(file) > _length(file)
         if container == "flv":
@@ -90,4 +92,4 @@ def _at(file: BinaryIO, place: int, count: int) -> bytes:
 
 
 def _length(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
+    return file.seek(0, os.SEEK_END)

@@ -5,6 +5,8 @@
     csv:FILE  jsonl:FILE    a manifest with path and, optionally, label, caption, group and split (train, validation or
                             test); a path may name an .npy file of frames
     folder:DIR              every video below a folder
+    wds:PATTERN[,caption=FIELD]   WebDataset shards, see larp/data/shards.py
+    hf-disk:FOLDER[,video=COLUMN][,caption=COLUMN][,label=COLUMN]   a data set that the package datasets saved
     shapes:[count=4096,seed=0,size=32,frames=16]   the built-in captioned videos
     PATH                    a folder, or a .csv or .jsonl manifest
 
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from larp.data import shapes
+from larp.data.hf_disk import read_hf_disk
 from larp.data.kinetics import read_kinetics
 from larp.data.listing import (
     CAPTION_BREAK,
@@ -45,6 +48,7 @@ from larp.data.listing import (
     text_lines,
     videos_below,
 )
+from larp.data.shards import read_shards
 from larp.data.video import VIDEO_SUFFIXES
 from larp.files import user_path
 
@@ -86,7 +90,7 @@ def split_specs(spec: str) -> list[str]:
     parts: list[str] = []
     for piece in spec.split("+"):
         # A + inside a path does not start a spec: the part after it has no kind and does not exist as a path.
-        if parts and not re.match(r"\w+:", piece) and not user_path(piece.strip()).exists():
+        if parts and not re.match(r"[\w-]+:", piece) and not user_path(piece.strip()).exists():
             parts[-1] += "+" + piece
         else:
             parts.append(piece)
@@ -366,6 +370,8 @@ _READERS: dict[str, tuple[Callable[..., VideoSet], dict[str, int | str]]] = {
     "csv": (_read_csv, {}),
     "jsonl": (_read_jsonl, {}),
     "folder": (_read_folder, {}),
+    "wds": (read_shards, {"caption": ""}),
+    "hf-disk": (read_hf_disk, {"video": "", "caption": "", "label": ""}),
     "shapes": (_read_shapes, {"count": 4096, "seed": 0, "size": 32, "frames": 16}),
 }
 

@@ -271,12 +271,12 @@ def _size(path: Path) -> int:
 
 
 def _beginning(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.sha256(file.read(_HEAD_BYTES)).digest()
 
 
 def _content(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 

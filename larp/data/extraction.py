@@ -12,6 +12,7 @@ from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
 from larp.data.frame_times import FrameTimes
 from larp.data.in_memory_clips import NUM_RANDOM, ResidentClips
+from larp.data.listing import StoredItems
 from larp.data.loader import ClipLoader, in_order
 from larp.data.token_cache import INDEX, TokenCache, token_key
 from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
@@ -72,10 +73,11 @@ def extract_tokens(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     stop: Callable[[], int | None] = lambda: None,
-) -> TokenCache:
+    share: tuple[int, int] = (1, 1),
+) -> TokenCache | None:
     """Encode windows of all videos into a token cache and return the opened cache. Collective: every rank calls it.
 
-    Existing shards are reused, so that an interrupted extraction resumes, even with another number of ranks. Videos
+    Returns None while the shards of other machines are missing, see `share`. Existing shards are reused, so that an interrupted extraction resumes, even with another number of ranks. Videos
     that cannot be read or are shorter than a window are skipped and listed in the cache.
 
     Args:
@@ -93,6 +95,8 @@ def extract_tokens(
         tokenizer_name, variant: path or hub name of the tokenizer and its weight variant, recorded in the cache.
         rank, world_size, barrier: this rank, the number of ranks that share the work, and their barrier.
         stop: asked after each video; a number other than None, of a signal, ends the work with KeyboardInterrupt. Whole shards stay.
+        share: (k, n): encode the k-th of n shares of the shards, 1 <= k <= n. The n calls, on machines that share the folder, know
+            nothing of each other; whichever is last completes the cache.
 
     Raises TokenCacheError if the folder was begun with other settings or cannot be written, or if no video could be
     read; in the last case the cache is removed, so that the next run tries the videos again.
@@ -112,8 +116,11 @@ def extract_tokens(
     folder = Path(folder)
     key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames, augmented)
     tokens.begin_cache(folder, key)
-    slices = tokens.shard_slices(len(videos.items))
-    own = [shard for shard in range(rank, len(slices), world_size) if not tokens.shard_path(folder, shard).is_file()]
+    parts = videos.items.parts if isinstance(videos.items, StoredItems) else None
+    slices = tokens.shard_slices(len(videos), parts)
+    number, machines = share
+    shares = range(rank * machines + number - 1, len(slices), world_size * machines)
+    own = [shard for shard in shares if not tokens.shard_path(folder, shard).is_file()]
     source = AugmentedWindows(videos, shape, augmented, flips) if augmented and own else None
     bar = tqdm(total=sum(len(slices[shard]) for shard in own), desc="encoding videos", unit="video", disable=rank > 0)
     with bar:
@@ -131,6 +138,9 @@ def extract_tokens(
                     raise KeyboardInterrupt(signal)
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
     barrier()
+    if share[1] > 1 and not all(tokens.shard_path(folder, shard).is_file() for shard in range(len(slices))):
+        barrier()  # as above: no rank may complete the cache after another has seen it incomplete
+        return None
     skipped = tokens.nothing_encoded(folder, len(slices))
     barrier()  # rank 0 may delete the shards only after all ranks have read them
     if rank == 0 and skipped:

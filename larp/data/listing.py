@@ -8,13 +8,17 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from larp.data.stored_video import StoredVideo
 from larp.data.video import VIDEO_SUFFIXES
 from larp.files import user_path
+
+import torch
+from torch import Tensor
 
 Split = Literal["train", "validation", "test", "all"]
 
@@ -33,9 +37,9 @@ class NoSplitError(DataError):
 
 @dataclass(frozen=True)
 class VideoItem:
-    """One video file of a set."""
+    """One video of a set."""
 
-    path: Path
+    path: Path | StoredVideo
     name: str
     """Unique within the set."""
     label: int | None = None
@@ -48,11 +52,37 @@ class VideoItem:
     """Split in the manifest; None if it has no splits."""
 
 
+class StoredItems(Sequence[VideoItem]):
+    """The videos of a set that may be too large for a tuple: each is made on access.
+
+    Args:
+        make: row of the store -> its video.
+        rows: of the store, int64 (n,), ascending.
+        fingerprint: of everything that the videos depend on, in place of their names and files.
+        parts: number of rows of each part of the store, such as a shard; they sum to all rows.
+    """
+
+    def __init__(self, make: Callable[[int], VideoItem], rows: Tensor, fingerprint: str, parts: Sequence[int]):
+        self._make, self._rows, self.fingerprint = make, rows, fingerprint
+        ends = torch.searchsorted(rows, torch.tensor(parts, dtype=torch.int64).cumsum(0)).tolist()
+        self.parts = [range(begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        """The videos of each part of the store."""
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return tuple(self[number] for number in range(*index.indices(len(self))))
+        return self._make(int(self._rows[index]))
+
+
 @dataclass(frozen=True)
 class VideoSet:
     """The videos of one split of a data spec."""
 
-    items: tuple[VideoItem, ...]
+    items: Sequence[VideoItem]
+    """A tuple, or `StoredItems`."""
     classes: tuple[str, ...]
     """Class names by label."""
     spec: str
@@ -201,6 +231,28 @@ def cell(value: object, where: str) -> str | None:
     return text or None
 
 
+def name_hash(name: str) -> int:
+    """Return the number by which a video is assigned to a split: test if it is a multiple of 10."""
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16)
+
+
+def hash_split_rows(hashes: Tensor, split: Split, spec: str) -> Tensor:
+    """Return the rows of a split as `hash_split` does, by the `name_hash` of each row, int64 (n,)."""
+    if split == "all":
+        return torch.arange(len(hashes))
+    if split == "validation":
+        raise no_split(spec, split, "train, test")
+    test = hashes % 10 == 0
+    if not test.any():
+        test = hashes == hashes.min()
+    elif test.all():
+        test = hashes != hashes.max()
+    rows = (test if split == "test" else ~test).nonzero()[:, 0]
+    if not len(rows):
+        raise NoSplitError(f"{spec}: one video cannot be split into train and test; add videos, or use split all")
+    return rows
+
+
 def hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[VideoItem, ...]:
     """Assign about one video in ten to test by a hash of its name, so that adding videos does not move others."""
     items = tuple(items)
@@ -208,7 +260,7 @@ def hash_split(items: Iterable[VideoItem], split: Split, spec: str) -> tuple[Vid
         return items
     if split == "validation":
         raise no_split(spec, split, "train, test")
-    order = {item.name: int(hashlib.sha256(os.fsencode(item.name)).hexdigest()[:8], 16) for item in items}
+    order = {item.name: name_hash(item.name) for item in items}
     test = {name for name, value in order.items() if value % 10 == 0}
     # The hashes of a few videos may all select one split; each split gets at least one video.
     if len(items) > 1 and not test:

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar
 from larp.data.clips import ClipShape, choose_start, pixels_to_clip, resize_frames
 from larp.data.datasets import VideoSet
 from larp.data.frame_times import FrameTimes
+from larp.data.listing import StoredItems
 from larp.data.video import ShortVideoError, VideoError, frame_times, iter_frames, read_clip
 
 import numpy as np
@@ -87,6 +88,7 @@ class ClipLoader:
         self.step, self.micro = 0, 0
         self._source = _Source(videos, shape)
         self._order: tuple[int, np.ndarray] | None = None
+        self._fingerprint = _fingerprint(videos)
         if in_memory:
             self._source.load_all(memory_gb, quiet=rank != 0)
 
@@ -141,7 +143,6 @@ class ClipLoader:
         self.step, self.micro = state["step"], state["micro"]
 
     def _identity(self) -> dict:
-        names = "\n".join(item.name for item in self._source.videos.items)
         shape = self.shape
         return {
             "seed": self.seed,
@@ -149,7 +150,7 @@ class ClipLoader:
             "clip_shape": [shape.frames, shape.height, shape.width, shape.stride],
             "shuffle": self.shuffle,
             "flip": self.flip,
-            "videos": hashlib.sha256(os.fsencode(names)).hexdigest()[:16],
+            "videos": self._fingerprint,
         }
 
     def _after(self, step: int, micro: int) -> tuple[int, int]:
@@ -391,6 +392,12 @@ class _Source:
 def _begin(times: FrameTimes, shape: ClipShape, u: float | None) -> int:
     """Return the first frame of a clip as `choose_start` does, by time where the frames come at uneven times."""
     return times.window(choose_start(times.count, shape, u), shape.span)
+
+
+def _fingerprint(videos: VideoSet) -> str:
+    if isinstance(videos.items, StoredItems):
+        return videos.items.fingerprint
+    return hashlib.sha256(os.fsencode("\n".join(item.name for item in videos.items))).hexdigest()[:16]
 
 
 def _collate(rows: list[tuple[int, np.ndarray]], videos: VideoSet) -> dict:

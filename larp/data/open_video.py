@@ -12,7 +12,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
+from larp.data.stored_video import StoredVideo
 from larp.files import as_url
 
 import numpy as np
@@ -72,14 +74,13 @@ def check_pyav(path: str | Path) -> None:
 
 
 @contextmanager
-def opened(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
+def opened(path: str | Path | StoredVideo, max_pixels: int = MAX_PIXELS) -> Iterator[tuple]:
     """Open a video file; yields PyAV's container and its video stream.
 
     Exceptions of FFmpeg inside the block become VideoError, as do frames of more than `max_pixels` pixels.
     """
     try:
-        check_regular(path)
-        with open(path, "rb") as file:
+        with open_bytes(path) as file:
             check_pyav(path)
             name = _container_format(path, file.read(_HEAD))
             file.seek(0)
@@ -113,6 +114,14 @@ def _video_stream(path: str | Path, container):
     if not videos:
         raise VideoError(f"{path}: holds no video stream" + (", only a picture beside the sound" if best else ""))
     return best if best in videos else videos[0]
+
+
+def open_bytes(path: str | Path | StoredVideo) -> BinaryIO:
+    """Open a file, if it is a regular one, or a stored video, for reading. Raises VideoError or OSError."""
+    if isinstance(path, StoredVideo):
+        return path.open()
+    check_regular(path)
+    return open(path, "rb")
 
 
 def check_regular(path: str | Path) -> None:
@@ -176,9 +185,9 @@ def _is_transport_stream(head: bytes) -> bool:
     )
 
 
-def is_frame_file(path: str | Path) -> bool:
+def is_frame_file(path: str | Path | StoredVideo) -> bool:
     """Whether a path names an .npy file of frames."""
-    return Path(path).suffix.lower() == ".npy"
+    return not isinstance(path, StoredVideo) and Path(path).suffix.lower() == ".npy"
 
 
 def open_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -7,37 +7,48 @@
 Shapes: M rows (windows of videos), N codes of a clip, K codebook size, b rows of a batch.
 """
 
-import functools
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from larp.data.datasets import VideoSet
-from larp.files import read_json, replacing, write_json
+from larp.data.token_files import (
+    CODE_VERSION,
+    COLUMNS,
+    INDEX,
+    KEY,
+    TokenCacheError,
+    batch_rows,
+    check_key,
+    count_rows,
+    discard_cache,
+    file_state,
+    nothing_encoded,
+    read_shard,
+    shard_path,
+    shard_slices,
+    token_key,
+    write_shard,
+)
+from larp.data.token_rows import JoinedRows, SelectedRows, StoredRows, Texts, chunks
+from larp.files import read_json, write_json
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-CODE_VERSION = 1
-"""Incremented when a change of this code base changes the codes of a video."""
-KEY, INDEX = "key.json", "index.json"
-COLUMNS = ("codes", "conditions", "labels", "videos", "starts", "flipped", "fps")
-
-
-class TokenCacheError(ValueError):
-    """A token cache that is missing, incomplete, damaged, or made from other data or settings than expected."""
+__all__ = [
+    "CODE_VERSION", "INDEX", "KEY", "TokenCache", "TokenCacheError", "batch_rows", "discard_cache", "file_state",
+    "nothing_encoded", "read_shard", "shard_path", "shard_slices", "token_key", "write_shard",
+]  # fmt: skip
+MAPPED_FROM = 100_000
+"""Rows from which on a cache stays in its files, see `MappedCache`."""
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """The codes of many clips, in memory; each row is one window of one video."""
+    """The codes of many clips; each row is one window of one video. In memory, but for `MappedCache`."""
 
     key: dict[str, Any]
     """What the codes were made from, see `token_key`."""
@@ -72,7 +83,7 @@ class TokenCache:
 
     @classmethod
     def open(cls, folder: str | Path, expect: Mapping[str, Any] | None = None) -> "TokenCache":
-        """Read a complete cache.
+        """Read a complete cache; one of `MAPPED_FROM` rows or more is a `MappedCache`.
 
         Args:
             folder: written by `larp.data.extraction`.
@@ -94,7 +105,10 @@ class TokenCache:
             "extract the tokens again, into another folder",
         )
         try:
-            return cls._read(folder, index)
+            cache = cls._read(folder, index)
+            mapped = isinstance(cache, MappedCache)  # whose shards are looked at when they are read
+            if cache.codebook_size < 1 or (not mapped and cache.codes.shape[1] != cache.num_tokens):
+                raise IndexError(f"its codes do not fit {INDEX}")
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
             raise TokenCacheError(
                 f"{folder} is damaged ({error}): extract the tokens anew into another folder"
@@ -102,26 +116,24 @@ class TokenCache:
 
     @classmethod
     def _read(cls, folder: Path, index: Mapping[str, Any]) -> "TokenCache":
+        counts, sizes = index.get("rows"), index.get("bytes")
+        if counts and sizes and sum(counts) >= MAPPED_FROM:
+            rows = StoredRows(folder, index["shards"], counts, sizes, index["key"]["num_tokens"])
+            return MappedCache(rows, **_described(index), folder=folder)
         names = tqdm(index["shards"], desc="tokens", disable=len(index["shards"]) < 200)
         shards = [read_shard(folder / name) for name in names]
-        for tensors, _ in shards:
-            tensors.setdefault("fps", torch.full((len(tensors["codes"]),), torch.nan, dtype=torch.float64))
-        found = [name for name in COLUMNS if name in shards[0][0]]
-        columns = {name: torch.cat([tensors[name] for tensors, _ in shards]) for name in found}
-        if columns["codes"].shape[1] != index["key"]["num_tokens"] or index["key"]["codebook_size"] < 1:
-            raise IndexError(f"its codes do not fit {INDEX}")
+        columns = {
+            name: torch.cat([tensors[name] for tensors, _ in shards]) for name in COLUMNS if name in shards[0][0]
+        }
         described = {number: video for _, notes in shards for number, *video in notes["videos"]}
         rows = columns["videos"].tolist()
         return cls(
-            key=index["key"],
+            **_described(index),
             conditions=columns.pop("conditions", None),
             **columns,
             names=tuple(described[number][0] for number in rows),
             captions=tuple(described[number][1] for number in rows),
-            classes=tuple(index["classes"]),
             skipped=tuple(tuple(pair) for _, notes in shards for pair in notes["skipped"]),
-            tokenizer=index["tokenizer"],
-            variant=index.get("variant"),
             folder=folder,
         )
 
@@ -170,6 +182,21 @@ class TokenCache:
         )
         return tokenizer
 
+    def take(self, column: str, rows: Tensor) -> Tensor | None:
+        """Return the given rows, int64 (b,), of a column; None if the cache lacks it. No other row is read."""
+        values = getattr(self, column)
+        return None if values is None else values[rows]
+
+    def texts(self, column: str, rows: Tensor) -> list[str | None]:
+        """Return the names or captions (`column`) of the given rows, int64 (b,)."""
+        strings = getattr(self, column)
+        return [strings[row] for row in rows.tolist()]
+
+    def text_sizes(self, column: str, rows: Tensor) -> Tensor:
+        """Return the UTF-8 bytes of names or captions, int64 (b,); -1 for None."""
+        texts = self.texts(column, rows)
+        return torch.tensor([-1 if text is None else len(text.encode("utf-8", "surrogatepass")) for text in texts])
+
     def select(self, rows: Tensor) -> "TokenCache":
         """Return a cache of the given rows, int64 (m,)."""
         selected = rows.tolist()
@@ -182,10 +209,10 @@ class TokenCache:
 
         The condition is labels (b,) for the task "class", else the given codes and the separator (b, N + 1).
         """
-        codes = self.codes[rows].long().to(device)
+        codes = self.take("codes", rows).long().to(device)
         if task == "class":
-            return codes, self.labels[rows].to(device)
-        return codes, with_separator(self.conditions[rows].long().to(device), self.codebook_size)
+            return codes, self.take("labels", rows).to(device)
+        return codes, with_separator(self.take("conditions", rows).long().to(device), self.codebook_size)
 
     def require(self, task: str, where: str, classes: tuple[str, ...] | None = None) -> None:
         """Raise TokenCacheError if the cache lacks what a generator's task needs: labels for all clips, or conditions.
@@ -193,10 +220,10 @@ class TokenCache:
         `where` names the data in messages; `classes` are the required class names.
         """
         if task == "frame-prediction":
-            if self.conditions is None:
+            if self.take("conditions", torch.zeros(1, dtype=torch.int64)) is None:
                 raise TokenCacheError(f"{where} holds no codes of given frames: extract with --condition-frames 5")
             return
-        lacking = int((self.labels < 0).sum())
+        lacking = sum(int((self.take("labels", rows) < 0).sum()) for rows in chunks(len(self)))
         if lacking or not self.classes:
             raise TokenCacheError(
                 f"{where}: {lacking} of {len(self)} clips have no class. Data with classes: ucf101:ROOT, shapes:, k600:"
@@ -224,6 +251,11 @@ class TokenCache:
         )
         classes = (*self.classes, *(name for name in other.classes if name not in self.classes))
         new = torch.tensor([*(classes.index(name) for name in other.classes), -1])
+        if isinstance(self, MappedCache) or isinstance(other, MappedCache):
+            above = 1 + max(int(self.take("videos", rows).max()) for rows in chunks(len(self)))
+            return MappedCache(
+                JoinedRows(_rows(self), _rows(other), new, above), **_fields(self) | {"classes": classes}
+            )
         rows = {
             "labels": new[other.labels],
             "videos": other.videos + int(self.videos.max() + 1),
@@ -244,7 +276,7 @@ class TokenCache:
 
         Raises TokenCacheError if there are too few videos for both.
         """
-        held_out = self.videos % every == every - 1
+        held_out = torch.cat([self.take("videos", rows) % every == every - 1 for rows in chunks(len(self))])
         if held_out.all() or not held_out.any():
             raise TokenCacheError(
                 f"{self.folder or 'the token cache'} holds {len(self.videos.unique())} videos, too few to hold out one"
@@ -254,108 +286,97 @@ class TokenCache:
         return self.select((~held_out).nonzero()[:, 0]), self.select(held_out.nonzero()[:, 0])
 
 
+class MappedCache(TokenCache):
+    """A cache of many rows, whose columns stay in its files.
+
+    `take` and `batch` read the rows that they return. `names` and `captions` are read one by one. A column that is asked for as
+    a whole, such as `codes`, is read as a whole. A selection costs four bytes a row.
+
+    Args:
+        rows: see larp/data/token_rows.py.
+    """
+
+    def __init__(
+        self, rows: StoredRows | SelectedRows | JoinedRows, key, classes, tokenizer, variant=None, folder=None
+    ):
+        self.__dict__.update(
+            rows=rows, key=key, classes=classes, tokenizer=tokenizer, variant=variant, folder=folder
+        )  # around the setter of frozen dataclasses
+
+    codes, conditions, labels, videos, starts, flipped, fps = (
+        property(lambda self, column=column: self.rows.take(column, torch.arange(len(self)))) for column in COLUMNS
+    )
+    names, captions = (
+        property(lambda self, column=column: Texts(self.rows, column)) for column in ("names", "captions")
+    )
+
+    @property
+    def skipped(self) -> Sequence[tuple[str, str]]:
+        """(name, reason) of videos that could not be read."""
+        return tuple(self.rows.skipped())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def frame_rate(self, default: float) -> float:
+        """Return that of most among 10,000 evenly spaced clips, or `default` for an old cache that has none."""
+        fps = self.take("fps", torch.arange(0, len(self), -(-len(self) // 10_000)))
+        known = fps[~fps.isnan()]
+        return known.mode().values.item() if len(known) else default
+
+    def take(self, column: str, rows: Tensor) -> Tensor | None:
+        """See `TokenCache.take`."""
+        return self.rows.take(column, rows)
+
+    def texts(self, column: str, rows: Tensor) -> list[str | None]:
+        """See `TokenCache.texts`."""
+        return self.rows.texts(column, rows)
+
+    def text_sizes(self, column: str, rows: Tensor) -> Tensor:
+        """See `TokenCache.text_sizes`."""
+        return self.rows.text_sizes(column, rows)
+
+    def select(self, rows: Tensor) -> "MappedCache":
+        """Return a cache of the given rows, int64 (m,)."""
+        return MappedCache(SelectedRows(self.rows, rows), **_fields(self))
+
+
+class _MemoryRows:
+    """A cache in memory as a source of `JoinedRows`."""
+
+    def __init__(self, cache: TokenCache):
+        self._cache, self.take = cache, cache.take
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    def texts(self, column: str, rows: Tensor) -> list[str | None]:
+        return self._cache.texts(column, rows)
+
+    def text_sizes(self, column: str, rows: Tensor) -> Tensor:
+        return self._cache.text_sizes(column, rows)
+
+    def skipped(self) -> Sequence[tuple[str, str]]:
+        return self._cache.skipped
+
+
+def _rows(cache: TokenCache):
+    return cache.rows if isinstance(cache, MappedCache) else _MemoryRows(cache)
+
+
+def _fields(cache: TokenCache) -> dict[str, Any]:
+    return {name: getattr(cache, name) for name in ("key", "classes", "tokenizer", "variant", "folder")}
+
+
+def _described(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a cache that its index holds."""
+    fields = {name: index.get(name) for name in ("key", "tokenizer", "variant")}
+    return fields | {"classes": tuple(index["classes"])}
+
+
 def with_separator(given: Tensor, codebook_size: int) -> Tensor:
     """Append the separator K to the codes (b, N) of given frames: the condition of frame prediction, (b, N + 1)."""
     return F.pad(given, (0, 1), value=codebook_size)
-
-
-def token_key(
-    tokenizer,
-    videos: VideoSet,
-    split: str,
-    stride: int,
-    windows: int,
-    hop: int | None,
-    flips: bool,
-    condition_frames: int,
-    augmented: int = 0,
-) -> dict[str, Any]:
-    """Return everything that the codes depend on, as plain values: caches with equal keys hold equal codes.
-
-    The arguments are those of `larp.data.extraction.extract_tokens`.
-    """
-    config = tokenizer.config
-    described = [[item.name, item.label, item.caption, *file_state(item.path)] for item in videos.items]
-    described.append(list(videos.classes))
-    return {
-        "tokenizer": tokenizer.weight_hash(),
-        "num_tokens": config.num_tokens,
-        "codebook_size": config.codebook_size,
-        "data": videos.spec,
-        "split": split,
-        "videos": f"{len(videos.items)} videos {hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}",
-        "frames": config.num_frames,
-        "height": config.height,
-        "width": config.width,
-        "stride": stride,
-        "windows": windows,
-        "hop": hop,
-        "flips": flips,
-        "condition_frames": condition_frames,
-        "code_version": CODE_VERSION,
-        # Caches of earlier versions have no such entry.
-        **({"augmented": augmented} if augmented else {}),
-    }
-
-
-def file_state(path: Path) -> tuple[int, int]:
-    """Return size in bytes and modification time in ns of a file, both 0 if it does not exist."""
-    # They detect a replaced video, as rsync and make do. Hashing every file would take as long as encoding it.
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return status.st_size, status.st_mtime_ns
-
-
-def check_key(found: Mapping[str, Any], expected: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise TokenCacheError that lists every entry of `expected` from which `found` differs."""
-    wrong = [
-        f"{name} is {found.get(name)!r}, expected {value!r}"
-        for name, value in expected.items()
-        if found.get(name) != value
-    ]
-    if wrong:
-        raise TokenCacheError(f"{what} was made from something else: {'; '.join(wrong)}. Remedy: {remedy}")
-
-
-def shard_slices(videos: int) -> list[range]:
-    """Return the videos of each shard; depends on their number only, so that any number of ranks can resume."""
-    size = min(max(videos // 64, 8), 512)
-    return [range(start, min(start + size, videos)) for start in range(0, videos, size)]
-
-
-def shard_path(folder: Path, shard: int) -> Path:
-    """Return the path of a shard."""
-    return folder / f"shard-{shard:05d}.safetensors"
-
-
-def write_shard(path: Path, tensors: dict[str, Tensor], videos: list[list], skipped: list[list[str]]) -> None:
-    """Write a shard atomically. Raises TokenCacheError if it cannot be written.
-
-    Args:
-        path: see `shard_path`.
-        tensors: columns of `TokenCache` by name.
-        videos: [index, name, caption] of each video with rows in this shard.
-        skipped: [name, reason] of each video without rows.
-    """
-    try:
-        with replacing(path, sync=True) as part:
-            save_file(tensors, part, metadata={"videos": json.dumps(videos), "skipped": json.dumps(skipped)})
-    except OSError as error:
-        what = f"{path} cannot be written ({error.strerror}); the shards before it are whole"
-        raise TokenCacheError(f"{what}: make room, and run the extraction again, which goes on there") from error
-
-
-def read_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, list]]:
-    """Return the columns of a shard, and its `videos` and `skipped`. Raises TokenCacheError for a damaged file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = {name: json.loads(text) for name, text in file.metadata().items() if name in ("videos", "skipped")}
-            return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118 (no mapping)
-    except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        remedy = f"delete this file and {INDEX} beside it, and run the extraction again"
-        raise TokenCacheError(f"{path}: {error}; {remedy}") from error
 
 
 def begin_cache(folder: Path, key: dict[str, Any]) -> None:
@@ -378,25 +399,6 @@ def begin_cache(folder: Path, key: dict[str, Any]) -> None:
         raise TokenCacheError(f"no token cache can be written to {folder} ({error}): choose another --out") from error
 
 
-def nothing_encoded(folder: Path, shards: int) -> list[list[str]]:
-    """Return [name, reason] of all videos if all shards exist and none has a row, else an empty list."""
-    skipped: list[list[str]] = []
-    for path in (shard_path(folder, shard) for shard in range(shards)):
-        if not path.is_file():
-            return []
-        columns, notes = read_shard(path)
-        if len(columns["codes"]):
-            return []
-        skipped += notes["skipped"]
-    return skipped
-
-
-def discard_cache(folder: Path, shards: int) -> None:
-    """Remove the files of a cache; the key is removed last, so that an interrupted removal is not taken for no cache."""
-    for path in (folder / INDEX, *(shard_path(folder, shard) for shard in range(shards)), folder / KEY):
-        path.unlink(missing_ok=True)
-
-
 def finish_cache(
     folder: Path,
     key: dict[str, Any],
@@ -413,7 +415,8 @@ def finish_cache(
             f"{folder}: {len(missing)} shards are missing ({missing[0]}, ...): run the extraction again"
         )
     index = {"key": key, "classes": list(classes), "tokenizer": tokenizer, "variant": variant}
-    write_json(folder / INDEX, index | {"shards": [path.name for path in paths]})
+    index |= {"shards": [path.name for path in paths], "rows": list(map(count_rows, paths))}
+    write_json(folder / INDEX, index | {"bytes": [path.stat().st_size for path in paths]})
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -432,18 +435,3 @@ def _read_json(path: Path) -> Any:
         return read_json(path)
     except (OSError, ValueError) as error:
         raise TokenCacheError(f"{path} cannot be read ({error}): extract the tokens again") from error
-
-
-def batch_rows(rows: int, step: int, global_batch: int, seed: int) -> Tensor:
-    """Return the rows, int64 (global_batch,), of a training step; each epoch has a new order, batches span epochs.
-
-    A function of its arguments only: a resumed run needs only the step, and each rank takes its slice.
-    """
-    positions = range(step * global_batch, (step + 1) * global_batch)
-    return torch.stack([_order(rows, seed, position // rows)[position % rows] for position in positions])
-
-
-@functools.lru_cache(maxsize=8)
-def _order(rows: int, seed: int, epoch: int) -> Tensor:
-    mixed = (seed * 0x9E3779B97F4A7C15 + (epoch + 1) * 0xBF58476D1CE4E5B9) % (1 << 63)
-    return torch.randperm(rows, generator=torch.Generator().manual_seed(mixed))

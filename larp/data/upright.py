@@ -6,7 +6,7 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
-from larp.data.open_video import av
+from larp.data.open_video import av, open_bytes
 
 import numpy as np
 
@@ -75,7 +75,7 @@ def _exif_orientation(path: str | Path) -> tuple[int, int, int, int]:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with open_bytes(path) as file, Image.open(file) as picture:
             return _EXIF.get(picture.getexif().get(_EXIF_ORIENTATION), _UPRIGHT)
     except Exception:  # FFmpeg decodes the picture; in damaged ones Pillow stumbles over many things
         return _UPRIGHT

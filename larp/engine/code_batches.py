@@ -15,7 +15,7 @@ from larp.data.extraction import extract_tokens, live_batches
 from larp.data.in_memory_clips import ResidentClips
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import TokenCache, batch_rows, token_key
-from larp.engine.distributed import Ranks, barrier
+from larp.engine.distributed import Ranks, barrier, main_first
 from larp.engine.generator_settings import TrainGeneratorConfig
 from larp.engine.settings import micro_batch
 from larp.models.tokenizer import LarpTokenizer
@@ -214,7 +214,7 @@ def _open_videos(
 
 def _open_split(data: str, split: str, ranks: Ranks) -> VideoSet:
     """List the videos of one split of a data spec, and say what is missing."""
-    videos = open_videos(data, split)
+    videos = main_first(lambda: open_videos(data, split))  # the first process writes the indices of shards
     for note in videos.notes if ranks.is_main else ():
         print(note)
     return videos

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from larp.data.datasets import evenly_spaced
 from larp.data.token_cache import TokenCache
 from larp.engine.distributed import main_first
 from larp.models.tokenizer import LarpTokenizer
-from larp_mllm.data.dataset import CaptionedVideos, Tasks, caption_phrases, evaluated_tasks
+from larp_mllm.data.dataset import CaptionedVideos, Tasks, evaluated_tasks
 from larp_mllm.data.leakage import HELD_OUT, held_out_rows, same_text, same_videos, same_videos_of_records
+from larp_mllm.data.phrases import Phrases, drop_without_text
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
 from larp_mllm.processing.processor import LarpMllmProcessor
@@ -20,6 +22,7 @@ from torch.utils.data import Subset
 
 TEXT_LENGTH = 512
 """Most ids of a piece of text without --sequence-length."""
+_MOST_CAPTIONS = 100_000
 SHORTEST_TEXT = 16
 """Lowest --sequence-length with text: in shorter pieces nearly every word is predicted without what precedes it."""
 
@@ -34,9 +37,12 @@ class TokenCaches:
 
     @property
     def captions(self) -> set[str]:
-        """All texts of the training videos, see `caption_phrases`."""
-        phrases = caption_phrases(self.train) if self.train is not None else []
-        return {text for texts in phrases for text in texts}
+        """The texts of the training videos, see `Phrases`; of at most 100,000 evenly spaced clips."""
+        if self.train is None:
+            return set()
+        phrases = Phrases(drop_without_text(self.train))
+        rows = evenly_spaced(range(len(phrases)), _MOST_CAPTIONS)
+        return {text for row in rows for text in phrases[row]}
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,10 @@ def open_corpus(
     train, held_out = captioned(caches.train), captioned(caches.held_out)
     train_records, held_out_records = _split(opened)
     if train is not None:
-        train.check_lengths(train.training_candidates(tasks))
+        train.check_lengths(train.training_candidates(tasks, positions))
     if held_out is not None:
         trained = [task for task in (train.tasks if train is not None else ()) if getattr(tasks, task) > 0]
-        held_out.check_lengths(held_out.evaluation_candidates(evaluated_tasks(held_out, trained)))
+        held_out.check_lengths(held_out.evaluation_candidates(evaluated_tasks(held_out, trained), positions))
     if sequence_length is not None:
         _check_packed_lengths(train, train_records, tasks, sequence_length)
     pieces, held_out_pieces, name = _open_texts(
@@ -169,8 +175,9 @@ def open_corpus(
     )
     notes: list[str] = []
     for cache, videos in ((caches.train, train), (caches.held_out, held_out)):
-        if videos is not None and (dropped := len(cache) - len(videos)):
-            notes.append(f"{dropped} of {len(cache)} clips are left out: mirrored, with left or right in the caption")
+        for reason, dropped in videos.left_out.items() if videos is not None else ():
+            if dropped:
+                notes.append(f"{dropped} of {len(cache)} clips are left out: {reason}")
     if caches.train is not None and caches.held_out is not None:
         notes += same_videos(caches.train.names, caches.held_out.names)
     if held_out_records is not None:
@@ -221,7 +228,7 @@ def _check_packed_lengths(
     longest = {}
     if records is not None and tasks.interleaved:
         longest["records"] = max(len(records[number].ids) for number in range(len(records)))
-    if videos is not None and (found := videos.longest(videos.training_candidates(tasks), length)) is not None:
+    if videos is not None and (found := videos.longest(videos.training_candidates(tasks, length), length)) is not None:
         longest["tokens"] = found[0]
     for name, ids in longest.items():
         if ids > length:

@@ -4,14 +4,13 @@ What a batch holds is a function of (seed, step). Sequences have S ids, int64.
 """
 
 import math
-import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-from larp.data.listing import captions_of, humanize
 from larp.data.token_cache import TokenCache, batch_rows
 from larp.models.noise import BatchNoise
+from larp_mllm.data.phrases import Phrases, drop_mirrored_directions, drop_without_text
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.processing.chat import chat_segments
@@ -30,8 +29,6 @@ import torch
 VIDEO_TASKS = ("text_to_video", "video_to_text", "chat", "continuation")
 TASKS = (*VIDEO_TASKS, "interleaved", "text", "own_answers")
 
-# Class names are more often actions than things, and users phrase prompts in any of these ways.
-PHRASINGS = ("{}", "a person {}", "a video of {}", "a video of a person {}", "someone is {}", "a short clip of {}")
 # The caption comes after a colon or alone, so that "surfing" fits as well as "a person surfing". Many forms, so that a request in
 # words of its own is understood (LOG.md).
 REQUESTS = (
@@ -67,7 +64,8 @@ QUESTIONS = (
 NUM_DIALOGUES = len(REQUESTS) + len(QUESTIONS)
 """Number of forms of a chat about one video."""
 
-_DIRECTION = re.compile(r"\b(?:left|right)(?:most|wards?)?\b", re.IGNORECASE)
+_REMEMBERED = 100_000
+"""Texts whose ids are remembered."""
 
 Candidate = tuple[int, str, str, int]
 """The arguments of `CaptionedVideos.sequence`: row, text, task, form of a dialogue."""
@@ -203,7 +201,7 @@ class CaptionedVideos:
         positions: of the base model.
         tokenizer: the text tokenizer, whose template formats chats; without it the task chat has no data.
 
-    Raises ValueError if a video has neither a caption nor a class.
+    Raises ValueError if no video has a caption or a class; videos with neither are left out.
     """
 
     def __init__(
@@ -214,13 +212,20 @@ class CaptionedVideos:
         positions: int,
         tokenizer=None,
     ):
-        self.cache = drop_mirrored_directions(cache)
+        described = drop_without_text(cache)
+        self.cache = drop_mirrored_directions(described)
+        self.left_out = {
+            "neither a caption nor a class": len(cache) - len(described),
+            "mirrored, with left or right in the caption": len(described) - len(self.cache),
+        }
+        """Number of clips by the reason for which they are left out."""
         self.layout = layout
         self.positions = positions
         self.tokenizer = tokenizer
-        self.phrases = caption_phrases(self.cache)
+        self.phrases = Phrases(self.cache)
         self._encode_text = encode_text
         self._encoded: dict[str, list[int]] = {}
+        self._others: dict[tuple[str, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -228,7 +233,8 @@ class CaptionedVideos:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have data: chats need a text tokenizer, continuation needs the codes of given frames."""
-        lacking = {"chat": self.tokenizer is None, "continuation": self.cache.conditions is None}
+        given = self.cache.take("conditions", torch.zeros(1, dtype=torch.int64))
+        lacking = {"chat": self.tokenizer is None, "continuation": given is None}
         return tuple(task for task in VIDEO_TASKS if not lacking.get(task))
 
     def sequence(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
@@ -247,36 +253,56 @@ class CaptionedVideos:
         """Return a row in its first phrasing; continuation has no text, which is the default of `continue_video`."""
         return self.sequence(row, self._evaluation_text(row, task), task)
 
-    def training_candidates(self, tasks: Tasks) -> Iterator[Candidate]:
-        """Yield sequences among which is the longest that a `TrainingMix` with these tasks can sample.
+    def training_candidates(self, tasks: Tasks, over: int = 0) -> Iterator[Candidate]:
+        """Yield sequences among which is the longest that a `TrainingMix` with these tasks can sample, if it has over `over` ids.
 
         Rows of equal text have equally many ids, so each text comes with its first row only.
         """
-        rows = {text: row for row in reversed(range(len(self))) for text in self.phrases[row]}
+        rows = self._first_rows(over)
         for task in (task for task in self.tasks if getattr(tasks, task) > 0):
             without_text = task == "continuation" and not tasks.continuation_text
-            for text, row in ({"": 0} if without_text and rows else rows).items():
-                yield from ((row, text, task, form) for form in range(NUM_DIALOGUES if task == "chat" else 1))
+            for text, row in ({"": 0} if without_text and len(self) else rows).items():
+                yield from ((row, text, task, form) for form in _forms(task))
 
-    def evaluation_candidates(self, tasks: Collection[str]) -> Iterator[Candidate]:
-        """Yield what `evaluation_sequence` returns for these tasks, each text with its first row only."""
+    def evaluation_candidates(self, tasks: Collection[str], over: int = 0) -> Iterator[Candidate]:
+        """Yield what `evaluation_sequence` returns for these tasks, each text with its first row only; see `training_candidates`."""
+        first = self._first_rows(over, phrasings=1)
         for task in tasks:
-            rows = {self._evaluation_text(row, task): row for row in reversed(range(len(self)))}
+            rows = {"": 0} if task == "continuation" and len(self) else first
             yield from ((row, text, task, 0) for text, row in rows.items())
+
+    def _first_rows(self, over: int, phrasings: int | None = None) -> dict[str, int]:
+        """Return the first row of each text, those of later rows first, without texts too short for sequences of over `over` ids.
+
+        phrasings: how many texts of each row; None: all.
+        """
+        least = -1
+        if over:
+            others = max((self._most_others(task, form) for task in self.tasks for form in _forms(task)), default=0)
+            least = max(-1, (over - others - 1) // 12)  # a byte has at most 12 ids, see `_most_ids`
+        first: dict[str, int] = {}
+        last: dict[str, tuple[int, int]] = {}
+        for row, texts in self.phrases.longer_than(least):
+            for place, text in enumerate(texts[:phrasings]):
+                first.setdefault(text, row)
+                last[text] = -row, place
+        return {text: first[text] for text in sorted(first, key=last.__getitem__)}
+
+    def _most_others(self, task: str, form: int) -> int:
+        """Return an upper bound of the ids besides those of the text: all videos of a cache have equally many codes."""
+        if (task, form) not in self._others:
+            self._others[task, form] = len(self._build(0, "a", task, form).ids) + max(map(len, REQUESTS))
+        return self._others[task, form]
 
     def longest(self, candidates: Iterable[Candidate], over: int = 0) -> tuple[int, int, str] | None:
         """Return (number of ids, row, task) of the longest candidate; None if none has more than `over` ids.
 
         Texts that are too short in bytes to be longest are not encoded.
         """
-        # An upper bound of the ids besides those of the text: all videos of a cache have equally many codes.
-        fixed: dict[tuple[str, int], int] = {}
         found = None
         for row, text, task, form in candidates:
-            if (task, form) not in fixed:
-                fixed[task, form] = len(self._build(row, "a", task, form).ids) + max(map(len, REQUESTS))
             longest = max(over, found[0] if found else 0)
-            if fixed[task, form] + _most_ids(text) > longest:
+            if self._most_others(task, form) + _most_ids(text) > longest:
                 length = len(self._build(row, text, task, form).ids)
                 found = (length, row, task) if length > longest else found
         return found
@@ -295,23 +321,26 @@ class CaptionedVideos:
         return "" if task == "continuation" else self.phrases[row][0]
 
     def _build(self, row: int, text: str, task: str, form: int = 0) -> TokenSequence:
-        codes = self.cache.codes[row].tolist()
+        number = torch.tensor([row])
+        codes = self.cache.take("codes", number)[0].tolist()
         if task == "chat":
             messages = dialogue(form, text, codes)
             segments = chat_segments(messages, self.tokenizer, self._ids, lambda part: part["video"])
         elif task == "continuation":
-            if self.cache.conditions is None:
+            if (given := self.cache.take("conditions", number)) is None:
                 raise ValueError(
                     "the token cache holds no codes of given frames, which continuation needs: extract the tokens with "
                     "--condition-frames 5, into another folder"
                 )
-            segments = continuation(self._ids(text), self.cache.conditions[row].tolist(), codes)
+            segments = continuation(self._ids(text), given[0].tolist(), codes)
         else:
             segments = {"text_to_video": text_to_video, "video_to_text": video_to_text}[task](self._ids(text), codes)
         return encode(segments, self.layout, add_special_tokens=task != "chat")
 
     def _ids(self, text: str) -> list[int]:
         if text not in self._encoded:
+            if len(self._encoded) >= _REMEMBERED:
+                self._encoded.clear()
             self._encoded[text] = self._encode_text(text) if text else []
         return self._encoded[text]
 
@@ -325,21 +354,6 @@ def evaluation_rows(rows: int, most: int) -> list[int]:
     """Return at most `most` row numbers, evenly spaced, so that a sorted cache is not evaluated on its first class."""
     count = min(rows, most)
     return torch.linspace(0, rows - 1, count).round().long().tolist() if count else []
-
-
-def caption_phrases(cache: TokenCache) -> list[tuple[str, ...]]:
-    """Return the texts of each row: its caption, or the phrasings of its class.
-
-    Raises ValueError that names the first video without either.
-    """
-    return [_phrases(cache, row) for row in range(len(cache))]
-
-
-def drop_mirrored_directions(cache: TokenCache) -> TokenCache:
-    """Return the cache without the mirrored rows whose text says left or right: they show the opposite direction."""
-    mirrored = cache.flipped.tolist()
-    wrong = [mirrored[row] and any(map(_DIRECTION.search, _phrases(cache, row))) for row in range(len(cache))]
-    return cache.select((~torch.tensor(wrong)).nonzero()[:, 0]) if any(wrong) else cache
 
 
 def dialogue(form: int, caption: str, video: object) -> list[dict]:
@@ -365,16 +379,8 @@ def sample_dialogue(uniform: float) -> int:
     return requests + int((2 * uniform - 1) * questions)
 
 
-def _phrases(cache: TokenCache, row: int) -> tuple[str, ...]:
-    label, caption = int(cache.labels[row]), cache.captions[row]
-    class_name = humanize(cache.classes[label]) if label >= 0 and cache.classes else None
-    if caption is None and class_name is None:
-        raise ValueError(
-            f"video {cache.names[row]} has neither a caption nor a class, so there is no text to learn: extract tokens "
-            "from a manifest with a caption or label column"
-        )
-    # Data sets with classes repeat the class name as the caption; only another caption says more.
-    return tuple(p.format(class_name) for p in PHRASINGS) if caption in (None, class_name) else captions_of(caption)
+def _forms(task: str) -> range:
+    return range(NUM_DIALOGUES if task == "chat" else 1)
 
 
 def _most_ids(text: str) -> int:

@@ -25,9 +25,11 @@ def content_numbers(ids: Iterable[Tensor]) -> list[int]:
 
 def same_videos(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
     """Return a one-line message if held-out videos have names of training videos, else nothing."""
-    evaluated = list(dict.fromkeys(held_out))
-    trained = set(train)
-    both = [name for name in evaluated if name in trained]
+    evaluated = dict.fromkeys(held_out, False)
+    for name in train:  # may be millions, which a set would hold in memory
+        if name in evaluated:
+            evaluated[name] = True
+    both = [name for name, trained in evaluated.items() if trained]
     return _message(len(both), len(evaluated), "videos have the name of one that is trained on", both)
 
 

@@ -3,6 +3,7 @@
 folder/<tokenizer and clip>-<videos>.safetensors   codes of up to 64 videos; written whole or not at all
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -14,6 +15,8 @@ from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.extraction import read_windows
 from larp.data.listing import VideoItem
 from larp.data.loader import in_order
+from larp.data.stored_video import StoredVideo
+from larp.data.tar_index import ShardIndex, open_index
 from larp.data.token_cache import CODE_VERSION, file_state
 from larp.data.video import ShortVideoError, VideoError, frame_times, read_clip
 from larp.files import replacing, user_path
@@ -36,14 +39,14 @@ _WORKERS = 2
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A clip of a video file: from `start` seconds on, or its middle if that is None."""
+    """A clip of a video: from `start` seconds on, or its middle if that is None."""
 
-    path: Path
+    path: Path | StoredVideo
     start: float | None
 
 
-def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path:
-    """Return the file that a record names relative to `root`, with links and .. resolved.
+def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path | StoredVideo:
+    """Return the video that a record names relative to `root`, with links and .. resolved: a file, or SHARD.tar/MEMBER.
 
     Raises ValueError, naming `where`, for anything but a file name, for a URL or another protocol, for a file outside of
     `root` unless `allow_outside`, and for a missing file.
@@ -59,6 +62,7 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
         base = root.resolve()
         path = (base / user_path(name)).resolve()
         inside, there = path.is_relative_to(base), path.is_file()
+        member = None if there or not (inside or allow_outside) else _find_member(path)
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, names too long
         raise ValueError(f"{where}: {name} cannot be found ({error}): give the name of a video file") from None
     if not inside and not allow_outside:
@@ -66,11 +70,29 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
             f"{where}: {name} lies at {path}, outside of the data root {base}: move it there, set --data-root to a folder "
             "that holds it, or allow videos outside with --allow-outside"
         )
+    if member is not None:
+        return member
     if not there:
         raise ValueError(
             f"{where}: there is no video file {path}: names are relative to {base} (--data-root changes it)"
         )
     return path
+
+
+def _find_member(path: Path) -> StoredVideo | None:
+    """Return the video at SHARD.tar/MEMBER; None if there is no such shard or member."""
+    shard = next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), None)
+    if shard is None:
+        return None
+    index, rows = _members(str(shard), shard.stat().st_mtime_ns)
+    row = rows.get(path.relative_to(shard).as_posix())
+    return None if row is None else index.member(row)
+
+
+@functools.lru_cache(maxsize=8)
+def _members(shard: str, mtime_ns: int) -> tuple[ShardIndex, dict[str | None, int]]:
+    index = open_index(shard)
+    return index, {index.text("names", row): row for row in range(len(index))}
 
 
 def encode_excerpts(

@@ -7,7 +7,8 @@
 "loss", true or false, says what is learned. A record of the first form is learned whole by default; the "loss" of a video
 overrides that of the record. Of a chat the assistant's messages are learned by default, and nothing with "loss": false in
 the record; the "loss" of a message overrides that, and the "loss" of a part overrides both. An "id" of a record is ignored.
-Videos are names of files below the data root, by default the folder of the JSONL file.
+Videos are names of files below the data root, by default the folder of the JSONL file, or SHARD.tar/MEMBER there. In place of a
+JSONL file, wds:PATTERN stands for the .json of each sample of WebDataset shards, which names members of its own shard.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from larp.data.listing import text_lines
+from larp.data.shards import Shards
 from larp_mllm.checks import check_start
 from larp_mllm.data.leakage import content_numbers
 from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
@@ -188,6 +190,8 @@ def _sequence(record: _Interleaved | _Chat, processor, codes, positions: int | N
 
 
 def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
+    if str(path).startswith("wds:"):
+        return _read_shards(str(path), data_root, allow_outside, problems)
     try:
         lines = text_lines(path, "records")
     except OSError as error:
@@ -204,6 +208,25 @@ def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> li
             records.append(_record(_parsed(line, name := f"{path}:{number}"), name, root, allow_outside))
     if not count:
         raise ValueError(f"{path}: holds no record; a line is {_FORMS}")
+    return records
+
+
+def _read_shards(spec: str, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
+    shards, records = Shards(spec.partition(":")[2], spec), []
+    for index in shards.indices:
+        # Several videos of one key share its .json.
+        rows = {int(index.columns["json_offsets"][row]): row for row in reversed(range(len(index)))}
+        for row in sorted(rows.values()):
+            name = f"{index.member(row)}: .json"
+            with problems.collected():
+                if (data := index.json(row)) is None:
+                    raise ValueError(f"{name} is missing: a sample of records is KEY.mp4 with KEY.json, {_FORMS}")
+                try:
+                    text = data.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{name}: not UTF-8 text ({error}): save it as UTF-8") from None
+                root = Path(index.shard) if data_root is None else Path(data_root)
+                records.append(_record(_parsed(text, name), name, root, allow_outside))
     return records
 
 

@@ -42,7 +42,8 @@ class TrainMllmConfig:
     eval_tokens: Path | None = None
     """Token cache to evaluate on; by default every 20th video of `tokens`, which is held out."""
     records: tuple[Path, ...] = ()
-    """JSONL files of interleaved text and videos: chats ({"messages": [...]}) or {"text": "... <video> ...", "videos": [...]}."""
+    """JSONL files of interleaved text and videos: chats ({"messages": [...]}) or {"text": "... <video> ...", "videos": [...]}. Or
+    wds:PATTERN, WebDataset shards whose .json are such records."""
     data_root: Path | None = None
     """Folder of the records' videos; by default that of each file of records."""
     allow_outside: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 
 from larp.data.datasets import humanize
 from larp.metrics.classifier import wilson
-from larp_mllm.data.dataset import PHRASINGS
+from larp_mllm.data.phrases import PHRASINGS
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.processing.token_sequence import check_length
 

@@ -3,7 +3,8 @@
 import json
 
 from eval import chat_answers
-from larp_mllm.data.dataset import PHRASINGS, REQUESTS
+from larp_mllm.data.dataset import REQUESTS
+from larp_mllm.data.phrases import PHRASINGS
 from larp_mllm.engine.own_answers import QUESTIONS
 from tests.larp_mllm.tiny import favour_videos, tiny_mllm
 

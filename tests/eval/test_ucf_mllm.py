@@ -10,7 +10,7 @@ from larp.data.datasets import open_videos
 from larp.data.loader import iterate_once
 from larp.data.video import read_video, write_video
 from larp.metrics.frame_prediction import CODED_COPY, COPY, RECONSTRUCTION
-from larp_mllm.data.dataset import PHRASINGS
+from larp_mllm.data.phrases import PHRASINGS
 from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 from tests.larp_mllm.tiny import K, tiny_cache, tiny_mllm

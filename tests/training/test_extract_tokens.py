@@ -71,3 +71,16 @@ def test_mistakes_are_named(home):
         extract(home, "cache", "--workers", "-1")
     assert not (home / "cache").exists()
     assert len(extract(home, "cache", "--workers", "0")) == 2
+
+
+def test_machines_share_an_extraction(home, capsys):
+    assert extract(home, "cache", "--share", "2/2") is None, "its share of one shard is none"
+    assert "share 2/2 is done; the cache in" in capsys.readouterr().out
+    with pytest.raises(TokenCacheError, match="is unfinished"):
+        TokenCache.open(home / "cache")
+    assert torch.equal(extract(home, "cache", "--share", "1/2").codes, extract(home, "whole").codes)
+    assert "2 clips of 2 videos" in capsys.readouterr().out
+    for share in ("0/2", "3/2", "2", "1/0", "a/b"):
+        with pytest.raises(ValueError, match=f"share is '{share}'; it must be K/N with 1 <= K <= N"):
+            extract(home, "other", "--share", share)
+    assert not (home / "other").exists()

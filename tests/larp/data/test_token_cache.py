@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from itertools import islice
 
-from larp.data import extraction
+from larp.data import extraction, token_files
 from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
 from larp.data.datasets import VideoItem, VideoSet
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_whole_shards(tokenizer, videos, tmp_path, monkeypatc
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "save_file", full)
+        patch.setattr(token_files, "save_file", full)
         with pytest.raises(
             TokenCacheError, match=r"shard-00000\.safetensors cannot be written \(No space left on device\)"
         ):

@@ -4,21 +4,21 @@ import dataclasses
 import re
 from collections import Counter
 
+from larp.data import token_cache
 from larp.data.listing import CAPTION_BREAK
+from larp.data.token_cache import TokenCache
 from larp_mllm.data.dataset import (
     NUM_DIALOGUES,
-    PHRASINGS,
     REQUESTS,
     TASKS,
     CaptionedVideos,
     Tasks,
     TrainingMix,
-    caption_phrases,
     dialogue,
-    drop_mirrored_directions,
     evaluation_rows,
     sample_dialogue,
 )
+from larp_mllm.data.phrases import PHRASINGS, caption_phrases, drop_mirrored_directions
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import TextSet
 from larp_mllm.model.vocabulary import IGNORE
@@ -266,6 +266,37 @@ def test_a_video_without_any_text_is_named(tmp_path):
     cache = dataclasses.replace(cache, captions=(None,) * len(cache))
     with pytest.raises(ValueError, match="video0 has neither a caption nor a class"):
         caption_phrases(cache)
+
+
+def test_videos_without_any_text_are_left_out_beside_others(tmp_path, qwen):
+    cache, processor = open_cache(tmp_path), qwen.processor
+    some = dataclasses.replace(cache, captions=(None, *cache.captions[1:]))
+    data = CaptionedVideos(some, processor.layout, processor.encode_text, 1024, processor.tokenizer)
+    assert len(data) == len(cache) - 1 and data.phrases[0] == (cache.captions[1],)
+    assert data.left_out["neither a caption nor a class"] == 1
+    with pytest.raises(ValueError, match="video0 has neither a caption nor a class"):
+        CaptionedVideos(
+            dataclasses.replace(cache, captions=(None,) * len(cache)), processor.layout, processor.encode_text, 1024
+        )
+
+
+def test_a_mapped_cache_gives_the_sequences_of_one_in_memory(tmp_path, qwen, monkeypatch):
+    processor, memory = qwen.processor, open_cache(tmp_path, rows=12)
+    monkeypatch.setattr(token_cache, "MAPPED_FROM", 1)
+    mapped = TokenCache.open(memory.folder)
+    assert type(mapped) is not type(memory)
+    one, other = (
+        CaptionedVideos(cache, processor.layout, processor.encode_text, 1024, processor.tokenizer)
+        for cache in (memory, mapped)
+    )
+    for step in range(3):
+        both = zip(*(TrainingMix(Tasks(), data).batch(step, 8, 0) for data in (one, other)), strict=True)
+        assert all(a.ids.tolist() == b.ids.tolist() and a.labels.tolist() == b.labels.tolist() for a, b in both)
+    for over in (0, 40):
+        found = [data.longest(data.training_candidates(Tasks(), over), over) for data in (one, other)]
+        assert found[0] == found[1] is not None
+    assert one.longest(one.training_candidates(Tasks(), 40), 40) == one.longest(one.training_candidates(Tasks()), 40)
+    assert one.longest(one.training_candidates(Tasks(), 1000), 1000) is None
 
 
 # Longest in characters; longest in ids (the tiny tokenizer knows no x); a leading space; decomposed characters.

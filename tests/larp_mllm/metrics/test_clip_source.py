@@ -9,7 +9,7 @@ from larp.metrics.clip_source import GeneratorSource
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.options import GuidedSampling
-from larp_mllm.data.dataset import PHRASINGS
+from larp_mllm.data.phrases import PHRASINGS
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import set_default_model
 from larp_mllm.metrics.clip_source import ClipSourceConfig, MllmSource
