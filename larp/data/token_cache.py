@@ -113,6 +113,7 @@ class TokenCache:
             raise TokenCacheError(
                 f"{folder} is damaged ({error}): extract the tokens anew into another folder"
             ) from error
+        return cache
 
     @classmethod
     def _read(cls, folder: Path, index: Mapping[str, Any]) -> "TokenCache":

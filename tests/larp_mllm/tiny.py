@@ -109,3 +109,9 @@ def favour_videos(mllm: Mllm, monkeypatch, bonus: float = 4.0) -> None:
         return logits
 
     monkeypatch.setattr(mllm.model, "text_logits", text_logits)
+
+
+def every_logit(model: LarpMllmForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, S, V) without the exclusion of ids that may not follow, which an exported model does not have."""
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+    return model.get_output_embeddings()(hidden[..., : model.config.hidden_size])

@@ -17,7 +17,7 @@ from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.processor import LarpMllmProcessor
 from tests.larp_mllm import tokenizers
 from tests.larp_mllm.families import FAMILIES, OTHERS
-from tests.larp_mllm.tiny import tiny_video_tokenizer
+from tests.larp_mllm.tiny import every_logit, tiny_video_tokenizer
 
 import numpy as np
 import pytest
@@ -61,12 +61,6 @@ def mixed_ids(mllm, rows=2, length=12):
     known = mllm.model.base.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, mllm.model.vocabulary.size, (rows, length), generator=torch.Generator().manual_seed(1))
     return torch.where((ids >= known) & (ids < mllm.model.vocabulary.text_size), 0, ids)
-
-
-def every_logit(model, ids):
-    """Logits (B, S, V) without the exclusion of ids that may not follow, which an exported model does not have."""
-    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
-    return model.get_output_embeddings()(hidden[..., : model.config.hidden_size])
 
 
 def sample(model, layout, prompt, **options):
