@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,9 +58,10 @@ def replacing(path: Path | str, sync: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     # Absolute: FFmpeg takes "take:/a.mp4" for a protocol.
-    part = path.absolute().with_name(f".writing-{secrets.token_hex(6)}{path.suffix[:16]}")
+    part = path.absolute().with_name(_temporary_name() + path.suffix[:16])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(part.parent)
         os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = part.stat().st_mode
         yield part
@@ -99,9 +101,10 @@ def obey_umask(folder: Path) -> None:
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a new folder, which takes the place of `folder` after the block. After an error `folder` is as it was before."""
-    part, old = (folder.absolute().with_name(f".writing-{secrets.token_hex(6)}") for _ in range(2))
+    part, old = (folder.absolute().with_name(_temporary_name()) for _ in range(2))
     try:
         part.mkdir(parents=True)
+        _remove_abandoned(part.parent)
         yield part
         obey_umask(part)
         with suppress(FileNotFoundError):
@@ -110,6 +113,28 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for path in (part, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _temporary_name() -> str:
+    """Return a name that no other program takes; it tells by whom it was taken."""
+    return f"{_own_prefix()}{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def _own_prefix() -> str:
+    return f".writing-{zlib.crc32(os.uname().nodename.encode()):08x}-"
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files and folders of programs of this machine that were killed."""
+    prefix = _own_prefix()
+    for entry in [entry for entry in os.scandir(folder) if entry.name.startswith(prefix)]:
+        try:
+            os.kill(int(entry.name[len(prefix) :].partition("-")[0]), 0)
+        except (ProcessLookupError, ValueError):
+            with suppress(OSError):
+                shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+        except OSError:  # it runs, as another user
+            continue
 
 
 def error_number(error: Exception) -> int | None:

@@ -81,6 +81,7 @@ print(json.dumps({"cold": cold, "warm": at_once(), "serial": serial, "after": af
 def test_threads_get_the_results_of_a_process_without_them_and_change_nothing_global(count, tmp_path):
     colourful_mllm().save(tmp_path / "model")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    environment.pop("DS_ACCELERATOR", None)  # a test before may have set it in this process
     command = [sys.executable, "-c", PROCESS, str(count), str(tmp_path / "model")]
     found = json.loads(subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout)
     assert found["cold"] == found["warm"] == found["serial"]
