@@ -89,20 +89,24 @@ def whole_packets(container, stream) -> Iterator:
     """Yield the packets of a stream and the empty one that ends it, without incomplete packets just before the end.
 
     Where a recording broke off, its last packet is incomplete. Of a picture only the first is yielded: a second one in its
-    file is a gain map or another view.
+    file is a gain map or another view. An empty packet before the end, with which Theora repeats a frame, is no frame:
+    FFmpeg's decoders refuse it, and the frame before stays longer.
     """
-    held = []
+    held, end = [], None
     packets = container.demux(stream)
     if container.format.name.endswith("_pipe"):
         packets = (packet for number, packet in enumerate(packets) if number == 0 or not packet.size)
     for packet in packets:
-        if packet.size and packet.is_corrupt:
+        if not packet.size:
+            end = packet
+        elif packet.is_corrupt:
             held.append(packet)
-            continue
-        if packet.size:
+        else:
             yield from held
-        held = []
-        yield packet
+            held = []
+            yield packet
+    if end is not None:
+        yield end
 
 
 def _indexed(stream) -> FrameTimes | None:
@@ -148,7 +152,15 @@ def _demuxed(container, stream) -> FrameTimes:
         return FrameTimes(len(ticks), _rate(len(ticks), gap * len(ticks), stream, min(2, gap / 2)))
     length = Fraction(int(ticks[-1]) + (last if last > 0 else round(gap)))
     average = len(ticks) / (length * stream.time_base)
-    return FrameTimes(len(ticks), float(average), ticks * float(stream.time_base))
+    return FrameTimes(len(ticks), float(average), _apart(ticks, length) * float(stream.time_base))
+
+
+def _apart(ticks: np.ndarray, end: float) -> np.ndarray:
+    """Return float64 (n,): ascending times, where frames of one time share that until the next, or until `end`."""
+    times, first, counts = np.unique(ticks, return_index=True, return_counts=True)
+    gaps = np.diff(times, append=float(end))
+    place = np.arange(len(ticks)) - np.repeat(first, counts)
+    return np.repeat(times, counts) + place * np.repeat(gaps / counts, counts)
 
 
 def _jumps(decoded: np.ndarray, limit: int) -> np.ndarray:

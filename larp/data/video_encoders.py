@@ -61,7 +61,7 @@ class Movie:
         if "420" in encoding.pixel_format:
             self.padding = [(0, 0), (0, height % 2), (0, width % 2), (0, 0)]
         self.rate, self.audio, self.frames, self.sound, self._last_tick = rate, audio, 0, None, -math.inf
-        self._seconds = seconds
+        self._seconds, self._last_pts = seconds, -(2**31)
         self._heard: Fraction | None = None  # seconds of sound that an AVI holds
         self.container, self._reformatter = av.open(target, "w"), av.video.reformatter.VideoReformatter()
         try:
@@ -93,7 +93,10 @@ class Movie:
             self.frames += 1
             picture = self._convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
             if self._seconds is not None:
-                picture.pts, picture.time_base = round(time / _TICK), _TICK
+                # Muxers, whose ticks may be coarser, refuse a repeated one.
+                step = math.ceil(self.stream.time_base / _TICK)
+                self._last_pts = max(round(time / _TICK), self._last_pts + step)
+                picture.pts, picture.time_base = self._last_pts, _TICK
             self.container.mux(self.stream.encode(picture))
 
     def _time(self, frame: int) -> Fraction:

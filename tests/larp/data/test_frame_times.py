@@ -3,10 +3,11 @@
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 from larp.data.clips import ClipShape
 from larp.data.extraction import read_windows
-from larp.data.frame_times import FrameTimes
+from larp.data.frame_times import FrameTimes, whole_packets
 from larp.data.listing import VideoItem, VideoSet
 from larp.data.loader import ClipLoader
 from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video
@@ -167,6 +168,26 @@ def test_times_of_a_varying_rate(tmp_path, suffix):
     for kept in (False, True):
         batch = next(iter(ClipLoader(videos, shape, 1, 1, 0, shuffle=False, in_memory=kept)))
         assert batch["clip"][0].equal(window.clip)
+
+
+def test_frames_of_one_time_share_the_time_until_the_next(tmp_path, made):
+    """MPEG program streams with sound repeat a time now and then."""
+    with av.open(str(made / "plain.mp4")) as source, av.open(str(tmp_path / "a.ts"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.pts += round((packet.pts * packet.time_base == 1) / 24 / packet.time_base)
+                packet.stream = stream
+                target.mux(packet)
+    times = probe(tmp_path / "a.ts").times
+    assert np.diff(times.seconds)[22:27] * 24 == pytest.approx([1, 2, 0.5, 0.5, 1], abs=0.01) and times.count == N
+
+
+def test_an_empty_packet_is_no_frame():
+    """Theora repeats a frame with one."""
+    empty, end, whole = (SimpleNamespace(size=size, is_corrupt=False) for size in (0, 0, 9))
+    container = SimpleNamespace(demux=lambda stream: [whole, empty, whole, end], format=SimpleNamespace(name="ogg"))
+    assert [*whole_packets(container, None)] == [whole, whole, end]
 
 
 def test_even_times_are_numbers_of_frames():

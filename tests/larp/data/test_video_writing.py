@@ -5,6 +5,7 @@ from fractions import Fraction
 
 from larp.data.audio import AudioTrack
 from larp.data.video import VideoWriter, iter_frames, probe, read_video, write_video
+from tests.larp.data.field_videos import numbered
 from tests.larp.data.odd_videos import RATE, write_unevenly, write_with_sound
 
 import av
@@ -74,6 +75,14 @@ def test_frames_at_uneven_times_stay_in_step_with_the_sound(tmp_path, suffix):
     flashes, clicks = flashes_and_clicks(tmp_path / f"b{suffix}")
     assert len(flashes) == 3 and clicks == pytest.approx(flashes, abs=0.01)
     assert np.diff(flashes) == pytest.approx([1.75, 2.25], abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "flv", "ts"])
+def test_frames_at_one_time_are_a_tick_apart(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    with VideoWriter(path, 25, seconds=[0, 0.04, 0.04, 0.0401, *(0.2 + k for k in range(16))]) as writer:
+        writer.write(numbered(20))
+    assert probe(path).frames == 20
 
 
 def test_a_container_of_one_rate_leaves_the_sound_of_uneven_frames_out(tmp_path):
