@@ -43,6 +43,8 @@ class LarpMllmConfig(PreTrainedConfig):
 
     model_type = MODEL_TYPE
     sub_configs: ClassVar = {"text_config": AutoConfig}
+    # TRL reads it of every model that is not part of transformers.
+    auto_map: ClassVar = {}
 
     text_config: Any = None
     text_size: int = 0

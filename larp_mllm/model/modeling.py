@@ -80,7 +80,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         self.adapter = TokenAdapter(
             config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank, config.embedding_scale
         )
-        self.embeddings, self.decoder, self.head = Embedding(self), Decoder(self), Head(self)
+        # accelerate looks for names of modules within those of tied weights: none of these may end one.
+        self.whole_embedding, self.whole_decoder, self.whole_head = Embedding(self), Decoder(self), Head(self)
         self.post_init()
 
     @classmethod
@@ -190,25 +191,47 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def base_model(self) -> Decoder:
         """The decoder: other libraries look for it under this name."""
-        return self.decoder
+        return self.whole_decoder
+
+    @property
+    def embeddings(self) -> Embedding:
+        """The embedding of all ids, where prompt tuning of peft looks for its `word_embeddings`."""
+        return self.whole_embedding
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
+        """All modules with their names. The head of all ids has also the name of the base's, before this one itself.
+
+        So whoever leaves out what `get_output_embeddings` returns, by its name, leaves out the base's head: LoRA of all
+        linear layers, quantization.
+        """
+        base = self._modules.get("base")
+        text_head = None if base is None else base.get_output_embeddings()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is text_head and "whole_head" in self._modules:
+                yield name, self.whole_head
+            yield name, module
+
+    def get_decoder(self) -> Decoder:
+        """The decoder of all ids."""
+        return self.whole_decoder
 
     def get_input_embeddings(self) -> Embedding:
         """The embedding of all ids."""
-        return self.embeddings
+        return self.whole_embedding
 
     def get_output_embeddings(self) -> Head:
         """The head of all ids."""
-        return self.head
+        return self.whole_head
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the base's text embedding. Raises ValueError for another shape."""
-        if value is not self.embeddings:
+        if value is not self.whole_embedding:
             _check_same_shape("embedding", self.base.get_input_embeddings(), value)
             self.base.set_input_embeddings(value)
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the base's text head. Raises ValueError for another shape."""
-        if new_embeddings is not self.head:
+        if new_embeddings is not self.whole_head:
             _check_same_shape("head", self.base.get_output_embeddings(), new_embeddings)
             self.base.set_output_embeddings(new_embeddings)
 
@@ -236,7 +259,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         Raises ValueError for partial LoRA without ids, which say where it acts.
         """
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids)
+            inputs_embeds = self.whole_embedding(input_ids)
         if not self.config.partial_lora_rank:
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
         if input_ids is None:
@@ -300,7 +323,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         for option in ("output_hidden_states", "output_attentions"):
             if getattr(self.config, option, False):
                 kwargs.setdefault(option, True)
-        decoded = self.decoder(
+        decoded = self.whole_decoder(
             input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -312,12 +335,12 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = decoded.last_hidden_state
         inner = {"hidden_states": decoded.hidden_states, "attentions": decoded.attentions}
         if labels is None:
-            logits = self.head(select_positions(hidden, logits_to_keep))
+            logits = self.whole_head(select_positions(hidden, logits_to_keep))
             return LarpMllmOutput(logits=logits, past_key_values=decoded.past_key_values, **inner)
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must be {tuple(hidden.shape[:2])} like the ids, got {tuple(labels.shape)}")
         losses = self._losses(
-            hidden[:, :-1, : self.embeddings.embedding_dim],
+            hidden[:, :-1, : self.whole_embedding.embedding_dim],
             labels[:, 1:],
             num_items_in_batch,
             text_weight,

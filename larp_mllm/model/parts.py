@@ -44,6 +44,11 @@ class Embedding(_Part):
         return torch.cat([F.pad(text if scale == 1 else text * scale, (0, 0, 0, missing)), video.to(text.dtype)])
 
     @property
+    def word_embeddings(self) -> "Embedding":
+        """Itself, under the name that prompt tuning of peft looks for."""
+        return self
+
+    @property
     def num_embeddings(self) -> int:
         """V."""
         return self._model.vocabulary.size
@@ -83,7 +88,7 @@ class Decoder(_Part):
         decoded = self._model.run_base(input_ids, inputs_embeds, **options)
         hidden = decoded.last_hidden_state
         if input_ids is None:
-            inside = self._model.embeddings.is_inside(inputs_embeds)
+            inside = self._model.whole_embedding.is_inside(inputs_embeds)
         else:
             inside = self._model.vocabulary.is_inside(input_ids)
         where = torch.stack([inside, ~inside], dim=-1).to(hidden)
@@ -120,7 +125,7 @@ class Head(_Part):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Text logits equal those of the base's head to the bit outside of spans."""
-        model, width = self._model, self._model.embeddings.embedding_dim
+        model, width = self._model, self._model.whole_embedding.embedding_dim
         hidden, where = hidden[..., :width].contiguous(), hidden[..., width:].bool()
         logits = torch.cat([model.text_logits(hidden), model.code_logits(hidden)], dim=-1)
         if where.shape[-1]:

@@ -5,12 +5,13 @@ import pickle
 
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.parts import EXCLUDED
-from tests.larp_mllm.families import FAMILIES
+from tests.larp_mllm.families import FAMILIES, OTHERS
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module", params=["qwen2-tied", "llama2"])
@@ -112,3 +113,30 @@ def test_from_pretrained_takes_the_name_of_its_argument_in_transformers(model, i
     model.save_pretrained(tmp_path)
     again = LarpMllmForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_lora_of_all_linear_layers_leaves_the_head_alone_and_can_be_merged(model, ids):
+    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    updated = get_peft_model(copy.deepcopy(model), settings).eval()
+    assert not any("lm_head" in name for name, _ in updated.named_parameters() if "lora" in name)
+    with torch.no_grad():
+        expected = updated(input_ids=ids).logits
+        torch.testing.assert_close(updated.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompt_tuning_reads_the_embedding_of_all_ids(model, ids):
+    tuned = get_peft_model(copy.deepcopy(model), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
+    with torch.no_grad():
+        logits = tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 2:]
+    assert torch.equal(logits > EXCLUDED, model(ids).logits > EXCLUDED)
+
+
+@pytest.mark.parametrize("family", ["qwen2-tied", "falcon", "opt"])
+def test_accelerate_places_a_model_with_a_tied_head(family, tmp_path):
+    """It looks for the names of modules within those of tied weights."""
+    base = AutoModelForCausalLM.from_config((FAMILIES | OTHERS)[family]())
+    saved = LarpMllmForCausalLM.from_base(base, 0, torch.randn(16, 4), 4).eval()
+    saved.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(loaded(torch.tensor([[5, 6]])).logits, saved(torch.tensor([[5, 6]])).logits)
+    assert not AutoConfig.from_pretrained(tmp_path).auto_map  # asked by TRL, which is given a folder
