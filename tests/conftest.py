@@ -63,6 +63,15 @@ def full_disk():
     return limited
 
 
+@pytest.fixture(autouse=True, scope="session")
+def session_home(tmp_path_factory):
+    """The same for fixtures of modules, which run before those of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LARP_DATA", "LARP_MLLM_HOME"):
+            patch.setenv(name, str(tmp_path_factory.getbasetemp() / "home" / "modules" / name))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory):
     """Keep rendered videos out of the user's home, and the pointer to the newest model out of that and other tests'."""
