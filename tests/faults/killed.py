@@ -18,10 +18,11 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -55,11 +56,20 @@ def fork(work, log: Path) -> int:
     sys.stderr.flush()
     if pid := os.fork():
         return pid
-    try:
+
+    def in_group() -> None:
         os.setsid()
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        work()
+
+    exit_after(in_group)
+
+
+def exit_after(work: Callable[[], None]) -> NoReturn:
+    """End a forked process with the status of `work`."""
+    try:
         work()
         os._exit(0)
     except SystemExit as error:
@@ -95,15 +105,7 @@ def run(job: Job, out: Path, log: Path) -> int:
         pids = []
         for rank in range(job.ranks):
             if not (pid := os.fork()):
-                try:
-                    one(rank)
-                    os._exit(0)
-                except SystemExit as error:
-                    os._exit(error.code if isinstance(error.code, int) else 1)
-                except BaseException:
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
+                exit_after(partial(one, rank))
             pids.append(pid)
         ranks_file.with_suffix(".part").write_text(json.dumps(pids))
         ranks_file.with_suffix(".part").rename(ranks_file)
