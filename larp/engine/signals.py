@@ -106,6 +106,12 @@ def stopped_by() -> int:
     return _stopped_by
 
 
+def check_stop() -> None:
+    """Raise KeyboardInterrupt if `stop_flag` is set: for long work before the first step, of which nothing is to be saved."""
+    if _requested.is_set():
+        raise KeyboardInterrupt(_stopped_by)
+
+
 def install_handlers() -> None:
     """Record SIGTERM, SIGHUP unless it is ignored, and the first Ctrl-C in `stop_flag` instead of exiting.
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from larp.engine.signals import check_stop
 from larp.files import write_text
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.generation.decode import decode_text
@@ -76,6 +77,7 @@ def _decoded(
     """Yield the number of each prompt with what follows it, prompts of similar length in one batch."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for first in tqdm(range(0, len(order), _BATCH), desc=title, unit="batch", delay=1):
+        check_stop()
         rows = order[first : first + _BATCH]
         # Another seed for each batch: a row's random numbers depend on the seed and its place in the batch.
         texts = decode_text(mllm.model, [prompts[row] for row in rows], replace(sampling, seed=first), stops)

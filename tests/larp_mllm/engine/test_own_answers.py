@@ -3,6 +3,7 @@
 import copy
 import json
 
+from larp.engine import signals
 from larp_mllm.data.dataset import REQUESTS, TASKS, Tasks, TrainingMix
 from larp_mllm.engine import own_answers as module
 from larp_mllm.engine import results
@@ -53,6 +54,17 @@ def test_prose_begins_with_an_opening_and_ends_with_a_sentence(chatting, monkeyp
     monkeypatch.setattr(module, "decode_text", lambda model, rows, *_: [ids(f" {next(said)}") for _ in rows])
     written = [record["text"] for record in module._prose(chatting, ["a circle", "the"])]
     assert written == ["a circle blue.", "the left! Yes?"]
+
+
+def test_a_stop_ends_the_asking_and_leaves_no_file(chatting, tmp_path, monkeypatch):
+    decode = module.decode_text
+    monkeypatch.setattr(module, "decode_text", lambda *args: (signals._requested.set(), decode(*args))[1])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            own_answers(chatting, tmp_path / "answers.jsonl")
+    finally:
+        signals._requested.clear()
+    assert not (tmp_path / "answers.jsonl").exists()
 
 
 def test_no_end_is_learned_of_an_answer_that_was_cut_off():
