@@ -3,7 +3,8 @@
     python eval/mllm.py --protocol shapes                      # the newest model trained here
     python eval/mllm.py --model runs/mllm/model --guidance-scale 2
 
-Prints and writes the shares of videos with the right colour, direction and shape, their protocol, and a contact sheet.
+Prints and writes the shares of videos with the right colour, direction and shape, what is left of them in reconstructions of such
+videos, which is the limit that the tokenizer sets, the protocol, and a contact sheet.
 """
 
 import sys
@@ -17,15 +18,19 @@ from typing import Literal
 from larp.config import parse, to_dict
 from larp.data.clips import pixels_to_clip
 from larp.data.contact_sheet import contact_sheet
-from larp.data.shapes import HELD_OUT, held_out_prompts, parse_caption
+from larp.data.shapes import HELD_OUT, Attributes, held_out_prompts, parse_caption, render
 from larp.engine.signals import run_script
 from larp.files import check_writable, write_json
 from larp.metrics.protocols import checkpoint_hashes, versions
 from larp.metrics.shape_checker import read_blob, score
+from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.generation.sampling import VideoSampling
 from larp_mllm.locate import find_model
 from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,14 @@ def evaluate(config: EvalMllmConfig) -> dict:
     settings = protocol(config, folder)
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
-    videos = Mllm.load(folder).generate(prompts, sampling=VideoSampling.of(config))
+    mllm = Mllm.load(folder)
+    videos = mllm.generate(prompts, sampling=VideoSampling.of(config))
     seconds = time.monotonic() - began
     clips = [pixels_to_clip(video.frames) for video in videos]
     expected = [parse_caption(prompt) for prompt in prompts]
     record = {
         **score(clips, expected),
+        "reconstructed": score(reconstructions(mllm.processor.video_tokenizer, expected), expected),
         "seconds": round(seconds, 2),
         "protocol": settings,
         "videos": [
@@ -83,6 +90,13 @@ def evaluate(config: EvalMllmConfig) -> dict:
     write_json(out, record)
     report(record, videos[:16], out)
     return record
+
+
+def reconstructions(tokenizer: LarpTokenizer, attributes: list[Attributes]) -> list[Tensor]:
+    """Return rendered videos of these attributes, encoded and decoded: float (3, T, H, W)."""
+    frames, size, _ = tokenizer.config.clip_shape
+    clips = [pixels_to_clip(render(each, seed, size, frames)) for seed, each in enumerate(attributes)]
+    return [clip for batch in torch.stack(clips).split(16) for clip in tokenizer.decode(tokenizer.encode(batch))]
 
 
 def protocol(config: EvalMllmConfig, folder: Path) -> dict:
@@ -100,15 +114,20 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
 
 
 def report(record: dict, videos: list[Video], out: Path) -> None:
-    """Print the score with its protocol in three lines, and write the contact sheet."""
+    """Print the score, the tokenizer's limit and the protocol, and write the contact sheet."""
     sheet = out.with_suffix(".png")
     contact_sheet([video.frames for video in videos], [video.prompt for video in videos], sheet)
-    shares = ", ".join(f"{name} {record[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
     settings = record["protocol"]
-    print(f"{shares} of {record['n']} videos")
+    print(f"{shares(record)} of {record['n']} videos")
+    print(f"of rendered videos through the tokenizer: {shares(record['reconstructed'])}")
     sampled = ", ".join(f"{name} {settings[name]}" for name in ("guidance_scale", "temperature", "seed"))
     print(f"protocol: {settings['prompts']}; {sampled}")
     print(f"wrote {out} and {sheet}")
+
+
+def shares(scores: dict) -> str:
+    """The three accuracies as text."""
+    return ", ".join(f"{name} {scores[f'{name}_accuracy']:.1%}" for name in ("colour", "direction", "shape"))
 
 
 if __name__ == "__main__":

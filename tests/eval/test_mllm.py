@@ -17,6 +17,7 @@ def test_the_score_comes_with_its_protocol(tmp_path, capsys):
     assert record["n"] == len(record["videos"]) == 8
     assert record["videos"][0]["prompt"] == "a red circle moving left"
     assert (record["protocol"]["seed"], record["protocol"]["guidance_scale"]) == (3, 2.0)
+    assert record["reconstructed"]["n"] == 8 and 0 <= record["reconstructed"]["shape_accuracy"] <= 1
     assert record == json.loads((tmp_path / "eval-mllm.json").read_text())
     assert (tmp_path / "eval-mllm.png").is_file()
     protocol = record["protocol"]
