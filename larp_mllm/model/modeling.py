@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from larp.hub import check_fit
 from larp_mllm.locate import first_line
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
-from larp_mllm.model.configuration import LarpMllmConfig, positions_of
+from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.parts import Decoder, Embedding, Head
-from larp_mllm.model.probe import check_parts, linear_layers, measure_base
+from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
 from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
@@ -126,7 +127,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         )
         config.packing, config.embedding_scale = measure_base(base)
         model = cls(config, base).to(embedding.weight.device, base.dtype)
-        model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight, _hidden_norm(base))
+        model.adapter.initialize(codebook.to(embedding.weight), embedding.weight, head.weight, hidden_norm(base))
         return model
 
     @classmethod
@@ -279,6 +280,14 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         """Hidden states (..., H) -> logits of the codes (..., K)."""
         return hidden @ self.adapter.code_rows().T
 
+    def create_masks_for_generate(self, *, config: LarpMllmConfig, **options):
+        """The attention masks of a step of transformers' `generate` with a static cache, as the base makes them.
+
+        Those of `config.text_config` would be none, since a loaded base chooses its attention in a config of its own.
+        """
+        create = getattr(self.base, "create_masks_for_generate", create_masks_for_generate)
+        return create(config=self.base.config, **options)
+
     @can_return_tuple
     def forward(
         self,
@@ -418,16 +427,6 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
                 f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
             )
-
-
-@torch.no_grad()
-def _hidden_norm(base: PreTrainedModel) -> Tensor:
-    """Return the average norm of the hidden states that a base's head gets, of some text ids; float32 scalar."""
-    if base.device.type == "meta":  # no values
-        return torch.zeros((), device="meta")
-    ids = torch.arange(min(64, base.config.vocab_size, positions_of(base.config)), device=base.device)
-    norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean()
-    return norm.nan_to_num(0.0, 0.0)  # a damaged base is reported where its text is scored
 
 
 def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
     traits = measure_base(base)         # ValueError if codes cannot be added to it
     linear_layers(base)                 # what LoRA can update
+    hidden_norm(base)                   # how long the hidden states are that the head gets
 
 Nothing of the base is changed, and no random number is taken. Shapes: R rows, S ids, H hidden width, V rows of the embedding.
 """
@@ -9,6 +10,8 @@ Nothing of the base is changed, and no random number is taken. Shapes: R rows, S
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from larp_mllm.model.configuration import positions_of
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +72,16 @@ def embedding_scale(embedding: nn.Module) -> float:
             f"codes would lack it: {_REMEDY}"
         )
     return scale.item()
+
+
+@torch.no_grad()
+def hidden_norm(base: PreTrainedModel) -> Tensor:
+    """Return the average norm of the hidden states that a base's head gets, of some text ids; float32 scalar."""
+    if base.device.type == "meta":  # no values
+        return torch.zeros((), device="meta")
+    ids = torch.arange(min(64, base.config.vocab_size, positions_of(base.config)), device=base.device)
+    norm = base.base_model(input_ids=ids[None], use_cache=False).last_hidden_state.float().norm(dim=-1).mean()
+    return norm.nan_to_num(0.0, 0.0)  # a damaged base is reported where its text is scored
 
 
 @torch.no_grad()

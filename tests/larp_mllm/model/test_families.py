@@ -104,3 +104,27 @@ def test_generation_with_a_cache_equals_generation_without(family):
     generated = [model.generate(ids, use_cache=cached, pad_token_id=0, **settings) for cached in (True, False)]
     assert generated[0].shape[1] == ids.shape[1] + 6
     assert torch.equal(*generated)
+
+
+@pytest.mark.parametrize(
+    "family, attention", [*((family, "sdpa") for family in FAMILIES), ("llama2", "eager"), ("mistral-sliding", "eager")]
+)
+def test_a_loaded_model_generates_the_same_with_a_static_cache(family, attention, tmp_path):
+    model_of(family).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    model.base.set_attn_implementation(attention)
+    with torch.no_grad():
+        for layer in model.base.base_model.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.mul_(8)  # so that attention matters
+    ids = torch.stack([record(model, seed, 4) for seed in range(2)])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings |= dict(return_dict_in_generate=True, output_logits=True)
+    for rows in (slice(0, 1), slice(0, 2)):
+        grown, static = (
+            model.generate(ids[rows], attention_mask=mask[rows], cache_implementation=cache, **settings)
+            for cache in ("dynamic", "static")
+        )
+        torch.testing.assert_close(torch.stack(static.logits), torch.stack(grown.logits), rtol=1e-4, atol=1e-4)
