@@ -73,7 +73,7 @@ class LarpModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        pretrained_model_name_or_path: str | Path | None = None,
         *,
         revision: str | None = None,
         subfolder: str = "",
@@ -81,13 +81,14 @@ class LarpModel(nn.Module):
         device_map: str | torch.device | dict | None = None,
         dtype: str | torch.dtype | None = None,
         variant: str | None = None,
+        **older,
     ):
         """Load a model in evaluation mode from a local folder or a hub repository, in our layout or the published one.
 
         Pickled weights are never read.
 
         Args:
-            path: a model folder, the folder of a training run, or a repository name OWNER/NAME.
+            pretrained_model_name_or_path: a model folder, the folder of a training run, or a repository name OWNER/NAME.
             revision: branch, tag or commit of the repository.
             subfolder: of the folder or the repository, where the model is in one.
             device: of the model.
@@ -95,10 +96,13 @@ class LarpModel(nn.Module):
                 one. The model is never split.
             dtype: of the weights, "auto" for the stored one; by default float32. Codebooks stay float32.
             variant: "ema" loads the averaged weights.
+            **older: older names: `path`, and `torch_dtype` for `dtype`.
 
         Raises CheckpointError, naming the file, key or tensor, for anything missing, unknown, of another shape or dtype, or
-        not finite; ValueError for a device that this machine lacks, and for a dtype that is no floating-point one.
+        not finite; ValueError for a device that this machine lacks, and for a dtype that is no floating-point one;
+        TypeError for an unknown keyword.
         """
+        path, dtype = _newer_names(cls.__name__, older, path=pretrained_model_name_or_path, torch_dtype=dtype)
         device = _one_device(device, device_map)
         dtype = _float_dtype(dtype)
         limit_threads()
@@ -218,6 +222,23 @@ class LarpModel(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of trainable values."""
         return sum(p.numel() for p in self.parameters())
+
+
+def _newer_names(cls: str, older: dict, **given) -> list:
+    """Return the values of `given`, taken from `older` where they have these names. Raises TypeError for others, for two and for no path."""
+    call = f"{cls}.from_pretrained"
+    if unknown := sorted(older.keys() - given.keys()):
+        raise TypeError(
+            f"{call} knows no {', '.join(unknown)}: it takes pretrained_model_name_or_path, revision, subfolder, device, device_map, dtype and "
+            "variant"
+        )
+    for name, value in older.items():
+        if given[name] is not None:
+            raise TypeError(f"{call} was given {name}= and what it is the older name of: leave out {name}=")
+        given[name] = value
+    if given["path"] is None:
+        raise TypeError(f"{call} was given no model: give a folder or a repository name OWNER/NAME first")
+    return list(given.values())
 
 
 def _one_device(device: str | torch.device, device_map: str | torch.device | dict | None) -> str | torch.device:

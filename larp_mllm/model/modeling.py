@@ -136,7 +136,8 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         for what is missing.
 
         Raises ValueError, naming file or tensor, for tensors that are missing, unknown, of another shape or not finite,
-        for files of weights that are truncated, absent or pickled, and for a config.json whose model cannot be built.
+        for files of weights that are truncated, absent or pickled, and for a config.json whose model cannot be built;
+        TypeError for an unknown keyword.
         """
         # Mismatched sizes are reported below with all other errors; pickles can run code.
         kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
@@ -153,6 +154,9 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 "folder again, or write it again with training/train_mllm.py --resume"
             ) from error
         except (TypeError, AttributeError, KeyError) as error:
+            unknown = [name for name in kwargs if f"unexpected keyword argument '{name}'" in str(error)]
+            if unknown:
+                raise TypeError(f"{cls.__name__}.from_pretrained knows no {unknown[0]}: leave it out") from error
             raise ValueError(
                 f"{path}: config.json or generation_config.json is damaged ({first_line(error)[:200]}): copy the model folder again"
             ) from error

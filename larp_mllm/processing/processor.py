@@ -362,7 +362,7 @@ class LarpMllmProcessor(ProcessorMixin):
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        pretrained_model_name_or_path: str | Path,
         device: str = "cpu",
         *,
         revision: str | None = None,
@@ -382,8 +382,8 @@ class LarpMllmProcessor(ProcessorMixin):
             raise ValueError(f"LarpMllmProcessor.from_pretrained knows no {', '.join(sorted(unknown))}: leave them out")
         if padding_side is not None:
             check_side(padding_side)
-        where = str(folder)
-        folder = fetch_folder(folder, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
+        where = str(pretrained_model_name_or_path)
+        folder = fetch_folder(where, PROCESSOR_FILES, revision, local_files_only, token, cache_dir)
         saved = read_config(folder / PROCESSOR_CONFIG)
         if (read_config(folder / "config.json") or {}).get("model_type") == MODEL_TYPE:
             config = LarpMllmConfig.from_pretrained(folder)

@@ -259,6 +259,18 @@ def test_a_model_is_loaded_in_the_wanted_dtype(tmp_path, dtype):
     torch.testing.assert_close(half.decode(codes), whole.decode(codes), rtol=0, atol=0.02)
 
 
+def test_the_names_of_transformers_are_taken_and_others_refused(tmp_path):
+    folder = LarpTokenizer(TINY_TOKENIZER).save_pretrained(tmp_path / "m")
+    half = LarpTokenizer.from_pretrained(pretrained_model_name_or_path=folder, torch_dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and LarpTokenizer.from_pretrained(path=folder).dtype == torch.float32
+    with pytest.raises(TypeError, match=r"LarpTokenizer\.from_pretrained knows no foo: it takes .*, dtype and variant"):
+        LarpTokenizer.from_pretrained(folder, foo=3)
+    with pytest.raises(TypeError, match="was given torch_dtype= and what it is the older name of: leave out"):
+        LarpTokenizer.from_pretrained(folder, dtype="float16", torch_dtype="float16")
+    with pytest.raises(TypeError, match="was given no model: give a folder"):
+        LarpTokenizer.from_pretrained(dtype="float16")
+
+
 def test_the_stored_dtype_is_had_by_auto(tmp_path):
     folder = small().save_pretrained(tmp_path, dtype=torch.bfloat16)
     assert Discriminator.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16

@@ -113,6 +113,9 @@ def test_from_pretrained_takes_the_name_of_its_argument_in_transformers(model, i
     model.save_pretrained(tmp_path)
     again = LarpMllmForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path).eval()
     assert torch.equal(again(ids).logits, model(ids).logits)
+    assert LarpMllmForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"LarpMllmForCausalLM\.from_pretrained knows no foo: leave it out"):
+        LarpMllmForCausalLM.from_pretrained(tmp_path, foo=3)
 
 
 def test_lora_of_all_linear_layers_leaves_the_head_alone_and_can_be_merged(model, ids):
