@@ -17,7 +17,7 @@ from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_s
 from larp_mllm.model.configuration import LarpMllmConfig
 from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
-from larp_mllm.model.parts import Decoder, Embedding, Head
+from larp_mllm.model.parts import WithParts
 from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
 from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
@@ -55,7 +55,7 @@ class LarpMllmOutput(ModelOutput):
     video_count: Tensor | None = None
 
 
-class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
+class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
     """A base causal language model with a TokenAdapter; the base is never resized.
 
     Without labels, forward returns logits (B, S, text_size + 2 + K), whose text part equals the base model's bit for bit;
@@ -81,8 +81,7 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
         self.adapter = TokenAdapter(
             config.codebook_size, config.code_dim, hidden, config.adapter, config.residual_rank, config.embedding_scale
         )
-        # accelerate looks for names of modules within those of tied weights: none of these may end one.
-        self.whole_embedding, self.whole_decoder, self.whole_head = Embedding(self), Decoder(self), Head(self)
+        self.add_parts()
         self.post_init()
 
     @classmethod
@@ -192,66 +191,6 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
     def vocabulary(self) -> Vocabulary:
         """The id layout."""
         return self.config.vocabulary
-
-    @property
-    def base_model(self) -> Decoder:
-        """The decoder: other libraries look for it under this name."""
-        return self.whole_decoder
-
-    @property
-    def embeddings(self) -> Embedding:
-        """The embedding of all ids, where prompt tuning of peft looks for its `word_embeddings`."""
-        return self.whole_embedding
-
-    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
-        """All modules with their names. The head of all ids has also the name of the base's, before this one itself.
-
-        So whoever leaves out what `get_output_embeddings` returns, by its name, leaves out the base's head: LoRA of all
-        linear layers, quantization.
-        """
-        base = self._modules.get("base")
-        text_head = None if base is None else base.get_output_embeddings()
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if module is text_head and "whole_head" in self._modules:
-                yield name, self.whole_head
-            yield name, module
-
-    def get_decoder(self) -> Decoder:
-        """The decoder of all ids."""
-        return self.whole_decoder
-
-    def get_input_embeddings(self) -> Embedding:
-        """The embedding of all ids."""
-        return self.whole_embedding
-
-    def get_output_embeddings(self) -> Head:
-        """The head of all ids."""
-        return self.whole_head
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the base's text embedding. Raises ValueError for another shape."""
-        if value is not self.whole_embedding:
-            _check_same_shape("embedding", self.base.get_input_embeddings(), value)
-            self.base.set_input_embeddings(value)
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Replace the base's text head. Raises ValueError for another shape."""
-        if new_embeddings is not self.whole_head:
-            _check_same_shape("head", self.base.get_output_embeddings(), new_embeddings)
-            self.base.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
-    ):
-        """Return the embedding unchanged. Raises ValueError for another number of rows, since text and video ids share them."""
-        rows = self.config.vocab_size
-        if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
-            raise ValueError(
-                f"the embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos begin "
-                "behind those of text): resize the base model and train with it, or resize a stock checkpoint written with "
-                "larp-mllm export"
-            )
-        return self.get_input_embeddings()
 
     def run_base(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, **options):
         """Run the base's decoder; returns its output.
@@ -431,14 +370,6 @@ class LarpMllmForCausalLM(PreTrainedModel, GenerationMixin):
                 f"text id {int(unknown[0])} is an entry of the text tokenizer that the base model has no row for (it has "
                 f"{rows}): leave such tokens out of the text, or take the tokenizer that the base model was trained with"
             )
-
-
-def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:
-    if getattr(new, "weight", None) is None or new.weight.shape != old.weight.shape:
-        raise ValueError(
-            f"the {what} of the base model is {tuple(old.weight.shape)} and keeps this shape, got {new}: the ids of videos "
-            "begin behind its rows"
-        )
 
 
 def _num_chunks(positions: int, head_chunk: int) -> int:

@@ -10,19 +10,21 @@ the loss of the model, and text has the base's own probabilities, but for that o
 Shapes: B batch, S sequence length, H hidden width, V all ids.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from larp_mllm.model.inputs import check_ids
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 if TYPE_CHECKING:
     from larp_mllm.model.modeling import LarpMllmForCausalLM
 
 # Added to logits of ids that cannot follow: finite, since infinity makes NaN of differences; within float16.
 EXCLUDED = -3e4
+_NAMES = "whole_embedding", "whole_decoder", "whole_head"
 
 
 class _Part(nn.Module):
@@ -59,8 +61,9 @@ class Embedding(_Part):
         return self._model.base.get_input_embeddings().weight.shape[-1]
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Raises ValueError for text ids that the base has no row for."""
+        """Raises ValueError for text ids that the base has no row for, and for updates of peft to one of two tied layers."""
         model, v = self._model, self._model.vocabulary
+        _check_tied(model.base)
         is_text = v.is_text(input_ids)
         model.check_known(input_ids)
         text = model.base.get_input_embeddings()(input_ids.masked_fill(~is_text, 0))
@@ -134,6 +137,111 @@ class Head(_Part):
             outside.masked_fill_(where[..., :1], EXCLUDED)
             inside.masked_fill_(where[..., 1:], EXCLUDED)
         return logits
+
+
+class WithParts:
+    """The part of the model's class that hands out its parts, and keeps them."""
+
+    base: PreTrainedModel
+    whole_embedding: Embedding
+    whole_decoder: Decoder
+    whole_head: Head
+
+    def add_parts(self) -> None:
+        """Make the parts of a new model."""
+        # accelerate looks for names of modules within those of tied weights: none of these may end one.
+        self.whole_embedding, self.whole_decoder, self.whole_head = Embedding(self), Decoder(self), Head(self)
+
+    @property
+    def base_model(self) -> Decoder:
+        """The decoder: other libraries look for it under this name."""
+        return self.whole_decoder
+
+    @property
+    def embeddings(self) -> Embedding:
+        """The embedding of all ids, where prompt tuning of peft looks for its `word_embeddings`."""
+        return self.whole_embedding
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises ValueError for another part in place of one that has no weights, as peft puts there to train rows of it."""
+        if name in _NAMES and name in self._modules:
+            raise ValueError(
+                f"{name} has no weights of its own that {type(value).__name__} could train: name the base's layer "
+                '(trainable_token_indices={"embed_tokens": [...]} for rows of text), or train the rows of codes with '
+                'modules_to_save=["adapter"]'
+            )
+        super().__setattr__(name, value)
+
+    def named_modules(self, memo: set | None = None, prefix: str = "", remove_duplicate: bool = True):
+        """All modules with their names. The head of all ids has also the name of the base's, before this one itself.
+
+        So whoever leaves out what `get_output_embeddings` returns, by its name, leaves out the base's head: LoRA of all
+        linear layers, quantization.
+        """
+        base = self._modules.get("base")
+        text_head = None if base is None else base.get_output_embeddings()
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if module is text_head and "whole_head" in self._modules:
+                yield name, self.whole_head
+            yield name, module
+
+    def get_decoder(self) -> Decoder:
+        """The decoder of all ids."""
+        return self.whole_decoder
+
+    def get_input_embeddings(self) -> Embedding:
+        """The embedding of all ids."""
+        return self.whole_embedding
+
+    def get_output_embeddings(self) -> Head:
+        """The head of all ids."""
+        return self.whole_head
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the base's text embedding. Raises ValueError for another shape."""
+        if value is not self.whole_embedding:
+            _check_same_shape("embedding", self.base.get_input_embeddings(), value)
+            self.base.set_input_embeddings(value)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the base's text head. Raises ValueError for another shape."""
+        if new_embeddings is not self.whole_head:
+            _check_same_shape("head", self.base.get_output_embeddings(), new_embeddings)
+            self.base.set_output_embeddings(new_embeddings)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *_, **__
+    ):
+        """Return the embedding unchanged. Raises ValueError for another number of rows, since text and video ids share them."""
+        rows = self.config.vocab_size
+        if new_num_tokens not in (None, rows) or pad_to_multiple_of is not None:
+            raise ValueError(
+                f"the embedding of a model with video ids cannot be resized (it has {rows} rows, and the ids of videos begin "
+                "behind those of text): resize the base model and train with it, or resize a stock checkpoint written with "
+                "larp-mllm export"
+            )
+        return self.get_input_embeddings()
+
+
+def _check_same_shape(what: str, old: nn.Module, new: nn.Module) -> None:
+    if getattr(new, "weight", None) is None or new.weight.shape != old.weight.shape:
+        raise ValueError(
+            f"the {what} of the base model is {tuple(old.weight.shape)} and keeps this shape, got {new}: the ids of videos "
+            "begin behind its rows"
+        )
+
+
+def _check_tied(base: nn.Module) -> None:
+    # Layers of peft that update the embedding or the head alone: merged, they would change the weights of both.
+    layers = base.get_input_embeddings(), base.get_output_embeddings()
+    if not any(hasattr(layer, "base_layer") or hasattr(layer, "token_adapter") for layer in layers):
+        return
+    embedding, head = (getattr(getattr(layer, "token_adapter", layer), "base_layer", layer).weight for layer in layers)
+    if embedding is head:
+        raise ValueError(
+            "an update of the embedding or the head alone cannot be merged into this base, where both are the same weights: leave "
+            'them out, or train a copy of them with modules_to_save=["embed_tokens"] of peft'
+        )
 
 
 def _fingerprint(rows: Tensor) -> Tensor:

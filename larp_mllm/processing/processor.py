@@ -187,7 +187,8 @@ class LarpMllmProcessor(ProcessorMixin):
         Args:
             text: a text with its videos (B = 1), or several with a list of videos each.
             videos: see `encode_videos`; for one text with one video, the video itself.
-            add_special_tokens: begin with the base's begin id, if it has one.
+            add_special_tokens: begin with the base's begin id, if it has one; the name of its end id at the very end of a text
+                becomes that id, as trainers (TRL) append it, unless `open_video`.
             open_video: end with video_start, after which the model generates a video.
             **options: return_tensors, padding, padding_side, max_length: see `BatchOptions`. Nothing is truncated.
 
@@ -200,11 +201,14 @@ class LarpMllmProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         groups = group_videos(videos, text)
         begin = [self.layout.bos] if add_special_tokens and self.layout.bos is not None else []
+        end = self.tokenizer.eos_token if add_special_tokens and not open_video else None
         sequences = []
         for number, (content, group) in enumerate(zip(texts, groups, strict=True)):
             where = "the text" if isinstance(text, str) else f"text {number}"
-            ids = self._interleaved(content, group, where)
-            sequences.append([*begin, *ids, *([self.vocabulary.video_start] if open_video else [])])
+            last = [self.vocabulary.video_start] if open_video else []
+            if end and content.endswith(end):
+                content, last = content.removesuffix(end), [self.layout.eos]
+            sequences.append([*begin, *self._interleaved(content, group, where), *last])
         return batch_ids(sequences, self.tokenizer, **options)
 
     def _interleaved(self, text: str, videos: Sequence[VideoInput], where: str) -> list[int]:

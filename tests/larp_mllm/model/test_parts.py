@@ -10,7 +10,6 @@ from tests.larp_mllm.families import FAMILIES, OTHERS
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
@@ -116,22 +115,6 @@ def test_from_pretrained_takes_the_name_of_its_argument_in_transformers(model, i
     assert LarpMllmForCausalLM.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(TypeError, match=r"LarpMllmForCausalLM\.from_pretrained knows no foo: leave it out"):
         LarpMllmForCausalLM.from_pretrained(tmp_path, foo=3)
-
-
-def test_lora_of_all_linear_layers_leaves_the_head_alone_and_can_be_merged(model, ids):
-    settings = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    updated = get_peft_model(copy.deepcopy(model), settings).eval()
-    assert not any("lm_head" in name for name, _ in updated.named_parameters() if "lora" in name)
-    with torch.no_grad():
-        expected = updated(input_ids=ids).logits
-        torch.testing.assert_close(updated.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_prompt_tuning_reads_the_embedding_of_all_ids(model, ids):
-    tuned = get_peft_model(copy.deepcopy(model), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).eval()
-    with torch.no_grad():
-        logits = tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 2:]
-    assert torch.equal(logits > EXCLUDED, model(ids).logits > EXCLUDED)
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "falcon", "opt"])

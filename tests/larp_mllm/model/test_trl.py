@@ -39,6 +39,7 @@ def test_sft_trainer_gives_our_loss_and_trains(tmp_path, rows, processing_class)
         ours = mllm.model(**batch).loss.item()
     assert theirs == pytest.approx(ours, abs=1e-5)
     assert (batch["labels"] >= mllm.model.vocabulary.first_code).any() == (rows == "ids")
+    assert rows == "ids" or (batch["labels"] == mllm.processor.tokenizer.eos_token_id).any(1).all()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(ours, abs=1e-3) and losses[1] < losses[0]

@@ -30,6 +30,18 @@ def test_typed_control_tokens_stay_text(mllm):
     assert processor.tokenizer.decode(ids) == TYPED
 
 
+def test_the_end_token_that_a_trainer_appends_is_an_id_and_others_are_text(mllm):
+    processor, end = mllm.processor, mllm.processor.tokenizer.eos_token
+    ids = processor(f"a {end} b{end}")["input_ids"][0]
+    assert ids == [*processor.encode_text(f"a {end} b"), processor.tokenizer.eos_token_id]
+    assert processor(f"a{end}{end}")["input_ids"][0][:-1] == processor.encode_text(f"a{end}")
+    for options, last in (
+        ({"add_special_tokens": False}, []),
+        ({"open_video": True}, [processor.vocabulary.video_start]),
+    ):
+        assert processor(f"b{end}", **options)["input_ids"][0] == [*processor.encode_text(f"b{end}"), *last]
+
+
 def test_tokens_added_as_non_special_stay_text():
     tokenizer = tiny_tokenizer(CAPTIONS)
     tokenizer.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("<|im_end|>x", special=False)])
