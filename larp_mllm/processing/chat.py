@@ -150,6 +150,7 @@ def stop_ids(tokenizer) -> list[int]:
 
 
 def _message_parts(message: Any, assistant_loss: bool, allow_empty_answers: bool, where: str) -> list[Part]:
+    message = _given(message)
     if not isinstance(message, dict) or set(message) - {"loss"} != {"role", "content"}:
         raise ValueError(
             f'{where} must be {{"role": ..., "content": ...}}, optionally with "loss", got {_brief(message)}'
@@ -172,7 +173,13 @@ def _message_parts(message: Any, assistant_loss: bool, allow_empty_answers: bool
     return [part for part in parts if part.text != ""]
 
 
+def _given(fields: Any) -> Any:
+    # A data set of Hugging Face gives every part the keys of all, with None.
+    return {key: value for key, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
+
+
 def _part(part: Any, default_loss: bool, where: str) -> Part:
+    part = _given(part)
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "video"):
         raise ValueError(
@@ -198,7 +205,7 @@ def _check_answerable(messages: Any, where: str) -> None:
         raise ValueError(f"{where}: the last message is the assistant's, there is nothing to answer: add a user's")
     for number, message in enumerate(messages, 1):
         parts = [] if isinstance(message["content"], str) else message["content"]
-        if any("loss" in given for given in (message, *parts)):
+        if any(given.get("loss") is not None for given in (message, *parts)):
             raise ValueError(
                 f'{where}: message {number} has a "loss", but nothing is learned of a chat that is answered: leave it out'
             )

@@ -1,9 +1,14 @@
-"""TRL's SFTTrainer on a model with video ids, and decoding with a smaller model or the prompt as assistant."""
+"""TRL's trainers on a model with video ids, and decoding with a smaller model or the prompt as assistant."""
 
+import copy
+import math
+
+from larp.data.video import write_video
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from tests.larp_mllm.families import FAMILIES
 from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,20 +19,38 @@ def video_rows(mllm) -> list[list[int]]:
     return [[*encode(text), *v.span([i, 3, 2, 1]), *encode("ends")] for i, text in enumerate(CAPTIONS)]
 
 
+def turn(role: str, content: str | list[dict]) -> list[dict]:
+    """A message, in the one form that a data set can hold."""
+    return [{"role": role, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}]
+
+
+def asked_of_a_video(folder) -> list[dict]:
+    write_video(folder / "x.mp4", np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8), 8)
+    return [{"type": "video", "path": str(folder / "x.mp4")}, {"type": "text", "text": "what is it?"}]
+
+
+def settings_of_trl() -> dict:
+    return dict(
+        per_device_train_batch_size=4, max_steps=2, logging_steps=1, learning_rate=1e-2, report_to=[], use_cpu=True, bf16=False,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "rows, processing_class",
-    [("text", "processor"), ("text", "tokenizer"), ("ids", "processor"), ("ids", "tokenizer"), ("chats", "processor")],
+    [
+        *(("text", "processor"), ("text", "tokenizer"), ("ids", "processor"), ("ids", "tokenizer")),
+        *(("chats", "processor"), ("videos", "processor")),
+    ],
 )
 def test_sft_trainer_gives_our_loss_and_trains(tmp_path, rows, processing_class):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     mllm = tiny_mllm()
-    chats = [[{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": text}] for text in CAPTIONS]
-    given = {"text": {"text": CAPTIONS}, "ids": {"input_ids": video_rows(mllm)}, "chats": {"messages": chats}}[rows]
-    settings = trl.SFTConfig(
-        tmp_path, per_device_train_batch_size=4, max_steps=2, logging_steps=1, learning_rate=1e-2, report_to=[],
-        use_cpu=True, bf16=False, max_length=64, save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
+    question = asked_of_a_video(tmp_path) if rows == "videos" else "what is it?"
+    chats = [[*turn("user", question), *turn("assistant", text)] for text in CAPTIONS]
+    given = {"text": {"text": CAPTIONS}, "ids": {"input_ids": video_rows(mllm)}}.get(rows, {"messages": chats})
+    settings = trl.SFTConfig(tmp_path, max_length=64, **settings_of_trl())
     processor = mllm.processor if processing_class == "processor" else mllm.processor.tokenizer
     trainer = trl.SFTTrainer(
         mllm.model, settings, train_dataset=datasets.Dataset.from_dict(given), processing_class=processor
@@ -38,11 +61,33 @@ def test_sft_trainer_gives_our_loss_and_trains(tmp_path, rows, processing_class)
         theirs = trainer.compute_loss(mllm.model, dict(batch)).item()
         ours = mllm.model(**batch).loss.item()
     assert theirs == pytest.approx(ours, abs=1e-5)
-    assert (batch["labels"] >= mllm.model.vocabulary.first_code).any() == (rows == "ids")
+    assert (batch["labels"] >= mllm.model.vocabulary.first_code).any() == (rows in ("ids", "videos"))
     assert rows == "ids" or (batch["labels"] == mllm.processor.tokenizer.eos_token_id).any(1).all()
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(ours, abs=1e-3) and losses[1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["a copy", "its folder"])
+def test_dpo_trainer_prefers_the_answers_that_are_chosen(tmp_path, reference):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    mllm = tiny_mllm()
+    mllm.save(tmp_path / "model")
+    model = LarpMllmForCausalLM.from_pretrained(tmp_path / "model")
+    asked = turn("user", asked_of_a_video(tmp_path))
+    rows = [
+        {"prompt": asked, "chosen": turn("assistant", text), "rejected": turn("assistant", "a")} for text in CAPTIONS
+    ]
+    trainer = trl.DPOTrainer(
+        *(model, copy.deepcopy(model) if reference == "a copy" else None),
+        args=trl.DPOConfig(tmp_path, **settings_of_trl() | {"max_steps": 4}),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=mllm.processor,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("helper", ["assistant", "prompt"])

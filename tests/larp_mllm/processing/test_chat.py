@@ -50,6 +50,20 @@ def test_a_chat_of_plain_words_has_the_ids_of_the_base(family):
     assert ids(segments(TURNS, tokenizer)) == own
 
 
+def test_keys_without_a_value_are_as_if_left_out(chatml):
+    # As a data set of Hugging Face gives them: all parts have the keys of all.
+    content = [VIDEO, {"type": "text", "text": "what is it?"}]
+    filled = [dict.fromkeys(("type", "path", "video", "start", "text", "loss")) | part for part in content]
+    for prompted in (False, True):
+        found, expected = (
+            segments([{"role": "user", "content": parts}], chatml, add_generation_prompt=prompted)
+            for parts in (filled, content)
+        )
+        assert found == expected
+    asked = {"role": "user", "content": "x", "loss": None}
+    assert segments([asked], chatml, add_generation_prompt=True) == segments([TURNS[1] | asked], chatml, True)
+
+
 def test_without_a_template_each_message_is_a_line(tmp_path):
     tokenizer = build("base", tmp_path)
     turns = [{"role": role, "content": content} for role, content in zip(
