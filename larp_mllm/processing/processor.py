@@ -135,8 +135,8 @@ class LarpMllmProcessor(ProcessorMixin):
         """Videos -> their codes, N each.
 
         A video is a file, a Video, uint8 frames (T, H, W, 3) or (T, 3, H, W) or a float clip (3, T, H, W) in [0, 1] as array
-        or tensor, a list of frames (PIL images, arrays), or a reader or frames of torchcodec or decord. Frames are resized,
-        and of a longer video the middle is taken; a clip is not changed. Raises ValueError for other shapes, dtypes or
+        or tensor, a list or an iterator of frames (PIL images, arrays, PyAV's), or a reader or frames of torchcodec or decord.
+        Frames are resized, and of a longer video the middle is taken; a clip is not changed. Raises ValueError for other shapes, dtypes or
         ranges, for frames whose axis of colours is not clear, and for clips of different shapes.
         """
         count = self.video_tokenizer.config.num_frames

@@ -2,10 +2,10 @@
 
 Readers and frames of other packages are known by what they offer, so that none is imported: torchcodec's VideoDecoder (`len`,
 `get_frames_at`), its Frame and FrameBatch (`data`, a tensor), decord's VideoReader (`len`, `get_batch`) and its arrays
-(`asnumpy`).
+(`asnumpy`), PyAV's frames (`to_rgb`, `to_ndarray`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from torch import Tensor
 _CHUNK = 32
 
 VideoInput = str | Path | Video | np.ndarray | Tensor | Sequence | Any
-"""A file, a Video, uint8 frames (T, H, W, 3) or (T, 3, H, W), a float clip (3, T, H, W) in [0, 1], a list of frames (PIL images,
-arrays or tensors), or a reader or frames of torchcodec or decord."""
+"""A file, a Video, uint8 frames (T, H, W, 3) or (T, 3, H, W), a float clip (3, T, H, W) in [0, 1], a list or an
+iterator of frames (PIL images, arrays, tensors, PyAV's), or a reader or frames of torchcodec or decord."""
 
 
 def read_frames(video: VideoInput, num_frames: int, stride: int) -> Tensor:
@@ -75,6 +75,7 @@ def to_pixels(video: VideoInput) -> Tensor:
     """
     if isinstance(video, Video):
         return video.torch()
+    video = _listed(video)
     if isinstance(video, (list, tuple)) and video and all(isinstance(frame, Image.Image) for frame in video):
         return torch.from_numpy(_stack([np.asarray(image.convert("RGB")) for image in video]))
     if isinstance(video, (list, tuple)) and any(map(_is_frame, video)):
@@ -149,6 +150,7 @@ def is_video(value: Any) -> bool:
 
 def as_list(videos: Any) -> list:
     """Several videos as a list. Raises ValueError for a single video and for other types."""
+    videos = _listed(videos)
     if is_video(videos) or not isinstance(videos, Iterable):
         raise ValueError(f"videos must be a list, got {str(videos)[:60]!r}: for one video give a list of one")
     return list(videos)
@@ -159,6 +161,7 @@ def group_videos(videos: Any, text: str | Sequence[str]) -> list[Sequence]:
 
     Raises ValueError unless each of several texts has a list.
     """
+    videos = _listed(videos)
     if is_video(videos) and (isinstance(text, str) or len(text) == 1):
         return [[videos]]
     videos = [] if videos is None else as_list(videos)
@@ -171,6 +174,11 @@ def group_videos(videos: Any, text: str | Sequence[str]) -> list[Sequence]:
             f"{len(text)} texts need a list of {len(text)} lists of videos, one for each text (empty where it has none)"
         )
     return [[group] if is_video(group) else group for group in videos]
+
+
+def _listed(value: Any) -> Any:
+    """An iterator, such as a generator of frames or of videos, as a list; anything else unchanged."""
+    return list(value) if isinstance(value, Iterator) and not _is_reader(value) else value
 
 
 def _is_reader(value: Any) -> bool:
@@ -206,16 +214,24 @@ def _read_whole_reader(reader: Any, height: int, width: int, stride: int, fps: f
 
 
 def _unwrap(value: Any) -> Any:
-    """The tensor or array inside of an object of torchcodec or decord; anything else unchanged."""
+    """The tensor or array inside of an object of torchcodec, decord or PyAV; anything else unchanged."""
     if isinstance(value, (Tensor, np.ndarray)):
         return value
+    if _is_av(value):
+        return value.to_ndarray(format="rgb24")
     if hasattr(value, "asnumpy"):
         return value.asnumpy()
     data = getattr(value, "data", None)
     return data if isinstance(data, Tensor) else value
 
 
+def _is_av(value: Any) -> bool:
+    return hasattr(value, "to_rgb") and hasattr(value, "to_ndarray")
+
+
 def _is_frame(value: Any) -> bool:
+    if _is_av(value):
+        return True
     value = _unwrap(value)
     if isinstance(value, (np.ndarray, Tensor)):
         return value.ndim == 3 and 3 in (value.shape[0], value.shape[2])

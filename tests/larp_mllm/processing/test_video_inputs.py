@@ -6,6 +6,7 @@ from larp.data.video import ShortVideoError, VideoError
 from larp_mllm.processing.video_inputs import read_frames, read_whole_video, to_pixels
 from larp_mllm.video import Video
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -102,6 +103,7 @@ INPUTS = {
     "list of Frames": [FrameBatch(frame) for frame in torch.from_numpy(CHANNELS_FIRST)],
     "decord's batch": NDArray(FRAMES),
     "list of decord's frames": [NDArray(frame) for frame in FRAMES],
+    "PyAV's frames": [av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in FRAMES],
 }
 READERS = [VideoDecoder, BatchDecoder, VideoReader]
 
@@ -118,6 +120,18 @@ def test_frames_of_any_kind_are_the_same_video(qwen, name):
     assert processor(["<video>", "a"], [[INPUTS[name]], []])["input_ids"][:1] == expected
     whole, fps = read_whole_video(INPUTS[name], 16, 20, 2, 5.0)
     assert np.array_equal(whole, FRAMES) and fps == (8.0 if "Video" in name else 5.0)
+
+
+def test_an_iterator_of_frames_is_a_video_and_one_of_videos_is_a_list(qwen):
+    expected = qwen.processor("<video>", [FRAMES])["input_ids"]
+    for frames in (list(FRAMES), INPUTS["images"], INPUTS["PyAV's frames"]):
+        assert np.array_equal(to_pixels(iter(frames)).numpy(), FRAMES)
+        for videos in (iter(frames), [iter(frames)], iter([frames]), (map(np.copy, FRAMES) for _ in range(1))):
+            assert qwen.processor("<video>", videos)["input_ids"] == expected
+    assert qwen.processor(["<video>", "a"], [[iter(FRAMES)], []])["input_ids"][:1] == expected
+    assert np.array_equal(read_whole_video(iter(FRAMES), 16, 20, 2, 5.0)[0], FRAMES)
+    with pytest.raises(ValueError, match="uint8 frames"):
+        to_pixels(iter(()))
 
 
 @pytest.mark.parametrize("layout", ["channels last", "channels first"])
