@@ -19,7 +19,7 @@ from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.parts import WithParts
 from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
-from larp_mllm.model.token_adapter import TokenAdapter, residual_rank
+from larp_mllm.model.token_adapter import TokenAdapter, keeping_rows, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.model.weights import check_finite, check_folder, quiet
 
@@ -222,6 +222,11 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
     def code_logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., H) -> logits of the codes (..., K)."""
         return hidden @ self.adapter.code_rows().T
+
+    def generate(self, *args, **kwargs):
+        """As transformers' `generate`; the adapter's rows are computed once for all steps."""
+        with keeping_rows():
+            return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(self, *, config: LarpMllmConfig, **options):
         """The attention masks of a step of transformers' `generate` with a static cache, as the base makes them.

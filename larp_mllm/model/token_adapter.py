@@ -7,6 +7,9 @@ Every parameter belongs to a submodule whose forward is called: under ZeRO-3 a b
 """
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import get_args
 
 from larp_mllm.model.configuration import AdapterKind
@@ -18,11 +21,23 @@ from torch import Tensor, nn
 # a code at the first step, where equal probabilities give 13, and still 17 twelve steps later (LOG.md).
 _LOGIT_SPREAD = 0.5
 _RANK = 32
+# Per thread, since several may use one model. The rows of an adapter, by its id and theirs.
+_KEPT: ContextVar[dict[tuple[int, str], Tensor] | None] = ContextVar("rows of adapters", default=None)
 
 
 def residual_rank(kind: AdapterKind, hidden: int) -> int:
     """Return the rank of the residual of a new adapter; 0, a table, for the other kind and where it would save nothing."""
     return _RANK if kind == "codebook" and hidden > _RANK else 0
+
+
+@contextmanager
+def keeping_rows() -> Iterator[None]:
+    """In the block, the rows of each adapter are computed once, where no gradients are recorded: weights must not change."""
+    token = _KEPT.set({})
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 class CodebookRows(nn.Module):
@@ -135,9 +150,7 @@ class TokenAdapter(nn.Module):
 
     def input_rows(self) -> Tensor:
         """What the base's decoder gets for video_start, video_end and the codes, (2 + K, hidden)."""
-        rows = torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
-        # Rounded as bases do that multiply by a tensor of their own dtype.
-        return rows if self.scale == 1.0 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
+        return self._kept("input", self._input_rows)
 
     def control_rows(self) -> Tensor:
         """The head rows of video_start and video_end, (2, hidden)."""
@@ -145,7 +158,22 @@ class TokenAdapter(nn.Module):
 
     def code_rows(self) -> Tensor:
         """The head rows of the codes, (K, hidden): the code logits are hidden states @ rows.T."""
-        return self.code_output(self.codebook)
+        return self._kept("codes", lambda: self.code_output(self.codebook))
+
+    def _input_rows(self) -> Tensor:
+        rows = torch.cat([self._controls(self.control_input), self.code_input(self.codebook)])
+        # Rounded as bases do that multiply by a tensor of their own dtype.
+        return rows if self.scale == 1.0 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
 
     def _controls(self, table: nn.Embedding) -> Tensor:
         return table(torch.arange(2, device=self.codebook.device))
+
+    def _kept(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        # A compiled graph computes its own.
+        kept = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else _KEPT.get()
+        if kept is None:
+            return compute()
+        key = id(self), name
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]

@@ -108,6 +108,24 @@ def test_a_model_made_without_values_is_filled(model):
     assert (empty.adapter.codebook == 0).all()
 
 
+def test_generate_computes_the_rows_of_codes_once_and_anew_after_training(model, ids):
+    own, calls = copy.deepcopy(model), []
+    for rows in (own.adapter.code_input, own.adapter.code_output):
+        rows.register_forward_hook(lambda *_: calls.append(1))
+    asked = ids[1:, :-1]
+    settings = dict(attention_mask=asked * 0 + 1, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings |= dict(output_logits=True, return_dict_in_generate=True)
+    for _ in range(2):
+        calls.clear()
+        found = own.generate(asked, **settings)
+        assert len(calls) == 2
+        expected = own(found.sequences).logits[:, asked.shape[1] - 1 : -1]
+        torch.testing.assert_close(torch.stack(found.logits, dim=1), expected, rtol=1e-4, atol=1e-5)
+        assert len(calls) == 4
+        for parameter in own.adapter.parameters():
+            parameter.data.mul_(1.5)  # which changes no version that could be compared
+
+
 def test_from_pretrained_takes_the_name_of_its_argument_in_transformers(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     again = LarpMllmForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path).eval()
