@@ -7,7 +7,7 @@ hidden width, K codes.
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from larp.hub import check_fit
 from larp_mllm.locate import first_line
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
-from larp_mllm.model.inputs import check_ids, check_options, select_positions
+from larp_mllm.model.inputs import check_ids, check_options, select_positions, without_unknown
 from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.parts import WithParts
 from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
@@ -192,22 +192,18 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
         """The id layout."""
         return self.config.vocabulary
 
-    def run_base(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, **options):
+    def run_base(self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **options):
         """Run the base's decoder; returns its output.
 
         Args:
-            input_ids: int64 (B, S), or None.
-            inputs_embeds: (B, S, H); by default those of the ids.
+            input_ids: int64 (B, S).
+            inputs_embeds: (B, S, H); by default those of the ids, of which else only matters which are of videos.
             **options: of the base's decoder.
-
-        Raises ValueError for partial LoRA without ids, which say where it acts.
         """
         if inputs_embeds is None:
             inputs_embeds = self.whole_embedding(input_ids)
         if not self.config.partial_lora_rank:
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
-        if input_ids is None:
-            raise ValueError("a model with partial LoRA needs input_ids, which say where videos are: give these")
         with at_positions(~self.vocabulary.is_text(input_ids)):
             return self.base.base_model(inputs_embeds=inputs_embeds, **options)
 
@@ -223,10 +219,17 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
         """Hidden states (..., H) -> logits of the codes (..., K)."""
         return hidden @ self.adapter.code_rows().T
 
+    # Whose signatures transformers looks at.
+    @wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args, **kwargs):
         """As transformers' `generate`; the adapter's rows are computed once for all steps."""
         with keeping_rows():
             return super().generate(*args, **kwargs)
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
+        """What forward gets at a step of transformers' `generate`."""
+        return without_unknown(super().prepare_inputs_for_generation(*args, **kwargs), self, self.base.base_model)
 
     def create_masks_for_generate(self, *, config: LarpMllmConfig, **options):
         """The attention masks of a step of transformers' `generate` with a static cache, as the base makes them.

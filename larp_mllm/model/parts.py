@@ -71,10 +71,13 @@ class Embedding(_Part):
         return torch.where(is_text[..., None], text, video.to(text.dtype))
 
     @torch.no_grad()
-    def is_inside(self, inputs_embeds: Tensor) -> Tensor:
-        """Embeddings (B, S, H) -> bool (B, S), True for those of video_start and codes, which their bits tell."""
+    def video_ids(self, inputs_embeds: Tensor) -> Tensor:
+        """Embeddings (B, S, H) -> int64 (B, S): the video ids that they are the rows of, which their bits tell; 0 for others."""
         rows = self._model.adapter.input_rows().to(self._model.base.get_input_embeddings().weight.dtype)
-        return torch.isin(_fingerprint(inputs_embeds), _fingerprint(torch.cat([rows[:1], rows[2:]])))
+        known, order = _fingerprint(rows).sort()
+        given = _fingerprint(inputs_embeds)
+        at = torch.searchsorted(known, given).clamp_max(len(known) - 1)
+        return torch.where(known[at] == given, order[at] + self._model.vocabulary.text_size, 0)
 
 
 class Decoder(_Part):
@@ -88,12 +91,9 @@ class Decoder(_Part):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids (B, S) or inputs_embeds (B, S, H)")
         check_ids(self._model.vocabulary, input_ids, None)
-        decoded = self._model.run_base(input_ids, inputs_embeds, **options)
-        hidden = decoded.last_hidden_state
-        if input_ids is None:
-            inside = self._model.whole_embedding.is_inside(inputs_embeds)
-        else:
-            inside = self._model.vocabulary.is_inside(input_ids)
+        ids = self._model.whole_embedding.video_ids(inputs_embeds) if input_ids is None else input_ids
+        decoded = self._model.run_base(ids, inputs_embeds, **options)
+        hidden, inside = decoded.last_hidden_state, self._model.vocabulary.is_inside(ids)
         where = torch.stack([inside, ~inside], dim=-1).to(hidden)
         decoded.last_hidden_state = torch.cat([hidden, where], dim=-1)
         return decoded

@@ -140,10 +140,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(options):
         torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_embeddings_without_ids_are_refused():
+@torch.no_grad()
+def test_embeddings_tell_where_videos_are():
     mllm = with_updates(tiny_mllm())
-    with pytest.raises(ValueError, match="needs input_ids"):
-        mllm.model(inputs_embeds=torch.zeros(1, 3, 32))
+    ids = mixed_ids(mllm)
+    inputs = mllm.model.get_input_embeddings()(ids)
+    assert torch.equal(
+        mllm.model.get_input_embeddings().video_ids(inputs), ids * (ids >= mllm.model.vocabulary.text_size)
+    )
+    assert torch.equal(mllm.model(inputs_embeds=inputs).logits, logits(mllm, ids))
+    options = dict(attention_mask=ids * 0 + 1, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert torch.equal(
+        mllm.model.generate(inputs_embeds=inputs, **options), mllm.model.generate(ids, **options)[:, 12:]
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""TRL's trainers on a model with video ids, and decoding with a smaller model or the prompt as assistant."""
+"""TRL's trainers on a model with video ids, and transformers' ways to generate: with an assistant, batched continuously."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from tests.larp_mllm.tiny import CAPTIONS, tiny_mllm
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 
 def video_rows(mllm) -> list[list[int]]:
@@ -103,3 +103,34 @@ def test_assisted_decoding_gives_the_codes_of_greedy_decoding(helper):
     with_help = {"assistant_model": assistant} if helper == "assistant" else {"prompt_lookup_num_tokens": 3}
     assert torch.equal(model.generate(prompt, **options, **with_help), greedy)
     assert v.is_code(greedy[0, prompt.shape[1] :]).any()
+
+
+def test_continuous_batching_gives_the_ids_of_greedy_decoding():
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(FAMILIES["qwen2-tied"]())
+    model = LarpMllmForCausalLM.from_base(base, 99, torch.randn(16, 4), 12).eval()
+    v = model.vocabulary
+    rows = [[5, 6, 7, *v.span([1, 2, 3, 4] * 3), 5, 6], [*v.span([2, 1, 3, 0] * 3), 8, v.video_start]]
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([row]), eos_token_id=None, **options)[0, len(row) :].tolist() for row in rows
+    ]
+    found = model.generate_batch(
+        rows,
+        generation_config=GenerationConfig(eos_token_id=-1, **options),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=64),
+    )
+    assert [found[name].generated_tokens for name in sorted(found)] == expected and v.is_code(
+        torch.tensor(expected[1])
+    ).any()
+
+
+def test_generate_takes_what_it_does_not_hand_to_the_model():
+    mllm = tiny_mllm()
+    prompt = mllm.processor("a red", return_tensors="pt")
+    options = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    tokenizer = mllm.processor.tokenizer
+    plain = mllm.model.generate(**prompt, **options)
+    assert torch.equal(mllm.model.generate(**prompt, **options, stop_strings=["\0"], tokenizer=tokenizer), plain)
+    with pytest.raises(ValueError, match=r"not used by the model.*foo"):
+        mllm.model.generate(**prompt, **options, foo=3)
