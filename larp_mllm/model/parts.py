@@ -1,6 +1,7 @@
 """The usual parts of a causal language model, for all ids: what `get_input_embeddings`, `get_decoder` and `get_output_embeddings` return.
 
-They have no weights of their own: they read those of the base and the adapter, which may be replaced at any time.
+They have no weights of their own: they read those of the base and the adapter, which may be replaced at any time, and name them as
+their `parameters()`.
 
 The vocabulary has two parts: text ids and video_start may follow text and video_end; video_end and codes may follow
 video_start and codes. The decoder's hidden states have two columns more than the base's, which say where an id is inside a
@@ -10,6 +11,7 @@ the loss of the model, and text has the base's own probabilities, but for that o
 Shapes: B batch, S sequence length, H hidden width, V all ids.
 """
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from larp_mllm.model.inputs import check_ids
@@ -33,9 +35,21 @@ class _Part(nn.Module):
         # Not registered: a module of the model that has the model as a module would never end.
         object.__setattr__(self, "_model", model)
 
+    def _reads(self) -> list[nn.Module]:
+        raise NotImplementedError
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those of the base and the adapter that it reads: so it is frozen with `requires_grad_(False)` as usual."""
+        read = self._reads() if recurse else []
+        yield from dict.fromkeys(parameter for module in read for parameter in module.parameters())
+
 
 class Embedding(_Part):
     """Ids int64 (B, S) -> embeddings (B, S, H): text rows of the base, video rows of the adapter."""
+
+    def _reads(self) -> list[nn.Module]:
+        adapter = self._model.adapter
+        return [self._model.base.get_input_embeddings(), adapter.code_input, adapter.control_input]
 
     @property
     def weight(self) -> Tensor:
@@ -86,6 +100,9 @@ class Decoder(_Part):
     # Read by transformers where it shards models among devices.
     _tp_plan = _pp_plan = None
 
+    def _reads(self) -> list[nn.Module]:
+        return [self._model.base.base_model, *self._model.whole_embedding._reads()]
+
     def forward(self, input_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, **options):
         """Arguments are those of the base's decoder. Raises ValueError for ids out of range, and unless one of both is given."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -101,6 +118,10 @@ class Decoder(_Part):
 
 class Head(_Part):
     """Hidden states (..., H + 2) of the decoder -> logits of all ids (..., V); of (..., H), nothing is excluded."""
+
+    def _reads(self) -> list[nn.Module]:
+        adapter = self._model.adapter
+        return [self._model.base.get_output_embeddings(), adapter.code_output, adapter.control_output]
 
     @property
     def weight(self) -> Tensor:

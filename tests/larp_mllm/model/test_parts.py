@@ -76,6 +76,18 @@ def test_the_likelihood_of_text_is_that_of_the_base(model):
     torch.testing.assert_close(ours, base + (-start).log1p(), rtol=0, atol=1e-6)
 
 
+def test_a_part_is_frozen_as_usual(model, ids):
+    own = copy.deepcopy(model)
+    whole = own.get_decoder(), own.get_output_embeddings()
+    assert {*whole[0].parameters(), *whole[1].parameters()} == {*own.parameters()}
+    assert len(list(own.parameters())) == len(list(model.parameters()))
+    own.get_input_embeddings().requires_grad_(False)
+    own(ids, labels=ids).loss.backward()
+    unchanged = {parameter for parameter in own.parameters() if parameter.grad is None}
+    assert unchanged == {*own.get_input_embeddings().parameters()} and own.adapter.control_input.weight in unchanged
+    assert not list(whole[0].parameters(recurse=False))
+
+
 def test_copies_and_pickles_have_parts_of_their_own(model, ids):
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
