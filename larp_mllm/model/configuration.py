@@ -119,6 +119,13 @@ class LarpMllmConfig(PreTrainedConfig):
         return self.vocabulary.size if self.text_size else 0  # 0: built without arguments, see __post_init__
 
     @property
+    def image_token_id(self) -> int:
+        """There is none: raises AttributeError, which trainers of TRL that generate meet with a processor."""
+        raise AttributeError(
+            "a model with video ids has no image_token_id: give GRPO and other trainers that generate processing_class=processor.tokenizer"
+        )
+
+    @property
     def positions(self) -> int:
         """The largest number of ids of a row, see `positions_of`."""
         return positions_of(self.text_config)

@@ -16,21 +16,11 @@ _PAGED = {"cache", "read_index", "write_index", "block_table", "logits_indices",
 
 def check_options(options: dict[str, Any], decoder: PreTrainedModel) -> None:
     """Raise TypeError for an option that neither `decoder` takes nor transformers passes on to attention."""
-    if unknown := _unknown(options, decoder):
+    unknown = options.keys() - TransformersKwargs.__optional_keys__ - _PAGED
+    if unknown and (unknown := unknown - inspect.signature(decoder.forward).parameters.keys()):
         raise TypeError(
             f"forward() got an unexpected keyword argument {min(unknown)!r}: neither this model nor its base takes it"
         )
-
-
-def without_unknown(options: dict[str, Any], model: PreTrainedModel, decoder: PreTrainedModel) -> dict[str, Any]:
-    """The options of a step of `generate`, without what it hands to every model, such as the tokenizer of stop_strings."""
-    unknown = _unknown(options, decoder) - inspect.signature(model.forward).parameters.keys()
-    return {name: value for name, value in options.items() if name not in unknown}
-
-
-def _unknown(options: dict[str, Any], decoder: PreTrainedModel) -> set[str]:
-    unknown = options.keys() - TransformersKwargs.__optional_keys__ - _PAGED
-    return unknown and unknown - inspect.signature(decoder.forward).parameters.keys()
 
 
 def check_ids(vocabulary: Vocabulary, ids: Tensor | None, labels: Tensor | None) -> None:

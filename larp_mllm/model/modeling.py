@@ -15,7 +15,7 @@ from larp.hub import check_fit
 from larp_mllm.locate import first_line
 from larp_mllm.model.chunked_loss import OutputHead, chunked_cross_entropy, is_sharded
 from larp_mllm.model.configuration import LarpMllmConfig
-from larp_mllm.model.inputs import check_ids, check_options, select_positions, without_unknown
+from larp_mllm.model.inputs import check_ids, check_options, select_positions
 from larp_mllm.model.partial_lora import PROJECTIONS, add_partial_lora, at_positions, for_recomputation
 from larp_mllm.model.parts import WithParts
 from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
@@ -228,8 +228,9 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
 
     @wraps(GenerationMixin.prepare_inputs_for_generation, assigned=())
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict[str, Any]:
-        """What forward gets at a step of transformers' `generate`."""
-        return without_unknown(super().prepare_inputs_for_generation(*args, **kwargs), self, self.base.base_model)
+        """What forward gets at a step of transformers' `generate`, which hands on the tokenizers of stop_strings and assistants too."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {name: value for name, value in inputs.items() if name not in ("tokenizer", "assistant_tokenizer")}
 
     def create_masks_for_generate(self, *, config: LarpMllmConfig, **options):
         """The attention masks of a step of transformers' `generate` with a static cache, as the base makes them.

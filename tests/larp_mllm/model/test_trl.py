@@ -90,6 +90,27 @@ def test_dpo_trainer_prefers_the_answers_that_are_chosen(tmp_path, reference):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
+def test_grpo_trainer_takes_the_tokenizer(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    mllm = tiny_mllm()
+    settings = trl.GRPOConfig(tmp_path, num_generations=2, max_completion_length=6, **settings_of_trl())
+    rows = datasets.Dataset.from_dict({"prompt": ["a red"] * 4})
+
+    def train(processor):
+        trainer = trl.GRPOTrainer(
+            mllm.model, lambda completions, **_: [len(text) for text in completions], settings, rows,
+            processing_class=processor,
+        )  # fmt: skip
+        trainer.train()
+        return trainer.state.global_step
+
+    with pytest.raises(AttributeError, match=r"has no image_token_id: give GRPO .*=processor\.tokenizer"):
+        train(mllm.processor)
+    assert not hasattr(mllm.model.config, "image_token_id")
+    assert train(mllm.processor.tokenizer) == 2
+
+
 @pytest.mark.parametrize("helper", ["assistant", "prompt"])
 def test_assisted_decoding_gives_the_codes_of_greedy_decoding(helper):
     torch.manual_seed(0)
