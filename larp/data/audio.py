@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.data.frame_times import read_times
 from larp.data.open_video import DECODE_ERRORS, opened
 
 if TYPE_CHECKING:
@@ -103,11 +104,16 @@ class AudioTrack:
 
 
 def _first_frame_time(path: str | Path) -> Fraction:
-    """Return the time in seconds of the first frame that decodes; the header of an AVI does not count delayed frames."""
+    """Return the time in seconds of the first frame that decodes, or its place at an even rate, see `FrameTimes.early`.
+
+    The header of an AVI does not count delayed frames.
+    """
+    with opened(path) as (container, video):
+        early = read_times(path, container, video).early
     with opened(path) as (container, video):
         frame = next(container.decode(video), None)
         pts = video.start_time if frame is None or frame.pts is None else frame.pts
-        return (pts or 0) * video.time_base
+        return (pts or 0) * video.time_base + Fraction(early)
 
 
 def _move(packet: av.Packet, dts: int) -> None:

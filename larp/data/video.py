@@ -15,6 +15,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.data.container_layout import lacks_end
 from larp.data.frame_times import FrameTimes, promised_frames, read_times, whole_packets
 from larp.data.open_video import (
     DECODE_ERRORS,
@@ -135,7 +136,7 @@ def read_clip(
         return _read_frame_file(path, start, count, stride, max_pixels)
     frames: list[np.ndarray] = []
     with opened(path, max_pixels) as (container, stream):
-        decoded = _Decoded(promised_frames(path, container, stream) if count is None else 0)
+        decoded = _promise(path, container, stream) if count is None else _Decoded(0)
         upright = _upright(path, container, stream, max_pixels)
         for frame in _pictures(path, container, stream, upright, decoded, start, count, stride):
             frames.append(frame)
@@ -150,7 +151,7 @@ def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.n
         yield from map(np.array, open_frames(path, max_pixels))
         return
     with opened(path, max_pixels) as (container, stream):
-        decoded = _Decoded(promised_frames(path, container, stream))
+        decoded = _promise(path, container, stream)
         upright = _upright(path, container, stream, max_pixels)
         yield from _pictures(path, container, stream, upright, decoded, 0, None, 1)
     _check_frame_count(path, 0, None, 1, decoded.frames, decoded)
@@ -312,6 +313,14 @@ class _Decoded:
     frames: int = 0
     stored: int = 0
     """Packets that were decoded, from the first key frame on, where each holds one frame; else 0."""
+    unfinished: bool = False
+    """Whether the file is known to stop early, though not before which frame."""
+
+
+def _promise(path, container, stream) -> _Decoded:
+    promised, kind = promised_frames(path, container, stream), container.format.name
+    told = promised and kind.startswith("matroska")  # of which perhaps only the index at its end is lost
+    return _Decoded(promised, unfinished=not told and lacks_end(path, kind))
 
 
 def _frames(container, stream, decoded: _Decoded) -> Iterator:
@@ -381,6 +390,8 @@ def _check_frame_count(path, start: int, count: int | None, stride: int, got: in
         raise ShortVideoError(f"{path}: {wanted}, but the video holds {held}", held)
     if count is None and held < expected - max(2, expected // 50):
         raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
+    if count is None and decoded.unfinished:
+        raise ShortVideoError(f"{path}: truncated: the file stops before its end, {held} frames decode", held)
     if count is None and not expected and held < decoded.stored - max(2, decoded.stored // 50):
         raise ShortVideoError(f"{path}: damaged: of {decoded.stored} stored frames {held} decode", held)
     if not got:
