@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     import av
 
 
+_STEADY = ("aac", "mp3", "ac3", "eac3")
+"""Codecs whose packets all hold equally many samples."""
+
+
 class AudioTrack:
     """The audio stream of a video file that FFmpeg ranks best; a context manager.
 
@@ -68,7 +72,9 @@ class AudioTrack:
         """Yield the packets with rising timestamps: a repeated one is moved on, and what goes back further is left out."""
         last, late = None, 0
         for packet, following in pairwise(chain(self._demuxed(container), (None,))):
-            if last is not None:
+            if last is None:
+                self._settle(packet, following)
+            else:
                 step, limit = max(packet.duration or 0, 1), inf if following is None else following.dts
                 if packet.dts < last - step:
                     late += 1
@@ -79,6 +85,12 @@ class AudioTrack:
             yield packet
         if late:
             self.notes.append(f"the sound has gaps: {late} of its packets were left out, because their times go back")
+
+    def _settle(self, packet: av.Packet, following: av.Packet | None) -> None:
+        """Move the first packet right before the second: fragmented MP4s stretch it where the picture begins before the sound."""
+        if self.codec in _STEADY and following is not None and packet.duration > following.duration > 0:
+            packet.duration = following.duration
+            _move(packet, following.dts - following.duration)
 
     def _demuxed(self, container) -> Iterator[av.Packet]:
         """Yield the packets with timestamps relative to the first frame. A damaged packet ends the audio, not the video.

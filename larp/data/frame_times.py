@@ -22,6 +22,7 @@ _BROADCAST = ("mpegts", "mpeg")
 _JUMP = 10
 # The most by which a first frame is shown longer because the sound begins before it, in seconds: encoders of sound start early.
 _EARLY_SOUND = 0.1
+_MILLISECOND = Fraction(1, 1000)
 _STANDARD = (
     *(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)),
     *map(Fraction, (24, 25, 30, 48, 50, 60, 120)),
@@ -129,7 +130,10 @@ def _indexed(stream, sound: bool) -> FrameTimes | None:
         return FrameTimes(len(ticks), _stated(stream)) if len(ticks) else None
     ticks, early = _settled(ticks, stream, sound)
     gap = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
-    if gap <= 0 or not _even(ticks, gap) or 0 < _spread(ticks, gap) <= 2:  # of rounded times those of showing tell more
+    rounded = max(2, 2 * _MILLISECOND / stream.time_base)
+    if (
+        gap <= 0 or not _even(ticks, gap) or 0 < _spread(ticks, gap) <= rounded
+    ):  # of these the times of showing tell more
         return None
     # FFmpeg's rate is measured in the index too, over all frames, and depends on how long the last one stays.
     hidden = len(shown) < len(stream.index_entries)
@@ -229,14 +233,15 @@ def _rate(ticks: np.ndarray, gap: float, stream, slack: float) -> float:
     if _spread(ticks, gap) == 0:
         meant.append(1 / (int(gap) * stream.time_base))
     standard = sorted(_STANDARD, key=lambda rate: _spread(ticks, period(rate)))
-    for most in (1.01, 2, 0.00101 / stream.time_base):  # rounded to ticks once, or twice, or to milliseconds
+    for most in (1, 2, 1 + _MILLISECOND / stream.time_base):  # rounded to ticks once, or twice, or after milliseconds
         for rate in (*meant, *standard, *stated, whole):
-            if rate and _spread(ticks, period(rate)) <= most:
+            if rate and _spread(ticks, period(rate)) <= min(1.01 * most, gap / 2):
                 return float(rate)
     usual = [rate for rate in (whole, Fraction(round(measured * 1.001) * 1000, 1001)) if rate]
     if stated and error(stated[0]) <= slack:
         return float(stated[0])
-    return next((float(rate) for rate in sorted((*stated, *usual), key=error) if error(rate) <= 2), float(measured))
+    near = [rate for rate in sorted((*stated, *usual), key=error) if error(rate) <= min(2, gap / 2)]
+    return float(near[0] if near else measured)
 
 
 def _stated(stream) -> float:

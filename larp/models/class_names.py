@@ -24,8 +24,9 @@ def unknown_class(name: str, known: Sequence[str]) -> str:
         return f"unknown class {name!r}; this checkpoint stores no class names: use numbers"
     folded = {_folded(other): other for other in known}
     near = difflib.get_close_matches(_folded(name), folded, n=3, cutoff=0.4)
-    nearest = ", ".join([other for other in known if _folded(other) in near] or known[:5])
-    return f"unknown class {name!r}; nearest: {nearest} (of {len(known)})"
+    if nearest := [other for other in known if _folded(other) in near]:
+        return f"unknown class {name!r}; nearest: {', '.join(nearest)} (of {len(known)})"
+    return f"unknown class {name!r}; there are {len(known)}: {', '.join(known[:6])}{', ...' if len(known) > 6 else ''}"
 
 
 def _folded(name: str) -> str:

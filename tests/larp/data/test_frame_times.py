@@ -183,6 +183,21 @@ def test_times_in_milliseconds_are_those_of_the_nearest_usual_rate(tmp_path, suf
     assert probe(path).fps == float(rate) and type(probe(path).fps) is float
 
 
+@pytest.mark.parametrize("rate", [24, 25, Fraction(30_000, 1001)])
+def test_times_that_were_once_in_milliseconds_are_those_of_a_usual_rate(tmp_path, rate):
+    """As in an MP4 that was copied from an FLV."""
+    path = write(tmp_path / "a.mp4", numbered(N), 30, seconds=lambda k: k / rate, video_track_timescale="15360")
+    assert probe(path).fps == float(rate) and probe(path).even
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4"])
+def test_one_dropped_frame_is_not_rounded_away(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    codec = "ffv1" if suffix == "avi" else "libx264"
+    write(path, numbered(N), 24, seconds=lambda k: (k + (k > 24)) / 24, codec=codec)
+    assert probe(path).duration_s == pytest.approx((N + 1) / 24, abs=0.001)
+
+
 @pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4", "avi", "gif"])
 @pytest.mark.parametrize("rate", [14.985, 17.3, 12.5, 29.5, 23.5, 31.25])
 def test_a_rate_that_is_not_usual_is_not_bent(tmp_path, suffix, rate):

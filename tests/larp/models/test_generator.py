@@ -147,6 +147,8 @@ def test_unknown_classes():
     model = LarpGenerator(tiny(class_names=("walk", "run", "jump")))
     with pytest.raises(ValueError, match=r"'jmup'; nearest: jump \(of 3\)"):
         model.class_labels(["jmup"])
+    with pytest.raises(ValueError, match=r"'polo'; there are 3: walk, run, jump$"):
+        model.class_labels(["polo"])
     with pytest.raises(ValueError, match="0 to 2"):
         model.class_labels([3])
     with pytest.raises(ValueError, match="use numbers"):
