@@ -10,7 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.frame_times import read_times
+from larp.data.frame_times import first_tick, read_times
 from larp.data.open_video import DECODE_ERRORS, opened
 
 if TYPE_CHECKING:
@@ -123,7 +123,8 @@ def _first_frame_time(path: str | Path) -> Fraction:
     with opened(path) as (container, video):
         early = read_times(path, container, video).early
     with opened(path) as (container, video):
-        frame = next(container.decode(video), None)
+        begin = first_tick(path, container)
+        frame = next((frame for frame in container.decode(video) if frame.pts is None or frame.pts >= begin), None)
         pts = video.start_time if frame is None or frame.pts is None else frame.pts
         return (pts or 0) * video.time_base + Fraction(early)
 

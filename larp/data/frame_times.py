@@ -6,6 +6,7 @@ never finished. Packets do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -76,7 +77,12 @@ def read_times(path: str | Path, container, stream) -> FrameTimes:
     kind = container.format.name
     indexed = kind.startswith("mov") and not has_fragments(path)
     sound = bool(container.streams.audio)
-    return (_indexed(stream, sound) if indexed else None) or _demuxed(container, stream, sound)
+    return (_indexed(stream, sound) if indexed else None) or _demuxed(path, container, stream, sound)
+
+
+def first_tick(path: str | Path, container) -> float:
+    """Return the time before which frames are not shown, in ticks: FFmpeg shows those that an edit list hides in fragments."""
+    return 0 if container.format.name.startswith("mov") and has_fragments(path) else -math.inf
 
 
 def promised_frames(path: str | Path, container, stream) -> int:
@@ -141,11 +147,12 @@ def _indexed(stream, sound: bool) -> FrameTimes | None:
     return FrameTimes(len(ticks), _rate(ticks, gap, stream, slack), early=early)
 
 
-def _demuxed(container, stream, sound: bool) -> FrameTimes:
+def _demuxed(path, container, stream, sound: bool) -> FrameTimes:
+    begin = first_tick(path, container)
     packets = [
         (packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
         for packet in whole_packets(container, stream)
-        if packet.size and not packet.is_discard
+        if packet.size and not packet.is_discard and (packet.pts is None or packet.pts >= begin)
     ]
     broadcast = container.format.name in _BROADCAST
     if broadcast:  # what precedes the first key frame cannot be decoded
@@ -215,13 +222,12 @@ def _rate(ticks: np.ndarray, gap: float, stream, slack: float) -> float:
     """Return the rate of frames at even times, `gap` ticks apart on average.
 
     Ticks may be as long as a millisecond, and times are copied between containers. Of the rates whose times, rounded to ticks
-    or to milliseconds, are these, a usual one that the header states is meant, else one that fits exactly, else a standard one,
-    else what the header states, else a whole number. Times that are uneven by more have the rate of the header if that agrees
-    within `slack` ticks in all, or such a usual one within two.
+    or to milliseconds, are these, a usual one that the header states is meant, else one that fits exactly, else a usual one,
+    else what the header states. Times that are uneven by more have the rate of the header if that agrees within `slack` ticks
+    in all, or such a usual one within two, or a standard one that fits them no worse than their average.
     """
     stated = [rate for rate in (stream.average_rate, stream.base_rate) if rate]
     measured = 1 / (gap * float(stream.time_base))
-    whole = Fraction(round(measured))
 
     def period(rate: Fraction) -> float:
         return float(1 / (rate * stream.time_base))
@@ -229,18 +235,26 @@ def _rate(ticks: np.ndarray, gap: float, stream, slack: float) -> float:
     def error(rate: Fraction) -> float:
         return abs(period(rate) - gap) * len(ticks)
 
+    def spread(rate: Fraction) -> float:
+        return _spread(ticks, period(rate))
+
     meant = [rate for rate in (stream.average_rate,) if rate and rate.denominator in (1, 1001)]
     if _spread(ticks, gap) == 0:
         meant.append(1 / (int(gap) * stream.time_base))
-    standard = sorted(_STANDARD, key=lambda rate: _spread(ticks, period(rate)))
+    standard = sorted(_STANDARD, key=spread)
+    usual = [rate for rate in (Fraction(round(measured)), Fraction(round(measured * 1.001) * 1000, 1001)) if rate]
+    usual = [*standard, *sorted(usual, key=spread)]
     for most in (1, 2, 1 + _MILLISECOND / stream.time_base):  # rounded to ticks once, or twice, or after milliseconds
-        for rate in (*meant, *standard, *stated, whole):
-            if rate and _spread(ticks, period(rate)) <= min(1.01 * most, gap / 2):
+        for rate in (*meant, *usual, *stated):
+            if spread(rate) <= min(1.01 * most, gap / 2):
                 return float(rate)
-    usual = [rate for rate in (whole, Fraction(round(measured * 1.001) * 1000, 1001)) if rate]
     if stated and error(stated[0]) <= slack:
         return float(stated[0])
     near = [rate for rate in sorted((*stated, *usual), key=error) if error(rate) <= min(2, gap / 2)]
+    if not near and spread(standard[0]) <= _spread(
+        ticks, gap
+    ):  # such as films in a broadcast, in turn two and three fields long
+        near = standard
     return float(near[0] if near else measured)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from larp.data.container_layout import lacks_end
-from larp.data.frame_times import FrameTimes, promised_frames, read_times, whole_packets
+from larp.data.frame_times import FrameTimes, first_tick, promised_frames, read_times, whole_packets
 from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
@@ -323,12 +323,14 @@ def _promise(path, container, stream) -> _Decoded:
     return _Decoded(promised, unfinished=not told and lacks_end(path, kind))
 
 
-def _frames(container, stream, decoded: _Decoded) -> Iterator:
-    """Yield the decoded frames. FFmpeg leaves out frames without an error if those that they refer to are lost."""
+def _frames(path, container, stream, decoded: _Decoded) -> Iterator:
+    """Yield the decoded frames that are shown. FFmpeg leaves out frames without an error if those that they refer to are lost."""
     counted = stream.codec_context.name in ("h264", "hevc") and container.format.name not in ("mpegts", "mpeg")
+    begin = first_tick(path, container)
     for packet in whole_packets(container, stream):
-        decoded.stored += counted and packet.size > 0 and (packet.is_keyframe or decoded.stored > 0)
-        yield from packet.decode()
+        shown = packet.size > 0 and (packet.pts is None or packet.pts >= begin)
+        decoded.stored += counted and shown and (packet.is_keyframe or decoded.stored > 0)
+        yield from (frame for frame in packet.decode() if frame.pts is None or frame.pts >= begin)
 
 
 def _pictures(
@@ -336,7 +338,7 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Yield the chosen frames of an opened stream as uint8 (H, W, 3), as they are shown."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    for index, frame in enumerate(_frames(container, stream, decoded)):
+    for index, frame in enumerate(_frames(path, container, stream, decoded)):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
             if frame.is_corrupt:

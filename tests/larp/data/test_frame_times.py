@@ -97,6 +97,21 @@ def test_fragments_count_beside_the_header(tmp_path, made, flags):
     assert 20 < held < N and len(read_video(tmp_path / "broken_off.mp4")[0]) == held
 
 
+def test_an_edit_list_hides_frames_in_fragments_too(tmp_path, made):
+    flags = {"movflags": "frag_keyframe+empty_moov+delay_moov"}
+    assert_shown(copy(made / "plain.mp4", tmp_path / "a.mp4", lambda k: -17 / 24, **flags), list(range(17, N)))
+
+
+@pytest.mark.parametrize("damaged", [1, 0.4])
+def test_an_index_that_leads_astray_is_not_followed(tmp_path, made, damaged):
+    data = bytearray((made / "plain.avi").read_bytes())
+    place = data.rfind(b"idx1") + 8
+    for entry in range(place, place + int((len(data) - place) * damaged) - 12, 16):
+        data[entry + 8 : entry + 12] = bytes([entry % 251, entry % 7, 0, 9])
+    (tmp_path / "a.avi").write_bytes(data)
+    assert_shown(tmp_path / "a.avi", list(range(N)))
+
+
 @pytest.mark.parametrize("suffix", ["avi", "flv"])
 def test_a_recording_that_broke_off_has_the_frames_that_are_whole(tmp_path, made, suffix):
     path = cut(made / f"plain.{suffix}", tmp_path / f"half.{suffix}", 0.78)
@@ -175,6 +190,7 @@ def test_sound_that_begins_first_does_not_slow_a_fragmented_video(tmp_path, flag
         (25, 4),
         (30, 8),
         (50, 9),
+        (Fraction(15_000, 1001), 40),
     ],
 )
 def test_times_in_milliseconds_are_those_of_the_nearest_usual_rate(tmp_path, suffix, rate, count, stated):
@@ -188,6 +204,12 @@ def test_times_that_were_once_in_milliseconds_are_those_of_a_usual_rate(tmp_path
     """As in an MP4 that was copied from an FLV."""
     path = write(tmp_path / "a.mp4", numbered(N), 30, seconds=lambda k: k / rate, video_track_timescale="15360")
     assert probe(path).fps == float(rate) and probe(path).even
+
+
+def test_films_in_a_broadcast_have_the_rate_of_films(tmp_path):
+    """Their frames are two and three fields long in turn."""
+    path = write(tmp_path / "a.mkv", numbered(N), 1000, seconds=lambda k: (k * 5 // 2) * 1001 / 60_000)
+    assert probe(path).fps == 24_000 / 1001 and probe(path).even
 
 
 @pytest.mark.parametrize("suffix", ["avi", "mp4"])
