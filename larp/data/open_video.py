@@ -131,7 +131,7 @@ def _leads_astray(file: BinaryIO, container) -> bool:
     place, astray = file.tell(), False
     for stream in container.streams.video[:1]:
         entries = stream.index_entries
-        for number in {round(k * (len(entries) - 1) / 7) for k in range(8)} if entries else ():
+        for number in {round(k * (len(entries) - 1) / 4) for k in range(5)} if entries else ():
             file.seek(max(0, entries[number].pos))
             astray |= re.match(rb"[0-9a-fA-F]{2}[a-z]", file.read(4)) is None
     file.seek(place)  # where FFmpeg goes on
