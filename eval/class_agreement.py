@@ -51,7 +51,7 @@ class AgreementConfig(SamplingOptions, ClipSourceConfig):
     """Measure how often generated clips are classified as the class that they were generated for."""
 
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels. By default ucf101:$LARP_UCF101, else the data that the
+    """Data spec of labelled videos, as in training. By default ucf101:$LARP_UCF101, else the data that the
     generator's run names. The classifier is trained on the train split and evaluated on the test split, on classes that the generator
     knows."""
     num_clips: int = 192

@@ -55,7 +55,7 @@ class MemorisingConfig(SamplingOptions, ClipSourceConfig):
     """Measure how near generated clips lie to the nearest training clip."""
 
     data: str = ""
-    """Labelled videos that the model was trained on, as in training: ucf101:ROOT or a manifest with labels. By default
+    """Data spec of labelled videos that the model was trained on. By default
     ucf101:$LARP_UCF101, else the data that the generator's run names. The train split is compared with; clips of the test split are held
     out."""
     num_clips: int = 192

@@ -42,7 +42,7 @@ class CurveConfig:
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer's training."""
     data: str = ""
-    """Videos, as in training: ucf101:ROOT, a manifest, a folder, ... (needed)."""
+    """Data spec of the videos, as in training (needed)."""
     split: Literal["train", "test", "all"] = "test"
     """Which of them; the centre of every video is measured."""
     compare: tuple[str, ...] = ()

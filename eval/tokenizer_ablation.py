@@ -51,7 +51,7 @@ class AblationConfig:
     """Train tokenizers that differ in one option; measure reconstruction and how well an AR model predicts their codes."""
 
     data: str = ""
-    """Labelled videos with a train and a test split, as in training (needed)."""
+    """Data spec of labelled videos with a train and a test split, as in training (needed)."""
     tokenizer_recipe: str = "tokenizer-ucf64"
     """Of training/train_tokenizer.py."""
     generator_recipe: str = "generator-ucf64"

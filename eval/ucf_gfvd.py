@@ -46,7 +46,7 @@ class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
     needed: ClassVar[tuple[str, ...]] = ()
 
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels. By default ucf101:$LARP_UCF101, else the data that the
+    """Data spec of labelled videos, as in training. By default ucf101:$LARP_UCF101, else the data that the
     generator's run names. Videos of classes that the generator does not know are left out."""
     split: Literal["train", "test", "all"] = "train"
     """Which of them; the published gFVD is of the train split."""

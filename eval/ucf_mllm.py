@@ -55,7 +55,7 @@ class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     model: Path | None = None
     """Folder of the model, or of the run that trained it; by default LARP_MLLM_MODEL, else the newest one trained here."""
     data: str = ""
-    """Labelled videos, as in training: ucf101:ROOT or a manifest with labels (needed but for bits). The classifier is trained on
+    """Data spec of labelled videos, as in training (needed but for bits). The classifier is trained on
     the train split; everything is measured on the test split."""
     eval_tokens: Path | None = None
     """Token cache of held-out clips, from training/extract_tokens.py (needed for bits)."""

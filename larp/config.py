@@ -20,6 +20,11 @@ from larp.files import user_path, user_text
 
 Config = TypeVar("Config")
 
+DATA_SPECS = (
+    "ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, wds:PATTERN, hf-disk:FOLDER, shapes:, joined with +"
+)
+"""The kinds of data specs, for `--help`; see larp/data/datasets.py."""
+
 _INHERIT = "inherit"
 
 
@@ -366,6 +371,8 @@ def parse(
     summary = (
         f"{(cls.__doc__ or '').strip()}\n\n--recipe NAME starts from a recipe ({available}) or a .toml file.{used}"
     )
+    if any(option.name == "data" for option in dataclasses.fields(cls)):
+        summary += f"\n\nA data spec is {DATA_SPECS}; or the path of a folder or manifest."
     # The recipe decides whether an optional group exists; tyro would make subcommands of the choice.
     config = tyro.cli(
         cls, args=rest, default=start, prog=prog, description=summary, config=(tyro.conf.AvoidSubcommands,)

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from larp.files import cache_folder, error_line, read_json, user_path, user_text, write_json
 from larp.hub_files import ANSWER, snapshot, within
+from larp.models.class_names import class_number
 
 if TYPE_CHECKING:
     from larp.engine.generator_run import Training
@@ -98,20 +100,24 @@ def find_model(model: str | Path | None = None, option: str | None = None) -> Pa
     )
 
 
-def find_generator(generator: str | None = None) -> str:
+def find_generator(generator: str | None = None, classes: Sequence[str] = ()) -> str:
     """The folder or hub name of a class-conditional generator.
 
-    That is `generator` itself. None: the newest one trained here, else the one that comes with the package; which of them is
-    said once on stderr. Raises ValueError if the latter is damaged.
+    That is `generator` itself. None: the newest one trained here, else the one that comes with the package, also where the
+    latter alone knows all of the `classes`; which of them is said once on stderr. Raises ValueError if it is damaged.
     """
     if generator is not None:
         return user_text(generator)
-    if (newest := _newest("generator")) is not None:
-        _say_once(f"the generator is the newest one that was trained here: {newest}")
-        return str(newest)
+    newest, reason = _newest("generator"), "no generator was trained here"
+    if newest is not None:
+        lacking = _unknown(classes, newest)
+        if not lacking or _unknown(classes, _SHIPPED / "generator"):
+            _say_once(f"the generator is the newest one that was trained here: {newest}")
+            return str(newest)
+        reason = f"the newest generator that was trained here, {newest}, knows no class {lacking[0]}"
     folder = shipped("generator")
-    classes = ", ".join((read_config(folder / "config.json") or {}).get("class_names", ()))
-    _say_once(f"no generator was trained here, so it is the small one that comes with larp-mllm: {classes}, at 64x64")
+    known = ", ".join(_class_names(folder))
+    _say_once(f"{reason}, so it is the small one that comes with larp-mllm: {known}, at 64x64")
     return str(folder)
 
 
@@ -352,6 +358,15 @@ def _newest(kind: str) -> Path | None:
         remedy = _remedy() if kind == "model" else "The generator is then the one that comes with the package"
         raise ValueError(f"{pointer} is damaged ({type(error).__name__}: {error}): delete it. {remedy}") from error
     return folder if folder.is_dir() else None
+
+
+def _class_names(folder: Path) -> list[str]:
+    return (read_config(folder / "config.json") or {}).get("class_names", [])
+
+
+def _unknown(classes: Sequence[str], generator: Path) -> list[str]:
+    """Return those of some classes whose names a generator does not store."""
+    return [name for name in classes if class_number(name, _class_names(generator)) is None]
 
 
 def _model_type(folder: Path) -> str | None:

@@ -39,7 +39,7 @@ class ExtractTokensConfig:
     variant: Literal["ema"] | None = None
     """ema: the averaged weights of the tokenizer, where training kept them."""
     data: str = "shapes:"
-    """Data spec: ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, wds:PATTERN, hf-disk:FOLDER, shapes:, joined with +."""
+    """Data spec of the videos."""
     split: Literal["train", "validation", "test", "all"] = "train"
     out: Path = Path("runs/tokens")
     """Folder of the cache."""

@@ -10,10 +10,15 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from larp.data.frame_times import first_tick, read_times
 from larp.data.open_video import DECODE_ERRORS, opened
 
 if TYPE_CHECKING:
     import av
+
+
+_STEADY = ("aac", "mp3", "ac3", "eac3")
+"""Codecs whose packets all hold equally many samples."""
 
 
 class AudioTrack:
@@ -67,7 +72,9 @@ class AudioTrack:
         """Yield the packets with rising timestamps: a repeated one is moved on, and what goes back further is left out."""
         last, late = None, 0
         for packet, following in pairwise(chain(self._demuxed(container), (None,))):
-            if last is not None:
+            if last is None:
+                self._settle(packet, following)
+            else:
                 step, limit = max(packet.duration or 0, 1), inf if following is None else following.dts
                 if packet.dts < last - step:
                     late += 1
@@ -78,6 +85,12 @@ class AudioTrack:
             yield packet
         if late:
             self.notes.append(f"the sound has gaps: {late} of its packets were left out, because their times go back")
+
+    def _settle(self, packet: av.Packet, following: av.Packet | None) -> None:
+        """Move the first packet right before the second: fragmented MP4s stretch it where the picture begins before the sound."""
+        if self.codec in _STEADY and following is not None and packet.duration > following.duration > 0:
+            packet.duration = following.duration
+            _move(packet, following.dts - following.duration)
 
     def _demuxed(self, container) -> Iterator[av.Packet]:
         """Yield the packets with timestamps relative to the first frame. A damaged packet ends the audio, not the video.
@@ -103,11 +116,17 @@ class AudioTrack:
 
 
 def _first_frame_time(path: str | Path) -> Fraction:
-    """Return the time in seconds of the first frame that decodes; the header of an AVI does not count delayed frames."""
+    """Return the time in seconds of the first frame that decodes, or its place at an even rate, see `FrameTimes.early`.
+
+    The header of an AVI does not count delayed frames.
+    """
     with opened(path) as (container, video):
-        frame = next(container.decode(video), None)
+        early = read_times(path, container, video).early
+    with opened(path) as (container, video):
+        begin = first_tick(path, container)
+        frame = next((frame for frame in container.decode(video) if frame.pts is None or frame.pts >= begin), None)
         pts = video.start_time if frame is None or frame.pts is None else frame.pts
-        return (pts or 0) * video.time_base
+        return (pts or 0) * video.time_base + Fraction(early)
 
 
 def _move(packet: av.Packet, dts: int) -> None:

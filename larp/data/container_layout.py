@@ -1,11 +1,12 @@
 """What the layout of a file shows and FFmpeg does not tell: fragments of an MP4, and a file that is cut off.
 
-Only sizes are read, a few bytes at a time.
+Only sizes and kinds of parts are read, a few bytes at a time.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -33,6 +34,97 @@ def ends_early(path: str | Path, container: str) -> bool:
         if container == "flv":
             return not _ends_with_tag(file)
         return container.startswith("matroska") and _segment_end(file) > _length(file)
+
+
+def lacks_end(path: str | Path, container: str) -> bool:
+    """Whether a file stops before its end, as its parts show; `container` is FFmpeg's name of its demuxer.
+
+    Known for GIF, animated PNG, JPEG, Ogg, and Matroska of a known size; False for other containers. What follows data that
+    is not of its kind is not looked at.
+    """
+    if container.startswith("matroska"):
+        return ends_early(path, container)
+    walk = _STOPS.get(container)
+    if walk is None:
+        return False
+    with open_bytes(path) as file:
+        return walk(file, _length(file))
+
+
+def _gif_stops(file: BinaryIO, length: int) -> bool:
+    """Whether a GIF stops before its trailer."""
+
+    def colours(flags: int) -> int:
+        return 6 << (flags & 7) if flags & 0x80 else 0
+
+    place = 13 + colours(_at(file, 10, 1)[0]) if length > 10 else length
+    while place < length:
+        kind = _at(file, place, 10)
+        if kind[0] not in (0x21, 0x2C):
+            return False
+        place += 2 if kind[0] == 0x21 else 11 + colours(kind[-1])
+        file.seek(place)
+        while size := file.read(1):
+            place = file.seek(size[0], os.SEEK_CUR)
+            if size == b"\0":
+                break
+        else:
+            return True
+    return True
+
+
+def _png_stops(file: BinaryIO, length: int) -> bool:
+    """Whether a PNG stops before its last chunk."""
+    place = 8
+    while place + 12 <= length:
+        head = _at(file, place, 8)
+        if head[4:] == b"IEND" or not head[4:].isalpha():
+            return False
+        place += 12 + int.from_bytes(head[:4], "big")
+    return True
+
+
+def _jpeg_stops(file: BinaryIO, length: int) -> bool:
+    """Whether a JPEG picture stops before its end; another may follow."""
+    place = 2
+    while place < length:
+        head = _at(file, place, 4)
+        if head[0] != 0xFF or head[1:2] == b"\xd9":
+            return False
+        if head[1:2] == b"\xff":  # fills
+            place += 1
+            continue
+        place += 2 + int.from_bytes(head[2:], "big")
+        if head[1:2] == b"\xda":  # then coded pixels, up to the next marker that is none of theirs
+            file.seek(place)
+            marker = re.search(rb"\xff[^\x00\xd0-\xd7\xff]", file.read())
+            place = length if marker is None else place + marker.start()
+    return True
+
+
+def _jpegs_stop(file: BinaryIO, length: int) -> bool:
+    """Whether JPEG pictures in a row stop before the end of the last one."""
+    return not _at(file, max(0, length - 256), 256).rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def _ogg_stops(file: BinaryIO, length: int) -> bool:
+    """Whether an Ogg file stops within a page, or before the last page of one of its streams."""
+    place, begun = 0, set()
+    while place < length:
+        head = _at(file, place, 27)
+        if head[:4] != b"OggS"[: len(head)]:
+            return False
+        if len(head) < 27:
+            return True
+        serial, sizes = head[14:18], file.read(head[26])
+        begun = begun - {serial} if head[5] & 4 else begun | {serial}
+        place += 27 + head[26] + sum(sizes)
+    return place > length or bool(begun)
+
+
+_STOPS = {
+    "gif": _gif_stops, "apng": _png_stops, "jpeg_pipe": _jpeg_stops, "mjpeg": _jpegs_stop, "ogg": _ogg_stops
+}  # fmt: skip
 
 
 def _boxes(file: BinaryIO) -> Iterator[bytes]:

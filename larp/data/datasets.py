@@ -294,11 +294,15 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
     values: dict[str, dict[str, str | None]] = {}
     lines: dict[str, int] = {}
     for number, given in rows:
-        row = {key: cell(given.get(key), f"{path}, line {number}: {key}") for key in _COLUMNS}
-        if not (name := row["path"]):
+        row = {key: cell(given.get(key), f"{path}, line {number}: {key}") for key in _COLUMNS if key != "caption"}
+        row["caption"] = _captions(given.get("caption"), f"{path}, line {number}: caption")
+        if not row["path"]:
             raise DataError(f"{path}, line {number}: no path")
+        row["label"] = row["label"] and _ucf101_spelling(row["label"])
+        name = os.path.normpath(base / user_path(row["path"]))
         if name in values:  # another caption of a video, as MSR-VTT and VATEX have them
-            _add_caption(values[name], row, f"{path}, line {number}: lists {name} again (first in line {lines[name]})")
+            where = f"{path}, line {number}: lists {row['path']} again (first in line {lines[name]})"
+            _add_caption(values[name], row, where)
             continue
         values[name], lines[name] = row, number
         first = next(iter(values.values()))
@@ -334,6 +338,12 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
         remedy = "give other data with --eval-data, or add such lines" if split == "test" else "add such lines"
         raise NoSplitError(f"{path}: no line has split {split}, all have {others}: {remedy}")
     return VideoSet(chosen, classes, spec)
+
+
+def _captions(value: object, where: str) -> str | None:
+    """Return a caption, or those of a list, as `VideoItem.caption` has them. Raises DataError for values of another kind."""
+    texts = [cell(text, where) for text in (value if isinstance(value, list) else [value])]
+    return CAPTION_BREAK.join(dict.fromkeys(text for text in texts if text)) or None
 
 
 def _add_caption(row: dict[str, str | None], other: dict[str, str | None], where: str) -> None:

@@ -6,6 +6,7 @@ never finished. Packets do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -20,6 +21,13 @@ import numpy as np
 _BROADCAST = ("mpegts", "mpeg")
 # A longer pause in a broadcast, in seconds, is a jump of its clock; FFmpeg's limit.
 _JUMP = 10
+# The most by which a first frame is shown longer because the sound begins before it, in seconds: encoders of sound start early.
+_EARLY_SOUND = 0.1
+_MILLISECOND = Fraction(1, 1000)
+_STANDARD = (
+    *(Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)),
+    *map(Fraction, (24, 25, 30, 48, 50, 60, 120)),
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,8 @@ class FrameTimes:
     """The average where the times are uneven."""
     seconds: np.ndarray | None = None
     """float64 (count,), ascending from 0; None where frame k is shown at k / fps."""
+    early: float = 0.0
+    """By how many seconds the file shows the first frame before its place at the even rate."""
 
     def at(self, seconds: float) -> int:
         """Return the frame nearest to a time after the first frame; `count` or more beyond the end."""
@@ -66,7 +76,13 @@ def read_times(path: str | Path, container, stream) -> FrameTimes:
     """Return the frame times of an opened file, whose packets may be used up by it. FFmpeg's errors pass."""
     kind = container.format.name
     indexed = kind.startswith("mov") and not has_fragments(path)
-    return (_indexed(stream) if indexed else None) or _demuxed(container, stream)
+    sound = bool(container.streams.audio)
+    return (_indexed(stream, sound) if indexed else None) or _demuxed(path, container, stream, sound)
+
+
+def first_tick(path: str | Path, container) -> float:
+    """Return the time before which frames are not shown, in ticks: FFmpeg shows those that an edit list hides in fragments."""
+    return 0 if container.format.name.startswith("mov") and has_fragments(path) else -math.inf
 
 
 def promised_frames(path: str | Path, container, stream) -> int:
@@ -109,7 +125,7 @@ def whole_packets(container, stream) -> Iterator:
         yield end
 
 
-def _indexed(stream) -> FrameTimes | None:
+def _indexed(stream, sound: bool) -> FrameTimes | None:
     """Return the times by the index of an MP4 file, which lists every frame; None where the packets must tell.
 
     The index holds decoding times, which are even if and only if the times of showing are.
@@ -118,20 +134,25 @@ def _indexed(stream) -> FrameTimes | None:
     ticks = np.array([entry.timestamp for entry in shown], np.int64)
     if len(ticks) < 2:
         return FrameTimes(len(ticks), _stated(stream)) if len(ticks) else None
+    ticks, early = _settled(ticks, stream, sound)
     gap = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
-    if gap <= 0 or not _even(ticks, gap):
+    rounded = max(2, 2 * _MILLISECOND / stream.time_base)
+    if (
+        gap <= 0 or not _even(ticks, gap) or 0 < _spread(ticks, gap) <= rounded
+    ):  # of these the times of showing tell more
         return None
     # FFmpeg's rate is measured in the index too, over all frames, and depends on how long the last one stays.
     hidden = len(shown) < len(stream.index_entries)
-    slack = gap if not hidden else min(2, gap / 2)
-    return FrameTimes(len(ticks), _rate(len(ticks), gap * len(ticks), stream, slack))
+    slack = gap / 4 if not hidden else min(2, gap / 2)
+    return FrameTimes(len(ticks), _rate(ticks, gap, stream, slack), early=early)
 
 
-def _demuxed(container, stream) -> FrameTimes:
+def _demuxed(path, container, stream, sound: bool) -> FrameTimes:
+    begin = first_tick(path, container)
     packets = [
         (packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe)
         for packet in whole_packets(container, stream)
-        if packet.size and not packet.is_discard
+        if packet.size and not packet.is_discard and (packet.pts is None or packet.pts >= begin)
     ]
     broadcast = container.format.name in _BROADCAST
     if broadcast:  # what precedes the first key frame cannot be decoded
@@ -144,15 +165,31 @@ def _demuxed(container, stream) -> FrameTimes:
     if broadcast and None not in decoded:
         ticks += _jumps(np.array(decoded, np.int64), int(_JUMP / stream.time_base))
     order = np.argsort(ticks, kind="stable")
-    ticks, last = ticks[order] - ticks.min(), lasting[order[-1]]
+    (ticks, early), last = _settled(ticks[order], stream, sound), lasting[order[-1]]
+    ticks = ticks - ticks[0]
     gap = ticks[-1] / (len(ticks) - 1)
     if gap <= 0:
         return FrameTimes(len(ticks), _stated(stream))
     if _even(ticks, gap):  # whatever the last frame's own duration: a pause, or what the header states for all
-        return FrameTimes(len(ticks), _rate(len(ticks), gap * len(ticks), stream, min(2, gap / 2)))
+        return FrameTimes(len(ticks), _rate(ticks, gap, stream, min(2, gap / 2)), early=early)
     length = Fraction(int(ticks[-1]) + (last if last > 0 else round(gap)))
     average = len(ticks) / (length * stream.time_base)
-    return FrameTimes(len(ticks), float(average), _apart(ticks, length) * float(stream.time_base))
+    return FrameTimes(len(ticks), float(average), _apart(ticks, length) * float(stream.time_base), early)
+
+
+def _settled(ticks: np.ndarray, stream, sound: bool) -> tuple[np.ndarray, float]:
+    """Return ascending times with the first frame right before the others, and by how many seconds it was shown earlier.
+
+    Where the sound begins first, as all AAC does, fragmented MP4s show the first frame from then on. Others stay as they are.
+    """
+    if not sound or len(ticks) < 4:
+        return ticks, 0.0
+    gap = (ticks[-1] - ticks[1]) / (len(ticks) - 2)
+    early = round(ticks[1] - ticks[0] - gap)
+    even = gap > 0 and _spread(ticks[1:], gap) <= min(early, gap) / 2
+    if not even or not 2 < early <= _EARLY_SOUND / stream.time_base:
+        return ticks, 0.0
+    return np.concatenate([ticks[:1] + early, ticks[1:]]), float(early * stream.time_base)
 
 
 def _apart(ticks: np.ndarray, end: float) -> np.ndarray:
@@ -176,23 +213,49 @@ def _even(ticks: np.ndarray, gap: float) -> bool:
     return bool(np.abs(ticks - ticks[0] - gap * np.arange(len(ticks))).max() <= gap / 2)
 
 
-def _rate(count: int, total: float, stream, slack: float) -> float:
-    """Return the rate of `count` frames that take `total` ticks in all, as the header states it if within `slack` ticks.
+def _spread(ticks: np.ndarray, gap: float) -> float:
+    """Return by how many ticks times differ from an even rate: 1 or less if they were only rounded to ticks."""
+    return float(np.ptp(ticks - gap * np.arange(len(ticks))))
 
-    Ticks are as long as a millisecond, so that otherwise the nearest usual rate within `slack` is meant.
+
+def _rate(ticks: np.ndarray, gap: float, stream, slack: float) -> float:
+    """Return the rate of frames at even times, `gap` ticks apart on average.
+
+    Ticks may be as long as a millisecond, and times are copied between containers. Of the rates whose times, rounded to ticks
+    or to milliseconds, are these, a usual one that the header states is meant, else one that fits exactly, else a usual one,
+    else what the header states. Times that are uneven by more have the rate of the header if that agrees within `slack` ticks
+    in all, or such a usual one within two, or a standard one that fits them no worse than their average.
     """
-    tick = float(stream.time_base)
+    stated = [rate for rate in (stream.average_rate, stream.base_rate) if rate]
+    measured = 1 / (gap * float(stream.time_base))
+
+    def period(rate: Fraction) -> float:
+        return float(1 / (rate * stream.time_base))
 
     def error(rate: Fraction) -> float:
-        return abs(count / float(rate) / tick - total)
+        return abs(period(rate) - gap) * len(ticks)
 
-    measured = count / (total * tick)
-    stated = [rate for rate in (stream.average_rate, stream.base_rate) if rate]
-    usual = [Fraction(round(measured)), Fraction(round(measured * 1.001) * 1000, 1001)]
-    for rate in (*stated[:1], *sorted((rate for rate in (*stated, *usual) if rate), key=error)):
-        if error(rate) <= slack:
-            return float(rate)
-    return measured
+    def spread(rate: Fraction) -> float:
+        return _spread(ticks, period(rate))
+
+    meant = [rate for rate in (stream.average_rate,) if rate and rate.denominator in (1, 1001)]
+    if _spread(ticks, gap) == 0:
+        meant.append(1 / (int(gap) * stream.time_base))
+    standard = sorted(_STANDARD, key=spread)
+    usual = [rate for rate in (Fraction(round(measured)), Fraction(round(measured * 1.001) * 1000, 1001)) if rate]
+    usual = [*standard, *sorted(usual, key=spread)]
+    for most in (1, 2, 1 + _MILLISECOND / stream.time_base):  # rounded to ticks once, or twice, or after milliseconds
+        for rate in (*meant, *usual, *stated):
+            if spread(rate) <= min(1.01 * most, gap / 2):
+                return float(rate)
+    if stated and error(stated[0]) <= slack:
+        return float(stated[0])
+    near = [rate for rate in sorted((*stated, *usual), key=error) if error(rate) <= min(2, gap / 2)]
+    if not near and spread(standard[0]) <= _spread(
+        ticks, gap
+    ):  # such as films in a broadcast, in turn two and three fields long
+        near = standard
+    return float(near[0] if near else measured)
 
 
 def _stated(stream) -> float:

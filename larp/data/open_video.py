@@ -8,6 +8,7 @@ playlists, which open other files, are refused. The frame size is checked before
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,8 +85,7 @@ def opened(path: str | Path | StoredVideo, max_pixels: int = MAX_PIXELS) -> Iter
             check_pyav(path)
             name = _container_format(path, file.read(_HEAD))
             file.seek(0)
-            # A file object, because FFmpeg interprets names that begin with a dash or contain a colon.
-            with av.open(file, format=name, metadata_errors="replace") as container:
+            with _container(file, name) as container:
                 stream = _video_stream(path, container)
                 codec = stream.codec_context
                 if codec is None:
@@ -105,6 +105,37 @@ def opened(path: str | Path | StoredVideo, max_pixels: int = MAX_PIXELS) -> Iter
     except DECODE_ERRORS as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise VideoError(f"{path}: cannot be decoded: {reason}") from error
+
+
+@contextmanager
+def _container(file: BinaryIO, name: str) -> Iterator:
+    """Yield PyAV's container of a file object, because FFmpeg interprets names that begin with a dash or contain a colon."""
+    with av.open(file, format=name, metadata_errors="replace") as container:
+        if name != "avi" or not _leads_astray(file, container):
+            yield container
+            return
+    file.seek(0)
+    with av.open(_Forward(file), format=name, metadata_errors="replace") as container:
+        yield container
+
+
+class _Forward:
+    """A file that cannot be sought in, so that FFmpeg reads an AVI from the beginning to the end, and no index."""
+
+    def __init__(self, file: BinaryIO):
+        self.read = file.read
+
+
+def _leads_astray(file: BinaryIO, container) -> bool:
+    """Whether the index of an AVI names places at which no chunk of a stream begins, by a few of its entries."""
+    place, astray = file.tell(), False
+    for stream in container.streams.video[:1]:
+        entries = stream.index_entries
+        for number in {round(k * (len(entries) - 1) / 4) for k in range(5)} if entries else ():
+            file.seek(max(0, entries[number].pos))
+            astray |= re.match(rb"[0-9a-fA-F]{2}[a-z]", file.read(4)) is None
+    file.seek(place)  # where FFmpeg goes on
+    return astray
 
 
 def _video_stream(path: str | Path, container):

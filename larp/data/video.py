@@ -15,7 +15,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from larp.data.frame_times import FrameTimes, promised_frames, read_times, whole_packets
+from larp.data.container_layout import lacks_end
+from larp.data.frame_times import FrameTimes, first_tick, promised_frames, read_times, whole_packets
 from larp.data.open_video import (
     DECODE_ERRORS,
     FRAMES_PER_SECOND,
@@ -135,7 +136,7 @@ def read_clip(
         return _read_frame_file(path, start, count, stride, max_pixels)
     frames: list[np.ndarray] = []
     with opened(path, max_pixels) as (container, stream):
-        decoded = _Decoded(promised_frames(path, container, stream) if count is None else 0)
+        decoded = _promise(path, container, stream) if count is None else _Decoded(0)
         upright = _upright(path, container, stream, max_pixels)
         for frame in _pictures(path, container, stream, upright, decoded, start, count, stride):
             frames.append(frame)
@@ -150,7 +151,7 @@ def iter_frames(path: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[np.n
         yield from map(np.array, open_frames(path, max_pixels))
         return
     with opened(path, max_pixels) as (container, stream):
-        decoded = _Decoded(promised_frames(path, container, stream))
+        decoded = _promise(path, container, stream)
         upright = _upright(path, container, stream, max_pixels)
         yield from _pictures(path, container, stream, upright, decoded, 0, None, 1)
     _check_frame_count(path, 0, None, 1, decoded.frames, decoded)
@@ -312,14 +313,24 @@ class _Decoded:
     frames: int = 0
     stored: int = 0
     """Packets that were decoded, from the first key frame on, where each holds one frame; else 0."""
+    unfinished: bool = False
+    """Whether the file is known to stop early, though not before which frame."""
 
 
-def _frames(container, stream, decoded: _Decoded) -> Iterator:
-    """Yield the decoded frames. FFmpeg leaves out frames without an error if those that they refer to are lost."""
+def _promise(path, container, stream) -> _Decoded:
+    promised, kind = promised_frames(path, container, stream), container.format.name
+    told = promised and kind.startswith("matroska")  # of which perhaps only the index at its end is lost
+    return _Decoded(promised, unfinished=not told and lacks_end(path, kind))
+
+
+def _frames(path, container, stream, decoded: _Decoded) -> Iterator:
+    """Yield the decoded frames that are shown. FFmpeg leaves out frames without an error if those that they refer to are lost."""
     counted = stream.codec_context.name in ("h264", "hevc") and container.format.name not in ("mpegts", "mpeg")
+    begin = first_tick(path, container)
     for packet in whole_packets(container, stream):
-        decoded.stored += counted and packet.size > 0 and (packet.is_keyframe or decoded.stored > 0)
-        yield from packet.decode()
+        shown = packet.size > 0 and (packet.pts is None or packet.pts >= begin)
+        decoded.stored += counted and shown and (packet.is_keyframe or decoded.stored > 0)
+        yield from (frame for frame in packet.decode() if frame.pts is None or frame.pts >= begin)
 
 
 def _pictures(
@@ -327,7 +338,7 @@ def _pictures(
 ) -> Iterator[np.ndarray]:
     """Yield the chosen frames of an opened stream as uint8 (H, W, 3), as they are shown."""
     size, last = None, None if count is None else start + (count - 1) * stride
-    for index, frame in enumerate(_frames(container, stream, decoded)):
+    for index, frame in enumerate(_frames(path, container, stream, decoded)):
         decoded.frames = index + 1
         if index >= start and (index - start) % stride == 0:
             if frame.is_corrupt:
@@ -381,6 +392,8 @@ def _check_frame_count(path, start: int, count: int | None, stride: int, got: in
         raise ShortVideoError(f"{path}: {wanted}, but the video holds {held}", held)
     if count is None and held < expected - max(2, expected // 50):
         raise ShortVideoError(f"{path}: truncated: the header promises {expected} frames, {held} decode", held)
+    if count is None and decoded.unfinished:
+        raise ShortVideoError(f"{path}: truncated: the file stops before its end, {held} frames decode", held)
     if count is None and not expected and held < decoded.stored - max(2, decoded.stored // 50):
         raise ShortVideoError(f"{path}: damaged: of {decoded.stored} stored frames {held} decode", held)
     if not got:

@@ -63,6 +63,7 @@ class Movie:
         self.rate, self.audio, self.frames, self.sound, self._last_tick = rate, audio, 0, None, -math.inf
         self._seconds, self._last_pts = seconds, -(2**31)
         self._heard: Fraction | None = None  # seconds of sound that an AVI holds
+        self._lead = Fraction(0)  # seconds of sound before the first frame, in an AVI
         self.container, self._reformatter = av.open(target, "w"), av.video.reformatter.VideoReformatter()
         try:
             options = _encoder_options(encoding)
@@ -97,6 +98,8 @@ class Movie:
                 step = math.ceil(self.stream.time_base / _TICK)
                 self._last_pts = max(round(time / _TICK), self._last_pts + step)
                 picture.pts, picture.time_base = self._last_pts, _TICK
+            elif self._lead:  # rounded down, since FFmpeg shows H.264 in an AVI a frame late
+                picture.pts, picture.time_base = self.frames - 1 + int(self._lead * self.rate), 1 / self.rate
             self.container.mux(self.stream.encode(picture))
 
     def _time(self, frame: int) -> Fraction:
@@ -142,6 +145,8 @@ class Movie:
             return
         for packet in self.audio.packets(until):
             packet.stream = self.sound
+            if self.container.format.name == "avi":
+                self._begin_at_zero(packet)
             # Ticks may be coarser here, and muxers refuse a repeated one.
             tick = round(packet.dts * packet.time_base / self.sound.time_base)
             if tick <= self._last_tick:
@@ -159,6 +164,13 @@ class Movie:
                 self.audio.notes.append(f"the sound ends early: the container refuses its {self.audio.codec} ({error})")
                 self.sound = None
                 return
+
+    def _begin_at_zero(self, packet: av.Packet) -> None:
+        """Move a packet so that the sound begins with the file, as it does in an AVI, and note by how much the frames move."""
+        if self._heard is None:
+            self._lead = max(Fraction(0), -packet.dts * packet.time_base)
+        ticks = round(self._lead / packet.time_base)
+        packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
 
     def _is_apart(self, packet: av.Packet) -> bool:
         """Whether an AVI would play a packet more than a frame away from its time, because it plays sound without a pause."""

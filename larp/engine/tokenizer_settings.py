@@ -23,9 +23,9 @@ class TrainTokenizerConfig:
     """Train a LARP tokenizer with its AR prior."""
 
     data: str = "shapes:"
-    """Training videos: ucf101:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:, joined with +."""
+    """Data spec of the training videos."""
     eval_data: str | None = None
-    """Validation videos (their test split); by default those of `data`."""
+    """Data spec of the validation videos (their test split); by default `data`."""
     out: Path = Path("runs/tokenizer")
     """Run folder."""
     resume: bool = False

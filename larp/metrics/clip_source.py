@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from larp.data.clips import ClipShape
 from larp.data.listing import VideoSet, of_classes
 from larp.metrics.clipsets import class_numbers, generated_clips
+from larp.models.class_names import class_number
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.guidance import guidance_scales
@@ -76,7 +77,8 @@ class GeneratorSource:
         names = self.generator.config.class_names
         # A number is the number of a class, see `LarpGenerator.class_labels`.
         selected = of_classes(
-            videos, [name for name in videos.classes if name in names or not names or name.isdecimal()]
+            videos,
+            [name for name in videos.classes if not names or name.isdecimal() or class_number(name, names) is not None],
         )
         if selected is videos:
             return videos

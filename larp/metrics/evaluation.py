@@ -38,7 +38,7 @@ class EvaluationConfig:
     needed: ClassVar[tuple[str, ...]] = ("data",)
 
     data: str = ""
-    """Videos, as in training: ucf101:ROOT, k600:ROOT, a manifest, a folder, ... (needed)."""
+    """Data spec of the videos, as in training (needed)."""
     out: Path = Path("results.json")
     """Where the figures go; pictures get the same name with their own suffixes."""
     seed: int = 42

@@ -5,13 +5,13 @@ Source: LARP (arXiv 2410.21264), section 3.4 and appendix. The tensor names are 
 Shapes: B batch, N codes of a clip, K codebook size, C condition positions, S sequence, D width.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from larp.config import check_positive
 from larp.hub import CheckpointError, LarpModel
+from larp.models.class_names import class_number, unknown_class
 from larp.models.codebook_table import CodebookEmbedding, CodebookHead
 from larp.models.layers import BaseBlock, RMSNorm, SwiGLU
 from larp.models.published_fields import read_bool, read_float, read_int, warn_of_unknown
@@ -253,24 +253,22 @@ class LarpGenerator(LarpModel):
         return self.frame_condition(torch.full_like(condition[:, :-1], config.codebook_size + 1))
 
     def class_labels(self, classes: Sequence[str | int]) -> Tensor:
-        """Return labels int64 (B,) for class names or numbers; ValueError, with the nearest names, for an unknown one."""
+        """Return labels int64 (B,) for class names, see `class_number`, or numbers; ValueError for an unknown one."""
         return torch.tensor([self._class_label(name) for name in classes], dtype=torch.int64)
 
     def _class_label(self, name: str | int) -> int:
         config = self.config
         if config.task != "class":
             raise ValueError("this generator predicts frames; it has no classes")
-        if name in config.class_names:
-            return config.class_names.index(name)
+        if isinstance(name, str) and (number := class_number(name, config.class_names)) is not None:
+            return number
         if str(name).removeprefix("-").isdecimal():
             if 0 <= int(name) < config.num_classes:
                 return int(name)
             raise ValueError(
                 f"class {name} is out of range: this generator has the classes 0 to {config.num_classes - 1}"
             )
-        near = difflib.get_close_matches(str(name), config.class_names, n=3, cutoff=0.4) or config.class_names[:5]
-        hint = f"nearest: {', '.join(near)}" if near else "this checkpoint stores no class names: use numbers"
-        raise ValueError(f"unknown class {name!r}; {hint}")
+        raise ValueError(unknown_class(str(name), config.class_names))
 
     def check_tokenizer(self, num_tokens: int, codebook_size: int, weight_hash: str) -> None:
         """Raise ValueError unless the generator was trained on codes of the tokenizer with these properties."""

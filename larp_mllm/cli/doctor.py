@@ -2,6 +2,7 @@
 
 import argparse
 
+from larp.config import DATA_SPECS
 from larp_mllm.cli.options import Defaults
 
 
@@ -20,7 +21,7 @@ def add(commands) -> None:
     parser.add_argument(
         "--data",
         metavar="SPEC",
-        help="ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:",
+        help=DATA_SPECS,
     )
     parser.add_argument("--frames", type=int, default=16, help="frames of a clip; shorter videos are listed")
     parser.add_argument("--stride", type=int, default=1, help="every n-th frame of a video is a frame of the clip")

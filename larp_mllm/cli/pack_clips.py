@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from larp.config import DATA_SPECS
 from larp_mllm.cli.options import Defaults
 
 
@@ -22,7 +23,7 @@ def add(commands) -> None:
         required=True,
         action="append",
         metavar="SPEC",
-        help="ucf101:ROOT, k600:ROOT, csv:FILE, jsonl:FILE, folder:DIR, shapes:; may be given several times",
+        help=f"{DATA_SPECS}; may be given several times",
     )
     parser.add_argument(
         "--more",

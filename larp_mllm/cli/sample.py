@@ -60,7 +60,7 @@ def add(commands) -> None:
         dest="classes",
         action="append",
         metavar="NAME",
-        help="name or number of a class; several are used in turn (default: all classes)",
+        help="name or number of a class, in any spelling (horse race, HorseRace); several are used in turn (default: all classes)",
     )
     what.add_argument(
         "--from",
@@ -125,7 +125,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     sampling = _sampling(arguments)
     device = choose_device(arguments.device)
-    arguments.generator = find_generator(arguments.generator)
+    arguments.generator = find_generator(arguments.generator, arguments.classes or ())
     generator = LarpGenerator.from_pretrained(arguments.generator, device=device, variant=arguments.generator_variant)
     labels = _labels(arguments, generator)
     training = find_training(arguments.generator)

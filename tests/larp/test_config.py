@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from larp.config import (
+    DATA_SPECS,
     ConfigError,
     check_count,
     check_types,
@@ -317,3 +318,13 @@ def test_a_hangup_asks_for_a_stop_unless_it_is_ignored():
             signals.restore_handlers()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_help_of_scripts_with_data_lists_the_kinds(capsys, tmp_path):
+    from larp.data.datasets import _READERS
+    from larp.engine.tokenizer_settings import TrainTokenizerConfig
+
+    with pytest.raises(SystemExit):
+        parse(TrainTokenizerConfig, ["--help"], tmp_path, "train")
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert DATA_SPECS in said and all(f"{kind}:" in DATA_SPECS for kind in _READERS)

@@ -84,6 +84,21 @@ def test_the_newest_generator_is_the_default_until_it_is_deleted(qwen, tmp_path,
         find_generator()
 
 
+def test_a_class_that_only_the_generator_of_the_package_knows_is_its(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"class_names": ["red square", "blue circle"]}')
+    set_default_model(tmp_path, "generator")
+    for classes in ([], ["RedSquare"], ["nonsense"], ["0"], ["red square", "surfing"]):
+        assert find_generator(None, classes) == str(tmp_path)
+    capsys.readouterr()
+    for _ in range(2):
+        assert find_generator(None, ["surfing", "horse race"]) == str(shipped("generator"))
+    said = capsys.readouterr().err
+    assert (
+        said.count("\n") == 1
+        and f"the newest generator that was trained here, {tmp_path}, knows no class surfing, so" in said
+    )
+
+
 def test_the_models_of_the_package_share_their_tokenizer(qwen, tmp_path, monkeypatch):
     assert find_tokenizer() == find_tokenizer(str(find_model("tiny"))) == str(shipped("tokenizer"))
     qwen.save(tmp_path / "mllm")

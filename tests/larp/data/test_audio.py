@@ -1,10 +1,14 @@
 """Audio is copied from one file to another unchanged, or a note states why not."""
 
+from fractions import Fraction
+from itertools import pairwise
+
 from larp.data.audio import AudioTrack
 from larp.data.open_video import VideoError
-from larp.data.video import VideoWriter, probe, write_video
+from larp.data.video import VideoWriter, count_frames, probe, write_video
 from tests.larp.data.odd_videos import sound_of, sound_start, write_with_sound
 
+import av
 import numpy as np
 import pytest
 
@@ -67,3 +71,35 @@ def test_audio_that_does_not_decode_is_copied(tmp_path, clips_root):
         assert carried(clips_root / "odd" / name, tmp_path / "b.mp4") == []
         with AudioTrack(tmp_path / "b.mp4") as audio:
             assert audio.codec.startswith("mp3") and sum(1 for _ in audio.packets(None)) > 200
+
+
+@pytest.mark.parametrize("delay", [0, 0.25, 1])
+def test_frames_and_sound_of_an_avi_are_in_step_within_a_frame(tmp_path, delay):
+    """Sound before the first frame, such as what AAC begins with, moves the frames; FFmpeg shows H.264 in an AVI a frame late."""
+    frames = np.zeros((24, 32, 32, 3), np.uint8)
+    path = write_with_sound(tmp_path / "a.mp4", frames, 24, delay=delay)
+    with AudioTrack(path) as audio, VideoWriter(tmp_path / "a.avi", 24, audio=audio) as writer:
+        writer.write(frames)
+    with AudioTrack(path) as audio:
+        lead = -next(audio.packets(None)).dts * audio.stream.time_base
+    with av.open(str(tmp_path / "a.avi")) as container:
+        frame = next(container.decode(video=0))
+        assert lead > 0 and 0 <= frame.pts * frame.time_base - lead <= Fraction(1, 24)
+    assert sound_start(tmp_path / "a.avi") == 0 and count_frames(tmp_path / "a.avi") == 24
+
+
+def test_a_first_packet_that_a_fragment_stretches_has_its_own_length(tmp_path):
+    """With B-frames, whose decoding begins before the sound."""
+    frames, path = np.zeros((24, 32, 32, 3), np.uint8), tmp_path / "a.mp4"
+    whole, flags = str(write_with_sound(tmp_path / "whole.mp4", frames, 24)), "frag_keyframe+empty_moov+dash"
+    with av.open(whole) as source, av.open(str(path), "w", options={"movflags": flags}) as target:
+        streams = [target.add_stream_from_template(stream) for stream in source.streams]
+        for packet in source.demux():
+            if packet.size:
+                packet.stream = streams[packet.stream.index]
+                target.mux(packet)
+    with av.open(str(path)) as container:
+        assert next(container.demux(audio=0)).duration > 1024
+    with AudioTrack(path) as audio:
+        packets = list(audio.packets(None))
+    assert {later.dts - sooner.dts for sooner, later in pairwise(packets)} == {1024} and packets[0].duration == 1024

@@ -147,6 +147,26 @@ def test_manifests(tmp_path):
     )
 
 
+def test_one_file_in_several_spellings_is_one_video(tmp_path):
+    (tmp_path / "v").mkdir()
+    (tmp_path / "v/a.mp4").touch()
+    rows = [
+        {"path": "v/a.mp4", "caption": "one"},
+        {"path": "./v//a.mp4", "caption": ["two", " ", "one"]},
+        {"path": str(tmp_path / "v/a.mp4"), "caption": "three"},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (item,) = open_videos(f"jsonl:{tmp_path / 'm.jsonl'}", "all").items
+    assert item.name == "v/a.mp4" and captions_of(item.caption) == ("one", "two", "three")
+
+
+def test_a_manifest_may_spell_handstand_pushups_both_ways(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "m.csv").write_text("path,label\na.mp4,HandStandPushups\nb.mp4,HandstandPushups\nc.mp4,Archery\n")
+    videos = open_videos(f"csv:{tmp_path / 'm.csv'}", "all")
+    assert videos.classes == ("Archery", "HandstandPushups") and [item.label for item in videos.items] == [1, 1, 0]
+
+
 @pytest.mark.parametrize("form", ["m.csv", "m.jsonl"])
 def test_a_video_may_have_several_captions(tmp_path, form):
     touch(tmp_path / "a.mp4"), touch(tmp_path / "b.mp4")
@@ -201,7 +221,11 @@ def test_a_manifest_in_another_encoding_is_named(tmp_path, name):
         ("m.csv", "file,label\na.mp4,1\n", "line 1: the header must name a column path"),
         ("m.csv", "path,label\na.mp4,1\n,2\n", "line 3: no path"),
         ("m.csv", 'path,caption\na.mp4,one\nb.mp4,"' + "x" * 140_000, "m.csv, line 3: broken CSV: field larger.*quote"),
-        ("m.jsonl", '{"path": "a.mp4"}\n{"path": "b.mp4", "caption": ["c"]}', r'line 2: caption must be text.*\["c"\]'),
+        (
+            "m.jsonl",
+            '{"path": "a.mp4"}\n{"path": "b.mp4", "caption": ["c", ["d"]]}',
+            r'line 2: caption must be text.*\["d"\]',
+        ),
         ("m.jsonl", '{"path": "a.mp4", "label": {"a": 1}}', "m.jsonl, line 1: label must be text or a number"),
         ("m.jsonl", '{"path": ["a.mp4"]}', "m.jsonl, line 1: path must be text or a number"),
     ],

@@ -5,12 +5,13 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+from larp.data.audio import AudioTrack
 from larp.data.clips import ClipShape
 from larp.data.extraction import read_windows
 from larp.data.frame_times import FrameTimes, whole_packets
 from larp.data.listing import VideoItem, VideoSet
 from larp.data.loader import ClipLoader
-from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video
+from larp.data.video import ShortVideoError, VideoError, count_frames, iter_frames, probe, read_video, write_video
 from tests.larp.data.field_videos import copy, cut, numbered, numbers, state_frames, write
 
 import av
@@ -96,6 +97,21 @@ def test_fragments_count_beside_the_header(tmp_path, made, flags):
     assert 20 < held < N and len(read_video(tmp_path / "broken_off.mp4")[0]) == held
 
 
+def test_an_edit_list_hides_frames_in_fragments_too(tmp_path, made):
+    flags = {"movflags": "frag_keyframe+empty_moov+delay_moov"}
+    assert_shown(copy(made / "plain.mp4", tmp_path / "a.mp4", lambda k: -17 / 24, **flags), list(range(17, N)))
+
+
+@pytest.mark.parametrize("damaged", [1, 0.4])
+def test_an_index_that_leads_astray_is_not_followed(tmp_path, made, damaged):
+    data = bytearray((made / "plain.avi").read_bytes())
+    place = data.rfind(b"idx1") + 8
+    for entry in range(place, place + int((len(data) - place) * damaged) - 12, 16):
+        data[entry + 8 : entry + 12] = bytes([entry % 251, entry % 7, 0, 9])
+    (tmp_path / "a.avi").write_bytes(data)
+    assert_shown(tmp_path / "a.avi", list(range(N)))
+
+
 @pytest.mark.parametrize("suffix", ["avi", "flv"])
 def test_a_recording_that_broke_off_has_the_frames_that_are_whole(tmp_path, made, suffix):
     path = cut(made / f"plain.{suffix}", tmp_path / f"half.{suffix}", 0.78)
@@ -136,6 +152,87 @@ def test_the_rate_is_that_of_the_frame_times(tmp_path, suffix, stated, rate):
 def test_a_rate_that_is_stated_rightly_is_kept_to_the_last_bit(tmp_path, suffix, rate):
     path = write(tmp_path / f"a.{suffix}", numbered(20), rate, codec="mpeg4" if suffix == "avi" else "libx264")
     assert probe(path).fps == float(rate) and probe(path).even
+
+
+@pytest.mark.parametrize("flags", ["frag_keyframe", "frag_keyframe+empty_moov+default_base_moof"])
+@pytest.mark.parametrize("rate", [24, Fraction(30_000, 1001), 60])
+def test_sound_that_begins_first_does_not_slow_a_fragmented_video(tmp_path, flags, rate):
+    """Its first frame is shown from the beginning of the sound on, for 21 ms more."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w", options={"movflags": flags}) as container:
+        video = container.add_stream("libx264", rate=rate, options={"bf": "0"})
+        video.height, video.width, video.pix_fmt = 32, 32, "yuv420p"
+        sound = container.add_stream("aac", rate=48_000, layout="mono")
+        for start in range(0, int(N / rate * 48_000), 1024):
+            piece = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            piece.sample_rate, piece.pts, piece.time_base = 48_000, start, Fraction(1, 48_000)
+            container.mux(sound.encode(piece))
+        for pixels in numbered(N):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(video.encode())
+        container.mux(sound.encode())
+    info = probe(path)
+    assert info.even and info.fps == float(rate) and info.times.early == pytest.approx(1024 / 48_000, abs=0.001)
+    with AudioTrack(path) as track:
+        assert float(next(track.packets(None)).pts * track.stream.time_base) == pytest.approx(
+            -info.times.early, abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4"])
+@pytest.mark.parametrize("stated", [30, 1000])
+@pytest.mark.parametrize(
+    ("rate", "count"),
+    [
+        (Fraction(30_000, 1001), 20),
+        (Fraction(24_000, 1001), 20),
+        (Fraction(60_000, 1001), 40),
+        (25, 4),
+        (30, 8),
+        (50, 9),
+        (Fraction(15_000, 1001), 40),
+    ],
+)
+def test_times_in_milliseconds_are_those_of_the_nearest_usual_rate(tmp_path, suffix, rate, count, stated):
+    options = {"video_track_timescale": "1000"} if suffix == "mp4" else {}
+    path = write(tmp_path / f"a.{suffix}", numbered(count), stated, seconds=lambda k: k / rate, **options)
+    assert probe(path).fps == float(rate) and type(probe(path).fps) is float
+
+
+@pytest.mark.parametrize("rate", [24, 25, Fraction(30_000, 1001)])
+def test_times_that_were_once_in_milliseconds_are_those_of_a_usual_rate(tmp_path, rate):
+    """As in an MP4 that was copied from an FLV."""
+    path = write(tmp_path / "a.mp4", numbered(N), 30, seconds=lambda k: k / rate, video_track_timescale="15360")
+    assert probe(path).fps == float(rate) and probe(path).even
+
+
+def test_films_in_a_broadcast_have_the_rate_of_films(tmp_path):
+    """Their frames are two and three fields long in turn."""
+    path = write(tmp_path / "a.mkv", numbered(N), 1000, seconds=lambda k: (k * 5 // 2) * 1001 / 60_000)
+    assert probe(path).fps == 24_000 / 1001 and probe(path).even
+
+
+@pytest.mark.parametrize("suffix", ["avi", "mp4"])
+def test_one_dropped_frame_is_not_rounded_away(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    codec = "ffv1" if suffix == "avi" else "libx264"
+    write(path, numbered(N), 24, seconds=lambda k: (k + (k > 24)) / 24, codec=codec)
+    assert probe(path).duration_s == pytest.approx((N + 1) / 24, abs=0.001)
+
+
+@pytest.mark.parametrize("suffix", ["flv", "mkv", "mp4", "avi", "gif"])
+@pytest.mark.parametrize("rate", [14.985, 17.3, 12.5, 29.5, 23.5, 31.25])
+def test_a_rate_that_is_not_usual_is_not_bent(tmp_path, suffix, rate):
+    rate, count = Fraction(rate).limit_denominator(1001), 40
+    if suffix == "avi":
+        path = write(tmp_path / "a.avi", numbered(count), rate, codec="mpeg4")
+        assert probe(path).fps == float(rate) == probe(write(path, numbered(3), rate, codec="mpeg4")).fps
+    elif suffix == "gif":
+        write_video(path := tmp_path / "a.gif", numbered(count), float(rate))
+        assert probe(path).fps == 100 / round(100 / rate)
+    else:
+        path = write(tmp_path / f"a.{suffix}", numbered(count), 1000, seconds=lambda k: k / rate)
+        assert probe(path).fps == pytest.approx(float(rate), rel=1e-3 if count * 1000 / rate < 2000 else 6e-4)
 
 
 def test_frames_that_a_recorder_dropped_are_no_damage(tmp_path):

@@ -145,14 +145,28 @@ def test_save_load_round_trip(tmp_path):
 
 def test_unknown_classes():
     model = LarpGenerator(tiny(class_names=("walk", "run", "jump")))
-    with pytest.raises(ValueError, match="'jmup'; nearest: jump"):
+    with pytest.raises(ValueError, match=r"'jmup'; nearest: jump \(of 3\)"):
         model.class_labels(["jmup"])
+    with pytest.raises(ValueError, match=r"'polo'; there are 3: walk, run, jump$"):
+        model.class_labels(["polo"])
     with pytest.raises(ValueError, match="0 to 2"):
         model.class_labels([3])
     with pytest.raises(ValueError, match="use numbers"):
         LarpGenerator(tiny()).class_labels(["walk"])
     with pytest.raises(ValueError, match="no classes"):
         LarpGenerator(tiny(task="frame-prediction")).class_labels([0])
+
+
+def test_a_class_may_be_spelt_in_any_way():
+    names = ("PlayingPiano", "HorseRace", "red circle", "blue_square", "1", "TaiChi", "Taichi")
+    model = LarpGenerator(tiny(class_names=names, num_classes=len(names)))
+    typed = ["playing piano", "playing_piano", "PLAYINGPIANO", "horse-race", " Horse Race", "RedCircle", "blue square"]
+    assert model.class_labels(typed).tolist() == [0, 0, 0, 1, 1, 2, 3]
+    assert model.class_labels([1, "1", "Taichi", "TaiChi"]).tolist() == [1, 4, 6, 5], "as it is stored, or a number"
+    with pytest.raises(ValueError, match="'tai chi'; nearest: TaiChi, Taichi"):
+        model.class_labels(["tai chi"])
+    with pytest.raises(ValueError, match="class -1 is out of range"):
+        model.class_labels(["-1"])
 
 
 def test_another_tokenizer_is_an_error():

@@ -251,7 +251,7 @@ def test_the_averaged_weights_of_a_generator(folder, capsys):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--generator c --class Surfin", "unknown class 'Surfin'; nearest: Surfing"),
+        ("--generator c --class Surfin", "unknown class 'Surfin'; nearest: Surfing (of 3)"),
         ("--generator c --class 3", "class 3 is out of range"),
         ("--generator c --class -1", "class -1 is out of range: this generator has the classes 0 to 2"),
         ("--generator c --scale 1000", "scale is 1000: pictures of 24000 x 16000 pixels"),
