@@ -16,6 +16,7 @@ from typing import Literal
 from larp.config import parse
 from larp.data.datasets import open_videos
 from larp.data.extraction import check_counts, extract_tokens
+from larp.data.listing import skipped_lines
 from larp.data.token_cache import TokenCache
 from larp.data.token_rows import chunks
 from larp.engine import backend
@@ -25,8 +26,6 @@ from larp.models.tokenizer import LarpTokenizer
 
 import torch
 
-SHOWN = 1000
-"""Most skipped videos that are printed."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -135,10 +134,8 @@ def report(cache: TokenCache, folder: Path) -> None:
     )
     if cache.skipped:
         print(f"{len(cache.skipped)} videos were skipped:")
-        for name, reason in cache.skipped[:SHOWN]:
-            print(f"  {name}: {reason}")
-        if len(cache.skipped) > SHOWN:
-            print(f"  and {len(cache.skipped) - SHOWN} more: TokenCache.open({str(folder)!r}).skipped lists all")
+        for line in skipped_lines(cache.skipped):
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import tarfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -35,6 +37,10 @@ _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 """Key and extension of a member, as WebDataset splits them: at the first dot of the last part."""
 _PIECE = re.compile(r"(\d{6,})_\d+")
 """Keys of video2dataset's pieces of one video; the first group is the key of the video."""
+_VERSIONS = re.compile(
+    "size|etag|lastmodified|mtime|modified|updated|created|generation|md5hash|contentmd5|digest|blobid"
+)
+"""What a remote file system says about the version of a file, in lower case without - and _."""
 _MAX_TEXT = 2**24
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -61,6 +67,7 @@ class TarMember(StoredVideo):
     shard: str
     """Path or URL."""
     member: str
+    """Its name; of the second one of a name with "#2" at the end, and so on."""
     offset: int
     size: int
     mtime_ns: int
@@ -121,7 +128,12 @@ class ShardIndex:
     def member(self, row: int) -> TarMember:
         """Return the video of a row."""
         name, offset, size = self.text("names", row), self.columns["offsets"][row], self.columns["sizes"][row]
-        return TarMember(self.shard, name.partition("#")[0], int(offset), int(size), self.state[1])
+        return TarMember(self.shard, name, int(offset), int(size), self.state[1])
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """The row of each video by its name, without a leading "./"."""
+        return {posixpath.normpath(self.text("names", row)): row for row in range(len(self))}
 
     def json(self, row: int) -> bytes | None:
         """Return the .json of a sample; None if it has none."""
@@ -172,8 +184,10 @@ def _state(shard: str) -> tuple[int, int]:
         return found.st_size, found.st_mtime_ns
     system, path = open_remote(shard)
     info = system.info(path)
-    # What tells a version differs between file systems: an ETag, a date, or nothing.
-    known = {name: str(info.get(name)) for name in ("ETag", "etag", "LastModified", "mtime", "updated", "size")}
+    # What tells a version differs between file systems: an ETag, a date, or nothing. Others, such as the last access, do not.
+    known = sorted(
+        (name, str(value)) for name, value in info.items() if _VERSIONS.fullmatch(re.sub(r"\W|_", "", name.lower()))
+    )
     return int(info["size"] or 0), int(hashlib.sha256(json.dumps(known).encode()).hexdigest()[:15], 16)
 
 

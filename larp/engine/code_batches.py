@@ -13,6 +13,7 @@ from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import extract_tokens, live_batches
 from larp.data.in_memory_clips import ResidentClips
+from larp.data.listing import skipped_lines
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import TokenCache, batch_rows, token_key
 from larp.engine.distributed import Ranks, barrier, main_first
@@ -228,9 +229,12 @@ def _extract_split(
     if ranks.is_main:
         print(f"tokens of {data} ({split}) go to {folder}; give --tokens to use a cache that is there already")
     train = split == "train"
-    return extract_tokens(
+    cache = extract_tokens(
         tokenizer, _open_split(data, split, ranks), split, folder,
         stride=config.stride, windows=config.windows if train else 1, flips=config.flips and train,
         condition_frames=config.given_frames, workers=config.workers, tokenizer_name=config.tokenizer,
         rank=ranks.rank, world_size=ranks.world_size, barrier=barrier,
     )  # fmt: skip
+    for line in skipped_lines(cache.skipped) if ranks.is_main else ():
+        print(line)
+    return cache

@@ -57,7 +57,7 @@ class Corpus:
     held_out_text: list[TokenSequence]
     held_out_text_name: str
     notes: tuple[str, ...] = ()
-    """Leakage and left-out clips, one line each."""
+    """What is wrong with shards of records, leakage, and left-out clips, one line each."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def open_corpus(
     positions: int,
     *,
     tasks: Tasks,
-    records: Sequence[Path] = (),
+    records: Sequence[str | Path] = (),
     data_root: Path | None = None,
     allow_outside: bool = False,
     stride: int = 1,
@@ -173,7 +173,7 @@ def open_corpus(
     pieces, held_out_pieces, name = _open_texts(
         tuple(text), tuple(eval_text), processor, sequence_length or min(positions, TEXT_LENGTH)
     )
-    notes: list[str] = []
+    notes = list(opened.notes) if opened is not None else []
     for cache, videos in ((caches.train, train), (caches.held_out, held_out)):
         for reason, dropped in videos.left_out.items() if videos is not None else ():
             if dropped:
