@@ -118,9 +118,9 @@ def main(argv: list[str] | None = None) -> dict:
             )
         # The first process writes the indices of shards, which the others read.
         train = main_first(lambda: open_videos(config.data, "train"))
-        for note in train.notes if ranks.is_main else ():
-            print(note)
         test = main_first(lambda: open_validation(config.eval_data or config.data, config.keep_best))
+        for note in dict.fromkeys((*train.notes, *test.notes)) if ranks.is_main else ():
+            print(note)
         config = config.in_steps(len(train))
         report = fit(build(config, ranks, len(train)), train, test)
         # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
@@ -333,7 +333,7 @@ def log_setup(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) ->
         f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
         f"{length}"
     )
-    for note in dict.fromkeys((*trainer.config.notes, *train.notes, *test.notes, *trainer.metrics.notes)):
+    for note in dict.fromkeys((*trainer.config.notes, *trainer.metrics.notes)):
         log.say(note)
 
 

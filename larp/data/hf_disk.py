@@ -57,6 +57,10 @@ class RowVideo(StoredVideo):
         """Last part of where it lies."""
         return self.where.rpartition("/")[2]
 
+    def is_file(self) -> bool:
+        """Whether the row holds a video."""
+        return video_field(self.columns, self.row, "bytes", self.place, whole=False) is not None
+
     def stat(self) -> SimpleNamespace:
         """Return the size of the video and the time of the data set."""
         return SimpleNamespace(st_size=len(self.read()), st_mtime_ns=self.mtime_ns)
