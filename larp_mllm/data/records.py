@@ -25,7 +25,7 @@ from larp.data.tar_index import ShardIndex, is_remote
 from larp.files import user_path
 from larp_mllm.checks import check_start
 from larp_mllm.data.disk_records import open_disk_records, with_videos
-from larp_mllm.data.leakage import content_numbers
+from larp_mllm.data.leakage import content_digest, content_numbers
 from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
 from larp_mllm.processing.chat import chat_parts, chat_segments, check_loss, check_text
 from larp_mllm.processing.processor import LarpMllmProcessor
@@ -70,6 +70,11 @@ class RecordSet:
     def __getitem__(self, number: int) -> TokenSequence:
         ids, labels = self._rows[number]
         return TokenSequence(ids.long(), labels.long())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all records, see `content_digest`."""
+        return content_digest(tensor for row in self._rows for tensor in row)
 
     @property
     def contents(self) -> list[int]:

@@ -61,6 +61,9 @@ def test_shards_of_records_give_those_of_a_jsonl_file(shard, qwen, tmp_path):
         assert found[number].labels.tolist() == same[number].labels.tolist()
     assert video_codes(qwen.processor, found[1]) == video_codes(qwen.processor, found[2])
     assert not list(tmp_path.rglob("*.mp4")), "nothing is unpacked"
+    assert found.digest == same.digest, "by which a resumed run notices other records"
+    shard(*rows[:2], rows[0])
+    assert open_records(f"wds:{tmp_path}/*.tar", qwen.processor, cache=tmp_path / "codes").digest != found.digest
 
 
 def test_bad_records_of_a_shard_are_named(shard, qwen, tmp_path):
