@@ -20,7 +20,7 @@ from larp.data.listing import skipped_lines
 from larp.data.token_cache import TokenCache
 from larp.data.token_rows import chunks
 from larp.engine import backend
-from larp.engine.distributed import main_first
+from larp.engine.distributed import all_agree, main_first
 from larp.engine.signals import run_script, stop_flag, stopped_by
 from larp.models.tokenizer import LarpTokenizer
 
@@ -109,6 +109,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache | None:
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=backend.barrier,
+            agree=all_agree,
             stop=lambda: stopped_by() if stop_flag() else None,
             share=machine,
         )
