@@ -114,7 +114,7 @@ class LiveCodes:
         if task == "class" and (lacking or not videos.classes):
             raise ValueError(
                 f"{videos.spec}: {lacking} of {len(videos)} videos have no class. Data with classes: ucf101:ROOT, shapes:,"
-                " k600: and manifests with a label for every video; or train with --task frame-prediction"
+                " k600:, shards with .cls and manifests with a label for every video; or train with --task frame-prediction"
             )
         shape = ClipShape(*tokenizer.config.clip_shape, stride)
         self.tokenizer, self.task, self.condition_frames = tokenizer, task, condition_frames
