@@ -343,7 +343,7 @@ class _ShardRows:
     def add(self, number: int, item: VideoItem, windows: list[Window] | VideoError) -> None:
         """Add the windows of a video, or record why it has none."""
         if isinstance(windows, VideoError):
-            self.skipped.append([item.name, str(windows)])
+            self.skipped.append([item.name, str(windows).removeprefix(f"{item.path}: ")])
             return
         self.videos.append([number, item.name, item.caption])
         label = -1 if item.label is None else item.label

@@ -198,31 +198,34 @@ def _open_videos(
             " --data shapes:"
         )
     tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device)
+    said: set[str] = set()
     if config.live:
         source = LiveCodes(
-            tokenizer, _open_split(config.data, "train", ranks), *sizes, stride=config.stride,
+            tokenizer, _open_split(config.data, "train", ranks, said), *sizes, stride=config.stride,
             flips=config.flips, condition_frames=config.given_frames, workers=config.workers,
             crop=config.crop,
         )  # fmt: skip
     else:
-        cache = _extract_split(config, tokenizer, config.data, "train", ranks)
+        cache = _extract_split(config, tokenizer, config.data, "train", ranks, said)
         cache.require(config.task, config.data)
         source = CachedCodes(cache, *sizes)
     if config.eval_tokens is not None:
         return source, tokenizer, None
-    return source, tokenizer, _extract_split(config, tokenizer, config.eval_data or config.data, "test", ranks)
+    return source, tokenizer, _extract_split(config, tokenizer, config.eval_data or config.data, "test", ranks, said)
 
 
-def _open_split(data: str, split: str, ranks: Ranks) -> VideoSet:
-    """List the videos of one split of a data spec, and say what is missing."""
+def _open_split(data: str, split: str, ranks: Ranks, said: set[str]) -> VideoSet:
+    """List the videos of one split of a data spec, and say what is missing, unless it is in `said`."""
     videos = main_first(lambda: open_videos(data, split))  # the first process writes the indices of shards
     for note in videos.notes if ranks.is_main else ():
-        print(note)
+        if note not in said:
+            print(note)
+    said.update(videos.notes)
     return videos
 
 
 def _extract_split(
-    config: TrainGeneratorConfig, tokenizer: LarpTokenizer, data: str, split: str, ranks: Ranks
+    config: TrainGeneratorConfig, tokenizer: LarpTokenizer, data: str, split: str, ranks: Ranks, said: set[str]
 ) -> TokenCache:
     """Extract the tokens of one split of a data spec into the run folder."""
     folder = config.out / f"tokens-{split}"
@@ -230,7 +233,7 @@ def _extract_split(
         print(f"tokens of {data} ({split}) go to {folder}; give --tokens to use a cache that is there already")
     train = split == "train"
     cache = extract_tokens(
-        tokenizer, _open_split(data, split, ranks), split, folder,
+        tokenizer, _open_split(data, split, ranks, said), split, folder,
         stride=config.stride, windows=config.windows if train else 1, flips=config.flips and train,
         condition_frames=config.given_frames, workers=config.workers, tokenizer_name=config.tokenizer,
         rank=ranks.rank, world_size=ranks.world_size, barrier=barrier,
