@@ -340,6 +340,14 @@ def test_shards_without_a_sample_are_refused_in_one_line(tmp_path, make, words):
     assert "\n" not in str(error.value)
 
 
+def test_shards_without_their_kind_are_told_it(tmp_path, movies):
+    write_shards(tmp_path, movies[:4])
+    with pytest.raises(DataError, match=r"is a tar file: give wds:.*00000\.tar"):
+        open_videos(f"{tmp_path}/00000.tar")
+    with pytest.raises(DataError, match=r"no video below .*; for its \.tar files give wds:"):
+        open_videos(f"folder:{tmp_path}")
+
+
 def test_missing_shards_of_a_range_are_named(tmp_path, movies):
     write_shards(tmp_path, movies)
     (tmp_path / "00001.tar").unlink()
