@@ -16,17 +16,16 @@ from typing import Literal
 from larp.config import parse
 from larp.data.datasets import open_videos
 from larp.data.extraction import check_counts, extract_tokens
+from larp.data.listing import skipped_lines
 from larp.data.token_cache import TokenCache
 from larp.data.token_rows import chunks
 from larp.engine import backend
-from larp.engine.distributed import main_first
+from larp.engine.distributed import all_agree, main_first
 from larp.engine.signals import run_script, stop_flag, stopped_by
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
 
-SHOWN = 1000
-"""Most skipped videos that are printed."""
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -110,6 +109,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache | None:
             rank=ranks.rank,
             world_size=ranks.world_size,
             barrier=backend.barrier,
+            agree=all_agree,
             stop=lambda: stopped_by() if stop_flag() else None,
             share=machine,
         )
@@ -135,10 +135,8 @@ def report(cache: TokenCache, folder: Path) -> None:
     )
     if cache.skipped:
         print(f"{len(cache.skipped)} videos were skipped:")
-        for name, reason in cache.skipped[:SHOWN]:
-            print(f"  {name}: {reason}")
-        if len(cache.skipped) > SHOWN:
-            print(f"  and {len(cache.skipped) - SHOWN} more: TokenCache.open({str(folder)!r}).skipped lists all")
+        for line in skipped_lines(cache.skipped):
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from larp.config import parse, to_dict
+from larp.data.listing import skipped_lines
 from larp.data.token_cache import TokenCache
 from larp.engine import backend
 from larp.engine.backend import Engine, Ranks, make_engine
@@ -25,7 +26,16 @@ from larp.engine.generator_settings import TrainGeneratorConfig
 from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
-from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
+from larp.engine.run import (
+    check_run,
+    open_log,
+    open_training,
+    save_training,
+    skipped_before,
+    skipped_videos,
+    step_metrics,
+    stopped,
+)
 from larp.engine.samples import GUIDANCE, Samples, tokenizer_of
 from larp.engine.signals import run_script
 from larp.engine.untrusted import naming_damaged
@@ -55,6 +65,8 @@ class Trainer:
     samples: Samples | None
     best: dict[str, float] = field(default_factory=dict)
     """Step and scores of the weights in model/, which go into the checkpoints."""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason) of the videos that were skipped before the run was resumed."""
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -106,10 +118,13 @@ def train(config: TrainGeneratorConfig, recipe: str | None = None) -> dict:
         if saved is not None:
             with naming_damaged(saved.folder):
                 trainer.best = saved.extra
+                trainer.skipped = skipped_before(saved)
                 bits(trainer.best) < math.inf  # noqa: B015 - a damaged one cannot be compared
         with open_log(config, ranks, clock, ("loss", "bits_per_token", "top1", "top5")) as log:
             stop = {} if loop(trainer, log) else stopped(config, clock.step, log)
-        skipped = {tuple(entry) for entries in backend.gather_objects(source.skipped) for entry in entries}
+            skipped = skipped_videos(source.skipped, trainer.skipped)
+            for line in skipped_lines(skipped) if config.live and not stop else ():
+                log.say(line)
         report = {
             "finished": not stop,
             **stop,
@@ -213,7 +228,8 @@ def loop(trainer: Trainer, log: RunLog) -> bool:
         stop = backend.stop_requested()
         # After the validation of the step, whose `best` belongs to model/.
         if stop or last or (clock.due(config.save_every) and not engine.is_skipping):
-            save_training(config, clock, trainer.engines, trainer.identity, extra=trainer.best)
+            skipped = {"skipped": skipped_videos(trainer.source.skipped, trainer.skipped)} if config.live else None
+            save_training(config, clock, trainer.engines, trainer.identity, skipped, trainer.best)
         if stop and not last:
             return False
     return True

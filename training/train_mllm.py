@@ -113,7 +113,8 @@ def fit(config: TrainMllmConfig, recipe: str | None, ranks: Ranks) -> dict:
     text = {"data": corpus.held_out_text_name, "before": evaluate_text(mllm, corpus, config, ranks)}
     run.begin(mllm)
     del mllm  # so that a later stage has no second copy of the base in memory
-    resume(run, {"recipe": recipe, "date": f"{template_date():%Y-%m-%d}", **to_dict(config)})
+    about = {"recipe": recipe, "date": f"{template_date():%Y-%m-%d}", "data": dict(corpus.digests)}
+    resume(run, about | to_dict(config))
     with open_log(config, ranks, run.clock, ("video_bits", "video_accuracy", "text_nll")) as log:
         log_setup(run, text, log)
         stop = loop(run, log)
@@ -169,6 +170,10 @@ def log_setup(run: StagedRun, text: dict, log: RunLog) -> None:
         log.say("note: this base does not keep records apart that share a row, so each has a row of its own")
     for note in run.corpus.notes:
         log.say(f"note: {note}")
+    if changed := [
+        name[5:] for name in (run.resumed[-1]["changed"] if run.resumed else ()) if name.startswith("data.")
+    ]:
+        log.say(f"note: other data than those that the run began with: {', '.join(changed)}")
 
 
 # --------------------------------------------------------------------------------------------------------------- training

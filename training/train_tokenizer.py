@@ -16,6 +16,7 @@ from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.in_memory_clips import ResidentClips
+from larp.data.listing import skipped_lines
 from larp.data.loader import ClipLoader
 from larp.engine import backend
 from larp.engine.adversary import Adversary, open_adversary
@@ -27,7 +28,16 @@ from larp.engine.distributed import main_first
 from larp.engine.launch import spread
 from larp.engine.log import RunLog
 from larp.engine.optimizer import build_optimizer
-from larp.engine.run import check_run, open_log, open_training, save_training, step_metrics, stopped
+from larp.engine.run import (
+    check_run,
+    open_log,
+    open_training,
+    save_training,
+    skipped_before,
+    skipped_videos,
+    step_metrics,
+    stopped,
+)
 from larp.engine.schedules import ramp
 from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
@@ -67,6 +77,8 @@ class Trainer:
     """Whether the last step had the quantizer."""
     best: dict[str, float] = field(default_factory=dict)
     """Figures of the weights in model/, with `keep_best`."""
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """(name, reason) of the videos that were skipped before the run was resumed."""
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -106,9 +118,9 @@ def main(argv: list[str] | None = None) -> dict:
             )
         # The first process writes the indices of shards, which the others read.
         train = main_first(lambda: open_videos(config.data, "train"))
-        for note in train.notes if ranks.is_main else ():
-            print(note)
         test = main_first(lambda: open_validation(config.eval_data or config.data, config.keep_best))
+        for note in dict.fromkeys((*train.notes, *test.notes)) if ranks.is_main else ():
+            print(note)
         config = config.in_steps(len(train))
         report = fit(build(config, ranks, len(train)), train, test)
         # Nobody leaves while another still works: a rank that closes its connections early can abort at its exit.
@@ -181,6 +193,7 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
     if saved is not None:
         with naming_damaged(saved.folder):
             loader.load_state_dict(saved.loader_state)
+            trainer.skipped = skipped_before(saved)
             trainer.load_state_dict(saved.extra)
     began = time.monotonic()
     with open_log(config, trainer.ranks, clock, ("loss", "psnr", "prior_top1")) as log:
@@ -188,9 +201,9 @@ def fit(trainer: Trainer, train: VideoSet, test: VideoSet) -> dict:
         report = loop(trainer, loader, validation, log)
         if report is None:
             return stopped(config, clock.step, log)
-        skipped = sorted({tuple(entry) for entries in backend.gather_objects(loader.skipped) for entry in entries})
-        for name, reason in skipped:
-            log.say(f"skipped {name}: {reason}")
+        skipped = skipped_videos(loader.skipped, trainer.skipped)
+        for line in skipped_lines(skipped):
+            log.say(line)
     report |= {
         "steps": clock.step,
         "seconds": round(time.monotonic() - began, 1),
@@ -229,7 +242,8 @@ def loop(trainer: Trainer, loader: ClipLoader, validation: TokenizerValidation, 
         # After the validation of the step, whose `best` belongs to model/.
         skipping = any(engine.is_skipping for engine in trainer.engines.values())
         if stop or last or (clock.due(config.save_every) and not skipping):
-            save_training(config, clock, trainer.engines, config.identity, loader.state_dict(), trainer.state_dict())
+            place = loader.state_dict() | {"skipped": skipped_videos(loader.skipped, trainer.skipped)}
+            save_training(config, clock, trainer.engines, config.identity, place, trainer.state_dict())
         if stop and not last:
             return None
     # A run that is resumed at its end trains nothing, and validates again.
@@ -319,7 +333,7 @@ def log_setup(trainer: Trainer, train: VideoSet, test: VideoSet, log: RunLog) ->
         f"on {len(train)} clips of {train.spec} ({len(test)} to test), {trainer.ranks.world_size} process(es), "
         f"{length}"
     )
-    for note in dict.fromkeys((*trainer.config.notes, *train.notes, *test.notes, *trainer.metrics.notes)):
+    for note in dict.fromkeys((*trainer.config.notes, *trainer.metrics.notes)):
         log.say(note)
 
 

@@ -126,6 +126,8 @@ def _kind_of_path(spec: str) -> str:
         raise DataError(
             f"data spec {spec!r} is a pack of clips: larp-mllm unpack-clips {spec} -o DIR, then give jsonl:DIR/clips.jsonl"
         )
+    if path.suffix == ".tar" and path.is_file():
+        raise DataError(f"data spec {spec!r} is a tar file: give wds:{spec} for WebDataset shards, or unpack it")
     if path.is_file():
         raise DataError(
             f"data spec {spec!r} is a file, but no .csv or .jsonl manifest; give the folder, or list it in a manifest"
@@ -255,7 +257,12 @@ def _read_folder(root: str, split: Split, spec: str) -> VideoSet:
     files = videos_below(base, others)
     if not files:
         suffixes = " ".join(sorted(VIDEO_SUFFIXES))
-        raise DataError(f"{spec}: no video below {base}; looked for files ending in {suffixes}")
+        remedy = f"looked for files ending in {suffixes}"
+        if others[".tar"]:
+            remedy = f"for its .tar files give wds:{base}"
+        elif others[".arrow"]:
+            remedy = f"for a data set that save_to_disk wrote give hf-disk:{base}"
+        raise DataError(f"{spec}: no video below {base}; {remedy}")
     items = [VideoItem(path, path.relative_to(base).as_posix()) for path in files]
     return VideoSet(hash_split(items, split, spec), (), spec, passed_over(spec, others))
 

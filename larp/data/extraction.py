@@ -3,9 +3,10 @@
 Shapes: N codes of a clip, T frames.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from larp.data import token_cache as tokens
 from larp.data.clips import ClipShape, frames_to_clip
@@ -72,13 +73,15 @@ def extract_tokens(
     rank: int = 0,
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
+    agree: Callable[[bool], bool] = lambda everything: everything,
     stop: Callable[[], int | None] = lambda: None,
     share: tuple[int, int] = (1, 1),
 ) -> TokenCache | None:
     """Encode windows of all videos into a token cache and return the opened cache. Collective: every rank calls it.
 
-    Returns None while the shards of other machines are missing, see `share`. Existing shards are reused, so that an interrupted extraction resumes, even with another number of ranks. Videos
-    that cannot be read or are shorter than a window are skipped and listed in the cache.
+    Returns None while the shards of other machines are missing, see `share`. Existing shards are reused, so that an interrupted
+    extraction resumes, even with another number of ranks. Videos that cannot be read or are shorter than a window are skipped and
+    listed in the cache.
 
     Args:
         tokenizer: a LarpTokenizer on its device.
@@ -94,6 +97,7 @@ def extract_tokens(
         workers: threads that decode videos.
         tokenizer_name, variant: path or hub name of the tokenizer and its weight variant, recorded in the cache.
         rank, world_size, barrier: this rank, the number of ranks that share the work, and their barrier.
+        agree: whether all ranks pass True, for ranks that see the shards of another machine at different times. Collective.
         stop: asked after each video; a number other than None, of a signal, ends the work with KeyboardInterrupt. Whole shards stay.
         share: (k, n): encode the k-th of n shares of the shards, 1 <= k <= n. The n calls, on machines that share the folder, know
             nothing of each other; whichever is last completes the cache.
@@ -103,15 +107,7 @@ def extract_tokens(
     """
     shape = ClipShape(*tokenizer.config.clip_shape, stride)
     check_counts(windows, batch_size, workers)
-    device = next(tokenizer.parameters()).device
-    if batch_size is None:
-        batch_size = _GPU_BATCH if device.type == "cuda" else _BATCH
-    if augmented < 0:
-        raise ValueError(f"augmented is {augmented}; it must be 0 (windows) or more")
-    if augmented and (windows > 1 or hop is not None):
-        raise ValueError(f"augmented is {augmented}: its clips lie at random places, so leave out windows and hop")
-    if hop is not None and hop < shape.span:
-        raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
+    _check_windows(shape, windows, hop, augmented)
     _check_condition_frames(condition_frames, 0, shape.frames)
     folder = Path(folder)
     key = token_key(tokenizer, videos, split, stride, windows, hop, flips, condition_frames, augmented)
@@ -119,34 +115,65 @@ def extract_tokens(
     parts = videos.items.parts if isinstance(videos.items, StoredItems) else None
     slices = tokens.shard_slices(len(videos), parts)
     number, machines = share
-    shares = range(rank * machines + number - 1, len(slices), world_size * machines)
-    own = [shard for shard in shares if not tokens.shard_path(folder, shard).is_file()]
-    source = AugmentedWindows(videos, shape, augmented, flips) if augmented and own else None
-    bar = tqdm(total=sum(len(slices[shard]) for shard in own), desc="encoding videos", unit="video", disable=rank > 0)
+    own = range(rank * machines + number - 1, len(slices), world_size * machines)
+    missing = {shard: slices[shard] for shard in own if not tokens.shard_path(folder, shard).is_file()}
+    if augmented and missing:
+        random_clips = AugmentedWindows(videos, shape, augmented, flips)
+        read = partial(map, random_clips.windows_or_error)
+    else:
+        read = partial(in_order, lambda row: _windows_or_error(videos.items[row], shape, windows, hop), workers=workers)
+    new_shard = partial(_ShardRows, tokenizer, flips and not augmented, condition_frames, batch_size)
+    _encode_shards(folder, videos, missing, read, new_shard, stop, quiet=rank > 0)
+    barrier()
+    if machines > 1 and not agree(_all_there(folder, len(slices))):
+        return None
+    _complete(folder, key, videos, len(slices), tokenizer_name, variant, rank, barrier)
+    return TokenCache.open(folder, key)
+
+
+def _encode_shards(
+    folder: Path,
+    videos: VideoSet,
+    shards: Mapping[int, range],
+    read: Callable[[range], Iterator[list[Window] | VideoError]],
+    new_shard: Callable[[], "_ShardRows"],
+    stop: Callable[[], int | None],
+    quiet: bool,
+) -> None:
+    """Encode and write shards of a cache, {number: numbers of its videos}. `read` yields the windows of each of some videos."""
+    bar = tqdm(total=sum(map(len, shards.values())), desc="encoding videos", unit="video", disable=quiet)
     with bar:
-        for shard in own:
-            items = videos.items[slices[shard].start : slices[shard].stop]
-            rows = _ShardRows(tokenizer, device, flips and not augmented, condition_frames, batch_size)
-            if source is not None:
-                found = map(source.windows_or_error, slices[shard])
-            else:
-                found = in_order(lambda item: _windows_or_error(item, shape, windows, hop), items, workers)
-            for number, item, clips in zip(slices[shard], items, found, strict=True):
-                rows.add(number, item, clips)
+        for shard, numbers in shards.items():
+            rows = new_shard()
+            for number, clips in zip(numbers, read(numbers), strict=True):
+                rows.add(number, videos.items[number], clips)
                 bar.update()
                 if (signal := stop()) is not None:
                     raise KeyboardInterrupt(signal)
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
-    barrier()
-    if share[1] > 1 and not all(tokens.shard_path(folder, shard).is_file() for shard in range(len(slices))):
-        barrier()  # as above: no rank may complete the cache after another has seen it incomplete
-        return None
-    skipped = tokens.nothing_encoded(folder, len(slices))
+
+
+def _all_there(folder: Path, shards: int) -> bool:
+    return all(tokens.shard_path(folder, shard).is_file() for shard in range(shards))
+
+
+def _complete(
+    folder: Path,
+    key: Mapping[str, Any],
+    videos: VideoSet,
+    shards: int,
+    tokenizer_name: str,
+    variant: str | None,
+    rank: int,
+    barrier: Callable[[], None],
+) -> None:
+    """Write the index of a cache whose shards are all there; remove the cache and raise TokenCacheError if it has no row. Collective."""
+    skipped = tokens.nothing_encoded(folder, shards)
     barrier()  # rank 0 may delete the shards only after all ranks have read them
     if rank == 0 and skipped:
-        tokens.discard_cache(folder, len(slices))
+        tokens.discard_cache(folder, shards)
     elif rank == 0 and not (folder / INDEX).is_file():
-        tokens.finish_cache(folder, key, videos.classes, tokenizer_name, len(slices), variant)
+        tokens.finish_cache(folder, key, videos.classes, tokenizer_name, shards, variant)
     barrier()
     if skipped:
         names = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
@@ -154,7 +181,6 @@ def extract_tokens(
             f"{videos.spec}: not one video could be encoded ({names}); no cache was left in {folder}: mend the videos,"
             " or give others with --data, and run again"
         )
-    return TokenCache.open(folder, key)
 
 
 def check_counts(windows: int, batch_size: int | None, workers: int) -> None:
@@ -165,6 +191,15 @@ def check_counts(windows: int, batch_size: int | None, workers: int) -> None:
         raise ValueError(f"batch_size is {batch_size}; at least one clip is needed in a pass of the tokenizer")
     if workers < 0:
         raise ValueError(f"workers is {workers}; it must be 0 (no threads, videos are decoded in turn) or more")
+
+
+def _check_windows(shape: ClipShape, windows: int, hop: int | None, augmented: int) -> None:
+    if augmented < 0:
+        raise ValueError(f"augmented is {augmented}; it must be 0 (windows) or more")
+    if augmented and (windows > 1 or hop is not None):
+        raise ValueError(f"augmented is {augmented}: its clips lie at random places, so leave out windows and hop")
+    if hop is not None and hop < shape.span:
+        raise ValueError(f"hop is {hop}: windows reach over {shape.span} frames and would overlap")
 
 
 def live_batches(
@@ -293,9 +328,10 @@ class AugmentedWindows:
 class _ShardRows:
     """Collects the rows of one shard and encodes them in batches."""
 
-    def __init__(self, tokenizer, device: torch.device, flips: bool, condition_frames: int, batch_size: int):
-        self.tokenizer, self.device = tokenizer, device
-        self.flips, self.given, self.batch_size = flips, condition_frames, batch_size
+    def __init__(self, tokenizer, flips: bool, condition_frames: int, batch_size: int | None):
+        self.tokenizer, self.device = tokenizer, next(tokenizer.parameters()).device
+        self.flips, self.given = flips, condition_frames
+        self.batch_size = batch_size or (_GPU_BATCH if self.device.type == "cuda" else _BATCH)
         self.waiting: list[Tensor] = []
         self.codes: list[Tensor] = []
         self.conditions: list[Tensor] = []
@@ -307,7 +343,7 @@ class _ShardRows:
     def add(self, number: int, item: VideoItem, windows: list[Window] | VideoError) -> None:
         """Add the windows of a video, or record why it has none."""
         if isinstance(windows, VideoError):
-            self.skipped.append([item.name, str(windows)])
+            self.skipped.append([item.name, str(windows).removeprefix(f"{item.path}: ")])
             return
         self.videos.append([number, item.name, item.caption])
         label = -1 if item.label is None else item.label

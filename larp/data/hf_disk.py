@@ -29,6 +29,7 @@ from larp.data.listing import (
     spoken,
 )
 from larp.data.stored_video import StoredVideo
+from larp.data.video import VideoError
 from larp.files import user_path
 
 import torch
@@ -41,13 +42,24 @@ class RowVideo(StoredVideo):
     """A video whose bytes lie in a row of a data set."""
 
     where: str
-    """The folder of the data set, its part, and the row."""
+    """The folder of the data set, its part, the row, and the place in the row if it has several videos."""
     row: int
     mtime_ns: int
     columns: Any = field(compare=False, repr=False)
+    place: int | None = None
+    """In a column of lists of videos."""
 
     def __str__(self) -> str:
         return self.where
+
+    @property
+    def name(self) -> str:
+        """Last part of where it lies."""
+        return self.where.rpartition("/")[2]
+
+    def is_file(self) -> bool:
+        """Whether the row holds a video."""
+        return video_field(self.columns, self.row, "bytes", self.place, whole=False) is not None
 
     def stat(self) -> SimpleNamespace:
         """Return the size of the video and the time of the data set."""
@@ -55,9 +67,9 @@ class RowVideo(StoredVideo):
 
     def read(self) -> bytes:
         """Return the bytes of the video."""
-        data = _field(self.columns, self.row, "bytes")
+        data = video_field(self.columns, self.row, "bytes", self.place)
         if data is None:
-            raise ValueError(f"{self.where}: the row holds no video")
+            raise VideoError(f"{self.where}: the row holds no video")
         return data
 
 
@@ -71,8 +83,7 @@ class _Part:
         self.texts = rows.select_columns([column for column in columns[1:] if column]).with_format("arrow")
         self.holds_bytes = rows.features[self.video].__class__.__name__ == "Video"
         self.class_names = getattr(rows.features.get(self.label), "names", None)
-        # The file that every save writes anew.
-        self.mtime_ns = max(file.stat().st_mtime_ns for file in folder.glob("*.json"))
+        self.mtime_ns = save_time(folder)
 
     def cell(self, column: str, row: int) -> Any:
         return self.texts[row][column][0].as_py() if column else None
@@ -83,7 +94,8 @@ class _Part:
 
     def path(self, row: int) -> Path | RowVideo:
         if self.holds_bytes:
-            named = _field(self.videos, row, "path") if _field(self.videos, row, "bytes", whole=False) is None else None
+            stored = video_field(self.videos, row, "bytes", whole=False) is not None
+            named = None if stored else video_field(self.videos, row, "path")
         else:
             named = self.videos[row][self.video][0].as_py()
         if named:
@@ -132,7 +144,8 @@ def read_hf_disk(folder: str, split: Split, spec: str, *, video: str, caption: s
     return VideoSet(StoredItems(make, rows, fingerprint, [part.size for part in parts]), classes, spec)
 
 
-def _open(base: Path, spec: str, video: str, caption: str, label: str) -> list[_Part]:
+def load_saved(base: Path, spec: str) -> dict[str, Any]:
+    """Return the splits of a saved DatasetDict by name, or {"": a saved Dataset}. Raises DataError."""
     try:
         import datasets
     except ImportError as error:
@@ -142,7 +155,16 @@ def _open(base: Path, spec: str, video: str, caption: str, label: str) -> list[_
     except Exception as error:  # datasets and pyarrow raise many types
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{spec}: cannot be loaded ({said}); give a folder that save_to_disk wrote") from error
-    named = dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
+    return dict(loaded) if isinstance(loaded, Mapping) else {"": loaded}
+
+
+def save_time(folder: Path) -> int:
+    """Return when a split was saved, in ns: the time of the files that every save writes anew."""
+    return max(file.stat().st_mtime_ns for file in folder.glob("*.json"))
+
+
+def _open(base: Path, spec: str, video: str, caption: str, label: str) -> list[_Part]:
+    named = load_saved(base, spec)
     order = sorted(named, key=lambda name: (_SPLITS.index(name) if name in _SPLITS else len(_SPLITS), name))
     first = named[order[0]]
     kinds = {column: kind.__class__.__name__ for column, kind in first.features.items()}
@@ -166,10 +188,15 @@ def _column(option: str, given: str, defaults: list[str], possible: list[str], s
     return given or (defaults[0] if defaults and defaults[0] in possible else "")
 
 
-def _field(columns: Any, row: int, name: str, whole: bool = True) -> Any:
-    """Return a field of a row of videos; with whole=False b"" in place of bytes."""
-    column = columns[row].column(0)
-    value = column.chunk(0).field(name)[0] if column.num_chunks else None
-    if value is None or not value.is_valid or not column[0].is_valid:
+def video_field(columns: Any, row: int, name: str, place: int | None = None, whole: bool = True) -> Any:
+    """Return a field, "bytes" or "path", of the video in a row, or of the one at a place of its list; None without one.
+
+    columns: the column of videos alone, in the format "arrow". With whole=False b"" stands for bytes.
+    """
+    found = columns[row].column(0)[0]
+    if place is not None and found.is_valid:
+        found = found.values[place]
+    value = found[name] if found.is_valid else None
+    if value is None or not value.is_valid:
         return None
     return value.as_py() if whole else b""

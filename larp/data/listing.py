@@ -112,6 +112,17 @@ def captions_of(caption: str | None) -> tuple[str, ...]:
     return () if caption is None else tuple(caption.split(CAPTION_BREAK))
 
 
+def skipped_lines(skipped: Sequence[tuple[str, str]], most: int = 1000) -> list[str]:
+    """Return lines that name videos that were skipped, (name, reason) each, at most so many, and how many more there are."""
+    lines = [f"skipped {printable(name)}: {reason}" for name, reason in skipped[:most]]
+    return lines + ([f"and {len(skipped) - most} more"] if len(skipped) > most else [])
+
+
+def printable(name: str) -> str:
+    """Return the name of a file in one line, with escapes for what cannot be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]
+
+
 def humanize(class_name: str) -> str:
     """Split a class name into words, "BasketballDunk" -> "basketball dunk", as a caption for videos without one."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[_\-]+", " ", class_name)

@@ -131,8 +131,10 @@ class ClipLoader:
             for key, value in self._identity().items()
             if state.get(key) != value
         ]:
+            stored = isinstance(self._source.videos.items, StoredItems) and state.get("videos") != self._fingerprint
             raise ValueError(
-                f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}. Give the options of the "
+                f"the data loader cannot resume, because the data is not the same: {'; '.join(wrong)}"
+                f"{' (size and time of shards and of saved data sets count)' if stored else ''}. Give the options of the "
                 "first run, or train in another folder"
             )
         if state["micro"] and (state["micro_batch"] != self.micro_batch):

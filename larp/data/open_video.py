@@ -193,7 +193,7 @@ def _container_format(path: str | Path, head: bytes) -> str:
         (b"\x89PNG\r\n\x1a\n", "png_pipe"), (b"\xff\xd8\xff", "jpeg_pipe"),
     ):  # fmt: skip
         if head.startswith(magic):
-            return "mjpeg" if name == "jpeg_pipe" and Path(path).suffix.lower() in _MOTION_JPEG else name
+            return "mjpeg" if name == "jpeg_pipe" and os.path.splitext(str(path))[1].lower() in _MOTION_JPEG else name
     if _is_transport_stream(head):
         return "mpegts"
     if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(_PLAYLISTS):

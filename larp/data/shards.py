@@ -24,6 +24,7 @@ from larp.data.listing import (
     VideoSet,
     hash_split_rows,
     ordered_classes,
+    printable,
     spoken,
 )
 from larp.data.tar_index import ShardIndex, group_of, is_remote, open_index, open_remote
@@ -33,6 +34,7 @@ import torch
 from tqdm import tqdm
 
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)")
+_IN_FOLDERS = re.compile(r"^[^.].*\.(tar(\.(gz|bz2|xz|zst))?|tgz)$", re.IGNORECASE)
 _SHOWN = 20
 """Most names in a note."""
 _READERS = 8  # threads that read headers, which wait for disks and networks
@@ -71,6 +73,9 @@ class Shards:
         common = os.path.commonprefix([f"{folder}/" for folder in folders]).rpartition("/")[0]  # noqa: RUF071
         self._prefixes = [index.shard[len(common) :].lstrip("/") for index in self.indices]
         self.classes = ordered_classes(name for index in self.indices for name in index.classes)
+        words = [name for name in self.classes if not name.isdecimal()]
+        if len(words) < len(self.classes):
+            self.notes += _note("classes that are no numbers, where others are", words, spec)
         number = {name: k for k, name in enumerate(self.classes)}
         self._labels = [[number[name] for name in index.classes] for index in self.indices]
 
@@ -172,7 +177,8 @@ def _matches(name: str, spec: str) -> Sequence[str]:
         raise DataError(f"{spec}: {name} cannot be listed ({error}): check its name and your access") from error
     path = user_path(name)
     if path.is_dir():
-        return sorted(map(str, path.glob("*.tar")))
+        # Packed ones as well, which are then named and not passed over.
+        return sorted(str(file) for file in path.iterdir() if _IN_FOLDERS.search(file.name) and file.is_file())
     if path.is_file():
         return [str(path)]
     return sorted(match for match in glob.glob(str(path)) if os.path.isfile(match)) if glob.has_magic(str(path)) else []
@@ -190,7 +196,8 @@ def _note(what: str, names: list[str], spec: str, among: int | None = None) -> t
         return ()
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     count = f"{len(names)} of {among}" if among else len(names)
-    return (f"{spec}: {what}: {count} ({'; '.join(names[:_SHOWN])}{more})",)
+    shown = "; ".join(map(printable, names[:_SHOWN]))
+    return (f"{spec}: {what}: {count} ({shown}{more})" if any(names) else f"{spec}: {what}: {count}",)
 
 
 def _why(problems: dict[str, list[str]]) -> str:

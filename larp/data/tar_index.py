@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import re
 import tarfile
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
@@ -29,13 +31,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-_VERSION = 1
+_VERSION = 2
 _BLOCK = tarfile.BLOCKSIZE
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
 """Key and extension of a member, as WebDataset splits them: at the first dot of the last part."""
 _PIECE = re.compile(r"(\d{6,})_\d+")
 """Keys of video2dataset's pieces of one video; the first group is the key of the video."""
+_VERSIONS = re.compile(
+    "size|etag|lastmodified|mtime|modified|updated|created|generation|md5hash|contentmd5|digest|blobid"
+)
+"""What a remote file system says about the version of a file, in lower case without - and _."""
 _MAX_TEXT = 2**24
+_TEXTS = ("txt", "json", "cls")
+_NUMBERS = ("offsets", "sizes", "labels", "hashes", "json_offsets", "json_sizes")
+"""Columns of an index, see `ShardIndex.columns`."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -61,6 +70,7 @@ class TarMember(StoredVideo):
     shard: str
     """Path or URL."""
     member: str
+    """Its name; of the second one of a name with "#2" at the end, and so on."""
     offset: int
     size: int
     mtime_ns: int
@@ -79,7 +89,9 @@ class TarMember(StoredVideo):
         return SimpleNamespace(st_size=self.size, st_mtime_ns=self.mtime_ns)
 
     def read(self) -> bytes:
-        """Return the bytes of the member."""
+        """Return the bytes of the member. Raises OSError if the tar file was changed since it was listed."""
+        if not is_remote(self.shard) and os.stat(self.shard).st_mtime_ns != self.mtime_ns:
+            raise OSError(f"{self.shard} was changed since it was listed: run again")
         return read_span(self.shard, self.offset, self.size)
 
 
@@ -121,7 +133,12 @@ class ShardIndex:
     def member(self, row: int) -> TarMember:
         """Return the video of a row."""
         name, offset, size = self.text("names", row), self.columns["offsets"][row], self.columns["sizes"][row]
-        return TarMember(self.shard, name.partition("#")[0], int(offset), int(size), self.state[1])
+        return TarMember(self.shard, name, int(offset), int(size), self.state[1])
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """The row of each video by its name, without a leading "./"."""
+        return {posixpath.normpath(self.text("names", row)): row for row in range(len(self))}
 
     def json(self, row: int) -> bytes | None:
         """Return the .json of a sample; None if it has none."""
@@ -172,8 +189,10 @@ def _state(shard: str) -> tuple[int, int]:
         return found.st_size, found.st_mtime_ns
     system, path = open_remote(shard)
     info = system.info(path)
-    # What tells a version differs between file systems: an ETag, a date, or nothing.
-    known = {name: str(info.get(name)) for name in ("ETag", "etag", "LastModified", "mtime", "updated", "size")}
+    # What tells a version differs between file systems: an ETag, a date, or nothing. Others, such as the last access, do not.
+    known = sorted(
+        (name, str(value)) for name, value in info.items() if _VERSIONS.fullmatch(re.sub(r"\W|_", "", name.lower()))
+    )
     return int(info["size"] or 0), int(hashlib.sha256(json.dumps(known).encode()).hexdigest()[:15], 16)
 
 
@@ -187,9 +206,29 @@ def _load(place: Path, shard: str, state: tuple[int, int], caption: str) -> Shar
                 return None
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             problems = tuple(map(tuple, notes["problems"]))
-            return ShardIndex(shard, state, columns, tuple(notes["classes"]), problems)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+            index = ShardIndex(shard, state, columns, tuple(notes["classes"]), problems)
+            return index if _is_sound(index) else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError):
         return None  # a damaged index is made again
+
+
+def _is_sound(index: ShardIndex) -> bool:
+    """Whether the numbers of an index, which may come with shards of others, lie in the tar file and in its own columns."""
+    columns, rows, size = index.columns, len(index), index.state[0]
+    if any(columns[name].dtype != torch.int64 or columns[name].shape != (rows,) for name in _NUMBERS):
+        return False
+    for begins, sizes in (("offsets", "sizes"), ("json_offsets", "json_sizes")):
+        if ((columns[begins] < 0) | (columns[sizes] < 0) | (columns[sizes] > size - columns[begins])).any():
+            return False
+    for name in ("names", "captions"):
+        ends = columns[f"{name}_ends"]
+        if (
+            ends.shape != (rows,)
+            or (ends.diff(prepend=ends.new_zeros(1)) < 0).any()
+            or ends[-1:].sum() != len(columns[name])
+        ):
+            return False
+    return bool(((columns["labels"] >= -1) & (columns["labels"] < len(index.classes))).all())
 
 
 def _save(index: ShardIndex, place: Path, caption: str) -> None:
@@ -204,32 +243,53 @@ def _save(index: ShardIndex, place: Path, caption: str) -> None:
 
 @dataclass
 class _Sample:
-    videos: list[tuple[str, int, int]] = field(default_factory=list)
-    """(member, offset, size)."""
-    texts: dict[str, bytes] = field(default_factory=dict)
-    json: tuple[int, int] = (0, 0)
+    videos: list[tuple[str, str, int, int]] = field(default_factory=list)
+    """(member, extension without its last part, offset, size)."""
+    texts: dict[str, tuple[bytes, int, int]] = field(default_factory=dict)
+    """(content, offset, size) by extension."""
+    seen: set[str] = field(default_factory=set)
+    """Extensions of its members."""
+
+    def text(self, name: str, kind: str) -> tuple[bytes, int, int] | None:
+        """Return the text for a video: KEY.left.txt for KEY.left.mp4, else KEY.txt."""
+        return self.texts.get(f"{name}{kind}") or self.texts.get(kind)
 
 
 def _scan(file: BinaryIO, shard: str, state: tuple[int, int], caption: str) -> ShardIndex:
     """Read all headers, and the text of each sample."""
     problems: list[tuple[str, str]] = []
-    samples: dict[str, _Sample] = {}
+    samples: list[tuple[str, _Sample]] = []
+    newest: dict[str, _Sample] = {}
+    last = ""
     for info in _members(file, state[0], problems):
         found = _NAME.fullmatch(info.name)
-        if not info.isreg() or info.issparse() or not found:
+        if info.isdir() or not found:
             continue
         key, extension = found[1], found[2].lower()
-        if f".{extension.rpartition('.')[2]}" in VIDEO_SUFFIXES:
-            samples.setdefault(key, _Sample()).videos.append((info.name, info.offset_data, info.size))
-        elif extension in ("txt", "json", "cls") and info.size <= _MAX_TEXT:
-            sample = samples.setdefault(key, _Sample())
-            if extension in sample.texts:
-                problems.append(("keys with two texts, of which the first is used", info.name))
-                continue
+        name, dot, kind = extension.rpartition(".")
+        is_video = f".{kind}" in VIDEO_SUFFIXES
+        if not (is_video or kind in _TEXTS):
+            continue
+        if not info.isreg() or info.issparse():
+            problems.append(("members that are links or of another kind than files, and left out", info.name))
+            continue
+        again = key != last and key in newest and extension in newest[key].seen
+        if again:
+            problems.append(("keys that come again, each time a sample", info.name))
+        if again or key not in newest:
+            newest[key] = _Sample()
+            samples.append((key, newest[key]))
+        sample, last = newest[key], key
+        sample.seen.add(extension)
+        if is_video:
+            sample.videos.append((info.name, name + dot, info.offset_data, info.size))
+        elif info.size > _MAX_TEXT:
+            problems.append((f"texts of more than {_MAX_TEXT >> 20} MiB, which are left out", info.name))
+        elif extension in sample.texts:
+            problems.append(("keys with two texts, of which the first is used", info.name))
+        else:
             file.seek(info.offset_data)
-            sample.texts[extension] = file.read(info.size)
-            if extension == "json":
-                sample.json = info.offset_data, info.size
+            sample.texts[extension] = file.read(info.size), info.offset_data, info.size
     return _index(samples, shard, state, caption, problems)
 
 
@@ -261,8 +321,8 @@ def _members(file: BinaryIO, size: int, problems: list[tuple[str, str]]):
         problems.append(("shards that are cut off or damaged", f"after {last} ({error})"))
         return
     marked = end + _BLOCK <= size and not _damaged(file, end, end + _BLOCK)
-    if end == 0 and not marked:
-        problems.append(("files that are no tar files", ""))
+    if end == 0:
+        problems.append(("shards without a member" if marked else "files that are no tar files", ""))
     elif not marked and end < size:
         problems.append(("shards that are cut off or damaged", f"after {last}"))
     elif not marked:
@@ -282,58 +342,77 @@ def _damaged(file: BinaryIO, begin: int, end: int) -> bool:
     return False
 
 
-def _index(samples: dict[str, _Sample], shard: str, state, caption: str, problems: list) -> ShardIndex:
+def _index(samples: list[tuple[str, _Sample]], shard: str, state, caption: str, problems: list) -> ShardIndex:
     numbers: list[tuple[int, ...]] = []
     names: list[str] = []
     captions: list[str | None] = []
     classes: dict[str, int] = {}
-    for key, sample in samples.items():
+    taken: dict[str, int] = {}
+    for key, sample in samples:
         if not sample.videos:
             problems.append(("keys without a video", key))
             continue
         if len(sample.videos) > 1:
             text = f"{key} ({', '.join(name.rpartition('/')[2] for name, *_ in sample.videos)})"
             problems.append(("keys with several videos, each of which is used", text))
-        label = _text(sample.texts.get("cls"), key, "classes", problems)
-        number = -1 if label is None else classes.setdefault(label, len(classes))
         group = int(hashlib.sha256(group_of(key).encode("utf-8", "surrogatepass")).hexdigest()[:8], 16)
-        text = _caption(sample, key, caption, problems)
-        taken: dict[str, int] = {}
-        for name, offset, size in sample.videos:
+        read: dict[str, tuple] = {}
+        for name, extension, offset, size in sample.videos:
             taken[name] = taken.get(name, 0) + 1
             names.append(name if taken[name] == 1 else f"{name}#{taken[name]}")
+            if extension not in read:
+                found = {kind: sample.text(extension, kind) for kind in _TEXTS}
+                label = _class(found["cls"], key, problems)
+                number = -1 if label is None else classes.setdefault(label, len(classes))
+                place = found["json"][1:] if found["json"] else (0, 0)
+                read[extension] = _caption(found, key, caption, problems), number, place
+            text, number, place = read[extension]
             captions.append(text)
-            numbers.append((offset, size, number, group, *sample.json))
-    fields = ("offsets", "sizes", "labels", "hashes", "json_offsets", "json_sizes")
-    columns = dict(zip(fields, torch.tensor(numbers, dtype=torch.int64).reshape(-1, 6).T.contiguous(), strict=True))
+            numbers.append((offset, size, number, group, *place))
+    columns = dict(zip(_NUMBERS, torch.tensor(numbers, dtype=torch.int64).reshape(-1, 6).T.contiguous(), strict=True))
     for column, strings in (("names", names), ("captions", captions)):
         columns[column], columns[f"{column}_ends"] = pack_strings(strings)
     columns = {name: values.clone() for name, values in columns.items()}  # safetensors refuses shared memory
     return ShardIndex(shard, state, columns, tuple(classes), tuple(problems))
 
 
-def _caption(sample: _Sample, key: str, wanted: str, problems: list) -> str | None:
-    if not wanted and "txt" in sample.texts:
-        return _text(sample.texts["txt"], key, "captions", problems)
-    if "json" not in sample.texts:
+def _class(text: tuple[bytes, int, int] | None, key: str, problems: list) -> str | None:
+    """Return the name of a class: what the file says, whole numbers in one spelling; None for numbers below 0."""
+    label = _decoded(text, key, "classes", problems)
+    if label is None or not re.fullmatch(r"[+-]?[0-9]{1,18}", label):
+        return label
+    return str(int(label)) if int(label) >= 0 else None
+
+
+def _caption(texts: dict[str, tuple[bytes, int, int] | None], key: str, wanted: str, problems: list) -> str | None:
+    """Return the field `wanted` of .json; with "" .txt, or the field "caption" where .txt is missing, empty or no UTF-8."""
+    text = None if wanted else _decoded(texts["txt"], key, "captions", problems)
+    value = _field(texts["json"], wanted or "caption", key, problems)
+    if text is not None and value is not None and text != value:
+        problems.append(("keys with one caption in .txt and another in .json, of which .txt is used", key))
+    return value if text is None else text
+
+
+def _field(text: tuple[bytes, int, int] | None, name: str, key: str, problems: list) -> str | None:
+    if text is None:
         return None
     try:
-        row = json.loads(sample.texts["json"])
+        row = json.loads(text[0])
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
         problems.append((".json that cannot be read", key))
         return None
-    value = row.get(wanted or "caption")
+    value = row.get(name)
     if value is not None and not isinstance(value, str):
-        problems.append((f"fields {wanted or 'caption'} of .json that are no text", key))
+        problems.append((f"fields {name} of .json that are no text", key))
         return None
     return value.strip() or None if value else None
 
 
-def _text(data: bytes | None, key: str, what: str, problems: list) -> str | None:
+def _decoded(text: tuple[bytes, int, int] | None, key: str, what: str, problems: list) -> str | None:
     try:
-        return None if data is None else data.decode("utf-8-sig").strip() or None
+        return None if text is None else text[0].decode("utf-8-sig").strip() or None
     except UnicodeDecodeError:
         problems.append((f"{what} that are not UTF-8 and left out, their videos are used", key))
         return None

@@ -13,6 +13,7 @@ from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import extract_tokens, live_batches
 from larp.data.in_memory_clips import ResidentClips
+from larp.data.listing import skipped_lines
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import TokenCache, batch_rows, token_key
 from larp.engine.distributed import Ranks, barrier, main_first
@@ -113,7 +114,7 @@ class LiveCodes:
         if task == "class" and (lacking or not videos.classes):
             raise ValueError(
                 f"{videos.spec}: {lacking} of {len(videos)} videos have no class. Data with classes: ucf101:ROOT, shapes:,"
-                " k600: and manifests with a label for every video; or train with --task frame-prediction"
+                " k600:, shards with .cls and manifests with a label for every video; or train with --task frame-prediction"
             )
         shape = ClipShape(*tokenizer.config.clip_shape, stride)
         self.tokenizer, self.task, self.condition_frames = tokenizer, task, condition_frames
@@ -197,40 +198,46 @@ def _open_videos(
             " --data shapes:"
         )
     tokenizer = LarpTokenizer.from_pretrained(config.tokenizer, device=ranks.device)
+    said: set[str] = set()
     if config.live:
         source = LiveCodes(
-            tokenizer, _open_split(config.data, "train", ranks), *sizes, stride=config.stride,
+            tokenizer, _open_split(config.data, "train", ranks, said), *sizes, stride=config.stride,
             flips=config.flips, condition_frames=config.given_frames, workers=config.workers,
             crop=config.crop,
         )  # fmt: skip
     else:
-        cache = _extract_split(config, tokenizer, config.data, "train", ranks)
+        cache = _extract_split(config, tokenizer, config.data, "train", ranks, said)
         cache.require(config.task, config.data)
         source = CachedCodes(cache, *sizes)
     if config.eval_tokens is not None:
         return source, tokenizer, None
-    return source, tokenizer, _extract_split(config, tokenizer, config.eval_data or config.data, "test", ranks)
+    return source, tokenizer, _extract_split(config, tokenizer, config.eval_data or config.data, "test", ranks, said)
 
 
-def _open_split(data: str, split: str, ranks: Ranks) -> VideoSet:
-    """List the videos of one split of a data spec, and say what is missing."""
+def _open_split(data: str, split: str, ranks: Ranks, said: set[str]) -> VideoSet:
+    """List the videos of one split of a data spec, and say what is missing, unless it is in `said`."""
     videos = main_first(lambda: open_videos(data, split))  # the first process writes the indices of shards
     for note in videos.notes if ranks.is_main else ():
-        print(note)
+        if note not in said:
+            print(note)
+    said.update(videos.notes)
     return videos
 
 
 def _extract_split(
-    config: TrainGeneratorConfig, tokenizer: LarpTokenizer, data: str, split: str, ranks: Ranks
+    config: TrainGeneratorConfig, tokenizer: LarpTokenizer, data: str, split: str, ranks: Ranks, said: set[str]
 ) -> TokenCache:
     """Extract the tokens of one split of a data spec into the run folder."""
     folder = config.out / f"tokens-{split}"
     if ranks.is_main:
         print(f"tokens of {data} ({split}) go to {folder}; give --tokens to use a cache that is there already")
     train = split == "train"
-    return extract_tokens(
-        tokenizer, _open_split(data, split, ranks), split, folder,
+    cache = extract_tokens(
+        tokenizer, _open_split(data, split, ranks, said), split, folder,
         stride=config.stride, windows=config.windows if train else 1, flips=config.flips and train,
         condition_frames=config.given_frames, workers=config.workers, tokenizer_name=config.tokenizer,
         rank=ranks.rank, world_size=ranks.world_size, barrier=barrier,
     )  # fmt: skip
+    for line in skipped_lines(cache.skipped) if ranks.is_main else ():
+        print(line)
+    return cache

@@ -114,6 +114,11 @@ def gather_objects(obj: Any) -> list[Any]:
     return objects
 
 
+def all_agree(value: bool) -> bool:
+    """Return whether `value` is true on all ranks. Collective."""
+    return all(gather_objects(value))
+
+
 def reduce_mean(values: dict[str, Tensor | float]) -> dict[str, float]:
     """Return the mean over ranks of named scalars; all ranks pass the same names in the same order. Collective."""
     if not values:

@@ -22,6 +22,7 @@ from larp.config import to_dict
 from larp.engine.backend import Engine, Ranks
 from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, save_state
 from larp.engine.clock import Clock
+from larp.engine.distributed import gather_objects
 from larp.engine.log import RunLog, check_wandb
 from larp.engine.untrusted import naming_damaged
 
@@ -95,6 +96,17 @@ def save_training(
     """Save a checkpoint that `open_training` resumes; see `save_state` for loader_state and extra. Collective."""
     loader = {**(loader_state or {}), "elapsed": clock.elapsed}
     save_state(engines, config.out, clock.step, loader, extra, model=identity)
+
+
+def skipped_videos(found: Sequence[tuple[str, str]], earlier: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return (name, reason) of the videos that any rank could not use, with those of before the run was resumed. Collective."""
+    return sorted({*map(tuple, earlier), *(tuple(entry) for of_rank in gather_objects(found) for entry in of_rank)})
+
+
+def skipped_before(saved: SavedState) -> list[tuple[str, str]]:
+    """Return the `skipped_videos` in the loader state of a checkpoint. Raises ValueError or TypeError for a damaged one."""
+    # Checkpoints of earlier versions hold none.
+    return [(str(name), str(reason)) for name, reason in saved.loader_state.get("skipped", [])]
 
 
 def stopped(config: RunConfig, step: int, log: RunLog) -> dict[str, int]:

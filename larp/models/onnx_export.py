@@ -1,7 +1,7 @@
 """A tokenizer as two ONNX models, encode.onnx and decode.onnx, for onnxruntime and other runtimes.
 
 Needs the packages onnx and onnxscript (pip install 'larp-mllm[onnx]'). Values are not checked by the models: a runtime gives some
-codes for any clip, and onnxruntime refuses codes out of range itself.
+codes for any clip; onnxruntime refuses codes above the highest itself, and counts codes from -1 down from the end of the codebook.
 
 Shapes: B clips (any number), T frames, H, W pixels, N codes.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from larp.files import check_writable, user_path
 from larp.hub import make_folder
 from larp.models.tokenizer import LarpTokenizer
 
@@ -43,7 +44,7 @@ def export_onnx(tokenizer: LarpTokenizer, folder: str | Path) -> list[Path]:
 
     encode.onnx maps "clip", float32 (B, 3, T, H, W) in [0, 1], to "codes", int64 (B, N); decode.onnx maps "codes" to "clip", clamped
     to [0, 1]. Both hold the tokenizer's `weight_hash` as metadata "larp.weight_hash". Raises ValueError if a package is missing, the
-    tokenizer is not in float32 on the CPU, or `folder` is a file.
+    tokenizer is not in float32 on the CPU, or the files cannot be written.
     """
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise ValueError(f"ONNX needs the package {' and '.join(missing)}: pip install 'larp-mllm[onnx]'")
@@ -51,6 +52,8 @@ def export_onnx(tokenizer: LarpTokenizer, folder: str | Path) -> list[Path]:
         raise ValueError(
             f"the tokenizer is in {tokenizer.dtype} on {tokenizer.device}: load it in float32 on the CPU, and convert the models"
         )
+    for name in PARTS:
+        check_writable(user_path(folder) / f"{name}.onnx")  # before the work of minutes
     folder, config = make_folder(folder), tokenizer.config
     # Two rows, since a size of 1 may be taken for a constant.
     inputs = {

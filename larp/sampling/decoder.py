@@ -161,7 +161,10 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def decode_one(self, codes: Tensor) -> Tensor:
-        """Append one code per row, int64 (R,); return float32 logits (R, K) of the next."""
+        """Append one code per row, int64 (R,); return float32 logits (R, K) of the next. Raises ValueError for another shape or dtype."""
+        rows = self.cache.keys.shape[1]
+        if codes.shape != (rows,) or codes.is_floating_point():
+            raise ValueError(f"expected one code per row, integers ({rows},), got {codes.dtype} {tuple(codes.shape)}")
         if torch.compiler.is_compiling():
             if not torch.compiler.is_exporting():
                 self.filled = None  # a number that changes would need a new graph

@@ -1,7 +1,9 @@
 """All data of a run: token caches, records and text, opened and checked against each other."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,14 @@ from larp.data.token_cache import TokenCache
 from larp.engine.distributed import main_first
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.data.dataset import CaptionedVideos, Tasks, evaluated_tasks
-from larp_mllm.data.leakage import HELD_OUT, held_out_rows, same_text, same_videos, same_videos_of_records
+from larp_mllm.data.leakage import (
+    HELD_OUT,
+    content_digest,
+    held_out_rows,
+    same_text,
+    same_videos,
+    same_videos_of_records,
+)
 from larp_mllm.data.phrases import Phrases, drop_without_text
 from larp_mllm.data.records import RecordSet, open_records
 from larp_mllm.data.text_data import TextSet, open_text, shipped_text
@@ -57,7 +66,9 @@ class Corpus:
     held_out_text: list[TokenSequence]
     held_out_text_name: str
     notes: tuple[str, ...] = ()
-    """Leakage and left-out clips, one line each."""
+    """What is wrong with shards of records, leakage, and left-out clips, one line each."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """A hash of the contents of "tokens", "records" and "text", as far as given, by which a resumed run notices other data."""
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def open_corpus(
     positions: int,
     *,
     tasks: Tasks,
-    records: Sequence[Path] = (),
+    records: Sequence[str | Path] = (),
     data_root: Path | None = None,
     allow_outside: bool = False,
     stride: int = 1,
@@ -173,7 +184,7 @@ def open_corpus(
     pieces, held_out_pieces, name = _open_texts(
         tuple(text), tuple(eval_text), processor, sequence_length or min(positions, TEXT_LENGTH)
     )
-    notes: list[str] = []
+    notes = list(opened.notes) if opened is not None else []
     for cache, videos in ((caches.train, train), (caches.held_out, held_out)):
         for reason, dropped in videos.left_out.items() if videos is not None else ():
             if dropped:
@@ -184,6 +195,16 @@ def open_corpus(
         notes += same_videos_of_records(opened.names, opened.videos, held_out_records.indices)
     if pieces is not None:
         notes += same_text(pieces.pieces, held_out_pieces.pieces)
+    contents = {
+        "tokens": caches.train and [caches.train.key, len(caches.train)],
+        "records": opened and opened.digest,
+        "text": pieces and content_digest(pieces.pieces),
+    }
+    digests = {
+        name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+        for name, value in contents.items()
+        if value is not None
+    }
     return Corpus(
         train,
         held_out,
@@ -193,6 +214,7 @@ def open_corpus(
         [held_out_pieces[index] for index in range(len(held_out_pieces))],
         name,
         tuple(notes),
+        digests,
     )
 
 

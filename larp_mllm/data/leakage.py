@@ -23,6 +23,14 @@ def content_numbers(ids: Iterable[Tensor]) -> list[int]:
     return [numbers.setdefault(digest, len(numbers)) for digest in digests]
 
 
+def content_digest(ids: Iterable[Tensor]) -> str:
+    """Return a hash of sequences of ids in their order."""
+    total = hashlib.sha256()
+    for row in ids:
+        total.update(len(row).to_bytes(8, "little") + row.int().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
 def same_videos(train: Iterable[str], held_out: Iterable[str]) -> list[str]:
     """Return a one-line message if held-out videos have names of training videos, else nothing."""
     evaluated = dict.fromkeys(held_out, False)

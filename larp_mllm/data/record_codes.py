@@ -6,6 +6,7 @@ folder/<tokenizer and clip>-<videos>.safetensors   codes of up to 64 videos; wri
 import functools
 import hashlib
 import json
+import posixpath
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,12 +46,17 @@ class Excerpt:
     start: float | None
 
 
-def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Path | StoredVideo:
+def find_video(name: object, root: Path | ShardIndex, allow_outside: bool, where: str) -> Path | StoredVideo:
     """Return the video that a record names relative to `root`, with links and .. resolved: a file, or SHARD.tar/MEMBER.
+
+    A record that holds its videos has a StoredVideo in place of a name, which is returned. If `root` is a shard, such as a remote
+    one, only its members are found.
 
     Raises ValueError, naming `where`, for anything but a file name, for a URL or another protocol, for a file outside of
     `root` unless `allow_outside`, and for a missing file.
     """
+    if isinstance(name, StoredVideo):
+        return name
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise ValueError(f"{where}: a video must be the name of a file, got {name!r}")
     if _PROTOCOL.match(name):
@@ -58,6 +64,10 @@ def find_video(name: object, root: Path, allow_outside: bool, where: str) -> Pat
             f"{where}: {name} looks like a URL or protocol, and none is opened: download the video and name the file "
             f"(./{name} if the file has this name)"
         )
+    if isinstance(root, ShardIndex):
+        if (row := root.rows.get(posixpath.normpath(name))) is None:
+            raise ValueError(f"{where}: there is no video {name} in {root.shard}: name a member of this shard")
+        return root.member(row)
     try:
         base = root.resolve()
         path = (base / user_path(name)).resolve()
@@ -84,15 +94,14 @@ def _find_member(path: Path) -> StoredVideo | None:
     shard = next((parent for parent in path.parents if parent.suffix == ".tar" and parent.is_file()), None)
     if shard is None:
         return None
-    index, rows = _members(str(shard), shard.stat().st_mtime_ns)
-    row = rows.get(path.relative_to(shard).as_posix())
+    index = _index(str(shard), shard.stat().st_mtime_ns)
+    row = index.rows.get(path.relative_to(shard).as_posix())
     return None if row is None else index.member(row)
 
 
 @functools.lru_cache(maxsize=8)
-def _members(shard: str, mtime_ns: int) -> tuple[ShardIndex, dict[str | None, int]]:
-    index = open_index(shard)
-    return index, {index.text("names", row): row for row in range(len(index))}
+def _index(shard: str, mtime_ns: int) -> ShardIndex:
+    return open_index(shard)
 
 
 def encode_excerpts(

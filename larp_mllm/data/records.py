@@ -8,7 +8,8 @@
 overrides that of the record. Of a chat the assistant's messages are learned by default, and nothing with "loss": false in
 the record; the "loss" of a message overrides that, and the "loss" of a part overrides both. An "id" of a record is ignored.
 Videos are names of files below the data root, by default the folder of the JSONL file, or SHARD.tar/MEMBER there. In place of a
-JSONL file, wds:PATTERN stands for the .json of each sample of WebDataset shards, which names members of its own shard.
+JSONL file, wds:PATTERN stands for the .json of each sample of WebDataset shards, which names members of its own shard, and hf-disk:FOLDER for the
+rows of a saved data set, see disk_records.py.
 """
 
 import json
@@ -20,8 +21,11 @@ from typing import Any
 
 from larp.data.listing import text_lines
 from larp.data.shards import Shards
+from larp.data.tar_index import ShardIndex, is_remote
+from larp.files import user_path
 from larp_mllm.checks import check_start
-from larp_mllm.data.leakage import content_numbers
+from larp_mllm.data.disk_records import open_disk_records, with_videos
+from larp_mllm.data.leakage import content_digest, content_numbers
 from larp_mllm.data.record_codes import Excerpt, encode_excerpts, find_video
 from larp_mllm.processing.chat import chat_parts, chat_segments, check_loss, check_text
 from larp_mllm.processing.processor import LarpMllmProcessor
@@ -43,14 +47,21 @@ _FORMS = '{"messages": [...]}, or {"text": "... <video> ...", "videos": [...]}'
 
 
 class RecordSet:
-    """Token sequences of records, `records[i]`; `names` holds FILE:LINE of each and `videos` its video files."""
+    """Token sequences of records, `records[i]`; `names` holds FILE:LINE of each and `videos` its video files.
+
+    notes: what is wrong with shards, one line each.
+    """
 
     def __init__(
-        self, sequences: Iterable[TokenSequence], names: Sequence[str], videos: Sequence[Collection[Path]] = ()
+        self,
+        sequences: Iterable[TokenSequence],
+        names: Sequence[str],
+        videos: Sequence[Collection[Path]] = (),
+        notes: Sequence[str] = (),
     ):
         # int32: the ids stay in memory during the whole training.
         self._rows = [(sequence.ids.int(), sequence.labels.int()) for sequence in sequences]
-        self.names = tuple(names)
+        self.names, self.notes = tuple(names), tuple(notes)
         self.videos = tuple(map(frozenset, videos)) or (frozenset(),) * len(self.names)
 
     def __len__(self) -> int:
@@ -59,6 +70,11 @@ class RecordSet:
     def __getitem__(self, number: int) -> TokenSequence:
         ids, labels = self._rows[number]
         return TokenSequence(ids.long(), labels.long())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all records, see `content_digest`."""
+        return content_digest(tensor for row in self._rows for tensor in row)
 
     @property
     def contents(self) -> list[int]:
@@ -79,7 +95,7 @@ def open_records(
     """Read JSONL files of records, encode their videos, and return the token sequences.
 
     Args:
-        paths: one file or several.
+        paths: one file or several; wds:PATTERN or hf-disk:FOLDER in place of a file.
         processor: its video tokenizer encodes, on the device where it is.
         data_root: the folder that video names are relative to and must lie in, links resolved; None: that of each file.
         allow_outside: accept videos outside of the data root.
@@ -92,15 +108,15 @@ def open_records(
     numbers of placeholders and videos, URLs, videos that are missing, outside of the root, unreadable or too short, records
     without anything to learn, and records of more ids than `positions`.
     """
-    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
-    problems = _Problems()
-    records = [record for path in paths for record in _read(path, data_root, allow_outside, problems)]
+    problems, notes, records = _Problems(), [], []
+    for path in [paths] if isinstance(paths, str | Path) else paths:
+        records += _read(str(path), data_root, allow_outside, problems, notes)
     problems.check()
     excerpts = dict.fromkeys(video for record in records for video in record.videos)
     codes, reasons = encode_excerpts(excerpts, processor.video_tokenizer, Path(cache), stride)
     sequences = _sequences(records, processor, codes, reasons, positions, problems)
     shown = [[video.path for video in record.videos] for record in records]
-    found = RecordSet(sequences, [record.name for record in records], shown)
+    found = RecordSet(sequences, [record.name for record in records], shown, notes)
     problems.check()
     return found
 
@@ -189,16 +205,19 @@ def _sequence(record: _Interleaved | _Chat, processor, codes, positions: int | N
     return sequence
 
 
-def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
-    if str(path).startswith("wds:"):
-        return _read_shards(str(path), data_root, allow_outside, problems)
+def _read(
+    source: str, data_root, allow_outside: bool, problems: _Problems, notes: list[str]
+) -> list[_Interleaved | _Chat]:
+    if source.startswith("wds:"):
+        return _read_shards(source, data_root, allow_outside, problems, notes)
+    if source.startswith("hf-disk:"):
+        return _read_disk(source, data_root, allow_outside, problems)
+    path = user_path(source)
     try:
         lines = text_lines(path, "records")
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    root = path.parent if data_root is None else Path(data_root)
-    if not root.is_dir():
-        raise ValueError(f"--data-root {root}: there is no such folder: give the one that holds the videos")
+    root = _data_root(data_root, path.parent)
     records, count = [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -211,11 +230,31 @@ def _read(path: Path, data_root, allow_outside: bool, problems: _Problems) -> li
     return records
 
 
-def _read_shards(spec: str, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
+def _data_root(given, default: Path) -> Path:
+    root = default if given is None else user_path(given)
+    if not root.is_dir():
+        raise ValueError(f"--data-root {root}: there is no such folder: give the one that holds the videos")
+    return root
+
+
+def _read_disk(spec: str, data_root, allow_outside: bool, problems: _Problems) -> list[_Interleaved | _Chat]:
+    folder, rows = open_disk_records(spec)
+    root, records = _data_root(data_root, folder), []
+    for name, given, videos in rows:
+        with problems.collected():
+            records.append(_record(with_videos(name, given, videos), name, root, allow_outside))
+    return records
+
+
+def _read_shards(
+    spec: str, data_root, allow_outside: bool, problems: _Problems, notes: list[str]
+) -> list[_Interleaved | _Chat]:
     shards, records = Shards(spec.partition(":")[2], spec), []
+    notes += shards.notes
     for index in shards.indices:
-        # Several videos of one key share its .json.
-        rows = {int(index.columns["json_offsets"][row]): row for row in reversed(range(len(index)))}
+        # Several videos of one key share its .json; no .json begins at 0, where the tar file does.
+        offsets = index.columns["json_offsets"].tolist()
+        rows = {offset or -row: row for row, offset in reversed(list(enumerate(offsets)))}
         for row in sorted(rows.values()):
             name = f"{index.member(row)}: .json"
             with problems.collected():
@@ -225,7 +264,8 @@ def _read_shards(spec: str, data_root, allow_outside: bool, problems: _Problems)
                     text = data.decode("utf-8-sig")
                 except UnicodeDecodeError as error:
                     raise ValueError(f"{name}: not UTF-8 text ({error}): save it as UTF-8") from None
-                root = Path(index.shard) if data_root is None else Path(data_root)
+                shard = index if is_remote(index.shard) else Path(index.shard)
+                root = shard if data_root is None else user_path(data_root)
                 records.append(_record(_parsed(text, name), name, root, allow_outside))
     return records
 
@@ -242,7 +282,7 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     return given
 
 
-def _record(given: dict[str, Any], name: str, root: Path, allow_outside: bool) -> _Interleaved | _Chat:
+def _record(given: dict[str, Any], name: str, root: Path | ShardIndex, allow_outside: bool) -> _Interleaved | _Chat:
     def excerpt(video: Any, start: Any, where: str) -> Excerpt:
         return Excerpt(find_video(video, root, allow_outside, where), check_start(start, where))
 

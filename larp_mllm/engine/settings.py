@@ -41,9 +41,9 @@ class TrainMllmConfig:
     """Further token caches of the same tokenizer to train on; nothing of them is held out."""
     eval_tokens: Path | None = None
     """Token cache to evaluate on; by default every 20th video of `tokens`, which is held out."""
-    records: tuple[Path, ...] = ()
+    records: tuple[str, ...] = ()
     """JSONL files of interleaved text and videos: chats ({"messages": [...]}) or {"text": "... <video> ...", "videos": [...]}. Or
-    wds:PATTERN, WebDataset shards whose .json are such records."""
+    wds:PATTERN, WebDataset shards whose .json are such records, or hf-disk:FOLDER, a saved data set of such rows."""
     data_root: Path | None = None
     """Folder of the records' videos; by default that of each file of records."""
     allow_outside: bool = False

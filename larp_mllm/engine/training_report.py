@@ -178,7 +178,12 @@ def option_changes(run: Path, options: Mapping[str, Any], step: int, earlier: li
     """
     now = json.loads(json.dumps(options))
     found = changed_values(_read_or_none(run / CONFIG_FILE) or {}, now)
-    changed = {name: values for name, values in found.items() if name not in ("resume", "out", "date")}
+    # Runs of earlier versions did not note their data.
+    changed = {
+        name: values
+        for name, values in found.items()
+        if name not in ("resume", "out", "date") and (name.partition(".")[0] != "data" or None not in values)
+    }
     before = earlier[-1]["changed"] if earlier else {}
     return earlier if changed == before else [*earlier, {"step": step, "changed": changed}]
 

@@ -6,13 +6,16 @@ A job runs in a process that is forked for it; `record` notes what every step tr
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from larp.data.datasets import open_videos
 from larp.metrics.fetching import fetch
 from larp.metrics.weights import Source, WeightFile
 from larp.models.prior import PriorConfig
@@ -22,6 +25,7 @@ from tests.larp_mllm.tiny import tiny_cache, tiny_mllm
 from training import extract_tokens, train_generator, train_mllm, train_tokenizer
 
 import torch
+from datasets import Dataset, DatasetDict, Features, Value, Video
 from safetensors.torch import load_file
 
 SAVE_EVERY = 7
@@ -103,15 +107,49 @@ def prepare(folder: Path) -> None:
     mllm.processor.tokenizer.save_pretrained(folder / "base")
     (folder / "published").mkdir()
     (folder / "published/weights.bin").write_bytes(_PUBLISHED)
+    write_videos(folder)
     (folder / "prose.txt").write_text("The kettle was on the stove, and the rain kept falling.")
+
+
+def write_videos(folder: Path) -> None:
+    """Write built-in videos as WebDataset shards, `web`, one of them broken, and as a saved data set, `disk`; and records in `chats`."""
+    videos = open_videos("shapes:count=30,size=16", "all")
+    movies = [item.path.read_bytes() for item in videos.items[:30]]
+    movies[13] = b"<html>404</html>"
+    for name in ("web", "chats"):
+        (folder / name).mkdir()
+    for number, item in enumerate(videos.items[:30]):
+        key = f"{number:09d}"
+        texts = {"txt": item.caption, "cls": videos.classes[item.label], "json": json.dumps({"url": "none"})}
+        add_members(folder / f"web/{number // 10:05d}.tar", key, {"mp4": movies[number], **texts})
+        if number < 10:
+            record = json.dumps({"text": f"{item.caption} <video>", "videos": [f"{key}.mp4"]})
+            add_members(folder / f"chats/{number // 5}.tar", key, {"mp4": movies[number], "json": record})
+    kinds = {"video": Video(), "caption": Value("string")}
+    rows = [
+        {"video": {"bytes": m, "path": None}, "caption": i.caption} for m, i in zip(movies, videos.items, strict=False)
+    ]
+    table = Dataset.from_list(rows, features=Features(kinds))
+    DatasetDict({"train": table.select(range(24)), "test": table.select(range(24, 30))}).save_to_disk(folder / "disk")
+
+
+def add_members(path: Path, key: str, members: dict[str, bytes | str]) -> None:
+    """Add KEY.NAME for each member to a tar file."""
+    with tarfile.open(path, "a") as tar:
+        for name, content in members.items():
+            data = content if isinstance(content, bytes) else content.encode()
+            info = tarfile.TarInfo(f"{key}.{name}")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
 
 
 def jobs(folder: Path, url: str) -> dict[str, Job]:
     """Return the jobs by name, for what `prepare` wrote; `url` serves its folder `published`."""
-    videos = ("--tokenizer", str(folder / "video-tokenizer"), "--data", "shapes:count=24,size=16")
+    codec = ("--tokenizer", str(folder / "video-tokenizer"))
+    shards = ("--data", f"wds:{folder / 'web'}/{{00000..00002}}.tar")
     tokenizer = ("--recipe", str(folder / "tokenizer.toml"))
     generator = (
-        "--task", "class", "--live", *videos, "--steps", "60", "--batch-size", "4", "--workers", "2", "--flips", "--ema", "0.9",
+        "--task", "class", "--live", *codec, "--steps", "60", "--batch-size", "4", "--workers", "2", "--flips", "--ema", "0.9",
         "--eval-every", "20", "--log-every", "1", "--save-every", str(SAVE_EVERY), "--sampling.clips", "0",
         "--optimizer.warmup", "5", "--optimizer.lr", "1e-3",
     )  # fmt: skip
@@ -122,12 +160,40 @@ def jobs(folder: Path, url: str) -> dict[str, Job]:
     )  # fmt: skip
     rows = [
         Job("tokenizer", train_tokenizer.main, tokenizer, _clips, 1, SAVE_EVERY, 2),
-        Job("tokenizer-2-ranks", train_tokenizer.main, tokenizer, _clips, 2, SAVE_EVERY, 2),
-        Job("generator", train_generator.main, generator, _codes, 1, SAVE_EVERY, 2),
-        Job("generator-2-ranks", train_generator.main, generator, _codes, 2, SAVE_EVERY, 2),
+        Job(
+            "tokenizer-2-ranks",
+            train_tokenizer.main,
+            (*tokenizer, "--data", f"hf-disk:{folder / 'disk'}"),
+            _clips,
+            2,
+            SAVE_EVERY,
+            2,
+        ),
+        Job(
+            "generator",
+            train_generator.main,
+            (*generator, "--data", "shapes:count=24,size=16"),
+            _codes,
+            1,
+            SAVE_EVERY,
+            2,
+        ),
+        Job("generator-2-ranks", train_generator.main, (*generator, *shards), _codes, 2, SAVE_EVERY, 2),
         Job("language-model", train_mllm.main, mllm, _sequences, 1, SAVE_EVERY, 2),
-        Job("language-model-2-ranks", train_mllm.main, mllm, _sequences, 2, SAVE_EVERY, 2),
-        Job("extraction", extract_tokens.main, (*videos, "--split", "train", "--workers", "2", "--batch-size", "1")),
+        Job(
+            "language-model-2-ranks",
+            train_mllm.main,
+            (*mllm, "--records", f"wds:{folder / 'chats'}"),
+            _sequences,
+            2,
+            SAVE_EVERY,
+            2,
+        ),
+        Job(
+            "extraction",
+            extract_tokens.main,
+            (*codec, *shards, "--split", "train", "--workers", "2", "--batch-size", "1"),
+        ),
         Job("fetch", _fetch, ("--url", f"{url}/weights.bin")),
     ]
     return {job.name: job for job in rows}

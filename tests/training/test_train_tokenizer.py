@@ -498,3 +498,22 @@ def test_a_run_with_lpips_in_its_loss_needs_the_weights(recipe, tmp_path, monkey
     with pytest.raises(ValueError, match=r"vgg16-397923af\.pth.*--loss\.lpips 0"):
         main(["--recipe", str(recipe), "--out", str(tmp_path / "run"), "--loss.lpips", "1"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_names_the_videos_that_were_skipped_before(recipe, tmp_path, monkeypatch, capsys):
+    items = list(open_videos("shapes:count=8,size=16").items)
+    (tmp_path / "videos").mkdir()
+    for number, item in enumerate(items):
+        (tmp_path / "videos" / f"{number}.mp4").write_bytes(item.path.read_bytes())
+    (tmp_path / "videos/broken.mp4").write_bytes(b"<html>404</html>")
+    options = ["--recipe", str(recipe), "--data", f"folder:{tmp_path / 'videos'}", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(train_tokenizer.backend, "stop_requested", lambda: True)
+    train_tokenizer.main([*options, "--steps", "20"])  # stops at the tenth
+    # As if the steps after it met other videos.
+    shutil.copy(tmp_path / "videos/0.mp4", tmp_path / "videos/broken.mp4")
+    monkeypatch.undo()
+    report = main([*options, "--steps", "20", "--resume"])
+    assert (
+        report["skipped_videos"] == 1 and "skipped broken.mp4: does not begin like a video" in capsys.readouterr().out
+    )

@@ -4,6 +4,7 @@ from itertools import chain, islice
 
 from larp.data.clips import ClipShape
 from larp.data.datasets import DataError, NoSplitError, open_videos
+from larp.data.doctor import examine
 from larp.data.loader import ClipLoader
 from larp.data.video import read_video, write_video
 
@@ -73,12 +74,17 @@ def test_rows_without_a_usable_video_are_named(tmp_path, movies):
     loader = ClipLoader(open_videos(f"hf-disk:{tmp_path / 'd'}", "all"), ClipShape(4, 16, 16), 3, 3, seed=0)
     assert {k for batch in islice(loader, 3) for k in batch["index"].tolist()} == {0}
     assert [name for name, _ in loader.skipped] == ["00000001", "00000002"]
+    report = examine(f"hf-disk:{tmp_path / 'd'}", frames=4, progress=False)
+    assert sum(len(split.broken) + len(split.missing) for split in report.splits) == 2
     assert "does not begin like a video" in loader.skipped[0][1] and "the row holds no video" in loader.skipped[1][1]
 
 
-def test_other_folders_are_refused_in_one_line(tmp_path):
+def test_other_folders_are_refused_in_one_line(tmp_path, movies):
     with pytest.raises(DataError, match="there is no folder"):
         open_videos(f"hf-disk:{tmp_path / 'absent'}")
     with pytest.raises(DataError, match=r"cannot be loaded .*give a folder that save_to_disk wrote") as error:
         open_videos(f"hf-disk:{tmp_path}")
     assert "\n" not in str(error.value)
+    saved(tmp_path / "d", movies)
+    with pytest.raises(DataError, match=r"no video below .*d; for a data set that save_to_disk wrote give hf-disk:"):
+        open_videos(str(tmp_path / "d"))

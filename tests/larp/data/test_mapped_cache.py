@@ -176,6 +176,8 @@ def test_machines_share_an_extraction_of_shards_and_one_that_died_is_repeated_al
     (folder / "shard-00002.safetensors").unlink()  # the first machine died before it
     assert extract_tokens(tokenizer, videos, "all", folder, share=(2, 2)) is None
     before = (folder / "shard-00000.safetensors").stat().st_mtime_ns
+    another_rank = dict(share=(1, 2), agree=lambda everything: everything and False)  # has not seen the last shard
+    assert extract_tokens(tokenizer, videos, "all", folder, **another_rank) is None
     again = extract_tokens(tokenizer, videos, "all", folder, share=(1, 2))
     assert (
         torch.equal(again.codes, whole.codes)

@@ -50,7 +50,7 @@ def write_tar(path, members) -> None:
 
 def sample(number: int, movie: bytes, **more: bytes) -> list[tuple[str, bytes]]:
     """The members of one sample as video2dataset writes them."""
-    texts = {"txt": f"caption {number}".encode(), "json": json.dumps({"caption": f"json {number}"}).encode(), **more}
+    texts = {"txt": f"caption {number}".encode(), "json": json.dumps({"title": f"json {number}"}).encode(), **more}
     return [(f"{number:09d}.{name}", data) for name, data in {"mp4": movie, **texts}.items()]
 
 
@@ -72,7 +72,7 @@ def test_shards_are_a_list_of_videos_with_captions_and_classes(tmp_path, movies)
     assert [item.caption for item in videos.items] == [f"caption {k}" for k in range(12)]
     assert [item.label for item in videos.items] == [k % 2 for k in range(12)]
     assert grey(read_video(videos.items[7].path)[0] / 255) == 7
-    assert open_videos(f"wds:{tmp_path}/*.tar,caption=caption", "all").items[2].caption == "json 2"
+    assert open_videos(f"wds:{tmp_path}/*.tar,caption=title", "all").items[2].caption == "json 2"
     train, test = (open_videos(f"wds:{tmp_path}", split) for split in ("train", "test"))
     assert not {item.name for item in train.items} & {item.name for item in test.items}
     assert len(train) + len(test) == 12 and len(test) >= 1
@@ -126,8 +126,13 @@ def test_the_index_is_written_once_beside_the_shard_or_in_the_cache(tmp_path, mo
     assert len(open_index(shard)) == 2 and len(list((tmp_path / "cache" / "shards").iterdir())) == 1
     held = open_videos(f"wds:{shard}", "all").items[1].path
     write_tar(tmp_path / "00000.tar", [("a.mp4", b"short")])
-    with pytest.raises(VideoError, match=r"00000.tar/000000001.mp4: cannot be decoded.*changed or cut off"):
-        read_video(held.__class__(**{**held.__dict__, "offset": 10**6}))
+    with pytest.raises(
+        VideoError, match=r"00000.tar/000000001.mp4: cannot be decoded.*was changed since it was listed"
+    ):
+        read_video(held)
+    now = os.stat(shard).st_mtime_ns
+    with pytest.raises(VideoError, match=r"cannot be decoded.*changed or cut off"):
+        read_video(held.__class__(**{**held.__dict__, "offset": 10**6, "mtime_ns": now}))
 
 
 def note(videos, words: str) -> str:
@@ -220,6 +225,89 @@ def test_odd_samples_are_named_and_counted(tmp_path, movies):
     assert "again.txt" in note(videos, "two texts")
 
 
+def test_texts_that_are_odd_or_disagree(tmp_path, movies):
+    big = b"x" * (2**24 + 1)
+    texts = [
+        dict(txt=b"t", json=b'{"caption": "j"}'), dict(txt=b" ", json=b'{"caption": "j"}'),
+        dict(txt=b"caf\xe9", json=b'{"caption": "j"}'), dict(txt=b"j\n", json=b'{"caption": "j"}'), dict(json=big),
+    ]  # fmt: skip
+    members = [(f"{k}.{n}", data) for k, more in enumerate(texts) for n, data in {"mp4": movies[k], **more}.items()]
+    write_tar(
+        tmp_path / "a.tar", [*members, ("m/a.left.mp4", movies[5]), ("m/a.txt", b"both"), ("m/a.left.txt", b"left")]
+    )
+    videos = open_videos(f"wds:{tmp_path}/a.tar", "all")
+    assert [item.caption for item in videos.items] == ["t", "j", "j", "j", None, "left"]
+    assert "1 (a.tar: 0)" in note(videos, "of which .txt is used") and "1 (a.tar: 2)" in note(videos, "not UTF-8")
+    assert "1 (a.tar: 4.json)" in note(videos, "more than 16 MiB") and len(videos.notes) == 3
+
+
+def test_classes_that_are_odd(tmp_path, movies):
+    labels = [b"7", b"007\n", b"10", b"-1", b"", b"\xff"]
+    members = [(f"{k}.{n}", data) for k, cls in enumerate(labels) for n, data in (("mp4", movies[k]), ("cls", cls))]
+    write_tar(tmp_path / "a.tar", members)
+    videos = open_videos(f"wds:{tmp_path}/a.tar", "all")
+    assert videos.classes == ("7", "10") and [item.label for item in videos.items] == [0, 0, 1, None, None, None]
+    assert len(videos.notes) == 1 and "1 (a.tar: 5)" in note(videos, "classes that are not UTF-8")
+    write_tar(tmp_path / "a.tar", [*members[:2], ("b.mp4", movies[0]), ("b.cls", b"cat")])
+    assert "1 (cat)" in note(open_videos(f"wds:{tmp_path}/a.tar", "all"), "are no numbers, where others are")
+
+
+def test_links_names_of_any_kind_and_keys_that_come_again(tmp_path, movies):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in [
+            *[("./a.mp4", movies[0]), ("./a.txt", b"one"), ("b#1.mp4", movies[1]), ("b#2.mp4", movies[2])],
+            *[
+                ("./a.mp4", movies[3]),
+                ("./a.txt", b"two"),
+                (f"{'n' * 200}/\u00e9{'m' * 150}.mp4", movies[4]),
+                ("x\ny.txt", b""),
+            ],
+        ]:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        for name, kind in (("s.mp4", tarfile.SYMTYPE), ("h.mp4", tarfile.LNKTYPE), ("d.mp4", tarfile.DIRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "../../etc/passwd"
+            tar.addfile(info)
+    videos = open_videos(f"wds:{tmp_path}/a.tar", "all")
+    assert [item.caption for item in videos.items] == ["one", None, None, "two", None]
+    assert [grey(read_video(item.path)[0] / 255) for item in videos.items] == list(range(5))
+    assert len({str(item.path) for item in videos.items}) == len({item.name for item in videos.items}) == 5
+    assert "1 (a.tar: ./a.mp4)" in note(videos, "keys that come again")
+    assert "2 (a.tar: s.mp4; a.tar: h.mp4)" in note(videos, "that are links")
+    assert r"1 (a.tar: x\ny)" in note(videos, "keys without a video")
+
+
+def test_packed_shards_in_a_folder_are_named_and_a_member_may_be_a_photo(tmp_path, movies):
+    write_tar(tmp_path / "0.tar", [("photo.mp4", b"\xff\xd8\xff\xe0" + b"0" * 99), ("a.mp4", movies[0])])
+    (tmp_path / "1.tar.gz").write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    write_tar(tmp_path / "2.tar", [])
+    videos = open_videos(f"wds:{tmp_path}", "all")
+    assert "1 (1.tar.gz)" in note(videos, "packed with gzip") and "1 (2.tar)" in note(videos, "without a member")
+    loader = ClipLoader(videos, SHAPE, 4, 4, seed=0)
+    assert set(next(iter(loader))["index"].tolist()) == {1} and [name for name, _ in loader.skipped] == [
+        "0.tar/photo.mp4"
+    ]
+
+
+def test_an_index_of_somebody_else_that_does_not_fit_is_made_again(tmp_path, movies):
+    write_shards(tmp_path, movies[:4])
+    shard, beside = str(tmp_path / "00000.tar"), tmp_path / "00000.tar.larp-index"
+    good = open_index(shard)
+    for column, value in (
+        ("sizes", 10**12),
+        ("offsets", -1),
+        ("labels", 9),
+        ("names_ends", 10**6),
+        ("json_sizes", 10**9),
+    ):
+        columns = {name: values.clone() for name, values in good.columns.items()}
+        columns[column][1] = value
+        tar_index._save(tar_index.ShardIndex(shard, good.state, columns, good.classes, ()), beside, "")
+        assert all(open_index(shard).columns[name].equal(values) for name, values in good.columns.items()), column
+
+
 def test_pieces_of_one_video_stay_in_one_split(tmp_path, movies):
     members = [(f"{k // 4:09d}_{k % 4:05d}.mp4", movies[k % 12]) for k in range(80)]
     write_tar(tmp_path / "a.tar", members)
@@ -250,6 +338,14 @@ def test_shards_without_a_sample_are_refused_in_one_line(tmp_path, make, words):
     with pytest.raises(DataError, match=words) as error:
         open_videos(f"wds:{tmp_path}/{make(tmp_path)}", "all")
     assert "\n" not in str(error.value)
+
+
+def test_shards_without_their_kind_are_told_it(tmp_path, movies):
+    write_shards(tmp_path, movies[:4])
+    with pytest.raises(DataError, match=r"is a tar file: give wds:.*00000\.tar"):
+        open_videos(f"{tmp_path}/00000.tar")
+    with pytest.raises(DataError, match=r"no video below .*; for its \.tar files give wds:"):
+        open_videos(f"folder:{tmp_path}")
 
 
 def test_missing_shards_of_a_range_are_named(tmp_path, movies):

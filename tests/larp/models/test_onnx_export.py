@@ -59,3 +59,14 @@ def test_a_missing_package_and_other_weights_are_named(golden_root, tmp_path, mo
     with pytest.raises(ValueError, match=r"in torch\.bfloat16 on cpu: load it in float32"):
         export_onnx(model.bfloat16(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(golden_root, tmp_path, monkeypatch):
+    model = LarpTokenizer.from_pretrained(golden_root / "official_tokenizer")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("worked for minutes"))
+    (tmp_path / "decode.onnx").mkdir()
+    (tmp_path / "file").touch()
+    for folder, words in ((tmp_path, r"decode\.onnx is a folder"), (tmp_path / "file", "is a file, not a folder")):
+        with pytest.raises(ValueError, match=words):
+            export_onnx(model, folder)

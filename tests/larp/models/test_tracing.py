@@ -133,6 +133,9 @@ def test_the_step_of_the_generator_compiles_once(generator, weights):
     assert compiled.frame_count == 1
     with pytest.raises(ValueError, match="all 14 positions of this generator are filled"):
         decoder.decode_one(codes[:, 13])
+    for wrong in (codes[:1, 0], codes[:, :1], codes[:, 0].float()):
+        with pytest.raises(ValueError, match=r"expected one code per row, integers \(2,\)"):
+            decoder.decode_one(wrong)
 
 
 @torch.no_grad()

@@ -61,6 +61,9 @@ def test_shards_of_records_give_those_of_a_jsonl_file(shard, qwen, tmp_path):
         assert found[number].labels.tolist() == same[number].labels.tolist()
     assert video_codes(qwen.processor, found[1]) == video_codes(qwen.processor, found[2])
     assert not list(tmp_path.rglob("*.mp4")), "nothing is unpacked"
+    assert found.digest == same.digest, "by which a resumed run notices other records"
+    shard(*rows[:2], rows[0])
+    assert open_records(f"wds:{tmp_path}/*.tar", qwen.processor, cache=tmp_path / "codes").digest != found.digest
 
 
 def test_bad_records_of_a_shard_are_named(shard, qwen, tmp_path):
@@ -76,3 +79,38 @@ def test_bad_records_of_a_shard_are_named(shard, qwen, tmp_path):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="no shard matches"):
         open_records(f"wds:{tmp_path}/b*.tar", qwen.processor, cache=tmp_path / "codes")
+    with pytest.raises(ValueError, match="2 bad records"):
+        open_records(f"wds:{shard({'text': 't'}, None, None)}", qwen.processor, cache=tmp_path / "codes")
+
+
+def test_remote_shards_of_records_name_their_own_members(shard, qwen, tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    rows = {"text": "<video>", "videos": ["000.mp4"]}, {"messages": CHAT}
+    memory.pipe("/records-of-a-test/a.tar", shard(*rows).read_bytes())
+    local = open_records(f"wds:{tmp_path}/a.tar", qwen.processor, cache=tmp_path / "codes")
+    try:
+        spec = "wds:memory://records-of-a-test/*.tar"
+        found = open_records(spec, qwen.processor, cache=tmp_path / "other")
+        assert [found[k].ids.tolist() for k in range(2)] == [local[k].ids.tolist() for k in range(2)]
+        memory.pipe("/records-of-a-test/a.tar", shard({"text": "<video>", "videos": ["/etc/passwd"]}).read_bytes())
+        with pytest.raises(
+            ValueError, match=r"no video /etc/passwd in memory:///records-of-a-test/a\.tar: name a member"
+        ):
+            open_records(spec, qwen.processor, cache=tmp_path / "other")
+    finally:
+        memory.rm("/records-of-a-test", recursive=True)
+
+
+def test_members_named_from_the_current_folder_and_what_is_wrong_with_a_shard(shard, qwen, tmp_path):
+    path = shard({"text": "<video>", "videos": ["000.mp4"]}, {"text": "t", "videos": []})
+    with tarfile.open(path) as tar, tarfile.open(tmp_path / "b.tar", "w") as other:  # as `tar cf b.tar .` does
+        for info in tar:
+            data = tar.extractfile(info)
+            info.name = f"./{info.name}"
+            other.addfile(info, data)
+    data = (tmp_path / "b.tar").read_bytes()
+    end = -(-len(data.rstrip(b"\0")) // 512) * 512
+    (tmp_path / "b.tar").write_bytes(data[:end])
+    found = open_records(f"wds:{tmp_path}/b.tar", qwen.processor, cache=tmp_path / "codes")
+    assert len(video_codes(qwen.processor, found[0])) == 1 and "without the mark of their end" in found.notes[0]

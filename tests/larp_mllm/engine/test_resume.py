@@ -20,6 +20,10 @@ def test_changed_options_are_compared_with_the_first_ones(tmp_path):
         {"step": 4, "changed": {"batch_size": [8, 4]}}
     ]
     assert option_changes(tmp_path, same, 4, first)[1:] == [{"step": 4, "changed": {}}]
+    assert option_changes(tmp_path, same | {"data": {"records": "1f"}}, 2, []) == [], "begun by an earlier version"
+    (tmp_path / "config.json").write_text(json.dumps(same | {"data": {"records": "1f", "text": "3b"}}))
+    now = option_changes(tmp_path, same | {"data": {"records": "2e", "tokens": "7c"}}, 2, [])
+    assert now == [{"step": 2, "changed": {"data.records": ["1f", "2e"]}}]
 
 
 @pytest.mark.parametrize(
