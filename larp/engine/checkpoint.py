@@ -326,7 +326,7 @@ def load_state(
     _check_model(state, model)
     _check_engines(engines, state)
     _check_contents(state)
-    with naming_damaged(state.folder):
+    with naming_damaged(state.folder, ValueError):
         _load(engines, state, restore_random)
 
 

@@ -194,8 +194,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def naming_damaged(folder: Path) -> Iterator[None]:
-    """In the block, what a damaged or malicious checkpoint raises while it is loaded becomes a ValueError that names its folder."""
+def naming_damaged(folder: Path, *more: type[Exception]) -> Iterator[None]:
+    """In the block, what a damaged or malicious checkpoint raises while it is loaded becomes a ValueError that names its folder.
+
+    `more`: further errors that only such a checkpoint raises.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, torch.distributed.DistError):
@@ -208,7 +211,7 @@ def naming_damaged(folder: Path) -> Iterator[None]:
         raise ValueError(
             f"{folder} {what}: no training wrote it so; copy the run again, or train anew from its model with --start-from"
         ) from error
-    except (*_DAMAGE, OSError) as error:
+    except (*_DAMAGE, OSError, *more) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise
         text = str(error).strip().splitlines() or [""]

@@ -126,6 +126,33 @@ def test_tensors_larger_than_their_file_are_not_built(tmp_path):
     check_contents(tmp_path)
 
 
+def test_an_optimizer_of_another_model_is_one_line(new_engine, train, tmp_path):
+    own, other = new_engine(), new_engine()
+    train(own, 0, 1)
+    save_state({"model": own}, tmp_path, 1, {})
+    state = newest_state(tmp_path)
+    path = next((state.folder / "model").glob("*states.pt"))
+
+    def first(content):
+        return content["optimizer"]["state"][0]
+
+    for change, said in (
+        (lambda content: first(content).update(exp_avg=torch.zeros(3)), "exp_avg of the optimizer does not fit"),
+        (lambda content: first(content).update(exp_avg="x"), "exp_avg of the optimizer does not fit"),
+        (lambda content: first(content).pop("exp_avg_sq"), "exp_avg_sq of the optimizer does not fit"),
+        (lambda content: first(content).update(step="x"), "could not convert"),
+        (lambda content: content["optimizer"].update(state={}), "no state of the optimizer"),
+        (lambda content: content["optimizer"]["param_groups"].pop(), "parameter groups|KeyError|IndexError"),
+        (lambda content: content.update(global_steps="x"), "counters are no whole numbers"),
+        (lambda content: content["larp"]["engine"].update(step_count=1.5), "counters are no whole numbers"),
+    ):
+        content = torch.load(path, weights_only=False)
+        change(content)
+        torch.save(content, path)
+        one_line(state.folder, lambda: load_state({"model": other}, state), said)
+        save_state({"model": own}, tmp_path, 1, {})
+
+
 def test_a_checkpoint_with_a_pipe_is_not_waited_for(new_engine, tmp_path):
     save_state({"model": new_engine()}, tmp_path, 1, {})
     path = newest_state(tmp_path).folder / "extra.pt"
