@@ -18,7 +18,7 @@ T = TypeVar("T")
 ANSWER = 8.0
 """Seconds that the hub may take for what is longer than a look."""
 # Seconds for a look whether it answers; its own client would retry for minutes.
-_TIMEOUT = 4.0
+_TIMEOUT = 3.0
 
 
 def snapshot(

@@ -45,6 +45,7 @@ from larp.engine.distributed import (
     set_current_ranks,
 )
 from larp.engine.ema import WeightAverage
+from larp.engine.optimizer import check_loaded
 from larp.engine.settings import AUTOCAST_TYPES, EngineConfig, check_trainable, deepspeed_settings, micro_batch
 from larp.engine.untrusted import only_data
 from larp.kernels.allocator import keep_freed_memory
@@ -413,13 +414,11 @@ class Engine:
     def load(self, folder: Path | str, tag: str | None = None, universal: bool = False) -> dict[str, Any]:
         """Load a checkpoint of `save` and return its client_state. Files that hold code are refused, see `only_data`.
 
-        Learning rates and other optimizer settings stay those of this run.
+        Learning rates and other optimizer settings stay those of this run. Raises ValueError if there is no checkpoint.
 
         Args:
             folder, tag: as for `save`; None loads the latest tag.
             universal: read the output of `python -m deepspeed.checkpoint.ds_to_universal`.
-
-        Raises ValueError if there is no checkpoint.
         """
         self._engine._config.load_universal_checkpoint = universal
         from deepspeed.runtime.fp16.loss_scaler import LossScaler
@@ -432,6 +431,7 @@ class Engine:
             raise ValueError(f"no checkpoint of the {self.name} in {folder}" + (f" with tag {tag}" if tag else ""))
         own = state["larp"]["engine"]
         self.step_count, self._skipped, self._skipped_in_a_row = own["step_count"], own["skipped_count"], 0
+        check_loaded(self._engine, self.step_count, self._skipped)
         if self._device_steps is not None:
             self._device_steps.restart(self._skipped)
             move_step_counters(self._engine.basic_optimizer)

