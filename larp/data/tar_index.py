@@ -386,8 +386,10 @@ def _class(text: tuple[bytes, int, int] | None, key: str, problems: list) -> str
 
 def _caption(texts: dict[str, tuple[bytes, int, int] | None], key: str, wanted: str, problems: list) -> str | None:
     """Return the field `wanted` of .json; with "" .txt, or the field "caption" where .txt is missing, empty or no UTF-8."""
-    text = None if wanted else _decoded(texts["txt"], key, "captions", problems)
+    text, before = None if wanted else _decoded(texts["txt"], key, "captions", problems), len(problems)
     value = _field(texts["json"], wanted or "caption", key, problems)
+    if wanted and value is None and len(problems) == before:
+        problems.append((f"keys without a text in the field {wanted} of .json", key))
     if text is not None and value is not None and text != value:
         problems.append(("keys with one caption in .txt and another in .json, of which .txt is used", key))
     return value if text is None else text

@@ -241,6 +241,14 @@ def test_texts_that_are_odd_or_disagree(tmp_path, movies):
     assert "1 (a.tar: 4.json)" in note(videos, "more than 16 MiB") and len(videos.notes) == 3
 
 
+def test_a_field_that_samples_lack_is_named(tmp_path, movies):
+    members = [m for k in range(2) for m in sample(k, movies[k])] + [("c.mp4", movies[2])]
+    write_tar(tmp_path / "a.tar", members)
+    videos = open_videos(f"wds:{tmp_path}/a.tar,caption=titel", "all")
+    assert "3 (a.tar: 000000000; " in note(videos, "keys without a text in the field titel of .json")
+    assert "1 (a.tar: c)" in note(open_videos(f"wds:{tmp_path}/a.tar,caption=title", "all"), "in the field title")
+
+
 def test_classes_that_are_odd(tmp_path, movies):
     labels = [b"7", b"007\n", b"10", b"-1", b"", b"\xff"]
     members = [(f"{k}.{n}", data) for k, cls in enumerate(labels) for n, data in (("mp4", movies[k]), ("cls", cls))]
