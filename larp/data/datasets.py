@@ -41,6 +41,7 @@ from larp.data.listing import (
     csv_rows,
     hash_split,
     humanize,
+    join_captions,
     no_split,
     ordered_classes,
     passed_over,
@@ -349,8 +350,7 @@ def _manifest(rows: list[tuple[int, dict]], path: str, split: Split, spec: str) 
 
 def _captions(value: object, where: str) -> str | None:
     """Return a caption, or those of a list, as `VideoItem.caption` has them. Raises DataError for values of another kind."""
-    texts = [cell(text, where) for text in (value if isinstance(value, list) else [value])]
-    return CAPTION_BREAK.join(dict.fromkeys(text for text in texts if text)) or None
+    return join_captions(cell(text, where) for text in (value if isinstance(value, list) else [value]))
 
 
 def _add_caption(row: dict[str, str | None], other: dict[str, str | None], where: str) -> None:

@@ -23,6 +23,7 @@ from larp.data.listing import (
     VideoSet,
     as_folder,
     hash_split_rows,
+    join_captions,
     name_hash,
     no_split,
     ordered_classes,
@@ -133,7 +134,7 @@ def read_hf_disk(folder: str, split: Split, spec: str, *, video: str, caption: s
         part, local = parts[which], row - starts[which]
         name = part.label_of(local)
         text = part.cell(part.caption, local)
-        text = (text.strip() or None) if isinstance(text, str) else None
+        text = join_captions(text if isinstance(text, list) else [text])
         called = f"{part.name}/{local:08d}" if part.name else f"{local:08d}"
         return VideoItem(part.path(local), called, number.get(name), text or spoken(name))
 
@@ -168,16 +169,22 @@ def _open(base: Path, spec: str, video: str, caption: str, label: str) -> list[_
     order = sorted(named, key=lambda name: (_SPLITS.index(name) if name in _SPLITS else len(_SPLITS), name))
     first = named[order[0]]
     kinds = {column: kind.__class__.__name__ for column, kind in first.features.items()}
-    texts = [column for column in kinds if getattr(first.features[column], "dtype", "") in ("string", "large_string")]
+    texts = [column for column, kind in first.features.items() if _is_text(kind)]
+    # A column of lists of captions, as MSR-VTT and VATEX have them.
+    captions = [column for column, kind in first.features.items() if _is_text(getattr(kind, "feature", kind))]
     typed = [column for column, kind in kinds.items() if kind == "Video"]
     columns = (
         _column("video", video, [*(("video",) if "video" in kinds else ()), *typed], [*typed, *texts], spec),
-        _column("caption", caption, [c for c in ("caption", "text") if c in texts], texts, spec),
+        _column("caption", caption, [c for c in ("caption", "text") if c in captions], captions, spec),
         _column("label", label, [c for c in ("label",) if c in kinds], list(kinds), spec),
     )
     if not columns[0]:
         raise DataError(f"{spec}: has no column of videos; give video=COLUMN, one of {', '.join(kinds)}")
     return [_Part(name, named[name], base / name, columns) for name in order]
+
+
+def _is_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", "") in ("string", "large_string")
 
 
 def _column(option: str, given: str, defaults: list[str], possible: list[str], spec: str) -> str:

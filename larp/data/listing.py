@@ -118,6 +118,11 @@ def skipped_lines(skipped: Sequence[tuple[str, str]], most: int = 1000) -> list[
     return lines + ([f"and {len(skipped) - most} more"] if len(skipped) > most else [])
 
 
+def join_captions(texts: Iterable[str | None]) -> str | None:
+    """Return captions as `VideoItem.caption` has them, each once, without those that are empty; None if none is left."""
+    return CAPTION_BREAK.join(dict.fromkeys(text.strip() for text in texts if text and text.strip())) or None
+
+
 def printable(name: str) -> str:
     """Return the name of a file in one line, with escapes for what cannot be printed."""
     return name if name.isprintable() else ascii(name)[1:-1]

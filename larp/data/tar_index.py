@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+from larp.data.listing import captions_of, join_captions
 from larp.data.shapes import cache_folder
 from larp.data.stored_video import StoredVideo
 from larp.data.string_columns import pack_strings, unpack_strings
@@ -390,7 +391,7 @@ def _caption(texts: dict[str, tuple[bytes, int, int] | None], key: str, wanted: 
     value = _field(texts["json"], wanted or "caption", key, problems)
     if wanted and value is None and len(problems) == before:
         problems.append((f"keys without a text in the field {wanted} of .json", key))
-    if text is not None and value is not None and text != value:
+    if text is not None and value is not None and text not in captions_of(value):
         problems.append(("keys with one caption in .txt and another in .json, of which .txt is used", key))
     return value if text is None else text
 
@@ -405,11 +406,11 @@ def _field(text: tuple[bytes, int, int] | None, name: str, key: str, problems: l
     if not isinstance(row, dict):
         problems.append((".json that cannot be read", key))
         return None
-    value = row.get(name)
-    if value is not None and not isinstance(value, str):
+    texts = value if isinstance(value := row.get(name), list) else [value]
+    if not all(isinstance(text, str | None) for text in texts):
         problems.append((f"fields {name} of .json that are no text", key))
         return None
-    return value.strip() or None if value else None
+    return join_captions(texts)
 
 
 def _decoded(text: tuple[bytes, int, int] | None, key: str, what: str, problems: list) -> str | None:

@@ -5,6 +5,7 @@ from itertools import chain, islice
 from larp.data.clips import ClipShape
 from larp.data.datasets import DataError, NoSplitError, open_videos
 from larp.data.doctor import examine
+from larp.data.listing import captions_of
 from larp.data.loader import ClipLoader
 from larp.data.video import read_video, write_video
 
@@ -64,6 +65,13 @@ def test_paths_as_text_and_other_names_of_columns(tmp_path, movies):
         open_videos(f"hf-disk:{tmp_path / 'd'}")
     with pytest.raises(DataError, match="caption=caption: no such column"):
         open_videos(f"hf-disk:{tmp_path / 'd'},video=file,caption=caption")
+
+
+def test_lists_of_captions(tmp_path, movies):
+    rows = {"file": [str(path) for path in movies[:2]], "caption": [["a", None, " b", "a"], None]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "d")
+    found = open_videos(f"hf-disk:{tmp_path / 'd'},video=file", "all")
+    assert [captions_of(item.caption) for item in found.items] == [("a", "b"), ()]
 
 
 def test_rows_without_a_usable_video_are_named(tmp_path, movies):

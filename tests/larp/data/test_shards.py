@@ -11,6 +11,7 @@ from larp.data import shards, tar_index
 from larp.data.clips import ClipShape
 from larp.data.datasets import DataError, open_videos
 from larp.data.doctor import examine
+from larp.data.listing import CAPTION_BREAK
 from larp.data.loader import ClipLoader, iterate_once
 from larp.data.shards import expand_braces
 from larp.data.tar_index import open_index
@@ -230,13 +231,22 @@ def test_texts_that_are_odd_or_disagree(tmp_path, movies):
     texts = [
         dict(txt=b"t", json=b'{"caption": "j"}'), dict(txt=b" ", json=b'{"caption": "j"}'),
         dict(txt=b"caf\xe9", json=b'{"caption": "j"}'), dict(txt=b"j\n", json=b'{"caption": "j"}'), dict(json=big),
+        dict(json=b'{"caption": ["one", " two ", null, "one"]}'),
     ]  # fmt: skip
     members = [(f"{k}.{n}", data) for k, more in enumerate(texts) for n, data in {"mp4": movies[k], **more}.items()]
     write_tar(
-        tmp_path / "a.tar", [*members, ("m/a.left.mp4", movies[5]), ("m/a.txt", b"both"), ("m/a.left.txt", b"left")]
+        tmp_path / "a.tar", [*members, ("m/a.left.mp4", movies[6]), ("m/a.txt", b"both"), ("m/a.left.txt", b"left")]
     )
     videos = open_videos(f"wds:{tmp_path}/a.tar", "all")
-    assert [item.caption for item in videos.items] == ["t", "j", "j", "j", None, "left"]
+    assert [item.caption for item in videos.items] == [
+        "t",
+        "j",
+        "j",
+        "j",
+        None,
+        CAPTION_BREAK.join(["one", "two"]),
+        "left",
+    ]
     assert "1 (a.tar: 0)" in note(videos, "of which .txt is used") and "1 (a.tar: 2)" in note(videos, "not UTF-8")
     assert "1 (a.tar: 4.json)" in note(videos, "more than 16 MiB") and len(videos.notes) == 3
 
