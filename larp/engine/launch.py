@@ -35,6 +35,7 @@ def spread(config: EngineConfig, batch_size: int) -> None:
     """
     # On use, so that the module is small where it only waits for the ranks.
     from larp.engine.distributed import free_port
+    from larp.kernels.allocator import with_huge_pages
     from larp.kernels.threads import cores
 
     count = count_processes(config, batch_size)
@@ -49,7 +50,7 @@ def spread(config: EngineConfig, batch_size: int) -> None:
     }
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, "-m", __name__, *sys.argv], os.environ | environment)
+    os.execve(sys.executable, [sys.executable, "-m", __name__, *sys.argv], with_huge_pages(os.environ | environment))
 
 
 def count_processes(config: EngineConfig, batch_size: int) -> int:

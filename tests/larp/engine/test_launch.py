@@ -7,13 +7,15 @@ import sys
 import time
 from pathlib import Path
 
-from larp.engine.launch import count_processes
+from larp.engine.launch import count_processes, spread
 from larp.engine.settings import EngineConfig
+from larp.kernels.allocator import with_huge_pages
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 # Each rank counts the SIGTERMs that it gets, and stops as a training does. Each line is one write, since both write to one pipe.
 RANK = """
@@ -67,6 +69,37 @@ def test_a_gpu_is_left_to_launchers(cores, monkeypatch):
     assert count_processes(EngineConfig(processes="auto"), 16) == 1
     with pytest.raises(ValueError, match="num_accelerators"):
         count_processes(EngineConfig(processes=2), 16)
+
+
+@pytest.mark.parametrize("own", [None, "glibc.malloc.hugetlb=0:glibc.malloc.check=1"])
+def test_ranks_ask_for_huge_pages_unless_the_user_decides(cores, monkeypatch, own):
+    seen = {}
+    monkeypatch.setattr(os, "execve", lambda path, command, environment: seen.update(environment))
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if own:
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+    spread(EngineConfig(processes="auto"), 16)
+    assert seen["WORLD_SIZE"] == "4" and seen["GLIBC_TUNABLES"] == ":".join(
+        filter(None, ["glibc.malloc.hugetlb=1", own])
+    )
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(),
+    reason="the kernel does not take requests for huge pages",
+)
+def test_memory_of_a_rank_may_lie_on_huge_pages():
+    # VmFlags `hg`: the process has asked for huge pages there.
+    code = (
+        "import re; from larp.kernels.allocator import keep_freed_memory; keep_freed_memory(); kept = bytearray(1 << 26); "
+        "heap = open('/proc/self/smaps').read().partition('[heap]')[2]; print(' hg' in re.search('VmFlags:.*', heap)[0])"
+    )
+    plain = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)}
+    for environment, asked in ((plain, "False"), (with_huge_pages(plain), "True")):
+        found = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        )
+        assert found.stdout.strip() == asked
 
 
 @pytest.mark.parametrize(("native", "on_gpu", "precision"), [(1, 0, "bf16"), (0, 0, "fp32"), (1, 1, "fp32")])
