@@ -25,7 +25,6 @@ from tests.larp_mllm.tiny import tiny_cache, tiny_mllm
 from training import extract_tokens, train_generator, train_mllm, train_tokenizer
 
 import torch
-from datasets import Dataset, DatasetDict, Features, Value, Video
 from safetensors.torch import load_file
 
 SAVE_EVERY = 7
@@ -113,6 +112,8 @@ def prepare(folder: Path) -> None:
 
 def write_videos(folder: Path) -> None:
     """Write built-in videos as WebDataset shards, `web`, one of them broken, and as a saved data set, `disk`; and records in `chats`."""
+    from datasets import Dataset, DatasetDict, Features, Value, Video  # of the extra [text]
+
     videos = open_videos("shapes:count=30,size=16", "all")
     movies = [item.path.read_bytes() for item in videos.items[:30]]
     movies[13] = b"<html>404</html>"
