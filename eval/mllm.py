@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from larp.config import check_count, parse, to_dict
+from larp.config import parse, to_dict
 from larp.data.clips import pixels_to_clip
 from larp.data.contact_sheet import contact_sheet
 from larp.data.shapes import HELD_OUT, Attributes, held_out_prompts, parse_caption, render
@@ -42,15 +42,13 @@ class EvalMllmConfig(VideoSampling):
     protocol: Literal["shapes"] = "shapes"
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
-    best_of: int = 1
-    """Candidates for each video, see `Mllm.generate`."""
     out: Path | None = None
     """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json beside the model folder."""
 
     def __post_init__(self):
         super().__post_init__()
-        check_count("num_prompts", self.num_prompts)
-        check_count("best_of", self.best_of)
+        if self.num_prompts < 1:
+            raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}")
         if self.out is not None and self.out.suffix.lower() == ".png":
             raise ValueError(f"out is {self.out}, where the contact sheet goes: give the name of the .json")
 
@@ -71,7 +69,7 @@ def evaluate(config: EvalMllmConfig) -> dict:
     began = time.monotonic()
     prompts = held_out_prompts(config.num_prompts)
     mllm = Mllm.load(folder)
-    videos = mllm.generate(prompts, sampling=VideoSampling.of(config), best_of=config.best_of)
+    videos = mllm.generate(prompts, sampling=VideoSampling.of(config))
     seconds = time.monotonic() - began
     clips = [pixels_to_clip(video.frames) for video in videos]
     expected = [parse_caption(prompt) for prompt in prompts]
@@ -108,7 +106,6 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         "prompts": f"larp.data.shapes.held_out_prompts({config.num_prompts}), of {len(HELD_OUT)} held-out triples",
         "checker": "larp.metrics.shape_checker",
         "one_video_per_prompt": True,
-        "best_of": config.best_of,
         **to_dict(VideoSampling.of(config)),
         "model": str(folder),
         "checkpoint": checkpoint_hashes(folder),
@@ -123,7 +120,7 @@ def report(record: dict, videos: list[Video], out: Path) -> None:
     settings = record["protocol"]
     print(f"{shares(record)} of {record['n']} videos")
     print(f"of rendered videos through the tokenizer: {shares(record['reconstructed'])}")
-    sampled = ", ".join(f"{name} {settings[name]}" for name in ("best_of", "guidance_scale", "temperature", "seed"))
+    sampled = ", ".join(f"{name} {settings[name]}" for name in ("guidance_scale", "temperature", "seed"))
     print(f"protocol: {settings['prompts']}; {sampled}")
     print(f"wrote {out} and {sheet}")
 

@@ -22,7 +22,6 @@ def generate(
     prompt: str | list[str],
     num_videos: int = 1,
     *,
-    best_of: int = 1,
     guidance_scale: float = 2.0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -40,7 +39,6 @@ def generate(
     Args:
         prompt: what the video shows, or a list of such texts. Nothing in it becomes a control token.
         num_videos: number of videos for each prompt.
-        best_of: candidates for each video, of which the one is returned whose prompt the model finds most probable as its caption.
         guidance_scale, temperature, top_k, top_p, seed, batch_size: see `VideoSampling`.
         model: a folder, a hub name "owner/name" or a loaded `Mllm`; by default the environment variable LARP_MLLM_MODEL,
             else the newest model trained on this machine.
@@ -58,7 +56,6 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else prompt
     check_prompts(prompts)
     check_count("num_videos", num_videos)
-    check_count("best_of", best_of)
     check_count("preview_every", preview_every, least=0)
     check_progress(progress)
     sampling = VideoSampling(
@@ -70,7 +67,7 @@ def generate(
         batch_size=batch_size,
     )
     mllm = open_model(model, device, dtype)
-    videos = mllm.generate(prompts, num_videos, sampling, progress, preview_every, best_of)
+    videos = mllm.generate(prompts, num_videos, sampling, progress, preview_every)
     return videos if prompts is prompt or num_videos != 1 else videos[0]
 
 

@@ -19,7 +19,6 @@ from larp_mllm.checks import check_prompt, check_prompts, check_seconds
 from larp_mllm.generation.answer import Answer
 from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
-from larp_mllm.generation.ranking import text_nats
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
 from larp_mllm.locate import TRAINING, find_model, read_config
 from larp_mllm.model.modeling import LarpMllmForCausalLM
@@ -123,7 +122,6 @@ class Mllm:
         sampling: VideoSampling = _VIDEO,
         progress: ProgressCallback | None = None,
         preview_every: int = 0,
-        best_of: int = 1,
     ) -> list[Video]:
         """Generate videos for texts.
 
@@ -133,7 +131,6 @@ class Mllm:
             sampling: see `VideoSampling`. The same seed and place in the result give the same video for any batch size.
             progress: called after each code.
             preview_every: with a nested video tokenizer, progress gets previews every so many codes; 0: none.
-            best_of: candidates for each video, of which the one is returned whose text the model finds most probable as its caption.
 
         Returns a list of len(prompts) * num_videos videos, prompt by prompt. Raises ValueError for prompts that are no
         text, counts below 1, and a prompt that exceeds the positions of the base.
@@ -142,7 +139,7 @@ class Mllm:
         check_count("num_videos", num_videos)
         self._warn_of_far(prompts)
         texts = [text for text in prompts for _ in range(num_videos)]
-        codes = self.generate_codes(texts, sampling, progress, preview_every, best_of)
+        codes = self.generate_codes(texts, sampling, progress, preview_every)
         videos = [
             frames for batch in codes.split(sampling.batch_size) for frames in self.processor.decode_videos(batch)
         ]
@@ -157,20 +154,13 @@ class Mllm:
         sampling: VideoSampling = _VIDEO,
         progress: ProgressCallback | None = None,
         preview_every: int = 0,
-        best_of: int = 1,
     ) -> Tensor:
         """Sample the codes of a video for each text, int64 (len(prompts), N) on the CPU; arguments and errors as in `generate`."""
         check_prompts(prompts)
-        check_count("best_of", best_of)
-        layout, count = self.processor.layout, self.model.vocabulary.tokens_per_video
-        encoded = {text: self._encode_text(text) for text in dict.fromkeys(prompts)}
-        texts = [encoded[text] for text in prompts for _ in range(best_of)]
-        with self._code_progress(len(texts) * count, progress, preview_every) as code_progress:
-            codes = self._sample_codes([layout.prompt(text) for text in texts], sampling, code_progress)
-        if best_of == 1:
-            return codes
-        nats = text_nats(self.model, layout, codes, texts).view(-1, best_of)
-        return codes.view(-1, best_of, count)[torch.arange(len(nats)), nats.argmin(dim=1)]
+        encoded = {text: self.processor.layout.prompt(self._encode_text(text)) for text in dict.fromkeys(prompts)}
+        total = len(prompts) * self.model.vocabulary.tokens_per_video
+        with self._code_progress(total, progress, preview_every) as code_progress:
+            return self._sample_codes([encoded[text] for text in prompts], sampling, code_progress)
 
     def describe(
         self, videos: list, sampling: TextSampling = _CAPTION, progress: ProgressCallback | None = None

@@ -12,7 +12,6 @@ same videos; with -n, videos 0, 1, ... of a seed.
 examples:
   larp-mllm generate "a person surfing"                                   # a-person-surfing.mp4
   larp-mllm generate "a person surfing" -n 8 --seed 3 -o out/surfing.mp4  # out/surfing-0.mp4 ... out/surfing-7.mp4
-  larp-mllm generate "a red circle moving left" --best-of 8               # a-red-circle-moving-left.mp4
   larp-mllm generate "a red circle moving left" -o circle.png             # a contact sheet of its frames
   larp-mllm generate "archery" --guidance-scale 3 --temperature 0.9 --model runs/ucf/mllm"""
 
@@ -25,12 +24,6 @@ def add(commands) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')
     options.add_videos_out(parser, "the prompt")
-    parser.add_argument(
-        "--best-of",
-        type=int,
-        default=1,
-        help="candidates for each video: the one is kept after which the model finds the prompt most probable",
-    )
     options.add_seed(parser)
     options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=2.0)
     options.add_model(parser)
@@ -45,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     videos = generate(
         [arguments.prompt],
         arguments.num_videos,
-        **options.values(arguments, "best_of", "seed", *options.VIDEO_SAMPLING),
+        **options.values(arguments, "seed", *options.VIDEO_SAMPLING),
         **options.model_options(arguments),
     )
     options.save_videos(videos, arguments, stem)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from larp.config import check_count
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.listing import Split
@@ -46,14 +45,12 @@ class MllmSource:
     mllm: Mllm
     folder: Path
     """Of the model."""
-    best_of: int = 1
-    """Candidates for each clip, see `Mllm.generate`."""
 
     @classmethod
-    def load(cls, model: str, device: str, best_of: int = 1) -> "MllmSource":
+    def load(cls, model: str, device: str) -> "MllmSource":
         """Load a model folder, a run folder or a hub repository; ValueError as `Mllm.load`."""
         folder = find_model(model, "--mllm")
-        return cls(Mllm.load(folder, device), folder, best_of)
+        return cls(Mllm.load(folder, device), folder)
 
     @property
     def tokenizer(self) -> LarpTokenizer:
@@ -98,7 +95,7 @@ class MllmSource:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield clips (b, 3, T, H, W) in [0, 1] and codes int64 (b, N) for labels (n,); all codes are sampled first."""
         options = VideoSampling.of(sampling, seed=seed, batch_size=batch_size)
-        codes = self.mllm.generate_codes(self.prompts(videos, labels), options, best_of=self.best_of)
+        codes = self.mllm.generate_codes(self.prompts(videos, labels), options)
         for batch in codes.split(batch_size):
             yield self.tokenizer.decode(batch.to(self.tokenizer.codebook.device)), batch
 
@@ -118,8 +115,6 @@ class ClipSourceConfig(EvaluationConfig):
     """ema: the averaged weights of the tokenizer's training."""
     mllm: str = ""
     """In place of --generator: folder of a language model, or of the run that trained it, or a hub name. It has its own tokenizer."""
-    best_of: int = 1
-    """With --mllm: candidates for each clip, of which the one is taken whose prompt the model finds most probable as its caption."""
 
     def resolved(self) -> Self:
         """Return the config with the generator and the data that are the defaults here; ValueError if no data are known."""
@@ -130,18 +125,13 @@ class ClipSourceConfig(EvaluationConfig):
             raise ValueError(
                 f"--mllm {self.mllm}: a language model has its own video tokenizer; leave out --tokenizer and --variant"
             )
-        check_count("best_of", self.best_of)
-        if self.best_of > 1 and not self.mllm:
-            raise ValueError(
-                f"--best-of {self.best_of}: a generator cannot read its clips; leave it out, or give --mllm"
-            )
         generator = "" if self.mllm else find_generator(self.generator or None)
         return replace(self, generator=generator, data=self.data or _data_of(generator))
 
     def open_source(self) -> ClipSource:
         """Load the model of a resolved config; ValueError if it is no model for classes."""
         if self.mllm:
-            return MllmSource.load(self.mllm, self.device, self.best_of)
+            return MllmSource.load(self.mllm, self.device)
         generator = load_generator(self.generator, "class", self.device)
         training, tokenizer = find_training(self.generator), self.tokenizer or None
         loaded = load_generator_tokenizer(self.generator, generator, training, tokenizer, self.variant, self.device)

@@ -115,7 +115,6 @@ def test_a_generator_with_its_tokenizer(root, videos):
             {"mllm": "a", "tokenizer": "b"},
             "--mllm a: a language model has its own video tokenizer; leave out --tokenizer",
         ),
-        ({"best_of": 2}, "--best-of 2: a generator cannot read its clips"),
         ({"mllm": "a", "variant": "ema"}, "leave out --tokenizer and --variant"),
         ({"mllm": "a"}, "--mllm a: there is no such folder, .* Give --mllm such a folder, .*, or tiny, which comes"),
     ],
