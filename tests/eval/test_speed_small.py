@@ -42,6 +42,9 @@ def test_too_few_runs_are_refused():
         SmallSpeedConfig(pairs=2)
 
 
-def test_a_training_that_fails_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"status 2: .*nowhere"):
-        speed_small.run(SmallSpeedConfig(recipe="nowhere"), (), 20)
+def test_a_training_that_fails_says_why(tmp_path, monkeypatch):
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training/train_tokenizer.py").write_text("import sys; sys.exit('no recipe of this name')")
+    monkeypatch.setattr(speed_small, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="status 1: no recipe of this name"):
+        speed_small.run(SmallSpeedConfig(), (), 20)
