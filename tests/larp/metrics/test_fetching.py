@@ -252,7 +252,7 @@ def test_the_table_reports_damage_and_a_cache_that_is_a_file(cache, tmp_path, mo
 def test_a_full_disk_leaves_no_files(cache, tmp_path, full_disk):
     origin = authors(tmp_path, b"w" * 10_000)
     with full_disk():
-        fails(source(None, origin), cache, "File too large")
+        fails(source(None, origin), cache, rf"{cache} takes no more \(File too large\): free space there")
 
 
 def test_a_variable_that_names_no_file(cache, tmp_path, monkeypatch):
