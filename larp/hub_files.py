@@ -88,7 +88,8 @@ def within(work: Callable[[], T], seconds: float, host: str = "the hub") -> T:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive() or any(isinstance(error, TimeoutError) for error in errors):
+    # urllib wraps the error of a connection that is not taken.
+    if thread.is_alive() or any(isinstance(getattr(error, "reason", error), TimeoutError) for error in errors):
         raise TimeoutError(f"no answer from {host} within {seconds:g} seconds")
     if errors:
         raise errors[0]

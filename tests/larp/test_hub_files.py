@@ -2,6 +2,7 @@
 
 import socket
 import time
+from urllib.error import URLError
 
 from larp import hub_files
 from larp.hub import CheckpointError, resolve
@@ -67,3 +68,9 @@ def test_both_variables_keep_away_from_the_network(variable, monkeypatch, cached
 def test_an_answer_that_does_not_come_is_not_waited_for():
     with pytest.raises(TimeoutError, match="no answer from the hub within"):
         hub_files.within(lambda: time.sleep(5), 0.1)
+
+    def refused():
+        raise URLError(TimeoutError("timed out"))
+
+    with pytest.raises(TimeoutError, match="no answer from there within 1 seconds"):
+        hub_files.within(refused, 1, "there")
