@@ -18,7 +18,7 @@ from larp_mllm.model.probe import check_parts
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -217,6 +217,8 @@ def _source(name: str) -> str:
 def _load(
     name: str, source: str, trust_remote_code: bool, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    # To name the program that runs, its client asks the hub first, and waits for it even where the cache is all that is read.
+    constants.HF_HUB_DISABLE_TELEMETRY = True
     try:
         return _from_source(source, trust_remote_code, dtype, local_files_only=True)
     except Exception as error:

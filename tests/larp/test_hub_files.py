@@ -1,12 +1,15 @@
 """Hub repositories: from the cache at once, else an answer within seconds."""
 
 import socket
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.error import URLError
 
 from larp import hub_files
 from larp.hub import CheckpointError, resolve
 from larp_mllm.locate import _snapshot, find_model
+from larp_mllm.model.base_models import load_base
 
 import pytest
 from huggingface_hub import constants
@@ -47,6 +50,35 @@ def test_a_hub_that_does_not_answer_is_one_line(silent):
     assert time.monotonic() - began < 5
 
 
+def test_a_look_is_one_request_with_the_token_that_was_given(monkeypatch):
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append((self.path, self.headers.get("authorization")))
+            self.send_response(200)
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+        for token in (None, True, "other", False):
+            hub_files.check_reachable("owner/name", token)
+        server.shutdown()
+    assert {path for path, _ in asked} == {"/owner/name/resolve/main/config.json"}
+    assert [sent for _, sent in asked] == ["Bearer mine", "Bearer mine", "Bearer other", None]
+
+
 def test_what_is_cached_needs_no_hub(silent, cached):
     assert resolve("owner/name") == find_model("owner/name") == cached
     (cached / "model.safetensors").unlink()
@@ -74,3 +106,15 @@ def test_an_answer_that_does_not_come_is_not_waited_for():
 
     with pytest.raises(TimeoutError, match="no answer from there within 1 seconds"):
         hub_files.within(refused, 1, "there")
+
+
+def test_a_base_that_is_not_cached_is_asked_for_once(silent, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", silent)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+    monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "/nonexistent/registry.json")
+    monkeypatch.setattr(hub_files, "_TIMEOUT", 0.3)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"no answer from 127\.0\.0\.1"):
+        load_base("owner/base")
+    assert time.monotonic() - began < 2.5  # its client waits 3 seconds to learn the name of the program
