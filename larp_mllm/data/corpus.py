@@ -195,16 +195,6 @@ def open_corpus(
         notes += same_videos_of_records(opened.names, opened.videos, held_out_records.indices)
     if pieces is not None:
         notes += same_text(pieces.pieces, held_out_pieces.pieces)
-    contents = {
-        "tokens": caches.train and [caches.train.key, len(caches.train)],
-        "records": opened and opened.digest,
-        "text": pieces and content_digest(pieces.pieces),
-    }
-    digests = {
-        name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
-        for name, value in contents.items()
-        if value is not None
-    }
     return Corpus(
         train,
         held_out,
@@ -214,8 +204,22 @@ def open_corpus(
         [held_out_pieces[index] for index in range(len(held_out_pieces))],
         name,
         tuple(notes),
-        digests,
+        _digests(caches.train, opened, pieces),
     )
+
+
+def _digests(tokens: TokenCache | None, records: RecordSet | None, text: TextSet | None) -> dict[str, str]:
+    """Return `Corpus.digests`."""
+    contents = {
+        "tokens": tokens and [tokens.key, len(tokens)],
+        "records": records and records.digest,
+        "text": text and content_digest(text.pieces),
+    }
+    return {
+        name: hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+        for name, value in contents.items()
+        if value is not None
+    }
 
 
 def _open_texts(
