@@ -63,17 +63,25 @@ def offline() -> str | None:
 
 def check_reachable(name: str, token: str | bool | None = None, kind: Literal["model", "dataset"] = "model") -> None:
     """Raise OSError unless the hub answers for a repository within seconds: HTTPError if it refuses."""
-    from huggingface_hub import constants, get_token, hf_hub_url
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
 
     if variable := offline():
         raise OSError(f"{variable} is set and {name} is not in the local cache")
     url = hf_hub_url(name, "config.json" if kind == "model" else "README.md", repo_type=kind)
-    if token is None or token is True:
-        token = None if token is None and constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
-    # Not with the hub's own headers: to name the program that runs, they ask the hub, and wait for it.
-    headers = {"authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(url, method="HEAD", headers=headers)
+    keep_client_quiet()
+    request = urllib.request.Request(url, method="HEAD", headers=build_hf_headers(token=token))
     within(lambda: urllib.request.urlopen(request, timeout=_TIMEOUT).close(), _TIMEOUT, request.host)
+
+
+def keep_client_quiet() -> None:
+    """Keep the hub's client from asking the hub first, also where it reads the cache alone, how to call the program that runs.
+
+    It waits three seconds for that answer. With this, nothing but the versions of the client and of Python is told.
+    """
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def within(work: Callable[[], T], seconds: float, host: str = "the hub") -> T:

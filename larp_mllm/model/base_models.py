@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 from larp.files import user_text
-from larp.hub_files import check_reachable
+from larp.hub_files import check_reachable, keep_client_quiet
 from larp.metrics.weights import SMOLLM2
 from larp_mllm.locate import MODEL_TYPE, RUN_MODEL, first_line, is_hub_name, read_config
 from larp_mllm.model.configuration import positions_of
@@ -18,7 +18,7 @@ from larp_mllm.model.probe import check_parts
 from larp_mllm.model.weights import not_finite, pickled_in
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -217,8 +217,7 @@ def _source(name: str) -> str:
 def _load(
     name: str, source: str, trust_remote_code: bool, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    # To name the program that runs, its client asks the hub first, and waits for it even where the cache is all that is read.
-    constants.HF_HUB_DISABLE_TELEMETRY = True
+    keep_client_quiet()
     try:
         return _from_source(source, trust_remote_code, dtype, local_files_only=True)
     except Exception as error:

@@ -71,7 +71,10 @@ def test_a_look_is_one_request_with_the_token_that_was_given(monkeypatch):
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
         )
-        monkeypatch.setattr("huggingface_hub.get_token", lambda: "mine")
+        monkeypatch.setattr("huggingface_hub.utils._headers.get_token", lambda: "mine")
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", False)
+        monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", None)
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "/nonexistent/registry.json")
         for token in (None, True, "other", False):
             hub_files.check_reachable("owner/name", token)
         server.shutdown()
