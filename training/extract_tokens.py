@@ -21,7 +21,7 @@ from larp.data.token_cache import TokenCache
 from larp.data.token_rows import chunks
 from larp.engine import backend
 from larp.engine.distributed import all_agree, main_first
-from larp.engine.signals import run_script, stop_flag, stopped_by
+from larp.engine.signals import check_stop, run_script
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -110,7 +110,7 @@ def extract(config: ExtractTokensConfig) -> TokenCache | None:
             world_size=ranks.world_size,
             barrier=backend.barrier,
             agree=all_agree,
-            stop=lambda: stopped_by() if stop_flag() else None,
+            check_stop=check_stop,
             share=machine,
         )
         if ranks.is_main and cache is None:

@@ -74,7 +74,7 @@ def extract_tokens(
     world_size: int = 1,
     barrier: Callable[[], None] = lambda: None,
     agree: Callable[[bool], bool] = lambda everything: everything,
-    stop: Callable[[], int | None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
     share: tuple[int, int] = (1, 1),
 ) -> TokenCache | None:
     """Encode windows of all videos into a token cache and return the opened cache. Collective: every rank calls it.
@@ -98,7 +98,7 @@ def extract_tokens(
         tokenizer_name, variant: path or hub name of the tokenizer and its weight variant, recorded in the cache.
         rank, world_size, barrier: this rank, the number of ranks that share the work, and their barrier.
         agree: whether all ranks pass True, for ranks that see the shards of another machine at different times. Collective.
-        stop: asked after each video; a number other than None, of a signal, ends the work with KeyboardInterrupt. Whole shards stay.
+        check_stop: called after each video; what it raises ends the work. Whole shards stay.
         share: (k, n): encode the k-th of n shares of the shards, 1 <= k <= n. The n calls, on machines that share the folder, know
             nothing of each other; whichever is last completes the cache.
 
@@ -123,7 +123,7 @@ def extract_tokens(
     else:
         read = partial(in_order, lambda row: _windows_or_error(videos.items[row], shape, windows, hop), workers=workers)
     new_shard = partial(_ShardRows, tokenizer, flips and not augmented, condition_frames, batch_size)
-    _encode_shards(folder, videos, missing, read, new_shard, stop, quiet=rank > 0)
+    _encode_shards(folder, videos, missing, read, new_shard, check_stop, quiet=rank > 0)
     barrier()
     if machines > 1 and not agree(_all_there(folder, len(slices))):
         return None
@@ -137,7 +137,7 @@ def _encode_shards(
     shards: Mapping[int, range],
     read: Callable[[range], Iterator[list[Window] | VideoError]],
     new_shard: Callable[[], "_ShardRows"],
-    stop: Callable[[], int | None],
+    check_stop: Callable[[], None],
     quiet: bool,
 ) -> None:
     """Encode and write shards of a cache, {number: numbers of its videos}. `read` yields the windows of each of some videos."""
@@ -148,8 +148,7 @@ def _encode_shards(
             for number, clips in zip(numbers, read(numbers), strict=True):
                 rows.add(number, videos.items[number], clips)
                 bar.update()
-                if (signal := stop()) is not None:
-                    raise KeyboardInterrupt(signal)
+                check_stop()
             tokens.write_shard(tokens.shard_path(folder, shard), *rows.finish())
 
 

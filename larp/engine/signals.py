@@ -107,7 +107,7 @@ def stopped_by() -> int:
 
 
 def check_stop() -> None:
-    """Raise KeyboardInterrupt if `stop_flag` is set: for long work before the first step, of which nothing is to be saved."""
+    """Raise KeyboardInterrupt, with the number of the signal, if `stop_flag` is set: for long work that trainers do not step through."""
     if _requested.is_set():
         raise KeyboardInterrupt(_stopped_by)
 

@@ -15,6 +15,7 @@ from larp.data.extraction import extract_tokens, live_batches, repeat_last, wind
 from larp.data.loader import ClipLoader
 from larp.data.token_cache import INDEX, TokenCache, TokenCacheError, batch_rows, shard_slices
 from larp.data.video import read_video, write_video
+from larp.engine import signals
 from larp.hub import CheckpointError
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
@@ -383,7 +384,10 @@ def test_a_full_disk_leaves_whole_shards(tokenizer, videos, tmp_path, monkeypatc
     assert len(extract_tokens(tokenizer, videos, "all", tmp_path))
 
 
-def test_extraction_is_stopped_between_videos(tokenizer, videos, tmp_path):
-    with pytest.raises(KeyboardInterrupt) as stopped:
-        extract_tokens(tokenizer, videos, "all", tmp_path, stop=lambda: 15)
+def test_extraction_is_stopped_between_videos(tokenizer, videos, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as stopped:
+        patch.setattr(signals, "_requested", threading.Event())
+        patch.setattr(signals, "_stopped_by", 15)
+        signals._requested.set()
+        extract_tokens(tokenizer, videos, "all", tmp_path, check_stop=signals.check_stop)
     assert stopped.value.args == (15,) and len(extract_tokens(tokenizer, videos, "all", tmp_path))
