@@ -51,18 +51,21 @@ def replacing(path: Path | str, sync: bool = False) -> Iterator[Path]:
     and none sees the file of another. Missing folders are created.
 
     Args:
-        path: the file to write. The temporary file lies beside it, with the same suffix.
+        path: the file to write. The temporary file has the same suffix and lies in a folder beside it.
         sync: write the file to disk before it gets its name.
 
     Raises OSError with the name of `path` if it cannot be written.
     """
     path = Path(path)
-    # Absolute: FFmpeg takes "take:/a.mp4" for a protocol.
-    part = path.absolute().with_name(_temporary_name() + path.suffix[:16])
+    # Absolute: FFmpeg takes "take:/a.mp4" for a protocol. In a folder of its own: safetensors writes to a file beside the one
+    # that it is told, which a killed program would leave there.
+    folder = path.absolute().with_name(_temporary_name())
+    part = folder / f"part{path.suffix[:16]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(part.parent)
-        os.close(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        _remove_abandoned(path.absolute().parent)
+        folder.mkdir()
+        part.touch()
         mode = part.stat().st_mode
         yield part
         # safetensors makes files that only their owner can read.
@@ -73,12 +76,12 @@ def replacing(path: Path | str, sync: bool = False) -> Iterator[Path]:
         os.replace(part, path)
     except Exception as error:
         number = error_number(error)
-        if number is None or (isinstance(error, OSError) and error.filename not in (None, str(part), part)):
+        elsewhere = isinstance(error, OSError) and error.filename and not str(error.filename).startswith(str(folder))
+        if number is None or elsewhere:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_mode(path: Path, mode: int) -> None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,10 +56,14 @@ def fork(work, log: Path) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
+        # Here and there, so that the group exists whoever comes first: a kill may follow at once.
+        with suppress(OSError):
+            os.setpgid(pid, pid)
         return pid
 
     def in_group() -> None:
-        os.setsid()
+        with suppress(OSError):
+            os.setpgid(0, 0)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)

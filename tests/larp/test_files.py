@@ -1,6 +1,9 @@
 """Reading and writing files, and checks of output paths."""
 
 import os
+import signal
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -93,6 +96,19 @@ def test_programs_that_write_one_file_do_not_see_each_other(tmp_path):
     assert [claim(tmp_path / f"{number}" for number in range(9)).name for _ in range(3)] == ["0", "1", "2"]
     with writing_alone(tmp_path), pytest.raises(ValueError, match="another program writes"), writing_alone(tmp_path):
         pass
+
+
+def test_what_a_killed_program_left_is_removed_by_the_next_one(tmp_path):
+    # safetensors writes to a file of its own beside the one that it is told.
+    program = (
+        "import os; from larp.files import replacing\n"
+        "with replacing('weights.safetensors') as part:\n"
+        "    part.with_name('.tmp4MBrP3').touch(); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    assert done.returncode == -signal.SIGKILL and len(list(tmp_path.iterdir())) == 1
+    write_text(tmp_path / "next.txt", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["next.txt"]
 
 
 def test_a_full_disk_leaves_what_was_whole(tmp_path, full_disk):
