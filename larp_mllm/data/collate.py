@@ -8,6 +8,11 @@ from larp_mllm.processing.token_sequence import TokenSequence
 import torch
 from torch import Tensor
 
+# Lengths that are tried between that of the longest sequence and its double.
+_LENGTHS = 8
+# Width of a row at which attention costs as much as everything else, of a small model; larger models have larger ones.
+_COSTLY_WIDTH = 1000
+
 
 def pack(
     sequences: Sequence[TokenSequence], length: int | None = None, multiple: int = 1, together: bool = True
@@ -15,7 +20,8 @@ def pack(
     """Pack sequences into rows of at most `length` ids: longest first, each into the first row with room.
 
     Args:
-        length: by default that of the longest sequence.
+        length: by default the one that costs least, between that of the longest sequence and its double: beside one sequence of
+            540 ids, those of 280 share rows of 560.
         multiple: empty rows are added up to a multiple of this, so that all ranks and micro batches get equally many.
         together: several sequences may share a row; False for a base that does not keep them apart, see `measure_base`.
 
@@ -23,24 +29,39 @@ def pack(
     """
     sizes = [len(sequence.ids) for sequence in sequences]
     longest = max(sizes, default=0)
-    if length is None:
-        length = longest
-    if longest > length:
+    if length is not None and longest > length:
         over = sum(size > length for size in sizes)
         raise ValueError(
             f"{over} of {len(sizes)} records are longer than a packed row of {length} ids, the longest has {longest}: "
             f"raise --sequence-length to {longest} or more, or shorten the records"
         )
-    rows: list[list[TokenSequence]] = []
+    if not together:
+        numbers = [[number] for number in sorted(range(len(sizes)), key=lambda i: -sizes[i])]
+    else:
+        lengths = [longest + longest * i // _LENGTHS for i in range(_LENGTHS + 1)] if length is None else [length]
+        numbers = min((_first_fit(sizes, most) for most in lengths), key=lambda rows: _cost(rows, sizes, multiple))
+    rows = [[sequences[number] for number in row] for row in numbers]
+    return rows + [[] for _ in range(-len(rows) % multiple)]
+
+
+def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Return the numbers of the sequences of each row."""
+    rows: list[list[int]] = []
     room: list[int] = []
     for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((row for row, free in enumerate(room) if together and free >= sizes[number]), len(rows))
+        row = next((row for row, free in enumerate(room) if free >= sizes[number]), len(rows))
         if row == len(rows):
             rows.append([])
             room.append(length)
-        rows[row].append(sequences[number])
+        rows[row].append(number)
         room[row] -= sizes[number]
-    return rows + [[] for _ in range(-len(rows) % multiple)]
+    return rows
+
+
+def _cost(rows: Sequence[Sequence[int]], sizes: Sequence[int], multiple: int) -> int:
+    """Return what rows cost, all as wide as the longest: each id costs something, and something for each id of its row."""
+    width = max((sum(sizes[number] for number in row) for row in rows), default=0)
+    return (len(rows) + -len(rows) % multiple) * width * (width + _COSTLY_WIDTH)
 
 
 def collate(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> dict[str, Tensor]:

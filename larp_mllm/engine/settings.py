@@ -70,7 +70,7 @@ class TrainMllmConfig:
     """Records per optimizer step, all ranks together."""
     sequence_length: int | None = None
     """Ids of a row into which records are packed, which changes only the speed, and of a piece of text, at least 16. By default rows are
-    as long as the longest record of a step, and pieces have 512 ids."""
+    as long as is cheapest for the records of a step, and pieces have 512 ids."""
     weight_decay: float = 0.01
     """Weight decay of matrices; norms, biases and embeddings have none."""
     schedule: Literal["cosine", "constant", "step"] = "cosine"

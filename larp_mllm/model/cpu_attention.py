@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "larp_bf16"
 # Beyond, the scores of all queries and keys take more time than they save.
-_MOST_KEYS = 512
+_MOST_KEYS = 640
 
 
 def use_cpu_attention(base: PreTrainedModel) -> None:

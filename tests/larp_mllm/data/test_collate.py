@@ -33,7 +33,16 @@ def records(mllm):
 def test_packing_is_first_fit_longest_first():
     assert numbers(pack(some(3, 7, 5, 4, 1), length=8)) == [[1, 4], [2, 0], [3]]
     assert numbers(pack(some(2, 2, 2), length=4)) == [[0, 1], [2]], "of equal ones, the first comes first"
-    assert all(sum(len(s.ids) for s in row) <= 7 for row in pack(some(3, 7, 5, 4, 1)))
+
+
+def test_without_a_length_rows_are_as_long_as_is_cheapest():
+    one_long = pack(some(520, 290, *[266] * 14), multiple=2)
+    assert len(one_long) == 10 and max(sum(len(s.ids) for s in row) for row in one_long) == 556, "two share a row"
+    alike = pack(some(280, *[266] * 15), multiple=2)
+    assert len(alike) == 16, "wider rows have no less padding, and attention would see more"
+    assert len(pack(some(7, 3, 2, 2))) == 2
+    assert len(pack(some(520, *[266] * 3), together=False)) == 4
+    assert pack([], multiple=2) == []
 
 
 def test_the_number_of_rows_is_a_multiple():
