@@ -1,6 +1,7 @@
 """Frame prediction against copying the last given frame, in one command, on Kinetics-600 or any other videos:
 
     python eval/k600_fvd.py --generator runs/fp/model --tokenizer runs/k600/model --data k600:ROOT --given 5
+    python eval/k600_fvd.py --mllm tiny --data ucf101:ROOT
 
 Measures PSNR, SSIM and LPIPS (if its weights are found) of every predicted frame, and the Frechet distance by LARP's protocol. The
 tokenizer's reconstruction is the upper bound. A copied frame is sharper than a decoded one; if the upper bound lies below the copy,
@@ -11,11 +12,11 @@ Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
@@ -41,10 +42,11 @@ from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures
 from larp.metrics.protocols import PRESETS, Protocol, result, summary
 from larp.metrics.psnr_ssim import ssim
-from larp.models.generator import LarpGenerator
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
 from larp.sampling.sample import generate
+from larp_mllm.generation.sampling import VideoSampling
+from larp_mllm.metrics.clip_source import MllmSource
 
 import numpy as np
 import torch
@@ -57,12 +59,20 @@ _PRESET = PRESETS["larp-k600-fp"]
 
 @dataclass(frozen=True)
 class PredictionConfig(GeneratorEvaluationConfig):
-    """Measure how well a frame-prediction LARP generator continues given frames. Guidance needs one trained with --condition-dropout."""
+    """Measure how well a model continues given frames. Guidance of a generator needs one trained with --condition-dropout."""
 
+    needed: ClassVar[tuple[str, ...]] = ("data",)
+
+    generator: str = ""
+    """Folder or hub name of a frame-prediction LARP generator."""
+    tokenizer: str = ""
+    """Folder or hub name of the tokenizer that it was trained with."""
+    mllm: str = ""
+    """In place of both: folder of a language model that was trained for continuation, or of its run, or a hub name."""
     split: Literal["auto", "train", "validation", "test", "all"] = "auto"
     """Which videos; auto: validation, the published choice, where the data have one, else test."""
     given: int = 5
-    """First frames of each clip that the generator is shown."""
+    """First frames of each clip that the model is shown."""
     num_clips: int = _PRESET.num_clips
     """Clips to predict, sampled by the seed from all windows that do not overlap."""
     out: Path = Path("prediction.json")
@@ -71,6 +81,46 @@ class PredictionConfig(GeneratorEvaluationConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_at_least(num_clips=4)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A model that continues given frames."""
+
+    tokenizer: LarpTokenizer
+    shape: ClipShape
+    checkpoints: Mapping[str, str]
+    sample: Callable[[Tensor, int], Tensor]
+    """Codes (B, N) of given frames, and the number of the first of these clips -> codes (B, N) of the clips."""
+
+
+def open_predictor(config: PredictionConfig) -> Predictor:
+    """Load a generator with its tokenizer, or a language model; ValueError if it does not continue `config.given` frames."""
+    config.check_paths()
+    if config.mllm:
+        if config.generator or config.tokenizer:
+            raise ValueError("--mllm: a language model has its own video tokenizer; leave out --generator, --tokenizer")
+        source = MllmSource.load(config.mllm, config.device)
+        source.check_guidance(config)
+        if source.mllm.given_frames() != config.given:
+            raise ValueError(f"--given {config.given}: this model continues {source.mllm.given_frames()} frames")
+        sampling = VideoSampling.of(config, seed=config.seed, batch_size=config.batch_size)
+        continue_codes = source.mllm.continue_codes
+        return Predictor(
+            source.tokenizer,
+            source.shape,
+            source.checkpoints,
+            lambda given, first: continue_codes(given, sampling, first),
+        )
+    if not (config.generator and config.tokenizer):
+        raise ValueError("--generator and --tokenizer, or --mllm: give the model to measure")
+    generator, tokenizer = config.open_models("frame-prediction")
+
+    def sample(given: Tensor, first: int) -> Tensor:
+        return generate(generator, generator.frame_condition(given), config, seed=config.seed, first_row=first)
+
+    hashes = {"generator": generator.weight_hash(), "tokenizer": tokenizer.weight_hash()}
+    return Predictor(tokenizer, ClipShape(*tokenizer.config.clip_shape), hashes, sample)
 
 
 @dataclass
@@ -87,14 +137,6 @@ class Measured:
     """uint8 (T, 2 H, W, 3): an original above its prediction."""
 
 
-def predict(
-    generator: LarpGenerator, tokenizer: LarpTokenizer, given: Tensor, first: int, config: PredictionConfig
-) -> Tensor:
-    """Sample codes after the codes (B, N) of given frames; return the decoded clips (B, 3, T, H, W)."""
-    condition = generator.frame_condition(given)
-    return tokenizer.decode(generate(generator, condition, config, seed=config.seed, first_row=first))
-
-
 def scored_size(clip: Tensor) -> Tensor:
     """Clips (B, 3, T, H, W) at the protocol's 64x64 pixels (bilinear, antialiased)."""
     if clip.shape[-2:] == (_PRESET.height, _PRESET.width):
@@ -107,21 +149,20 @@ def scored_size(clip: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def measure(
-    generator: LarpGenerator,
-    tokenizer: LarpTokenizer,
+    predictor: Predictor,
     clips: Iterator[Tensor],
     features: ClipFeatures,
     perceptual: lpips.Lpips | None,
     config: PredictionConfig,
 ) -> Measured:
     """Predict clips (b, 3, T, H, W), batch after batch, and measure them against the real ones and the baselines."""
-    seen, first, given = Measured(), 0, config.given
+    seen, first, given, tokenizer = Measured(), 0, config.given, predictor.tokenizer
     measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": perceptual} if perceptual else {})
     with tqdm(total=config.num_clips, desc="predicting", unit="clip", delay=2) as bar:
         for clip in clips:
             clip = clip.to(config.device)
             codes = tokenizer.encode(repeat_last(clip, given))
-            decoded = predict(generator, tokenizer, codes, first, config)
+            decoded = tokenizer.decode(predictor.sample(codes, first).to(config.device))
             ways = {
                 PREDICTION: torch.cat([clip[:, :, :given], decoded[:, :, given:]], dim=2),
                 **baselines(tokenizer, clip, given, codes, tokenizer.encode(clip)),
@@ -173,9 +214,9 @@ def open_split(config: PredictionConfig) -> tuple[VideoSet, str]:
 
 
 def evaluate(config: PredictionConfig) -> dict:
-    """Measure a generator, write the JSON and the PNG, and return the content of the JSON."""
-    generator, tokenizer = config.open_models("frame-prediction")
-    shape = ClipShape(*tokenizer.config.clip_shape)
+    """Measure a model, write the JSON and the PNG, and return the content of the JSON."""
+    predictor = open_predictor(config)
+    shape = predictor.shape
     if not 1 <= config.given < shape.frames:
         raise ValueError(
             f"--given {config.given}: clips have {shape.frames} frames; give 1 to {shape.frames - 1} of them"
@@ -186,13 +227,13 @@ def evaluate(config: PredictionConfig) -> dict:
     rule = _PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1)
     protocol = config.protocol(_PRESET, features, shape, split=split, num_clips=config.num_clips, frame_rule=rule)
     caption = f"above: original; below: {config.given} given frames, then predicted ones"
-    seen = measure(generator, tokenizer, clips.sampled(), features, perceptual, config)
+    seen = measure(predictor, clips.sampled(), features, perceptual, config)
     others = [features(scored_size(clip)) for clip in clips.others()]
     names = [f"{item.name} ({caption})" for item in clips.sampled_items]
     report = likeness(seen, config) | {
         "given": config.given,
         "num_clips": config.num_clips,
-        "frechet": frechet_record(seen, others, features, protocol, generator, tokenizer, config),
+        "frechet": frechet_record(seen, others, features, protocol, predictor.checkpoints, config),
         "skipped": clips.skipped,
         "config": to_dict(config),
         "files": write_sheet(seen.shown, names, config.out, columns=shape.frames, cell=160),
@@ -206,8 +247,7 @@ def frechet_record(
     others: list[Tensor],
     features: ClipFeatures,
     protocol: Protocol,
-    generator: LarpGenerator,
-    tokenizer: LarpTokenizer,
+    checkpoints: Mapping[str, str],
     config: PredictionConfig,
 ) -> dict[str, Any]:
     """Return the record of the Frechet distance by the protocol, with a table of other distances from the same real clips."""
@@ -219,7 +259,6 @@ def frechet_record(
         name: frechet_row(names.get(name, name), real, side, config.repeats, config.seed, paired=True)
         for name, side in sides.items()
     }
-    checkpoints = {"generator": generator.weight_hash(), "tokenizer": tokenizer.weight_hash()}
     table = [floor_row(floor), *(rows[name] for name in (RECONSTRUCTION, "decoded", PREDICTION, COPY, CODED_COPY))]
     figure = rows["decoded"]
     return result(protocol, figure["value"], figure["deviation"], floor, features, checkpoints, table=table)

@@ -220,7 +220,7 @@ class Mllm:
         Raises ValueError for a model that is not trained for continuation, and for clips, prompts and counts that do
         not fit.
         """
-        tokenizer, layout, given = self.processor.video_tokenizer, self.processor.layout, self.given_frames()
+        tokenizer, given = self.processor.video_tokenizer, self.given_frames()
         if clips.ndim != 5 or clips.shape[2] < given:
             raise ValueError(
                 f"clips are {tuple(clips.shape)}: give (B, 3, F, H, W) with at least the {given} given frames"
@@ -230,7 +230,6 @@ class Mllm:
         check_prompts(texts)
         if len(texts) != len(clips):
             raise ValueError(f"{len(texts)} prompts for {len(clips)} clips: give one for each, or none")
-        encoded = [self._encode_text(text) for text in texts]
         new = tokenizer.config.num_frames - given
         windows = math.ceil((total_frames - clips.shape[2]) / new)
 
@@ -238,10 +237,27 @@ class Mllm:
         with self._code_progress(windows * codes_per_window, progress) as code_progress:
 
             def sample_window(codes: Tensor, seed: int) -> Tensor:
-                rows = [layout.continuation(text, row) for text, row in zip(encoded, codes.tolist(), strict=True)]
-                return self._sample_codes(rows, replace(sampling, seed=seed), code_progress)
+                return self._sample_codes(
+                    self._continuations(texts, codes), replace(sampling, seed=seed), code_progress
+                )
 
             return continue_windows(tokenizer, clips, total_frames, given, int(sampling.seed), sample_window)
+
+    def continue_codes(self, given: Tensor, sampling: VideoSampling = _CONTINUATION, first_row: int = 0) -> Tensor:
+        """Sample the codes of the clip after the codes of given frames, (B, N) each, without a text; int64 on the CPU.
+
+        Args:
+            given: codes of `given_frames` frames that are padded to a clip with copies of the last one.
+            first_row: place of the first clip among all clips of this seed, which determines their random numbers.
+        """
+        with self._code_progress(given.numel(), None) as code_progress:
+            return self._sample_codes(self._continuations([""] * len(given), given), sampling, code_progress, first_row)
+
+    def _continuations(self, texts: Sequence[str], codes: Tensor) -> list[list[int]]:
+        layout = self.processor.layout
+        return [
+            layout.continuation(self._encode_text(text), row) for text, row in zip(texts, codes.tolist(), strict=True)
+        ]
 
     def continue_video(
         self,
@@ -348,14 +364,16 @@ class Mllm:
     def _encode_text(self, text: str) -> list[int]:
         return self.processor.encode_text(text.strip())
 
-    def _sample_codes(self, rows: list[list[int]], sampling: VideoSampling, progress: CodeProgress) -> Tensor:
+    def _sample_codes(
+        self, rows: list[list[int]], sampling: VideoSampling, progress: CodeProgress, first_row: int = 0
+    ) -> Tensor:
         """Sample the codes after each prompt in batches; int64 (B, N) on the CPU."""
         count, size = self.model.vocabulary.tokens_per_video, sampling.batch_size
         batches, unconditional = [torch.empty(0, count, dtype=torch.int64)], self.processor.layout.prompt([])
         with num_threads_for(self.model, min(len(rows), size) * (2 if sampling.guided else 1)):
             for first in range(0, len(rows), size):
                 batch = rows[first : first + size]
-                uniforms = sampling.uniforms(first, len(batch), count).to(self.model.device)
+                uniforms = sampling.uniforms(first_row + first, len(batch), count).to(self.model.device)
 
                 def sample(logits: Tensor, index: int, uniforms: Tensor = uniforms) -> Tensor:
                     return sampling.sample(logits, uniforms[:, index])

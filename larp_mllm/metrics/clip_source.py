@@ -73,6 +73,10 @@ class MllmSource:
         return videos
 
     def check(self, videos: VideoSet, labels: Sequence[int], *samplings: GuidedSampling) -> None:
+        """Raise ValueError for guidance that changes along a clip."""
+        self.check_guidance(*samplings)
+
+    def check_guidance(self, *samplings: GuidedSampling) -> None:
         """Raise ValueError for guidance that changes along a clip: a language model has one scale for all codes."""
         for sampling in samplings:
             if sampling.guidance_final is not None or (sampling.guidance_start, sampling.guidance_stop) != (0, 1):

@@ -3,15 +3,16 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 from eval import k600_fvd
 from larp.data.video import write_video
-from larp.metrics.clipsets import load_pair
 from larp.metrics.i3d import RANDOM_NAME
 from larp.models.generator import GeneratorConfig, LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
+from tests.larp_mllm.tiny import tiny_mllm
 
 import numpy as np
 import pytest
@@ -132,9 +133,10 @@ def test_the_frechet_figure_is_the_protocols(run, tmp_path):
 def test_given_frames_are_pasted_exactly(world):
     """Where nothing moves, copying is right to the last bit, and of a prediction the given frames are."""
     config = k600_fvd.PredictionConfig(given=3, num_clips=4, show=4, device="cpu")
+    models = {"generator": str(world / "plain"), "tokenizer": str(world / "tokenizer"), "data": "unread"}
     clip = torch.rand(4, 3, 1, 16, 16).mul(255).round().div(255).expand(-1, -1, 4, -1, -1).contiguous()
     seen = k600_fvd.measure(
-        *load_pair(world / "plain", world / "tokenizer", "frame-prediction", "cpu"),
+        k600_fvd.open_predictor(replace(config, **models)),
         iter([clip]),
         FrameColours(),
         None,
@@ -166,6 +168,35 @@ def test_seed_given_guidance_and_sampling_act_and_the_batch_does_not(run, tmp_pa
         assert mean(*extra) != pytest.approx(plain, rel=1e-6), extra
 
 
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory):
+    """A language model that continues two frames."""
+    model = tiny_mllm()
+    tokenizer = model.processor.video_tokenizer
+    torch.nn.init.normal_(tokenizer.head.weight, std=0.05)
+    model.model.config.update({"given_frames": 2, "video_tokenizer_hash": tokenizer.weight_hash()})
+    folder = tmp_path_factory.mktemp("mllm") / "model"
+    model.save(folder)
+    return folder
+
+
+def test_a_language_model_in_place_of_a_generator(run, mllm, tmp_path):
+    alone = ["--generator", "", "--tokenizer", "", "--mllm", str(mllm), "--show", "0"]
+    report = run(tmp_path / "x.json", *alone)
+    assert {"mllm/model.safetensors", "tokenizer"} < set(report["frechet"]["checkpoints"])
+    again = run(tmp_path / "x.json", *alone, "--batch-size", "3")
+    assert report["mean"]["psnr"] == pytest.approx(again["mean"]["psnr"], rel=1e-6), "for any batch size"
+    other = run(tmp_path / "x.json", *alone, "--seed", "1")
+    assert report["mean"]["psnr"] != pytest.approx(other["mean"]["psnr"], rel=1e-6)
+    for extra, message in (
+        (["--given", "3"], "--given 3: this model continues 2 frames"),
+        (["--guidance-final", "2"], "one guidance scale"),
+        (["--tokenizer", "x"], "--mllm: a language model has its own video tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(tmp_path / "x.json", *alone, *extra)
+
+
 def test_the_split_is_the_one_asked_for(run, tmp_path):
     report = run(tmp_path / "x.json", "--show", "0", "--split", "test")
     assert report["frechet"]["protocol"]["split"] == "test" and report["skipped"] == []
@@ -180,7 +211,7 @@ def test_the_split_is_the_one_asked_for(run, tmp_path):
         (["--guidance-scale", "2"], "plain", "guidance_scale 1.0"),
         ([], "class", "is conditional on classes; this needs one that predicts frames"),
         (["--num-clips", "40"], "plain", "windows of 4 frames"),
-        (["--tokenizer", ""], "plain", "--tokenizer is needed"),
+        (["--tokenizer", ""], "plain", "--generator and --tokenizer, or --mllm: give the model to measure"),
         (["--out", "x.png"], "plain", "is the name of a picture"),
         (["--variant", "ema"], "plain", "holds no variant 'ema'"),
     ],
