@@ -63,7 +63,7 @@ class TrainMllmConfig:
     schedules: what a recipe does at half of them is done after half of the time. Not counted: the start and the first step of each
     stage, the evaluation, and what is written at the end."""
     start_from: str | None = None
-    """Folder or hub name of a trained model of the same shape and vocabulary to begin with."""
+    """Folder or hub name of a trained model of the same shape and vocabulary to begin with. A tiny base takes its text tokenizer."""
     adapter: Literal["codebook", "free"] = "codebook"
     """Embeddings of video ids: computed from the codebook, or free parameters (the baseline)."""
     batch_size: int = 64

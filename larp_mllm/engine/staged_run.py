@@ -22,7 +22,7 @@ from larp_mllm.data.dataset import TrainingMix
 from larp_mllm.engine.lora import prepare_training, updated_layers
 from larp_mllm.engine.settings import TrainMllmConfig
 from larp_mllm.engine.stages import Stage, load_adapter, save_adapter
-from larp_mllm.engine.trained_weights import load_start_weights, make_optimizer
+from larp_mllm.engine.trained_weights import load_start, make_optimizer, take_weights
 from larp_mllm.model.base_models import check_positions, check_rows, is_tiny, load_base
 from larp_mllm.model.cpu_attention import use_cpu_attention
 from larp_mllm.model.modeling import LarpMllmForCausalLM
@@ -37,11 +37,12 @@ DEFAULT_FPS = 8.0
 
 def build(config: TrainMllmConfig, videos: TokenCaches, ranks: Ranks) -> Mllm:
     """Load the base, give it a fresh adapter and its processor; the weights are the same at every call."""
+    tiny, trained = config.tiny, None if config.start_from is None else load_start(config.start_from)
     torch.manual_seed(config.seed)
-    tiny = config.tiny
     base, tokenizer = load_base(
-        config.base, videos.captions, tiny.layers, tiny.width, tiny.heads, trust_remote_code=config.trust_remote_code
-    )
+        config.base, videos.captions, tiny.layers, tiny.width, tiny.heads, trust_remote_code=config.trust_remote_code,
+        text_tokenizer=trained and trained.processor.tokenizer,
+    )  # fmt: skip
     clips = videos.tokenizer
     check_positions(base, clips.num_tokens, config.base)
     check_rows(base, tokenizer, config.base)
@@ -53,8 +54,8 @@ def build(config: TrainMllmConfig, videos: TokenCaches, ranks: Ranks) -> Mllm:
         video_tokenizer_hash=clips.weight_hash(), fps=fps, frame_stride=stride,
     )  # fmt: skip
     mllm = Mllm(model.to(ranks.device), LarpMllmProcessor(tokenizer, clips, model.vocabulary, stride))
-    if config.start_from is not None:
-        load_start_weights(mllm, config.start_from)
+    if trained is not None:
+        take_weights(mllm, trained, config.start_from)
     return mllm
 
 

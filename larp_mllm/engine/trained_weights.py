@@ -49,10 +49,10 @@ def make_optimizer(
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95))
 
 
-def load_start_weights(mllm: Mllm, source: str) -> None:
-    """Copy the weights of a trained model into a fresh one, except for the codebook of the video tokenizer.
+def load_start(source: str) -> Mllm:
+    """Load the trained model that a run begins with, on the CPU.
 
-    source: model folder, run folder or hub name. Raises ValueError if it holds no model, or one of another shape.
+    source: model folder, run folder or hub name. Raises ValueError if it holds no model, or one without its video tokenizer.
     """
     folder = find_model(source, option="--start-from")
     if not (folder / VIDEO_TOKENIZER).is_dir():
@@ -60,7 +60,14 @@ def load_start_weights(mllm: Mllm, source: str) -> None:
             f"--start-from {source}: the model in {folder} lacks its {VIDEO_TOKENIZER} folder. Copy it again, or if eval/gpu.py wrote "
             "it, take OUT/weights/mllm after `python eval/gpu.py --unpack-results OUT`"
         )
-    trained = Mllm.load(folder, "cpu")
+    return Mllm.load(folder, "cpu")
+
+
+def take_weights(mllm: Mllm, trained: Mllm, source: str) -> None:
+    """Copy the weights of a trained model into a fresh one, except for the codebook of the video tokenizer.
+
+    source: name of the trained model. Raises ValueError if it has another shape or vocabulary.
+    """
     if differing := differences(_shape(trained), _shape(mllm)):
         raise ValueError(f"start_from {source} is another model than this run's: {'; '.join(differing)}")
     if (rank := trained.model.config.partial_lora_rank) > 0:

@@ -80,6 +80,7 @@ def load_base(
     *,
     trust_remote_code: bool = False,
     dtype: torch.dtype = torch.float32,
+    text_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load or build a base model and its text tokenizer, on the CPU.
 
@@ -89,11 +90,12 @@ def load_base(
         layers, width, heads: sizes of a tiny base.
         trust_remote_code: run the Python code in the model's repository, for architectures unknown to transformers.
         dtype: of the weights.
+        text_tokenizer: of a tiny base; by default one is trained on the captions.
 
     Raises BaseError.
     """
     if is_tiny(name):
-        tokenizer = tiny_tokenizer(captions)
+        tokenizer = tiny_tokenizer(captions) if text_tokenizer is None else text_tokenizer
         model = AutoModelForCausalLM.from_config(tiny_config(name, len(tokenizer), layers, width, heads))
         return model.to(dtype), tokenizer
     source = _source(name)

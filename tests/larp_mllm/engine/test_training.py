@@ -170,6 +170,13 @@ def test_a_run_starts_from_trained_weights_of_the_same_shape(train, cache, tmp_p
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
+    # Other captions make another vocabulary of a tiny base, so that of the trained model is taken.
+    other = tiny_cache(
+        tmp_path / "other", captions=["a wholly different sentence", "and yet another one about nothing"]
+    )
+    train(tmp_path / "captions", *still, "--tokens", str(other), "--start-from", str(tmp_path / "one"))
+    three = weights(tmp_path / "captions")
+    assert one.keys() == three.keys() and all(torch.allclose(one[name], three[name], atol=1e-6) for name in one)
     with pytest.raises(ValueError, match=r"start_from .* another model.*hidden_size was 32, is 64"):
         train(tmp_path / "three", *still, "--start-from", str(tmp_path / "one"), "--tiny.width", "64")
     assert not (tmp_path / "three").exists()

@@ -4,7 +4,7 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 
 from larp_mllm.engine.lora import prepare_training
-from larp_mllm.engine.trained_weights import load_start_weights
+from larp_mllm.engine.trained_weights import load_start, take_weights
 from larp_mllm.generation.decode import DecodeState
 from larp_mllm.metrics.scores import code_bits
 from larp_mllm.model.modeling import LarpMllmForCausalLM
@@ -106,7 +106,7 @@ def test_a_saved_model_keeps_it(tmp_path):
 def test_a_training_goes_on_from_it(tmp_path):
     mllm, fresh = with_updates(tiny_mllm()), tiny_mllm()
     mllm.save(tmp_path / "model")
-    load_start_weights(fresh, str(tmp_path / "model"))
+    take_weights(fresh, load_start(str(tmp_path / "model")), "model")
     assert torch.equal(logits(fresh, mixed_ids(mllm)), logits(mllm, mixed_ids(mllm)))
     prepare_training(fresh.model, "partial-lora", RANK)
     trained = {name for name, parameter in fresh.model.base.named_parameters() if parameter.requires_grad}
