@@ -12,6 +12,7 @@ Shapes: B clips, T frames of which G are given, P = T - G predicted ones, H x W 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from larp.data.clips import ClipShape, clip_to_frames
 from larp.data.datasets import VideoSet, open_videos
 from larp.data.extraction import repeat_last
 from larp.data.listing import NoSplitError
+from larp.engine.generator_run import find_training
 from larp.engine.signals import run_script
 from larp.files import write_json
 from larp.metrics import lpips
@@ -40,6 +42,7 @@ from larp.metrics.frame_prediction import (
 )
 from larp.metrics.frechet import real_floor
 from larp.metrics.i3d import ClipFeatures
+from larp.metrics.intervals import sources_of
 from larp.metrics.protocols import PRESETS, Protocol, result, summary
 from larp.metrics.psnr_ssim import ssim
 from larp.models.losses import psnr
@@ -52,7 +55,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 _PRESET = PRESETS["larp-k600-fp"]
 
@@ -73,14 +75,16 @@ class PredictionConfig(GeneratorEvaluationConfig):
     """Which videos; auto: validation, the published choice, where the data have one, else test."""
     given: int = 5
     """First frames of each clip that the model is shown."""
-    num_clips: int = _PRESET.num_clips
-    """Clips to predict, sampled by the seed from all windows that do not overlap."""
+    num_clips: int | None = None
+    """Clips to predict, sampled by the seed from all windows that do not overlap; by default 50,000 as published, or all windows if these
+    are fewer."""
     out: Path = Path("prediction.json")
     show: int = 6
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_at_least(num_clips=4)
+        if self.num_clips is not None:
+            self.check_at_least(num_clips=4)
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,10 @@ def open_predictor(config: PredictionConfig) -> Predictor:
     """Load a generator with its tokenizer, or a language model; ValueError if it does not continue `config.given` frames."""
     config.check_paths()
     if config.mllm:
-        if config.generator or config.tokenizer:
-            raise ValueError("--mllm: a language model has its own video tokenizer; leave out --generator, --tokenizer")
+        if config.generator or config.tokenizer or config.variant:
+            raise ValueError(
+                "--mllm: a language model has its own video tokenizer; leave out --generator, --tokenizer and --variant"
+            )
         source = MllmSource.load(config.mllm, config.device)
         source.check_guidance(config)
         if source.mllm.given_frames() != config.given:
@@ -120,7 +126,8 @@ def open_predictor(config: PredictionConfig) -> Predictor:
         return generate(generator, generator.frame_condition(given), config, seed=config.seed, first_row=first)
 
     hashes = {"generator": generator.weight_hash(), "tokenizer": tokenizer.weight_hash()}
-    return Predictor(tokenizer, ClipShape(*tokenizer.config.clip_shape), hashes, sample)
+    shape = ClipShape(*tokenizer.config.clip_shape, stride=find_training(config.generator).stride or 1)
+    return Predictor(tokenizer, shape, hashes, sample)
 
 
 @dataclass
@@ -158,33 +165,33 @@ def measure(
     """Predict clips (b, 3, T, H, W), batch after batch, and measure them against the real ones and the baselines."""
     seen, first, given, tokenizer = Measured(), 0, config.given, predictor.tokenizer
     measures = {"psnr": psnr, "ssim": ssim} | ({"lpips": perceptual} if perceptual else {})
-    with tqdm(total=config.num_clips, desc="predicting", unit="clip", delay=2) as bar:
-        for clip in clips:
-            clip = clip.to(config.device)
-            codes = tokenizer.encode(repeat_last(clip, given))
-            decoded = tokenizer.decode(predictor.sample(codes, first).to(config.device))
-            ways = {
-                PREDICTION: torch.cat([clip[:, :, :given], decoded[:, :, given:]], dim=2),
-                **baselines(tokenizer, clip, given, codes, tokenizer.encode(clip)),
-            }
-            for way, made in ways.items():
-                for name, compare in measures.items():
-                    values = compare(as_frames(clip, given), as_frames(made, given)).view(len(clip), -1)
-                    seen.figures.setdefault(name, {}).setdefault(way, []).append(values.double().cpu())
-            seen.seam.append(psnr(clip[:, :, :given], decoded[:, :, :given]).double().cpu())
-            # The protocol scores all frames as they were decoded, the given ones too.
-            sides = {"real": clip, "decoded": decoded, **ways}
-            for name, side in sides.items():
-                seen.features.setdefault(name, []).append(features(scored_size(side)))
-            pairs = torch.cat([clip, ways[PREDICTION]], dim=3)
-            seen.shown += [clip_to_frames(pair) for pair in pairs[: max(0, config.show - len(seen.shown))]]
-            first += len(clip)
-            bar.update(len(clip))
+    for clip in clips:
+        clip = clip.to(config.device)
+        codes = tokenizer.encode(repeat_last(clip, given))
+        decoded = tokenizer.decode(predictor.sample(codes, first).to(config.device))
+        ways = {
+            PREDICTION: torch.cat([clip[:, :, :given], decoded[:, :, given:]], dim=2),
+            **baselines(tokenizer, clip, given, codes, tokenizer.encode(clip)),
+        }
+        for way, made in ways.items():
+            for name, compare in measures.items():
+                values = compare(as_frames(clip, given), as_frames(made, given)).view(len(clip), -1)
+                seen.figures.setdefault(name, {}).setdefault(way, []).append(values.double().cpu())
+        seen.seam.append(psnr(clip[:, :, :given], decoded[:, :, :given]).double().cpu())
+        # The protocol scores all frames as they were decoded, the given ones too.
+        sides = {"real": clip, "decoded": decoded, **ways}
+        for name, side in sides.items():
+            seen.features.setdefault(name, []).append(features(scored_size(side)))
+        pairs = torch.cat([clip, ways[PREDICTION]], dim=3)
+        seen.shown += [clip_to_frames(pair) for pair in pairs[: max(0, config.show - len(seen.shown))]]
+        first += len(clip)
     return seen
 
 
-def likeness(seen: Measured, config: PredictionConfig) -> dict[str, Any]:
+def likeness(seen: Measured, sources: Tensor, config: PredictionConfig) -> dict[str, Any]:
     """Return the metrics of predicted frames: means over clips for each frame, and means over clips and frames.
+
+    sources: the source of each clip, int64 (n,), see `larp.metrics.intervals`.
 
     The median of PSNR over clips is included because a frame that is copied exactly counts as 100 dB.
     """
@@ -196,7 +203,7 @@ def likeness(seen: Measured, config: PredictionConfig) -> dict[str, Any]:
         "mean": {name: {w: v.mean().item() for w, v in ways.items()} for name, ways in values.items()},
         "median_psnr": {w: v.mean(dim=1).median().item() for w, v in values["psnr"].items()},
         "psnr_above": {
-            way: paired_gain((values["psnr"][PREDICTION] - values["psnr"][way]).mean(dim=1))
+            way: paired_gain((values["psnr"][PREDICTION] - values["psnr"][way]).mean(dim=1), sources)
             for way in (COPY, CODED_COPY)
         },
         "given_frames_regenerated_psnr": torch.cat(seen.seam).mean().item(),
@@ -223,16 +230,16 @@ def evaluate(config: PredictionConfig) -> dict:
         )
     features, perceptual = config.open_features(), config.open_lpips()
     videos, split = open_split(config)
-    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
+    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size, most=_PRESET.num_clips)
     rule = _PRESET.frame_rule.replace("5 frames", f"{config.given} frames", 1)
-    protocol = config.protocol(_PRESET, features, shape, split=split, num_clips=config.num_clips, frame_rule=rule)
+    protocol = config.protocol(_PRESET, features, shape, split=split, num_clips=clips.num_clips, frame_rule=rule)
     caption = f"above: original; below: {config.given} given frames, then predicted ones"
     seen = measure(predictor, clips.sampled(), features, perceptual, config)
     others = [features(scored_size(clip)) for clip in clips.others()]
     names = [f"{item.name} ({caption})" for item in clips.sampled_items]
-    report = likeness(seen, config) | {
+    report = likeness(seen, sources_of(clips.sampled_items), config) | {
         "given": config.given,
-        "num_clips": config.num_clips,
+        "num_clips": clips.num_clips,
         "frechet": frechet_record(seen, others, features, protocol, predictor.checkpoints, config),
         "skipped": clips.skipped,
         "config": to_dict(config),
@@ -275,7 +282,7 @@ def describe(report: dict) -> str:
     if "lpips" not in report["mean"]:
         lines.append("LPIPS: no weights. " + lpips.LPIPS.remedy)
     for way, gain in report["psnr_above"].items():
-        low, high = gain["interval_95"]
+        low, high = gain["interval_95"] or (math.nan, math.nan)
         lines.append(
             f"prediction above {way}: {gain['mean']:+.2f} dB [{low:+.2f}, {high:+.2f}], better for"
             f" {gain['share_of_clips']:.1%} of {report['num_clips']} clips"

@@ -50,8 +50,8 @@ class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
     generator's run names. Videos of classes that the generator does not know are left out."""
     split: Literal["train", "test", "all"] = "train"
     """Which of them; the published gFVD is of the train split."""
-    num_clips: int = _PRESET.num_clips
-    """Clips on each side."""
+    num_clips: int | None = None
+    """Clips on each side; by default 10,000 as published, or as many windows as the data hold if these are fewer."""
     guidance_scale: float = 1.25
     also_guidance: tuple[float, ...] = ()
     """Further guidance scales for the table, constant over the guided codes. 1.0 shows the effect of guidance."""
@@ -60,7 +60,8 @@ class GfvdConfig(ClipSourceConfig, GuidedSampling, FrechetConfig):
     def __post_init__(self):
         FrechetConfig.__post_init__(self)
         GuidedSampling.__post_init__(self)
-        self.check_at_least(num_clips=2)
+        if self.num_clips is not None:
+            self.check_at_least(num_clips=2)
         for scale in self.also_guidance:
             check_guidance_scale("also_guidance", scale)
 
@@ -79,13 +80,13 @@ def evaluate(config: GfvdConfig) -> dict:
     videos = config.open_videos(source, config.split)
     # Guidance of no code raises an error here, unknown classes below: before the clips are read.
     source.check(videos, [], *config.samplings)
-    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size)
+    clips = RealClips(videos, shape, config.num_clips, config.seed, config.batch_size, most=_PRESET.num_clips)
     source.check(videos, [item.label for item in clips.sampled_items])
     pairs = reconstructed_clips(tokenizer, clips.sampled())
     both = [(features(clip), features(again)) for clip, again in pairs]
     real, decoded = (torch.cat(side) for side in zip(*both, strict=True))
     others = [features(clip) for clip in clips.others()]
-    floor = real_floor(torch.cat([real, *others]), config.num_clips, config.seed)
+    floor = real_floor(torch.cat([real, *others]), clips.num_clips, config.seed)
     labels = [item.label for item in clips.sampled_items]
     table = [
         floor_row(floor),
@@ -96,8 +97,8 @@ def evaluate(config: GfvdConfig) -> dict:
         table.append(frechet_row(f"generated, {named(sampling)}", real, made, config.repeats, config.seed))
     report = result(
         config.protocol(
-            _PRESET, features, shape, split=config.split, num_videos=len(videos), num_clips=config.num_clips,
-            height=shape.height, width=shape.width, frame_rule=frame_rule(shape.stride),
+            _PRESET, features, shape, split=config.split, num_videos=len(videos), num_clips=clips.num_clips,
+            height=shape.height, width=shape.width,
         ),
         table[-1]["value"],
         table[-1]["deviation"],
@@ -123,11 +124,6 @@ def named(sampling: GuidedSampling) -> str:
     ramp = "" if final in (None, scale) else f" to {final:g}"
     part = "" if (start, stop) == (0, 1) else f" from {start:.0%} to {stop:.0%}"
     return f"guidance {scale:g}{ramp}{part}"
-
-
-def frame_rule(stride: int) -> str:
-    """Return the frame rule of the protocol for models that see every `stride`-th frame."""
-    return _PRESET.frame_rule if stride == 1 else f"{_PRESET.frame_rule} / {stride}"
 
 
 def generate_features(

@@ -63,8 +63,9 @@ class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     """Token cache of the training clips: adds the bits per code of a model that knows only the frequency of each code."""
     what: tuple[Part, ...] = ("bits", "agreement", "captions", "continuation")
     """The parts to measure."""
-    num_videos: int = 192
-    """Videos to generate with each guidance scale, equally many for each class. The phrasings of a class take turns."""
+    num_videos: int | None = None
+    """Videos to generate with each guidance scale, equally many for each class; by default at least 192. The phrasings of a class take
+    turns."""
     guidance_scale: tuple[float, ...] = (1.0, 2.0)
     """Scales of classifier-free guidance of the generated videos, each measured; 1 is off."""
     num_clips: int = 200
@@ -78,7 +79,7 @@ class UcfMllmConfig(SamplingOptions, EvaluationConfig):
     def __post_init__(self):
         EvaluationConfig.__post_init__(self)
         SamplingOptions.__post_init__(self)
-        self.check_at_least(num_videos=1, num_clips=2)
+        self.check_at_least(num_clips=2)
         for name in ("what", "guidance_scale", "continuation_temperature"):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; give at least one value")
@@ -107,7 +108,9 @@ class Job:
         if self.videos is not None:
             require_labels(self.videos)
         if "agreement" in config.what:
-            split_evenly(config.num_videos, len(self.videos.classes))
+            classes = len(self.videos.classes)
+            self.num_videos = -(-192 // classes) * classes if config.num_videos is None else config.num_videos
+            split_evenly(self.num_videos, classes)
         self.folder = find_model(config.model)
         self.mllm = Mllm.load(self.folder, config.device)
         if "continuation" in config.what and not self.mllm.model.config.given_frames:
@@ -133,7 +136,7 @@ class Job:
         report |= {"classes": list(classifier.classes), "chance": 1 / len(texts), "generated": []}
         for scale in config.guidance_scale:
             sampling = VideoSampling.of(config, guidance_scale=scale)
-            figures, made = generated_agreement(self.mllm, classifier, texts, config.num_videos, sampling)
+            figures, made = generated_agreement(self.mllm, classifier, texts, self.num_videos, sampling)
             report["generated"].append({"guidance_scale": scale} | figures)
             if config.show:
                 middles = [np.stack([v.frames[len(v.frames) // 2] for v in row[: config.show]]) for row in made]

@@ -114,6 +114,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(part, folder)
     finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
         for path in (part, old):
             shutil.rmtree(path, ignore_errors=True)
 

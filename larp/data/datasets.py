@@ -1,7 +1,7 @@
 """Parses data specs, as every script takes them, into lists of videos with labels and captions.
 
-    ucf101:ROOT[,fold=1]    UCF-101 in its published layout, with its split lists
-    k600:ROOT[,videos=DIR][,test=validation]   Kinetics-600: its annotation files, or lists of (path, label)
+    ucf101:ROOT[,fold=1][,classes=A/B]   UCF-101 in its published layout, with its split lists; the named classes alone
+    k600:ROOT[,videos=DIR][,test=validation][,classes=A/B]   Kinetics-600: its annotation files, or lists of (path, label)
     csv:FILE  jsonl:FILE    a manifest with path and, optionally, label, caption, group and split (train, validation or
                             test); a path may name an .npy file of frames
     folder:DIR              every video below a folder
@@ -43,6 +43,7 @@ from larp.data.listing import (
     humanize,
     join_captions,
     no_split,
+    of_classes,
     ordered_classes,
     passed_over,
     spoken,
@@ -52,6 +53,7 @@ from larp.data.listing import (
 from larp.data.shards import read_shards
 from larp.data.video import VIDEO_SUFFIXES
 from larp.files import user_path
+from larp.models.class_names import class_number, unknown_class
 
 UCF101_GROUP = re.compile(r"(v_\w+_g\d+)_c\d+")
 """Name of a UCF-101 clip; the first match group is its UCF-101 group, the source video that it is cut from."""
@@ -114,7 +116,17 @@ def _open_one(spec: str, split: Split) -> VideoSet:
             break  # the comma is part of a path
         options[match[1]] = match[2].strip()
         pieces.pop()
-    return reader(",".join(pieces).strip(), split, spec, **_typed(options, defaults, spec))
+    typed = _typed(options, defaults, spec)
+    classes = typed.pop("classes", "")
+    videos = reader(",".join(pieces).strip(), split, spec, **typed)
+    return _of_classes(videos, classes.split("/"), spec) if classes else videos
+
+
+def _of_classes(videos: VideoSet, names: Sequence[str], spec: str) -> VideoSet:
+    found = {name: class_number(name, videos.classes) for name in names}
+    if unknown := [name for name, number in found.items() if number is None]:
+        raise DataError(f"{spec}: {unknown_class(unknown[0], videos.classes)}")
+    return of_classes(videos, [videos.classes[number] for number in found.values()])
 
 
 def _kind_of_path(spec: str) -> str:
@@ -382,8 +394,8 @@ def _read_shapes(rest: str, split: Split, spec: str, **options: int) -> VideoSet
 
 
 _READERS: dict[str, tuple[Callable[..., VideoSet], dict[str, int | str]]] = {
-    "ucf101": (_read_ucf101, {"fold": 1}),
-    "k600": (read_kinetics, {"videos": "", "test": "test"}),
+    "ucf101": (_read_ucf101, {"fold": 1, "classes": ""}),
+    "k600": (read_kinetics, {"videos": "", "test": "test", "classes": ""}),
     "csv": (_read_csv, {}),
     "jsonl": (_read_jsonl, {}),
     "folder": (_read_folder, {}),

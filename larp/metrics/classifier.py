@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from larp.data.token_cache import file_state
 from larp.data.video import VideoError
 from larp.files import replacing
 from larp.metrics.clipsets import skipped_entries
+from larp.metrics.intervals import wilson
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
@@ -313,11 +313,3 @@ def labelled_clips(once: FixedPass, videos: VideoSet) -> Iterator[tuple[Tensor, 
     if not count:
         name = once.skipped[0][0]
         raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {name}")
-
-
-def wilson(hits: int, count: int) -> list[float]:
-    """Return the 95 % interval [low, high] of a binomial proportion (Wilson 1927)."""
-    z, share = 1.96, hits / count
-    middle = share + z * z / (2 * count)
-    reach = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return [max(0.0, (middle - reach) / (1 + z * z / count)), min(1.0, (middle + reach) / (1 + z * z / count))]

@@ -61,11 +61,13 @@ class GeneratorSource:
 
     generator: LarpGenerator
     tokenizer: LarpTokenizer
+    stride: int = 1
+    """Distance of a clip's frames in the video, as in training."""
 
     @property
     def shape(self) -> ClipShape:
-        """The shape of the tokenizer's clips, every frame of a video."""
-        return ClipShape(*self.tokenizer.config.clip_shape)
+        """The shape of the tokenizer's clips, and the stride of the training."""
+        return ClipShape(*self.tokenizer.config.clip_shape, stride=self.stride)
 
     @property
     def checkpoints(self) -> dict[str, str]:

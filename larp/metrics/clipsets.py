@@ -56,14 +56,19 @@ class RealClips:
     Args:
         videos: the data set; clips are sampled from its readable videos.
         shape: of a clip; windows do not overlap.
-        num_clips, seed: as in `larp.metrics.protocols.sample_windows`.
+        num_clips, seed: as in `larp.metrics.protocols.sample_windows`. None: `most`, or all windows if there are fewer.
         batch: clips per batch.
+        most: the published number of clips.
 
     Raises ValueError if there are too few windows.
     """
 
-    def __init__(self, videos: VideoSet, shape: ClipShape, num_clips: int, seed: int, batch: int):
+    def __init__(
+        self, videos: VideoSet, shape: ClipShape, num_clips: int | None, seed: int, batch: int, most: int | None = None
+    ):
         self.items, counts, self._unreadable = readable_videos(videos)
+        if num_clips is None:
+            num_clips = min(most, sum(count // shape.span for count in counts))
         self.shape, self.num_clips, self.batch = shape, num_clips, batch
         self.windows, spare = sample_windows(counts, shape.span, num_clips, seed, spare=num_clips)
         everything = ((video, k * shape.span) for video, count in enumerate(counts) for k in range(count // shape.span))

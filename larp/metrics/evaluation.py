@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from larp.config import check_count, parse
 from larp.data.clips import ClipShape
 from larp.data.contact_sheet import contact_sheet
+from larp.data.datasets import split_specs
 from larp.hub import check_device
 from larp.metrics import lpips
 from larp.metrics.clipsets import load_pair
@@ -97,10 +98,15 @@ class FrechetConfig(EvaluationConfig):
         return lpips.Lpips.load().to(self.device) if lpips.available() else None
 
     def protocol(self, preset: Protocol, features: ClipFeatures, shape: ClipShape, **changes: Any) -> Protocol:
-        """Return the protocol `preset` with the data, clip length, features and seed of this run, and with `changes`."""
-        dataset = _DATASETS.get(self.data.partition(":")[0], self.data)
+        """Return the protocol `preset` with the data, clip length, stride, features and seed of this run, and with `changes`."""
+        # Of several sets that are joined, the first name would not be that of all.
+        parts = split_specs(self.data)
+        dataset = _DATASETS.get(parts[0].partition(":")[0], self.data) if len(parts) == 1 else self.data
         run = dict(dataset=dataset, frames=shape.frames, features=features.name, seed=self.seed)
-        return replace(preset, **run | changes)
+        protocol = replace(preset, **run | changes)
+        if shape.stride == 1:
+            return protocol
+        return replace(protocol, frame_rule=f"{protocol.frame_rule}, stride {shape.stride}")
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ Shapes: B clips of T frames: G given and P = T - G predicted ones; H x W pixels;
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from larp.data.extraction import repeat_last
+from larp.metrics.intervals import clustered_mean
 from larp.models.losses import psnr
 from larp.models.tokenizer import LarpTokenizer
 
@@ -47,14 +47,9 @@ def frame_psnr(clip: Tensor, predicted: Tensor, given: int) -> Tensor:
     return psnr(as_frames(clip, given), as_frames(predicted, given)).view(len(clip), -1).double().cpu()
 
 
-def paired_gain(gain: Tensor) -> dict[str, Any]:
-    """Return the mean of differences (n,), its 95 % interval, and the share of positive ones; n is at least 2."""
-    mean, reach = gain.mean().item(), 1.96 * gain.std().item() / math.sqrt(len(gain))
-    return {
-        "mean": mean,
-        "interval_95": [mean - reach, mean + reach],
-        "share_of_clips": (gain > 0).double().mean().item(),
-    }
+def paired_gain(gain: Tensor, sources: Tensor) -> dict[str, Any]:
+    """Return `clustered_mean` of differences (n,) of clips with these sources, int64 (n,), and the share of positive ones."""
+    return clustered_mean(gain, sources) | {"share_of_clips": (gain > 0).double().mean().item()}
 
 
 def psnr_figures(values: dict[str, Tensor]) -> dict[str, Any]:

@@ -25,9 +25,9 @@ from larp.data.extraction import read_windows
 from larp.data.token_cache import file_state
 from larp.data.video import VideoError
 from larp.files import replacing
-from larp.metrics.classifier import wilson
 from larp.metrics.clipsets import reconstructed_clips, skipped_entries
 from larp.metrics.i3d import ClipFeatures
+from larp.metrics.intervals import wilson
 from larp.metrics.weights import cache_folder
 from larp.models.tokenizer import LarpTokenizer
 

@@ -94,7 +94,7 @@ PRESETS: dict[str, Protocol] = {
             seed=42,
             choices=(
                 *_SHARED_CHOICES,
-                "windows are counted by the frame numbers in the file headers",
+                "windows are counted by the packets of the files, without decoding",
                 "generated clips use the labels of the real clips, in the order in which these are sampled",
             ),
         ),

@@ -139,7 +139,7 @@ class ClipSourceConfig(EvaluationConfig):
         generator = load_generator(self.generator, "class", self.device)
         training, tokenizer = find_training(self.generator), self.tokenizer or None
         loaded = load_generator_tokenizer(self.generator, generator, training, tokenizer, self.variant, self.device)
-        return GeneratorSource(generator, loaded)
+        return GeneratorSource(generator, loaded, training.stride or 1)
 
     def open_videos(self, source: ClipSource, split: Split) -> VideoSet:
         """List the videos of the classes that the source knows; says so on stderr if there are others.

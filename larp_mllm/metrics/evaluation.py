@@ -17,9 +17,10 @@ from larp.data.token_cache import TokenCache
 from larp.metrics.classifier import ClipClassifier, agreement
 from larp.metrics.clipsets import RealClips, skipped_entries
 from larp.metrics.frame_prediction import BASELINES, CODED_COPY, COPY, baselines, frame_psnr, paired_gain, psnr_figures
+from larp.metrics.intervals import clustered_mean, sources, sources_of
 from larp_mllm.data.phrases import PHRASINGS, caption_phrases, drop_mirrored_directions, drop_without_text
 from larp_mllm.generation.sampling import VideoSampling
-from larp_mllm.metrics.scores import caption_figures, clustered_mean, code_bits, frequency_bits
+from larp_mllm.metrics.scores import caption_figures, code_bits, frequency_bits
 from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 
@@ -42,9 +43,10 @@ def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch
         train: the training clips, for the baseline of code frequencies, which 100,000 of them give.
 
     Keys: "first_phrasing", "all_phrasings", "without_text" and "text_saves" (without_text - first_phrasing), each {"mean",
-    "interval_95"} over videos; "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
+    "interval_95"} over sources, see `larp.metrics.intervals`; "by_phrasing", "uniform", "frequencies" (with `train`), "num_clips", "num_videos".
     """
     cache = drop_mirrored_directions(drop_without_text(cache))
+    groups = sources(cache.names)
     phrases = caption_phrases(cache)
     prompts = {text: _prompt(mllm, text) for text in {"", *(text for row in phrases for text in row)}}
 
@@ -55,14 +57,15 @@ def held_out_bits(mllm: Mllm, cache: TokenCache, train: TokenCache | None, batch
     each = [bits([row[k % len(row)] for row in phrases]) for k in range(max(map(len, phrases)))]
     without = bits([""] * len(phrases))
     report = {
-        "first_phrasing": clustered_mean(each[0], cache.videos),
-        "all_phrasings": clustered_mean(torch.stack(each).mean(dim=0), cache.videos),
+        "first_phrasing": clustered_mean(each[0], groups),
+        "all_phrasings": clustered_mean(torch.stack(each).mean(dim=0), groups),
         "by_phrasing": [values.mean().item() for values in each],
-        "without_text": clustered_mean(without, cache.videos),
-        "text_saves": clustered_mean(without - each[0], cache.videos),
+        "without_text": clustered_mean(without, groups),
+        "text_saves": clustered_mean(without - each[0], groups),
         "uniform": math.log2(cache.codebook_size),
         "num_clips": len(cache),
         "num_videos": len(cache.videos.unique()),
+        "num_sources": len(groups.unique()),
     }
     if train is not None:
         rows = torch.tensor(evenly_spaced(range(len(train)), _MOST_COUNTED))
@@ -121,13 +124,15 @@ def caption_accuracy(mllm: Mllm, videos: VideoSet, batch_size: int) -> dict[str,
     once = iterate_once(videos, clip_shape(mllm), batch_size)
     wanted: list[int] = []
     captions: list[str] = []
+    places: list[int] = []
     for batch in tqdm(once, desc="describing", unit="batch", delay=2):
         wanted += batch["label"].tolist()
+        places += batch["index"].tolist()
         captions += mllm.describe(list(batch["clip"]))
     if not wanted:
         raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {once.skipped[0][0]}")
     frequent = sorted(set(captions), key=lambda text: (-captions.count(text), text))[:50]
-    return caption_figures(captions, wanted, videos.classes) | {
+    return caption_figures(captions, wanted, videos.classes, sources_of(videos.items[i] for i in places)) | {
         "captions": {text: captions.count(text) for text in frequent},
         "skipped": skipped_entries(once.skipped),
     }
@@ -182,12 +187,12 @@ def continuation_figures(
         "text": [layout.prompt(text) for text in text_ids],
         "nothing": [layout.prompt([])] * len(codes),
     }
-    groups = torch.tensor([video for video, _ in sampled.windows])
+    groups = sources_of(selected)
     return psnr_figures(psnrs) | {
         "given": given,
         "frame": list(range(given + 1, shape.frames + 1)),
         "above": {
-            way: {base: paired_gain((psnrs[way] - psnrs[base]).mean(dim=1)) for base in (COPY, CODED_COPY)}
+            way: {base: paired_gain((psnrs[way] - psnrs[base]).mean(dim=1), groups) for base in (COPY, CODED_COPY)}
             for way in samplings
         },
         "given_frames_regenerated": seams,

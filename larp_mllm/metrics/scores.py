@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from larp.data.datasets import humanize
-from larp.metrics.classifier import wilson
+from larp.metrics.intervals import clustered_share
 from larp_mllm.data.phrases import PHRASINGS
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.processing.token_sequence import check_length
@@ -58,22 +58,6 @@ def code_bits(
     return bits
 
 
-def clustered_mean(values: Tensor, groups: Tensor) -> dict[str, Any]:
-    """Return the mean of values (n,) and its 95 % interval, clustered by group: clips of one video are not independent.
-
-    groups: int64 (n,). The interval is None for fewer than two groups.
-    """
-    values = values.double()
-    mean = values.mean().item()
-    _, place = groups.unique(return_inverse=True)
-    number = int(place.max()) + 1
-    if number < 2:
-        return {"mean": mean, "interval_95": None}
-    sums = torch.zeros(number, dtype=torch.float64).index_add_(0, place, values - mean)
-    reach = 1.96 * math.sqrt(sums.square().sum().item() * number / (number - 1)) / len(values)
-    return {"mean": mean, "interval_95": [mean - reach, mean + reach]}
-
-
 def frequency_bits(train: Tensor, held_out: Tensor, codebook_size: int) -> dict[str, float]:
     """Return the bits per code of a model that knows only code frequencies, for codes (n, N) and (m, N) in [0, K).
 
@@ -103,25 +87,30 @@ def class_in_caption(caption: str, classes: Sequence[str], phrasings: Sequence[s
     return most[0] if len(most) == 1 else None
 
 
-def caption_figures(captions: Sequence[str], wanted: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+def caption_figures(
+    captions: Sequence[str], wanted: Sequence[int], classes: Sequence[str], groups: Tensor
+) -> dict[str, Any]:
     """Return how often captions (n,) name the class of their video, `wanted` (n,) in [0, C); naming none counts as wrong.
 
-    Keys: accuracy, interval_95 (Wilson), chance (1 / C), most_frequent (the accuracy of always naming the most frequent
+    groups: the source of each video, int64 (n,), see `larp.metrics.intervals`.
+
+    Keys: accuracy, interval_95 (see `clustered_share`), num_sources, chance (1 / C), most_frequent (the accuracy of always naming the most frequent
     class), num_clips, unread (captions that name no class), by_class (name -> accuracy) and confusion: for each wanted class
     the counts of the named classes in the order of `classes`, and last of unread captions. Raises ValueError if the lengths
     differ or there is no caption.
     """
     if len(captions) != len(wanted) or not len(wanted):
         raise ValueError(f"{len(captions)} captions for {len(wanted)} videos; need one for each, at least 1")
+    named = [class_in_caption(caption, classes) for caption in captions]
     confusion = [[0] * (len(classes) + 1) for _ in classes]
-    for caption, label in zip(captions, wanted, strict=True):
-        named = class_in_caption(caption, classes)
-        confusion[label][len(classes) if named is None else named] += 1
+    for found, label in zip(named, wanted, strict=True):
+        confusion[label][len(classes) if found is None else found] += 1
     sums = [sum(row) for row in confusion]
-    hits = sum(row[number] for number, row in enumerate(confusion))
+    right = torch.tensor([found == label for found, label in zip(named, wanted, strict=True)])
     return {
-        "accuracy": hits / len(wanted),
-        "interval_95": wilson(hits, len(wanted)),
+        "accuracy": right.double().mean().item(),
+        "interval_95": clustered_share(right, groups),
+        "num_sources": len(groups.unique()),
         "chance": 1 / len(classes),
         "most_frequent": max(sums) / len(wanted),
         "num_clips": len(wanted),

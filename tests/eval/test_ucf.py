@@ -221,7 +221,7 @@ def test_gfvd_of_a_language_model(world, gfvd, tmp_path):
     arguments += ["--mllm", str(tmp_path / "mllm"), "--num-clips", "12", "--also-guidance", "1", "--show", "2"]
     report = gfvd.main(arguments)
     assert [row["clips"] for row in report["table"][2:]] == ["generated, guidance 1", "generated, guidance 1.25"]
-    assert report["protocol"]["frame_rule"].endswith("native frame rate / 2") and (tmp_path / "g.png").exists()
+    assert report["protocol"]["frame_rule"].endswith("native frame rate, stride 2") and (tmp_path / "g.png").exists()
     assert {"mllm/model.safetensors", "tokenizer"} <= set(report["checkpoints"]) and report["tokens_per_clip"] == 4
     assert report["prompts"]["Archery"][:2] == ["archery", "a person archery"]
     again = gfvd.main([*arguments, "--batch-size", "5"])

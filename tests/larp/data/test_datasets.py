@@ -77,6 +77,19 @@ def test_the_two_spellings_of_an_ucf101_class_are_one(tmp_path, folders):
     assert {item.caption for item in videos.items if item.label == 2} == {"handstand pushups"}
 
 
+def test_some_classes_alone(tmp_path):
+    root = make_ucf101(tmp_path)
+    touch(root / "UCF-101/YoYo/v_YoYo_g02_c01.avi")
+    videos = open_videos(f"ucf101:{root},classes=yo yo/Archery")
+    assert videos.classes == ("Archery", "YoYo") and {videos.classes[item.label] for item in videos.items} == {
+        "Archery",
+        "YoYo",
+    }
+    assert len(open_videos(f"ucf101:{root},fold=1,classes=archery").items) == 2
+    with pytest.raises(DataError, match=r"unknown class 'Archer'; nearest: Archery \(of 3\)"):
+        open_videos(f"ucf101:{root},classes=Archer")
+
+
 def test_ucf101_mistakes(tmp_path):
     root = make_ucf101(tmp_path / "a")
     touch(root / "UCF-101" / "Archary" / "v_Archary_g01_c01.avi")
@@ -84,7 +97,7 @@ def test_ucf101_mistakes(tmp_path):
         open_videos(f"ucf101:{root}", "train")
     with pytest.raises(DataError, match=r"fold=4; UCF-101 has the folds 1, 2 and 3"):
         open_videos(f"ucf101:{make_ucf101(tmp_path / 'b')},fold=4")
-    with pytest.raises(DataError, match=r"unknown option 'flod'; known: fold=1; did you mean fold\?"):
+    with pytest.raises(DataError, match=r"unknown option 'flod'; known: fold=1, classes=; did you mean fold\?"):
         open_videos(f"ucf101:{root},flod=1")
     with pytest.raises(DataError, match=r"option fold='one' must be a whole number"):
         open_videos(f"ucf101:{root},fold=one")

@@ -2,7 +2,7 @@
 
 import math
 
-from larp_mllm.metrics.scores import caption_figures, class_in_caption, clustered_mean, code_bits, frequency_bits
+from larp_mllm.metrics.scores import caption_figures, class_in_caption, code_bits, frequency_bits
 from tests.larp_mllm.tiny import K, N
 
 import pytest
@@ -55,17 +55,6 @@ def test_unequal_numbers_are_refused(qwen):
         code_bits(qwen.model, [[0] * 1021 + prompt], torch.zeros(1, N, dtype=torch.int64))
 
 
-def test_clips_of_one_video_count_as_one_in_the_interval():
-    values = torch.tensor([1.0, 2.0, 4.0, 5.0])
-    apart = clustered_mean(values, torch.arange(4))
-    reach = 1.96 * values.std().item() / 2
-    assert apart["mean"] == 3 and apart["interval_95"] == pytest.approx([3 - reach, 3 + reach])
-    # Each clip four times over says nothing more.
-    again = clustered_mean(values.repeat(4), torch.tensor([7, 9, 8, 3]).repeat(4))
-    assert again["interval_95"] == pytest.approx(apart["interval_95"])
-    assert clustered_mean(values, torch.zeros(4, dtype=torch.int64)) == {"mean": 3.0, "interval_95": None}
-
-
 def test_frequency_bits_are_the_entropy():
     train = torch.tensor([[0, 0, 0, 1]] * 100, dtype=torch.int16)
     figures = frequency_bits(train, torch.tensor([[0, 1], [0, 3]]), 4)
@@ -101,7 +90,7 @@ def test_a_phrasing_takes_precedence_over_words():
 
 def test_figures_of_captions():
     captions = ["surfing", "a person surfing", "playing piano", "who knows", "walking"]
-    figures = caption_figures(captions, [2, 2, 1, 1, 3], CLASSES)
+    figures = caption_figures(captions, [2, 2, 1, 1, 3], CLASSES, torch.arange(5))
     assert figures["accuracy"] == 0.6 and figures["num_clips"] == 5 and figures["unread"] == 1
     assert (figures["chance"], figures["most_frequent"]) == (0.2, 0.4)
     assert figures["by_class"] == {"PlayingViolin": 0, "Surfing": 1, "Walking": 1}
@@ -109,4 +98,4 @@ def test_figures_of_captions():
     low, high = figures["interval_95"]
     assert (round(low, 2), round(high, 2)) == (0.23, 0.88)  # Wilson's for 3 of 5, from tables
     with pytest.raises(ValueError, match="1 captions for 2 videos"):
-        caption_figures(["x"], [0, 1], CLASSES)
+        caption_figures(["x"], [0, 1], CLASSES, torch.arange(2))
