@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from bench.jobs import stage
+from bench.jobs import check_options, check_seeds, stage
+from bench.plots import open_pyplot
 from larp.config import parse, to_dict
 from larp.data.token_cache import TokenCache
 from larp.engine.log import read_metrics
@@ -25,7 +26,7 @@ from larp.metrics.protocols import check_record_path, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("codebook", "free")
-FIGURES, OPTIONS = "figures.json", "options.json"
+FIGURES = "figures.json"
 # Figures of training/train_mllm.py on held-out clips, and how a person reads them.
 SHOWN = {
     "video_bits": "bits per code, text-to-video",
@@ -63,8 +64,7 @@ class AdapterConfig:
     """Where the figures go; the plot gets the same name with -curve.png."""
 
     def __post_init__(self):
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be one or more different numbers, got {list(self.seeds)}")
+        check_seeds(self.seeds)
         if self.steps < 0 or (self.align_steps or 0) < 0 or self.log_every < 1:
             raise ValueError(
                 f"steps={self.steps} and align_steps={self.align_steps} must be at least 0, log_every={self.log_every} at least 1"
@@ -95,13 +95,7 @@ def run_once(config: AdapterConfig, adapter: str, seed: int) -> dict[str, Any]:
     ValueError if the folder holds a training with other options.
     """
     run, options = config.runs / f"{adapter}-{seed}", options_of(config, adapter, seed)
-    run.mkdir(parents=True, exist_ok=True)
-    known = read_json(run / OPTIONS, "delete the folder, and run again") if (run / OPTIONS).is_file() else None
-    if known not in (None, options):
-        raise ValueError(
-            f"{run} holds a training with other options ({' '.join(known)}; now {' '.join(options)}): choose another --runs"
-        )
-    write_json(run / OPTIONS, options)
+    check_options(run, options)
     if not (run / FIGURES).is_file():
         # None of these is the model that larp_mllm.generate should take from now on.
         own = {"LARP_MLLM_HOME": str(config.runs.resolve() / "home")}
@@ -152,13 +146,8 @@ def summarise(runs: list[dict]) -> dict[str, Any]:
 
 def plot(summary: dict[str, Any], path: Path) -> bool:
     """Draw the curves; False, and no file, without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
+    if (pyplot := open_pyplot()) is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     for adapter, words in zip(ADAPTERS, ("rows from the codebook", "free rows"), strict=True):
         axes.plot(*zip(*summary[adapter]["curve"], strict=True), label=words)

@@ -11,14 +11,13 @@ Also measured: the perplexity of the held-out text that comes with the package.
 import json
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
 
 from larp.config import to_dict
 from larp.engine.signals import run_script
 from larp.files import write_json
-from larp.metrics.evaluation import EvaluationConfig, run_evaluation
+from larp.metrics.evaluation import RecordConfig, run_evaluation
 from larp.metrics.protocols import checkpoint_hashes, versions
 from larp_mllm.data.corpus import TEXT_LENGTH
 from larp_mllm.data.text_data import shipped_text
@@ -38,7 +37,7 @@ VIDEO = " <video>"
 
 
 @dataclass(frozen=True)
-class ChatAnswersConfig(EvaluationConfig):
+class ChatAnswersConfig(RecordConfig):
     """Compare the chat answers of a language model with those of its base."""
 
     needed: ClassVar[tuple[str, ...]] = ("base",)
@@ -92,7 +91,7 @@ def evaluate(config: ChatAnswersConfig) -> dict[str, Any]:
         "plain": plain,
         **asked,
         "checkpoint": checkpoint_hashes(folder),
-        "versions": versions() | {"transformers": metadata.version("transformers")},
+        "versions": versions("transformers"),
         "config": to_dict(config),
     }
     write_json(config.out, record)

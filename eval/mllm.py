@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +24,7 @@ from larp.metrics.protocols import checkpoint_hashes, versions
 from larp.metrics.shape_checker import read_blob, score
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.generation.sampling import VideoSampling
-from larp_mllm.locate import find_model
+from larp_mllm.locate import RUN_MODEL, find_model
 from larp_mllm.pipeline import Mllm
 from larp_mllm.video import Video
 
@@ -43,7 +42,7 @@ class EvalMllmConfig(VideoSampling):
     """shapes: prompts of (colour, shape, direction) triples of which the train split of `shapes:` has none."""
     num_prompts: int = 64
     out: Path | None = None
-    """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json beside the model folder."""
+    """Where the JSON goes, the contact sheet (.png) beside it; by default eval-mllm.json in the run of the model, else here."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> dict:
 def evaluate(config: EvalMllmConfig) -> dict:
     """Generate and score the videos, write the JSON and the contact sheet, and return the record."""
     folder = find_model(config.model)
-    out = config.out or folder.parent / "eval-mllm.json"
+    # Not into the package, or the hub's cache.
+    out = config.out or (folder.parent if folder.name == RUN_MODEL else Path()) / "eval-mllm.json"
     check_writable(out)
     check_writable(out.with_suffix(".png"))
     settings = protocol(config, folder)
@@ -109,7 +109,7 @@ def protocol(config: EvalMllmConfig, folder: Path) -> dict:
         **to_dict(VideoSampling.of(config)),
         "model": str(folder),
         "checkpoint": checkpoint_hashes(folder),
-        "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},
+        "versions": versions("transformers", "numpy", "av"),
     }
 
 

@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from bench.plots import open_pyplot
 from larp.config import to_dict
 from larp.data.clips import ClipShape, clip_to_frames
 from larp.data.contact_sheet import contact_sheet
-from larp.data.datasets import open_videos
+from larp.data.datasets import evenly_spaced, open_videos
 from larp.data.loader import iterate_once
 from larp.engine.signals import run_script
 from larp.files import write_json
@@ -86,8 +87,8 @@ def measure(
     once = iterate_once(videos, ClipShape(*model.config.clip_shape), config.batch_size)
     rows: dict[str, list[Tensor]] = {}
     sheet: list[np.ndarray] = []
-    shown = {round(k * (len(once) - 1) / max(1, config.show - 1)) for k in range(config.show)}
-    for number, batch in enumerate(tqdm(once, desc="clips", unit="batch", delay=2)):
+    shown = evenly_spaced(range(len(videos)), config.show)
+    for batch in tqdm(once, desc="clips", unit="batch", delay=2):
         clip = batch["clip"].to(config.device)
         codes = model.encode(clip)
         again = {f"length {n}": model.decode(codes[:, :n]) for n in lengths_of(config, model)}
@@ -100,9 +101,10 @@ def measure(
             decoded = model.decode_latents(model.mask(model.quantizer.lookup(codes), needed)).float().clamp(0, 1)
             used = needed[:, None].double().cpu()
             rows.setdefault(f"target {target}", []).append(torch.cat([likeness(clip, decoded), used], dim=1))
-        if number in shown:
-            strips = [clip, *(again[f"length {n}"] for n in lengths_of(config, model))]
-            sheet.append(np.concatenate([clip_to_frames(strip[0]) for strip in strips], axis=1))
+        strips = [clip, *(again[f"length {n}"] for n in lengths_of(config, model))]
+        for place, index in enumerate(batch["index"].tolist()):
+            if index in shown:
+                sheet.append(np.concatenate([clip_to_frames(strip[place]) for strip in strips], axis=1))
     if not rows:
         raise ValueError(f"{config.data}: none of its {len(videos)} {config.split} videos can be read")
     return {name: torch.cat(parts).tolist() for name, parts in rows.items()}, sheet
@@ -163,12 +165,9 @@ def evaluate(config: CurveConfig) -> dict:
 
 
 def plot(report: dict, path: Path) -> None:
-    """Draw the curve and the tokenizers beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Draw the curve and the tokenizers beside it, where matplotlib is installed."""
+    if (pyplot := open_pyplot()) is None:
+        return
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
     for name, key, style in (
         ("prefixes of one nested tokenizer", "curve", "o-"),

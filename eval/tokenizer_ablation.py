@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from bench.jobs import stage
+from bench.jobs import check_options, check_seeds, stage
 from larp.config import parse, to_dict
 from larp.engine.signals import run_script
 from larp.files import read_json, write_json
@@ -72,6 +72,7 @@ class AblationConfig:
     """Where the figures go."""
 
     def __post_init__(self):
+        check_seeds(self.seeds)
         for variant in self.variants:
             if variant not in VARIANTS:
                 raise ValueError(f"unknown variant {variant!r}; the variants are {', '.join(VARIANTS)}")
@@ -80,7 +81,8 @@ class AblationConfig:
 def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float]:
     """Train and measure one tokenizer; return its figures by name."""
     run = config.runs / f"{variant}-{seed}"
-    run.mkdir(parents=True, exist_ok=True)
+    own = {name: value for name, value in to_dict(config).items() if name not in ("variants", "seeds", "runs", "out")}
+    check_options(run, [f"--{name}={value}" for name, value in own.items()])
     model, tokens = run / "tokenizer/model", {split: run / f"tokens-{split}" for split in ("train", "test")}
     common = ["--tokenizer", model, "--data", config.data]
     stage(run / "tokenizer/report.json", ROOT / "training/train_tokenizer.py", "--recipe", config.tokenizer_recipe, "--data", config.data,

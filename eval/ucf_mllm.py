@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -194,7 +193,7 @@ class Job:
                 "given_frames": own.given_frames,
             },
             "checkpoint": checkpoint_hashes(self.folder),
-            "versions": versions() | {name: metadata.version(name) for name in ("transformers", "numpy", "av")},
+            "versions": versions("transformers", "numpy", "av"),
             "config": to_dict(self.config),
         }
 

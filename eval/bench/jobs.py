@@ -24,11 +24,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from larp.files import write_json
+from larp.files import read_json, write_json
 
 PIECE = 15 * 2**20
 """Maximum size of a file of results, in bytes."""
-REPORT = "report.json"
+REPORT, OPTIONS = "report.json", "options.json"
 _LINES = 12
 # Small files of the work folder that are saved beside the logs.
 _FIGURES = ("*.json", "*/report.json", "*/config.json", "*/metrics.jsonl", "*.png", "*/samples/*.png")
@@ -63,6 +63,24 @@ def stage(
     if status:
         raise StageError(f"{script.name} ended with status {status}; the same command goes on where this one stopped")
     print(f"== {time.monotonic() - began:.0f} s", flush=True)
+
+
+def check_options(folder: Path, options: Sequence[str]) -> None:
+    """Record the options of the stages of a folder. Raises ValueError if others are recorded: their products would be taken for these."""
+    record = folder / OPTIONS
+    known = read_json(record, "delete the folder, and run again") if record.is_file() else None
+    if known not in (None, list(options)):
+        raise ValueError(
+            f"{folder} holds a training with other options ({' '.join(known)}; now {' '.join(options)}): choose another --runs"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, list(options))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise ValueError unless there are seeds, all different."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be one or more different numbers, got {list(seeds)}")
 
 
 @dataclass

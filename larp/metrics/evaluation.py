@@ -33,27 +33,18 @@ _DATASETS = {"ucf101": "UCF-101", "k600": "Kinetics-600"}
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
-    """The options that all evaluations share; ValueError for values out of range."""
+class RecordConfig:
+    """The options of everything that writes a record; ValueError for values out of range."""
 
-    needed: ClassVar[tuple[str, ...]] = ("data",)
+    needed: ClassVar[tuple[str, ...]] = ()
 
-    data: str = ""
-    """Data spec of the videos, as in training (needed)."""
     out: Path = Path("results.json")
     """Where the figures go; pictures get the same name with their own suffixes."""
-    seed: int = 42
-    """Of the choice of clips, and of the sampling of codes."""
-    batch_size: int = 16
-    """Clips at a time."""
-    show: int = 8
-    """Clips in the pictures; 0 writes none."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the models run."""
 
     def __post_init__(self):
         check_device(self.device)
-        self.check_at_least(batch_size=1, show=0)
 
     def check_at_least(self, **least: int) -> None:
         """Raise ValueError, naming the option, if one is below its least value."""
@@ -66,6 +57,26 @@ class EvaluationConfig:
         for name in self.needed:
             if not getattr(self, name):
                 raise ValueError(f"--{name} is needed (see --help)")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig(RecordConfig):
+    """The options of evaluations on videos; ValueError for values out of range."""
+
+    needed: ClassVar[tuple[str, ...]] = ("data",)
+
+    data: str = ""
+    """Data spec of the videos, as in training (needed)."""
+    seed: int = 42
+    """Of the choice of clips, and of the sampling of codes."""
+    batch_size: int = 16
+    """Clips at a time."""
+    show: int = 8
+    """Clips in the pictures; 0 writes none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_at_least(batch_size=1, show=0)
 
 
 @dataclass(frozen=True)

@@ -231,13 +231,17 @@ def checkpoint_hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of larp, torch and python."""
+def versions(*packages: str) -> dict[str, str | None]:
+    """Return the versions of larp, torch, python and further packages, None for those that are not installed."""
+    own = {"larp": _version("larp-mllm") or "source checkout", "torch": torch.__version__}
+    return own | {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str | None:
     try:
-        own = metadata.version("larp-mllm")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        own = "source checkout"
-    return {"larp": own, "torch": torch.__version__, "python": platform.python_version()}
+        return None
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ import json
 import math
 import resource
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def write_report(report: dict[str, Any], run: Path) -> None:
 
 def environment_info() -> dict[str, Any]:
     """Return the versions of the libraries and the peak memory of this process in GiB."""
-    known = versions() | {name: metadata.version(name) for name in ("transformers", "peft", "deepspeed")}
+    known = versions("transformers", "peft", "deepspeed")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"versions": known, "peak_memory_gib": round(peak, 2)}
 

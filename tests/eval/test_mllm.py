@@ -29,6 +29,13 @@ def test_the_score_comes_with_its_protocol(tmp_path, capsys):
     assert "colour" in printed and "seed 3" in printed
 
 
+def test_a_model_outside_of_a_run_gets_no_files_beside_it(tmp_path, monkeypatch):
+    tiny_mllm().save(tmp_path / "package" / "language-model")
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(["--model", "package/language-model", "--num-prompts", "2"])
+    assert (tmp_path / "eval-mllm.json").is_file() and len(list((tmp_path / "package").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "out, words",
     [

@@ -52,6 +52,9 @@ def test_variants_and_seeds_are_trained_measured_and_summarised(tmp_path, monkey
     assert "no-prior" in capsys.readouterr().out
     ablation.main([*options, "--out", str(out)])
     assert len(commands) == 4 * 6, "finished stages are not run again"
+    for other in (["--data", "other"], ["--generator-steps", "9"]):
+        with pytest.raises(ValueError, match=r"larp-0 holds a training with other options .*choose another --runs"):
+            ablation.main([*options, *other, "--out", str(out)])
 
 
 def test_a_failed_stage_is_said_and_the_command_goes_on_there(tmp_path, monkeypatch):
@@ -67,5 +70,7 @@ def test_a_failed_stage_is_said_and_the_command_goes_on_there(tmp_path, monkeypa
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(ValueError, match="--data"):
         ablation.main(["--out", str(tmp_path / "a.json")])
+    with pytest.raises(SystemExit):
+        ablation.main(["--data", "d", "--seeds", "0", "0", "--out", str(tmp_path / "a.json")])
     with pytest.raises(SystemExit):
         ablation.main(["--data", "d", "--variants", "priorless"])
