@@ -159,6 +159,11 @@ def test_gfvd_without_options_measures_the_newest_generator_on_the_data_of_its_r
     assert report["protocol"]["num_videos"] == VIDEOS and report["skipped"] == []
     note = f"the generator knows 2 of the 3 classes of jsonl:list.jsonl: their {VIDEOS} videos are used"
     assert report["notes"] == [note] and note in capsys.readouterr().err
+    # As many clips as the data hold, where these are fewer than published; at the stride of the training.
+    (tmp_path / "run/config.json").write_text(json.dumps(run | {"stride": 2}))
+    report = gfvd.main(["--device", "cpu", "--show", "0"])
+    assert report["num_clips"] == VIDEOS * (FRAMES // 7), "4 frames, every second one"
+    assert report["protocol"]["frame_rule"].endswith("native frame rate, stride 2")
 
 
 def test_gfvd_puts_reconstructions_and_other_guidance_into_one_table(world, gfvd, tmp_path, capsys):

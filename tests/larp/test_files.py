@@ -111,6 +111,23 @@ def test_what_a_killed_program_left_is_removed_by_the_next_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["next.txt"]
 
 
+def test_a_folder_survives_an_interrupt_while_it_is_replaced(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/old").touch()
+    own, calls = os.replace, []
+
+    def replace(*paths):
+        calls.append(paths)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        own(*paths)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "model") as part:
+        (part / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model/old").exists()
+
+
 def test_a_full_disk_leaves_what_was_whole(tmp_path, full_disk):
     (tmp_path / "a").write_text("whole")
     with full_disk():
