@@ -13,21 +13,25 @@ import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from larp.config import parse
 from larp.engine.generator_run import RECORD, find_training
 from larp.engine.signals import run_script
-from larp.files import read_json, write_json
+from larp.files import read_json, replacing_folder, write_json
 from larp.hub import WEIGHTS, averaged
 from larp.models.generator import LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
-from larp_mllm.locate import TRAINING, find_model, read_config
+from larp_mllm.locate import TRAINING, find_model, is_hub_name, read_config
 
 import torch
 from safetensors.torch import load_file, save_file
 
 _NOT_SHIPPED = ("video_tokenizer", WEIGHTS)
+# Folders before a name, which may hold spaces; in a sentence only those of an absolute path may.
+_FOLDERS = re.compile(r"[^:+,]*/")
+_FOLDERS_IN_NOTES = re.compile(r"(?:/[^:+,;()]*|[^\s:+,;()]*)/")
 
 
 @dataclass(frozen=True)
@@ -78,26 +82,37 @@ def without_prior(tokenizer: LarpTokenizer) -> LarpTokenizer:
 
 
 def write_mllm(model: Path, folder: Path, tokenizer_hash: str) -> None:
-    """Write a language model in bfloat16, which loads as float32, without its video tokenizer but with its hash."""
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns(*_NOT_SHIPPED))
-    for name in ("config.json", "processor_config.json"):
-        write_json(folder / name, read_json(folder / name) | {"video_tokenizer_hash": tokenizer_hash})
-    if (report := read_config(folder / TRAINING)) is not None:
-        write_json(folder / TRAINING, without_paths(report))
-    tensors = load_file(model / WEIGHTS)
-    short = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
-    save_file(short, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod(0o644)
+    """Write a language model in bfloat16, which loads as float32, without its video tokenizer but with its hash.
+
+    `folder` is replaced as a whole; after an error it is as it was before.
+    """
+    with replacing_folder(folder) as part:
+        shutil.copytree(model, part, ignore=shutil.ignore_patterns(*_NOT_SHIPPED), dirs_exist_ok=True)
+        for name in ("config.json", "processor_config.json"):
+            write_json(part / name, read_json(part / name) | {"video_tokenizer_hash": tokenizer_hash})
+        if (report := read_config(part / TRAINING)) is not None:
+            write_json(part / TRAINING, without_paths(report))
+        tensors = load_file(model / WEIGHTS)
+        short = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
+        save_file(short, part / WEIGHTS, metadata={"format": "pt"})
+        (part / WEIGHTS).chmod(0o644)
 
 
 def without_paths(report: dict) -> dict:
-    """Return the report of a training without what names folders of the machine: only the last part of a path is left."""
-    data = {
-        name: values | {"data": re.sub(r"[^:+]*/", "", values["data"])} if isinstance(values, dict) else values
-        for name, values in report["data"].items()
-    }
-    return {k: v for k, v in report.items() if k not in ("model", "samples")} | {"data": data}
+    """Return the report of a training without what names folders of the machine: only the last part of a path is left.
+
+    Captions stay as they are, and so does a name OWNER/NAME of the hub.
+    """
+    kept = {k: v for k, v in report.items() if k not in ("model", "samples")}
+    return {k: v if k == "captions" or is_hub_name(v) else _without_folders(v) for k, v in kept.items()}
+
+
+def _without_folders(value: Any, pattern: re.Pattern = _FOLDERS) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_folders(v, _FOLDERS_IN_NOTES if k == "notes" else pattern) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item, pattern) for item in value]
+    return pattern.sub("", value) if isinstance(value, str) else value
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from larp.models.tokenizer import LarpTokenizer
 from larp_mllm import locate
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import colourful_mllm
-from training.ship import main
+from training import ship as ship_script
+from training.ship import main, without_paths
 
 import pytest
 import torch
@@ -26,7 +27,11 @@ def trained(tmp_path):
     mllm.processor.video_tokenizer = tokenizer.eval()
     mllm.model.config.video_tokenizer_hash = tokenizer.weight_hash()
     mllm.save(tmp_path / "mllm" / "model")
-    data = {"tokens": {"data": "jsonl:/home/me/clips.jsonl+shapes:count=9"}, "held_out_text": "a text"}
+    data = {
+        "tokens": {"data": "jsonl:/home/me/clips.jsonl+shapes:count=9"},
+        "held_out_text": "a text",
+        "records": {"trained_on": 2},
+    }
     report = {"steps": 3, "data": data, "model": "/home/me/run/model", "samples": ["/home/me/run/sheet.png"]}
     (tmp_path / "mllm" / "model" / "training.json").write_text(json.dumps(report))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -59,12 +64,66 @@ def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trai
     kept = json.loads((out / "language-model/training.json").read_text())
     assert kept == {
         "steps": 3,
-        "data": {"tokens": {"data": "jsonl:clips.jsonl+shapes:count=9"}, "held_out_text": "a text"},
+        "data": {
+            "tokens": {"data": "jsonl:clips.jsonl+shapes:count=9"},
+            "held_out_text": "a text",
+            "records": {"trained_on": 2},
+        },
     }
     halves = sum((out / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "language-model"))
     wholes = sum((trained / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "mllm/model"))
     assert halves < 0.8 * wholes
     assert json.loads((out / "language-model/config.json").read_text())["video_tokenizer_hash"] == after.weight_hash()
+
+
+def test_no_folder_of_the_machine_is_left_in_a_report():
+    report = {
+        "recipe": "/home/me/my recipes/a.toml",
+        "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "seconds": 2.5,
+        "captions": {"examples": ["black and/or white"]},
+        "data": {
+            "held_out_text": "one line in 20 of txt:/home/me/my texts/a.txt, txt:/home/me/b.txt",
+            "tokens": {"data": "jsonl:/home/me/clips.jsonl+ucf101:/data/ucf", "clips": 9, "hop": None},
+            "records": {"trained_on": 19, "held_out": 1},
+            "text_pieces": 3,
+            "notes": [
+                "1 of 2 held-out records show a video (/home/me/my records.jsonl:3, b/c.jsonl:4): figures say little",
+                "wds:/home/me/{0..3}.tar: shards that are missing: 1 of 4 (/home/me/3.tar; /home/me/4.tar)",
+            ],
+        },
+        "text": {"data": "txt:/home/me/b.txt", "before": {"nll": 2.0}},
+        "resumed": [{"step": 2, "changed": {"tokens": ["/home/me/a", "/home/me/b"], "text": [[], ["txt:/home/me/c"]]}}],
+    }  # fmt: skip
+    assert without_paths({**report, "model": "/home/me/run/model"}) == {
+        "recipe": "a.toml",
+        "base": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "seconds": 2.5,
+        "captions": {"examples": ["black and/or white"]},
+        "data": {
+            "held_out_text": "one line in 20 of txt:a.txt, txt:b.txt",
+            "tokens": {"data": "jsonl:clips.jsonl+ucf101:ucf", "clips": 9, "hop": None},
+            "records": {"trained_on": 19, "held_out": 1},
+            "text_pieces": 3,
+            "notes": [
+                "1 of 2 held-out records show a video (my records.jsonl:3, c.jsonl:4): figures say little",
+                "wds:{0..3}.tar: shards that are missing: 1 of 4 (3.tar; 4.tar)",
+            ],
+        },
+        "text": {"data": "txt:b.txt", "before": {"nll": 2.0}},
+        "resumed": [{"step": 2, "changed": {"tokens": ["a", "b"], "text": [[], ["txt:c"]]}}],
+    }  # fmt: skip
+
+
+def test_what_was_shipped_stays_where_a_model_cannot_be_written(tmp_path, monkeypatch):
+    mllm = colourful_mllm()
+    mllm.save(tmp_path / "model")
+    monkeypatch.setattr(ship_script, "save_file", lambda *_, **__: 1 / 0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/kept").write_text("")
+    with pytest.raises(ZeroDivisionError):
+        ship_script.write_mllm(tmp_path / "model", tmp_path / "out", "0" * 64)
+    assert [path.name for path in tmp_path.joinpath("out").iterdir()] == ["kept"]
 
 
 def test_models_of_other_codes_are_refused(trained):

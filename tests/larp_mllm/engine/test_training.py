@@ -111,9 +111,7 @@ def test_given_frames_and_rate_come_from_the_cache(train, tmp_path):
         "fps": torch.full((len(columns["codes"]),), 12.5, dtype=torch.float64),
     }
     token_files.write_shard(shard, {**columns, **given}, notes["videos"], notes["skipped"])
-    report = train(
-        tmp_path / "run", "--joint.steps", "2", "--tasks.continuation", "0.5", tokens=folder
-    )
+    report = train(tmp_path / "run", "--joint.steps", "2", "--tasks.continuation", "0.5", tokens=folder)
     config = larp_mllm.LarpMllmConfig.from_pretrained(tmp_path / "run/model")
     assert (config.given_frames, config.fps) == (2, 12.5)
     assert report["eval"].keys() >= {
