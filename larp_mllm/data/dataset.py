@@ -258,27 +258,29 @@ class CaptionedVideos:
 
         Rows of equal text have equally many ids, so each text comes with its first row only.
         """
-        rows = self._first_rows(over)
-        for task in (task for task in self.tasks if getattr(tasks, task) > 0):
+        sampled = [task for task in self.tasks if getattr(tasks, task) > 0]
+        rows = self._first_rows(sampled, over)
+        for task in sampled:
             without_text = task == "continuation" and not tasks.continuation_text
             for text, row in ({"": 0} if without_text and len(self) else rows).items():
                 yield from ((row, text, task, form) for form in _forms(task))
 
     def evaluation_candidates(self, tasks: Collection[str], over: int = 0) -> Iterator[Candidate]:
         """Yield what `evaluation_sequence` returns for these tasks, each text with its first row only; see `training_candidates`."""
-        first = self._first_rows(over, phrasings=1)
+        first = self._first_rows(tasks, over, phrasings=1)
         for task in tasks:
             rows = {"": 0} if task == "continuation" and len(self) else first
             yield from ((row, text, task, 0) for text, row in rows.items())
 
-    def _first_rows(self, over: int, phrasings: int | None = None) -> dict[str, int]:
+    def _first_rows(self, tasks: Collection[str], over: int, phrasings: int | None = None) -> dict[str, int]:
         """Return the first row of each text, those of later rows first, without texts too short for sequences of over `over` ids.
 
+        tasks: of the sequences. A base whose chat template cannot be trained on has none of the task chat.
         phrasings: how many texts of each row; None: all.
         """
         least = -1
         if over:
-            others = max((self._most_others(task, form) for task in self.tasks for form in _forms(task)), default=0)
+            others = max((self._most_others(task, form) for task in tasks for form in _forms(task)), default=0)
             least = max(-1, (over - others - 1) // 12)  # a byte has at most 12 ids, see `_most_ids`
         first: dict[str, int] = {}
         last: dict[str, tuple[int, int]] = {}
