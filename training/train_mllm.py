@@ -146,7 +146,7 @@ def ask_base(config: TrainMllmConfig, mllm: Mllm) -> RecordSet | None:
     """Return the base's own answers to plain questions, if they are trained on; random weights have none. Collective."""
     if config.tasks.own_answers == 0 or is_tiny(config.base):
         return None
-    return main_first(lambda: own_answers(mllm, config.out / "own-answers.jsonl"))
+    return main_first(lambda: own_answers(mllm, config.out, config.sequence_length))
 
 
 def resume(run: StagedRun, options: dict) -> None:

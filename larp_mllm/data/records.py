@@ -71,6 +71,17 @@ class RecordSet:
         ids, labels = self._rows[number]
         return TokenSequence(ids.long(), labels.long())
 
+    def select(self, rows: Sequence[int]) -> "RecordSet":
+        """Return a set of the given rows without the notes."""
+        chosen = RecordSet((), [self.names[row] for row in rows], [self.videos[row] for row in rows])
+        chosen._rows = [self._rows[row] for row in rows]
+        return chosen
+
+    @property
+    def longest(self) -> int:
+        """The number of ids of the longest record; 0 without records."""
+        return max((len(ids) for ids, _ in self._rows), default=0)
+
     @property
     def digest(self) -> str:
         """A hash of all records, see `content_digest`."""

@@ -4,6 +4,7 @@ A model that is trained on requests for videos alone soon answers everything wit
 itself is the text that changes it least, and needs no data: in expectation, training on its samples brings it back to itself.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -19,7 +20,9 @@ from larp_mllm.generation.sampling import TextSampling
 from larp_mllm.pipeline import Mllm
 from larp_mllm.processing.chat import stop_ids
 from larp_mllm.processing.token_sequence import PLACEHOLDER
+from larp_mllm.processing.tokenizer_checks import text_tokenizer_hash
 
+import torch
 from tqdm import tqdm
 
 QUESTIONS, OPENINGS = (Path(__file__).parents[1] / "data" / name for name in ("questions.txt", "openings.txt"))
@@ -28,25 +31,46 @@ _ANSWER = TextSampling(max_new_tokens=64)
 _PROSE = TextSampling(temperature=1.0, max_new_tokens=128)
 _PIECES = 2  # of prose for each opening
 _BATCH = 16
+_HASHED = 1024  # values of each tensor: a training changes all of them
 _SENTENCE = re.compile(r".*[.!?][\"')\]]*(?=\s)", re.DOTALL)
 
 
-def own_answers(mllm: Mllm, path: Path) -> RecordSet | None:
-    """Read the base's answers, after asking it if `path` (JSONL) is missing; None for a base without a chat template.
+def own_answers(mllm: Mllm, folder: Path, sequence_length: int | None = None) -> RecordSet | None:
+    """Read the base's answers, after asking it if their file is missing; None for a base without a chat template.
 
-    Raises ValueError for a file that does not hold records.
+    Args:
+        folder: for own-answers-HASH.jsonl, one file for each base.
+        sequence_length: most ids of a packed row.
+
+    Raises ValueError for a file that does not hold records, and for answers of more ids than `sequence_length`.
     """
     if not mllm.processor.tokenizer.chat_template:
         return None
+    path = folder / f"own-answers-{_base_hash(mllm)}.jsonl"
     if not path.exists():
         questions, openings = (file.read_text(encoding="utf-8").splitlines() for file in (QUESTIONS, OPENINGS))
         training = mllm.model.training
         mllm.model.eval()
         records = [*_answers(mllm, questions), *_prose(mllm, openings)]
         mllm.model.train(training)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return open_records(path, mllm.processor, cache=path.parent)
+    records = open_records(path, mllm.processor, cache=folder, positions=mllm.model.config.positions)
+    if sequence_length is not None and records.longest > sequence_length:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, but the longest of the base's own answers ({path}) has {records.longest} ids, "
+            f"and nothing is truncated: raise it to {records.longest} or more, or leave them out with --tasks.own-answers 0"
+        )
+    return records
+
+
+def _base_hash(mllm: Mllm) -> str:
+    """Return what tells bases apart that answer differently: a hash of template, vocabulary and some values of each weight."""
+    tokenizer = mllm.processor.tokenizer
+    total = hashlib.sha256(f"{tokenizer.chat_template}{text_tokenizer_hash(tokenizer)}".encode())
+    for tensor in mllm.model.base.state_dict().values():
+        total.update(tensor.flatten()[:_HASHED].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:12]
 
 
 def _answers(mllm: Mllm, questions: list[str]) -> Iterator[dict[str, Any]]:

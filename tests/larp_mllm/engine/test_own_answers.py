@@ -36,8 +36,9 @@ def chatting(qwen, monkeypatch, tmp_path):
 
 
 def test_the_answers_are_those_that_the_base_gives_in_a_chat(chatting, tmp_path):
-    records = own_answers(chatting, tmp_path / "run" / "answers.jsonl")
-    written = [json.loads(line) for line in (tmp_path / "run" / "answers.jsonl").read_text().splitlines()]
+    records = own_answers(chatting, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("own-answers-*.jsonl")
+    written = [json.loads(line) for line in path.read_text().splitlines()]
     chats = [record["messages"] for record in written if "messages" in record]
     assert len(records) == len(written) and chats
     for question, answer in chats:
@@ -61,10 +62,10 @@ def test_a_stop_ends_the_asking_and_leaves_no_file(chatting, tmp_path, monkeypat
     monkeypatch.setattr(module, "decode_text", lambda *args: (signals._requested.set(), decode(*args))[1])
     try:
         with pytest.raises(KeyboardInterrupt):
-            own_answers(chatting, tmp_path / "answers.jsonl")
+            own_answers(chatting, tmp_path / "run")
     finally:
         signals._requested.clear()
-    assert not (tmp_path / "answers.jsonl").exists()
+    assert not list(tmp_path.glob("run/*.jsonl"))
 
 
 def test_no_end_is_learned_of_an_answer_that_was_cut_off():
@@ -74,21 +75,45 @@ def test_no_end_is_learned_of_an_answer_that_was_cut_off():
 
 
 def test_answers_are_asked_for_once(chatting, tmp_path, monkeypatch):
-    path = tmp_path / "answers.jsonl"
-    first = own_answers(chatting, path)
+    first = own_answers(chatting, tmp_path)
     monkeypatch.setattr(module, "decode_text", lambda *_: pytest.fail("asked again"))
-    again = own_answers(chatting, path)
+    again = own_answers(chatting, tmp_path)
     assert all(a.ids.equal(b.ids) and a.labels.equal(b.labels) for a, b in zip(first, again, strict=True))
+
+
+def test_another_base_or_template_is_asked_anew(chatting, tmp_path, monkeypatch):
+    said = chatting.processor.encode_text(" red.")
+    monkeypatch.setattr(module, "decode_text", lambda model, rows, *_: [said for _ in rows])
+
+    def files():
+        own_answers(chatting, tmp_path / "run")
+        return len(list(tmp_path.glob("run/own-answers-*.jsonl")))
+
+    assert (files(), files()) == (1, 1)
+    chatting.model = copy.deepcopy(chatting.model)  # shared with other tests
+    next(iter(chatting.model.base.parameters())).data.mul_(2)
+    assert (files(), files()) == (2, 2)
+    chatting.processor.tokenizer.chat_template = f"{DEFAULT_TEMPLATE} "
+    assert files() == 3
+
+
+def test_answers_that_are_longer_than_a_packed_row_are_refused_before_training(chatting, tmp_path):
+    longest = max(len(record.ids) for record in own_answers(chatting, tmp_path))
+    assert len(own_answers(chatting, tmp_path, longest)) > 0
+    with pytest.raises(
+        ValueError, match=rf"own answers .*own-answers-\w+.jsonl\) has {longest} ids, .*raise it to {longest}"
+    ):
+        own_answers(chatting, tmp_path, longest - 1)
 
 
 def test_a_base_without_a_chat_template_is_not_asked(qwen, tmp_path):
     assert not qwen.processor.tokenizer.chat_template
-    assert own_answers(qwen, tmp_path / "answers.jsonl") is None
-    assert not (tmp_path / "answers.jsonl").exists()
+    assert own_answers(qwen, tmp_path / "run") is None
+    assert not list(tmp_path.glob("run/*.jsonl"))
 
 
 def test_the_mix_samples_them(chatting, tmp_path):
-    records = own_answers(chatting, tmp_path / "answers.jsonl")
+    records = own_answers(chatting, tmp_path / "run")
     mix = TrainingMix(Tasks(**dict.fromkeys(TASKS, 0.0) | {"own_answers": 1.0}), own_answers=records)
     known = {tuple(record.ids.tolist()) for record in records}
     batch = mix.batch(0, 20, 0)
@@ -110,17 +135,17 @@ def test_a_pretrained_base_trains_on_its_answers(base, train, tmp_path, monkeypa
     tokenizer.save_pretrained(folder)
     report = train(tmp_path / "run", "--base", str(folder), "--align.steps", "1", "--joint.steps", "2")
     assert report["tasks"]["own_answers"] == pytest.approx(0.2 / 1.1)
-    assert (tmp_path / "run" / "own-answers.jsonl").exists()
+    assert len(list(tmp_path.glob("run/own-answers-*.jsonl"))) == 1
     report = train(
         tmp_path / "off", "--base", str(folder), "--align.steps", "1", "--joint.steps", "2", "--tasks.own-answers", "0"
     )
-    assert "own_answers" not in report["tasks"] and not (tmp_path / "off" / "own-answers.jsonl").exists()
+    assert "own_answers" not in report["tasks"] and not list(tmp_path.glob("off/own-answers-*"))
 
 
 @torch.no_grad()
 def test_requests_get_a_video_and_own_answers_none(chatting, tmp_path):
     chatting.model = copy.deepcopy(chatting.model)  # shared with other tests
-    answers, captions = own_answers(chatting, tmp_path / "answers.jsonl"), {"a red circle", "a blue square moving"}
+    answers, captions = own_answers(chatting, tmp_path / "run"), {"a red circle", "a blue square moving"}
     before = chatting.model.adapter.control_output.weight.clone()
     fit_video_start(chatting, answers, captions)
     after = chatting.model.adapter.control_output.weight
