@@ -27,7 +27,6 @@ from larp_mllm.processing.processor import LarpMllmProcessor
 from larp_mllm.processing.token_sequence import TokenSequence
 
 import torch
-from torch.utils.data import Subset
 
 TEXT_LENGTH = 512
 """Most ids of a piece of text without --sequence-length."""
@@ -60,8 +59,8 @@ class Corpus:
 
     videos: CaptionedVideos | None
     held_out_videos: CaptionedVideos | None
-    records: RecordSet | Subset | None
-    held_out_records: Subset | None
+    records: RecordSet | None
+    held_out_records: RecordSet | None
     text: TextSet | None
     held_out_text: list[TokenSequence]
     held_out_text_name: str
@@ -96,9 +95,13 @@ def open_token_caches(
 ) -> TokenCaches:
     """Open the caches to train and to evaluate on, and load the tokenizer that made both.
 
-    Without `eval_tokens` every 20th video of `tokens` is held out. `more` are further caches to train on. Raises ValueError if the caches do not belong together,
-    or if neither `tokens` nor `tokenizer` is given.
+    Without `eval_tokens` every 20th video of `tokens` is held out. `more` are further caches to train on. Raises ValueError if the
+    caches do not belong together, if neither `tokens` nor `tokenizer` is given, and for `more` without `tokens`.
     """
+    if more and tokens is None:
+        raise ValueError(
+            f"--more-tokens {more[0]} is joined to the cache of --tokens, which is not given: give it with --tokens"
+        )
     if tokens is None:
         if tokenizer is None:
             raise ValueError(
@@ -173,7 +176,8 @@ def open_corpus(
         )
         opened = main_first(lambda: open_records(records, processor, **options))
     train, held_out = captioned(caches.train), captioned(caches.held_out)
-    train_records, held_out_records = _split(opened)
+    held = held_out_rows(opened.contents) if opened is not None else []
+    train_records, held_out_records = _split(opened, held)
     if train is not None:
         train.check_lengths(train.training_candidates(tasks, positions))
     if held_out is not None:
@@ -191,8 +195,8 @@ def open_corpus(
                 notes.append(f"{dropped} of {len(cache)} clips are left out: {reason}")
     if caches.train is not None and caches.held_out is not None:
         notes += same_videos(caches.train.names, caches.held_out.names)
-    if held_out_records is not None:
-        notes += same_videos_of_records(opened.names, opened.videos, held_out_records.indices)
+    if held:
+        notes += same_videos_of_records(opened.names, opened.videos, held)
     if pieces is not None:
         notes += same_text(pieces.pieces, held_out_pieces.pieces)
     return Corpus(
@@ -239,21 +243,18 @@ def _open_texts(
     return pieces, pieces_of(shipped_text()), "the text that comes with the package"
 
 
-def _split(records: RecordSet | None) -> tuple[RecordSet | Subset | None, Subset | None]:
-    """Return (records to train on, held-out records): every 20th content; a list shorter than that is not split."""
-    held = held_out_rows(records.contents) if records is not None else []
+def _split(records: RecordSet | None, held: list[int]) -> tuple[RecordSet | None, RecordSet | None]:
+    """Return (records to train on, held-out records) for the rows to hold out, which may be none."""
     if not held:
         return records, None
-    return Subset(records, sorted(set(range(len(records))) - set(held))), Subset(records, held)
+    return records.select(sorted(set(range(len(records))) - set(held))), records.select(held)
 
 
-def _check_packed_lengths(
-    videos: CaptionedVideos | None, records: RecordSet | Subset | None, tasks: Tasks, length: int
-) -> None:
+def _check_packed_lengths(videos: CaptionedVideos | None, records: RecordSet | None, tasks: Tasks, length: int) -> None:
     """Raise ValueError if a sequence that can be sampled is longer than a packed row."""
     longest = {}
     if records is not None and tasks.interleaved:
-        longest["records"] = max(len(records[number].ids) for number in range(len(records)))
+        longest["records"] = records.longest
     if videos is not None and (found := videos.longest(videos.training_candidates(tasks, length), length)) is not None:
         longest["tokens"] = found[0]
     for name, ids in longest.items():

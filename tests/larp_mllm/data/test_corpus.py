@@ -1,18 +1,19 @@
 """The data of a run: what is trained on, what is held out and its name, leakage."""
 
+import copy
 import dataclasses
 import json
 import re
 from pathlib import Path
 
-from larp_mllm.data.corpus import TokenCaches, open_corpus
+from larp_mllm.data.corpus import TokenCaches, open_corpus, open_token_caches
 from larp_mllm.data.dataset import Tasks
 from larp_mllm.data.leakage import same_videos_of_records
 from larp_mllm.data.records import RecordSet
 from larp_mllm.data.text_data import ENOUGH, shipped_text
 from larp_mllm.model.vocabulary import IGNORE
 from larp_mllm.processing.token_sequence import TokenSequence
-from tests.larp_mllm.tiny import open_cache
+from tests.larp_mllm.tiny import open_cache, tiny_video_tokenizer
 
 import pytest
 import torch
@@ -118,15 +119,39 @@ def test_a_sequence_that_is_too_long_is_an_error_before_training_begins(corpus, 
         corpus(records=[*records, {"text": "longer " * 30}], sequence_length=20)
 
 
-def test_equal_records_stay_on_one_side(corpus):
+def test_equal_records_stay_on_one_side(corpus, qwen):
     records = [{"id": number, "text": f"record {number // 2}"} for number in range(80)]
     found = corpus(records=records)
     assert len(found.held_out_records) == 4 and len(found.records) == 76
     assert not rows(found.records) & rows(found.held_out_records)
     found = corpus(records=[{"text": f"record {number}"} for number in range(40)])
     assert len(found.held_out_records) == 2
+    # Each keeps its name, by which a skipped update is reported.
+    for part in (found.records, found.held_out_records):
+        lines = [int(name.rpartition(":")[2]) for name in part.names]
+        texts = [qwen.processor.decode_text(part[row].ids) for row in range(len(part))]
+        assert texts == [f"record {line - 1}" for line in lines]
     found = corpus(records=[{"text": "always the same"}] * 40)
     assert found.held_out_records is None and len(found.records) == 40
+
+
+def test_more_tokens_without_tokens_are_refused(tmp_path):
+    tokenizer = str(tiny_video_tokenizer().save_pretrained(tmp_path / "tokenizer"))
+    with pytest.raises(ValueError, match="--more-tokens more is joined to the cache of --tokens"):
+        open_token_caches(None, None, tokenizer, more=(Path("more"),))
+
+
+def test_a_chat_template_that_cannot_be_trained_on_does_not_matter_without_the_task_chat(qwen, tmp_path):
+    processor = copy.copy(qwen.processor)
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.chat_template = "{{ messages[0]['content'].upper() }}"
+    caches = [open_cache(tmp_path / name) for name in ("train", "held-out")]
+    videos, options = TokenCaches(*caches, processor.video_tokenizer), {"encoded": tmp_path}
+    with pytest.raises(ValueError, match="template"):
+        open_corpus(videos, processor, 1024, tasks=Tasks(), **options)
+    for length in (None, 64):
+        found = open_corpus(videos, processor, 1024, tasks=Tasks(chat=0), sequence_length=length, **options)
+        assert len(found.videos) == len(caches[0])
 
 
 def test_leakage_is_reported(corpus, qwen, tmp_path):
