@@ -7,7 +7,7 @@ from larp.engine.checkpoint import differences
 from larp.engine.distributed import Ranks, barrier, gathered_weights
 from larp.files import replacing_folder
 from larp_mllm.engine.lora import merged_weights
-from larp_mllm.locate import find_model
+from larp_mllm.locate import find_model, is_shipped
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, not_finite
 from larp_mllm.pipeline import Mllm
@@ -52,10 +52,10 @@ def make_optimizer(
 def load_start(source: str) -> Mllm:
     """Load the trained model that a run begins with, on the CPU.
 
-    source: model folder, run folder or hub name. Raises ValueError if it holds no model, or one without its video tokenizer.
+    source: model folder, run folder, hub name or the name of a model that comes with the package. Raises ValueError if it holds no model, or one without its video tokenizer.
     """
     folder = find_model(source, option="--start-from")
-    if not (folder / VIDEO_TOKENIZER).is_dir():
+    if not (folder / VIDEO_TOKENIZER).is_dir() and not is_shipped(folder):
         raise ValueError(
             f"--start-from {source}: the model in {folder} lacks its {VIDEO_TOKENIZER} folder. Copy it again, or if eval/gpu.py wrote "
             "it, take OUT/weights/mllm after `python eval/gpu.py --unpack-results OUT`"

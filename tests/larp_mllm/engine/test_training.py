@@ -11,6 +11,7 @@ from larp.data import token_cache as token_files
 from larp.engine.backend import Engine
 from larp.engine.checkpoint import newest_state
 from larp_mllm.engine import results
+from larp_mllm.engine.trained_weights import load_start
 from larp_mllm.locate import find_model, shipped
 from larp_mllm.video import Video
 from tests.larp_mllm.engine.runs import SMALL, STAGES, lines, stop_after, weights
@@ -159,6 +160,11 @@ def test_records_and_text_are_mixed_in_and_evaluated_separately(train, tmp_path,
     with pytest.raises(ValueError, match="outside"):
         train(tmp_path / "outside", *data, *root)
     assert train(tmp_path / "outside", *data, *root, "--allow-outside")["data"]["records"]
+
+
+def test_a_model_of_the_package_is_one_to_start_from():
+    trained = load_start("tiny")
+    assert trained.processor.video_tokenizer.weight_hash() == trained.model.config.video_tokenizer_hash
 
 
 def test_a_run_starts_from_trained_weights_of_the_same_shape(train, cache, tmp_path):
