@@ -305,9 +305,18 @@ def save_model(engine: Engine, folder: Path) -> None:
 
 
 def finish(trainer: Trainer, report: dict, began: float) -> None:
-    """Make the model that the run leaves the default, sample from it, and write and print its report. Collective."""
+    """Make the model that the run leaves the default, sample from it, and write and print its report. Collective.
+
+    Raises FloatingPointError if its held-out bits per code are not finite.
+    """
     config, best, ranks = trainer.config, trainer.best, trainer.engine.ranks
-    if ranks.is_main and config.task == "class" and math.isfinite(bits(best)):
+    if not math.isfinite(bits(best)):
+        raise FloatingPointError(
+            f"{config.out} holds no model of use: its held-out bits per code are not finite ({trainer.engine.skipped_count} of "
+            f"{trainer.engine.step_count} updates were skipped). Train anew in another folder, with a lower learning rate or with "
+            "--engine.precision fp32"
+        )
+    if ranks.is_main and config.task == "class":
         set_default_model(config.out / "model", "generator")
     # After few steps the average is still behind the weights.
     variant = EMA if best.get("ema_bits_per_token", math.inf) < best["bits_per_token"] else None

@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from larp.data.token_cache import TokenCache
 from larp.data.video import probe
@@ -29,7 +31,7 @@ from larp_mllm.locate import find_generator, shipped
 from training import train_generator
 from training.extract_tokens import ExtractTokensConfig, extract
 from training.extract_tokens import main as extract_main
-from training.train_generator import TrainGeneratorConfig, build_model, main, train
+from training.train_generator import Trainer, TrainGeneratorConfig, build_model, finish, main, train
 
 import pytest
 import torch
@@ -452,6 +454,15 @@ def test_a_run_killed_after_a_validation_goes_on_with_its_best_weights(home, tmp
     assert (state.step, state.extra["best_step"], state.extra["bits_per_token"]) == (3, 3, 3.0)
     scores = iter([4.0])
     assert train(dataclasses.replace(config, resume=True))["best_step"] == 3
+
+
+@pytest.mark.parametrize("best", [{}, {"bits_per_token": math.nan}], ids=["none was the best", "the last"])
+def test_a_run_without_a_finite_validation_ends_with_a_message(tmp_path, best):
+    engine = SimpleNamespace(ranks=Ranks(), skipped_count=2, step_count=3)
+    config = TrainGeneratorConfig(out=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"bits per code are not finite \(2 of 3 updates were skipped\)"):
+        finish(Trainer(config, engine, None, None, None, None, best), {}, 0.0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_begins_with_trained_weights_of_the_same_shape(home, finished, tmp_path):
