@@ -5,6 +5,7 @@ Shapes: B videos, F frames of a video, N codes per video.
 
 import math
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from larp.config import check_count
 from larp.data.clips import clip_to_frames, pixels_to_clip
-from larp.files import obey_umask
+from larp.files import obey_umask, write_json
 from larp.hub import choose_device, make_folder
 from larp.sampling.long_clips import LongClip, continue_windows
 from larp_mllm.checks import check_prompt, check_prompts, check_seconds
@@ -20,7 +21,7 @@ from larp_mllm.generation.answer import Answer
 from larp_mllm.generation.decode import decode_answer, decode_codes, decode_text, max_positions, num_threads_for
 from larp_mllm.generation.progress import CodeProgress, ProgressCallback, TextProgress
 from larp_mllm.generation.sampling import TextSampling, VideoSampling
-from larp_mllm.locate import TRAINING, find_model, read_config
+from larp_mllm.locate import TRAINING, find_model, read_config, upload
 from larp_mllm.model.modeling import LarpMllmForCausalLM
 from larp_mllm.model.weights import naming_unwritable, quiet
 from larp_mllm.processing.caption_words import are_captions, is_far
@@ -43,12 +44,12 @@ class Mllm:
     """A language model with video vocabulary and its processor."""
 
     def __init__(
-        self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor, captions: dict[str, Any] | None = None
+        self, model: LarpMllmForCausalLM, processor: LarpMllmProcessor, training: dict[str, Any] | None = None
     ):
         self.model = model
         self.processor = processor
-        # What `describe_captions` recorded of the training; None if unknown.
-        self.captions = captions
+        # The content of training.json; None if unknown.
+        self.training = training
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, dtype: str | torch.dtype | None = None) -> "Mllm":
@@ -67,12 +68,12 @@ class Mllm:
             processor = LarpMllmProcessor.from_pretrained(folder, device=device)
             # Not with .to(), which would also round the rotary frequencies.
             model = LarpMllmForCausalLM.from_pretrained(folder, **({} if dtype is None else {"dtype": dtype}))
-        captions = (read_config(folder / TRAINING) or {}).get("captions")
-        if not are_captions(captions):
+        training = read_config(folder / TRAINING)
+        if not are_captions((training or {}).get("captions")):
             raise ValueError(
                 f"{folder / TRAINING} is damaged: captions holds no words; copy the file again, or delete it"
             )
-        return cls(model.to(device).eval(), processor, captions)
+        return cls(model.to(device).eval(), processor, training)
 
     def save(self, folder: str | Path) -> None:
         """Save a folder that `load` reads. Raises ValueError, naming the folder, if it cannot be written."""
@@ -81,12 +82,13 @@ class Mllm:
             make_folder(folder)
             self.model.save_pretrained(folder)
             self.processor.save_pretrained(folder)
+            self._write_training(Path(folder))
             obey_umask(Path(folder))
 
     def push_to_hub(
         self, repo: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
     ) -> None:
-        """Upload model, text tokenizer and video tokenizer to a hub repository, which `load` then takes.
+        """Upload model, text tokenizer, video tokenizer and what is known of the training to a hub repository, which `load` then takes.
 
         Args:
             repo: "owner/name"; created if it does not exist.
@@ -98,6 +100,16 @@ class Mllm:
         with quiet():
             self.model.push_to_hub(repo, private=private, token=token, revision=revision)
         self.processor.push_to_hub(repo, private=private, token=token, revision=revision)
+        if self.training is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                self._write_training(Path(folder))
+                upload(folder, repo, private=private, token=token, revision=revision)
+
+    def _write_training(self, folder: Path) -> None:
+        if self.training is not None:
+            # Without the places of the run's model and samples.
+            kept = {name: value for name, value in self.training.items() if name not in ("model", "samples")}
+            write_json(folder / TRAINING, kept)
 
     def _record_tokenizer(self) -> None:
         # `load` compares it with the hash of the video tokenizer in the folder.
@@ -106,7 +118,8 @@ class Mllm:
 
     def _warn_of_far(self, prompts: Sequence[str]) -> None:
         """Print a line to stderr for each prompt of which no word occurs in the captions of the training."""
-        words, examples = ((self.captions or {}).get(name) or () for name in ("words", "examples"))
+        captions = (self.training or {}).get("captions") or {}
+        words, examples = (captions.get(name) or () for name in ("words", "examples"))
         for prompt in dict.fromkeys(prompts):
             if is_far(prompt, words):
                 shown = ", ".join(f'"{example}"' for example in examples[:6])

@@ -1,5 +1,8 @@
 """Mllm: loading, saving to the hub, progress, previews, captions."""
 
+import json
+from pathlib import Path
+
 import larp_mllm.api
 from larp.data.clips import clip_to_frames
 from larp.data.video import write_video
@@ -80,6 +83,25 @@ def test_model_and_processor_are_pushed_to_the_same_repository(qwen, monkeypatch
     qwen.push_to_hub("owner/name", private=True)
     options = {"private": True, "token": None, "revision": None}
     assert seen == [(type(part), "owner/name", options) for part in (qwen.model, qwen.processor)]
+
+
+def test_what_is_known_of_the_training_is_saved_and_pushed(qwen, tmp_path, monkeypatch, capsys):
+    known = {"base": "tiny-qwen2", "captions": {"words": ["surfing"], "examples": ["surfing"]}}
+    training = {**known, "model": "/home/me/model", "samples": ["/home/me/sheet.png"]}
+    Mllm(qwen.model, qwen.processor, training).save(tmp_path / "model")
+    loaded = Mllm.load(tmp_path / "model", "cpu")
+    assert loaded.training == known and not (tmp_path / "plain").exists()
+    loaded.generate(["a spaceship landing"])
+    assert "no word of the captions" in capsys.readouterr().err
+    pushed = []
+    for part in (LarpMllmForCausalLM, LarpMllmProcessor):
+        monkeypatch.setattr(part, "push_to_hub", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "larp_mllm.pipeline.upload",
+        lambda folder, repo, **_: pushed.append((repo, json.loads((Path(folder) / "training.json").read_text()))),
+    )
+    loaded.push_to_hub("owner/name")
+    assert pushed == [("owner/name", known)]
 
 
 def test_progress_counts_every_code_and_changes_nothing(qwen, capsys):
