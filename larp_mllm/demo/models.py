@@ -1,9 +1,12 @@
-"""The models of the page: where they are found, what a tab says where one is missing, and each loaded once, at first use."""
+"""The models of the page: where they are found, what a tab says where one is missing, and each loaded once, at first use.
+
+What is trained while the page is open is shown and used from then on.
+"""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from larp.engine.generator_run import FPS, find_training
 from larp.hub import choose_device, resolve
@@ -37,6 +40,7 @@ class Models:
     package."""
     device: str | None = None
     dtype: str | None = None
+    _loaded: dict[str, tuple[Any, Any]] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Raise ValueError if a model that was named is not there. Nothing is loaded."""
@@ -47,23 +51,26 @@ class Models:
         if self.generator is not None:
             resolve(self.generator)
 
-    @cached_property
+    @property
     def mllm(self) -> Mllm:
-        """The language model with its processor."""
+        """The language model with its processor, which `open_model` keeps."""
         return open_model(self.model, self.device, self.dtype)
 
-    @cached_property
+    @property
     def codec(self) -> LarpTokenizer:
         """The tokenizer of the tab that reconstructs."""
-        return LarpTokenizer.from_pretrained(self._codec_folder(), device=choose_device(self.device))
+        return self._once("codec", self._codec_folder(), LarpTokenizer.from_pretrained)
 
-    @cached_property
+    @property
     def classes(self) -> tuple[LarpGenerator, LarpTokenizer, float]:
         """The generator, its tokenizer, and the frames per second of its clips."""
-        folder, device = find_generator(self.generator), choose_device(self.device)
-        training, generator = find_training(folder), LarpGenerator.from_pretrained(folder, device=device)
-        tokenizer = load_generator_tokenizer(folder, generator, training, self.tokenizer, device=device)
-        return generator, tokenizer, training.fps or FPS
+
+        def load(folder: str, device) -> tuple[LarpGenerator, LarpTokenizer, float]:
+            training, generator = find_training(folder), LarpGenerator.from_pretrained(folder, device=device)
+            tokenizer = load_generator_tokenizer(folder, generator, training, self.tokenizer, device=device)
+            return generator, tokenizer, training.fps or FPS
+
+        return self._once("classes", find_generator(self.generator), load)
 
     def about(self) -> str:
         """Which models the page uses, in Markdown."""
@@ -120,6 +127,15 @@ class Models:
         except ValueError:  # the tab says so where the tokenizer is used
             return 0
         return config.get("num_tokens", 0) if config.get("nested") else 0
+
+    def _once(self, name: str, folder: str, load: Callable[..., Any]) -> Any:
+        """What `load` returns for a folder or hub name, kept until another one is asked for or its config.json is written anew."""
+        config = resolve(folder).resolve() / "config.json"
+        key = config, config.stat().st_mtime_ns if config.is_file() else None
+        if self._loaded.get(name, (None,))[0] != key:
+            self._loaded.pop(name, None)  # so that only one is in memory
+            self._loaded[name] = key, load(folder, device=choose_device(self.device))
+        return self._loaded[name][1]
 
     def _codec_folder(self) -> str:
         if self.tokenizer is not None:

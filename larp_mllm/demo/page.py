@@ -139,7 +139,7 @@ def _chat(models: Models, folder: Path) -> Refreshed:
             upload = _upload("Video to show with the message (optional)")
 
     def say(text, video, seed, guidance, temperature, conversation):
-        with _in_words():
+        with _in_words(video):
             if not text.strip():
                 raise ValueError("the message is empty: write one")
             content, shown = [{"type": "text", "text": text}], [_said("user", text)]

@@ -12,6 +12,7 @@ from larp_mllm.cli import main
 from larp_mllm.demo import jobs
 from larp_mllm.demo.models import Models
 from larp_mllm.generation.progress import Progress
+from larp_mllm.locate import set_default_model
 from tests.larp.codec.test_whole_video import noise, random_tokenizer
 from tests.larp.models.test_generator import random_generator
 from tests.larp_mllm.cli.test_cli import refused
@@ -126,7 +127,8 @@ def test_a_chat_keeps_its_messages(client, made):
     assert [turn["role"] for turn in shown[:2]] == ["user", "user"] and shown[2]["role"] == "assistant"
     longer, *_ = client.predict("and now?", None, 0, 2.0, 1.0, api_name="/chat")
     assert len(longer) > len(shown) and "and now?" in str(longer)
-    assert "broken.mp4" in message(client.predict, "look", upload(made / "broken.mp4"), 0, 2.0, 1.0, api_name="/chat")
+    said = message(client.predict, "look", upload(made / "broken.mp4"), 0, 2.0, 1.0, api_name="/chat")
+    assert said.startswith("broken.mp4: "), "without the folder of uploads"
 
 
 def test_an_answer_shows_its_text_its_codes_and_its_videos(tmp_path, models):
@@ -236,6 +238,23 @@ def test_models_are_found_and_loaded_once(models, made):
     assert models.mllm is models.mllm and models.codec is models.codec and models.classes is models.classes
     random_generator(task="frame-prediction").save_pretrained(made / "frames")
     assert "--task class" in Models(generator=str(made / "frames")).missing_classes()
+
+
+def test_what_is_trained_while_the_page_is_open_is_shown_and_used(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("LARP_MLLM_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LARP_MLLM_MODEL", raising=False)
+    page = Models(device="cpu")
+    before = page.mllm, page.codec, page.classes
+    assert all(one is other for one, other in zip(before, (page.mllm, page.codec, page.classes), strict=True))
+    set_default_model(made / "mllm")
+    assert str(made / "mllm") in page.about() and page.mllm.model.config.tokens_per_video == 4
+    assert page.codec.weight_hash() == page.mllm.processor.video_tokenizer.weight_hash() != before[1].weight_hash()
+    own = Models(tokenizer=str(made / "tokenizer"), generator=str(tmp_path / "generator"), device="cpu")
+    for names in (NAMES, ("one", "two", "three")):
+        tokenizer_hash = own.codec.weight_hash()
+        random_generator(class_names=names, tokenizer_hash=tokenizer_hash).save_pretrained(tmp_path / "generator")
+        generator, *_ = own.classes
+        assert list(generator.config.class_names) == own.class_names() == list(names)
 
 
 def test_the_command_needs_gradio(monkeypatch, capsys):
