@@ -124,10 +124,14 @@ class Conversation:
         self.shown.append({"type": "video", "video": path})
 
     def say(self, text: str) -> None:
-        """Send a message and print the answer; after a ValueError the conversation is unchanged."""
+        """Send a message and print the answer.
+
+        After a ValueError the conversation is unchanged, but a VideoError drops the videos to show with this message.
+        """
+        from larp.data.video import VideoError
         from larp_mllm.api import chat
 
-        content, self.shown = [*self.shown, {"type": "text", "text": text}], []
+        content = [*self.shown, {"type": "text", "text": text}]
         messages = [*self.messages, {"role": "user", "content": content}]
         printer = _Printer(self.arguments)
         try:
@@ -139,9 +143,12 @@ class Conversation:
                 **options.values(self.arguments, *(f"text_{name}" for name in options.TEXT_SAMPLING)),
                 model=self.model or self.open(),
             )
+        except VideoError:  # which every further message would meet again
+            self.shown = []
+            raise
         finally:
             printer.close()
-        self.messages = [*messages, answer]
+        self.messages, self.shown = [*messages, answer], []
 
 
 class _Printer:

@@ -6,7 +6,7 @@ import os
 
 import larp_mllm.api
 import larp_mllm.video
-from larp.data.video import probe, read_video, write_video
+from larp.data.video import VideoError, probe, read_video, write_video
 from larp_mllm.cli import COMMANDS, main
 from tests.larp_mllm.tiny import colourful_mllm, favour_videos
 
@@ -224,6 +224,25 @@ def test_a_conversation_is_read_line_by_line(clip, painter, monkeypatch, capsys)
     assert errors[0] == "larp-mllm: no room"
     assert sum(line.startswith("larp-mllm: ") for line in errors) == 3 and "/video PATH shows" in errors[-2]
     assert errors[-1].startswith("/video PATH shows") and "/quit" in errors[-1]
+
+
+def test_videos_to_show_outlast_an_error_that_is_not_theirs(clip, painter, monkeypatch, capsys):
+    seen = []
+
+    def chat(messages, **_):
+        *shown, said = messages[-1]["content"]
+        seen.append((said["text"], len(shown)))
+        if said["text"] == "too long":
+            raise ValueError("no room")
+        if said["text"] == "unreadable":
+            raise VideoError("clip.mp4: damaged")
+        return {"role": "assistant", "content": []}
+
+    monkeypatch.setattr(larp_mllm.api, "chat", chat)
+    lines = ["/video clip.mp4", "too long", "shorter", "next", "/video clip.mp4", "unreadable", "without it"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    main(["chat"])
+    assert seen == [("too long", 1), ("shorter", 1), ("next", 0), ("unreadable", 1), ("without it", 0)]
 
 
 def test_a_conversation_is_answered_in_text_as_it_comes(clip, capsys, monkeypatch):
