@@ -162,11 +162,13 @@ class LarpMllmProcessor(ProcessorMixin):
             raise ValueError(
                 f'a video part: "start" is for files, got a {type(video).__name__}: give the frames from there on'
             )
+        count, stride = self.video_tokenizer.config.num_frames, self.frame_stride
         try:
-            first = frame_times(video).at(start)
-            return read_clip(video, first, self.video_tokenizer.config.num_frames, self.frame_stride)
+            return read_clip(video, frame_times(video).at(start), count, stride)
         except ShortVideoError as error:
-            raise ShortVideoError(f'{error}: lower its "start" ({start:g})', error.frames) from error
+            enough = start and error.frames >= (count - 1) * stride + 1
+            remedy = f'lower its "start" ({start:g})' if enough else "give a longer video"
+            raise ShortVideoError(f"{error}: {remedy}", error.frames) from error
 
     def decode_videos(self, codes: Tensor) -> list[np.ndarray]:
         """Codes int64 (B, N) -> B videos, uint8 (T, H, W, 3)."""

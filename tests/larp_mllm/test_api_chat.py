@@ -161,7 +161,10 @@ def test_a_file_is_read_from_its_start(colourful, tmp_path):
     assert codes(video=path) == encode_videos([frames[4:8]])[0]
     assert codes(video=path, start=0) == encode_videos([frames[:4]])[0] != codes(path=str(path), start=0.7)
     assert codes(path=str(path), start=0.7) == encode_videos([frames[7:11]])[0]
+    write_video(tmp_path / "short.mkv", frames[:3], 10, codec="ffv1", pixel_format="bgr0")
     for words, part in {
+        r"short.mkv.*: give a longer video$": {"video": tmp_path / "short.mkv", "start": 0},
+        r"short.mkv.* frames.*: give a longer video$": {"video": tmp_path / "short.mkv", "start": 0.1},
         r'a.mkv.*lower its "start" \(1\)': {"video": path, "start": 1},
         '"start" must be a number of seconds from 0 to 1e.08, got -1': {"video": path, "start": -1},
         '"start" must be a number of seconds .*, got 0:07': {"video": path, "start": "0:07"},
