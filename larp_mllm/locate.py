@@ -250,7 +250,7 @@ def has_default_model() -> bool:
 def clear_default_model(model: str | Path) -> None:
     """Undo `set_default_model` for the language model in this folder; no effect if another model is the default."""
     if _newest("model") == Path(model).resolve():
-        (home() / POINTERS["model"]).unlink()
+        (home() / POINTERS["model"]).unlink(missing_ok=True)  # each process of a training does so
 
 
 def home() -> Path:

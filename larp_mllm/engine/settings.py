@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from larp.config import check_count
 from larp.engine.clock import check_minutes
 from larp.engine.settings import EngineConfig
 from larp.engine.shorter_runs import shorten, typed_number, without_minutes
@@ -24,6 +25,10 @@ class TinyConfig:
     layers: int = 4
     width: int = 192
     heads: int = 4
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads"):
+            check_count(f"tiny.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,9 @@ def are_captions(captions: Any) -> bool:
 
 
 def is_far(prompt: str, words: Collection[str]) -> bool:
-    """Whether a prompt has words with content, but none that begins like one of `words`."""
+    """Whether a prompt has words with content, but none that begins like one of `words`; never where these may not be all."""
+    if len(words) >= _MOST_WORDS:
+        return False
     stems = {word[:_STEM] for word in words}
     found = content_words(prompt)
     return bool(found and words) and not any(word[:_STEM] in stems for word in found)

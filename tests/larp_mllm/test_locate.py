@@ -6,7 +6,17 @@ import time
 from fnmatch import fnmatch
 from pathlib import Path
 
-from larp_mllm.locate import _snapshot, find_generator, find_model, find_tokenizer, home, set_default_model, shipped
+from larp_mllm import locate
+from larp_mllm.locate import (
+    _snapshot,
+    clear_default_model,
+    find_generator,
+    find_model,
+    find_tokenizer,
+    home,
+    set_default_model,
+    shipped,
+)
 from larp_mllm.pipeline import Mllm
 from tests.larp_mllm.tiny import tiny_video_tokenizer
 
@@ -67,6 +77,14 @@ def test_a_damaged_pointer_is_named_with_the_remedy(pointer, content):
     pointer.write_text(content)
     with pytest.raises(ValueError, match=r"newest\.json is damaged .*: delete it"):
         find_model()
+
+
+def test_a_default_model_is_cleared_by_each_of_several_processes(pointer, tmp_path, monkeypatch):
+    assert set_default_model(tmp_path) == pointer
+    monkeypatch.setattr(locate, "_newest", lambda _: tmp_path)  # looked up before another process cleared it
+    for _ in range(2):
+        clear_default_model(tmp_path)
+        assert not pointer.exists()
 
 
 def test_the_newest_generator_is_the_default_until_it_is_deleted(qwen, tmp_path, capsys):

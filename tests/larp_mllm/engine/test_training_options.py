@@ -142,6 +142,7 @@ def test_one_of_two_processes_reports_a_bad_record(cache, tmp_path):
         (("--joint.llm-lr", "0"), "positive number"),
         (("--align.steps", "-1"), "or more"),
         (("--z-loss", "-1"), "0 or more"),
+        (("--tiny.heads", "0"), "tiny.heads must be a whole number of at least 1"),
         (("--sampling.every", "-1"), "0 .none. or more"),
         (("--engine.precision", "fp16", "--engine.zero-stage", "2"), "use bf16"),
     ],

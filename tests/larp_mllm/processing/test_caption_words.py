@@ -32,4 +32,5 @@ def test_what_is_recorded_of_captions():
 def test_prompts_without_a_known_word_are_far(prompt, far):
     assert is_far(prompt, describe_captions(CAPTIONS)["words"]) == far
     assert not is_far(prompt, [])
+    assert not is_far(prompt, [f"w{number}" for number in range(2000)]), "the list is full: other words may be known"
     assert "the" not in content_words(prompt)
