@@ -68,7 +68,7 @@ class DecodeState:
         ).last_hidden_state[:, -1]
 
     def _embed(self, ids: Tensor) -> Tensor:
-        # LarpMllmForCausalLM.embed computes the adapter's rows at each call.
+        # As larp_mllm.model.parts.Embedding, which computes the adapter's rows at each call.
         is_text = self.vocabulary.is_text(ids)
         text = self.model.base.get_input_embeddings()(ids.masked_fill(~is_text, 0))
         video = F.embedding((ids - self.vocabulary.text_size).clamp_min(0), self._inputs)

@@ -54,10 +54,6 @@ class Vocabulary:
         """True where an id is a text id (elementwise for tensors)."""
         return ids < self.text_size
 
-    def is_control(self, ids):
-        """True where an id is video_start or video_end (elementwise for tensors)."""
-        return (ids >= self.text_size) & (ids < self.first_code)
-
     def is_code(self, ids):
         """True where an id is a code (elementwise for tensors)."""
         return ids >= self.first_code
