@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -110,14 +111,25 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         _remove_abandoned(part.parent)
         yield part
         obey_umask(part)
-        with suppress(FileNotFoundError):
-            os.replace(folder, old)
-        os.replace(part, folder)
+        if not _exchange(part, folder):
+            with suppress(FileNotFoundError):
+                os.replace(folder, old)
+            os.replace(part, folder)
     finally:
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         for path in (part, old):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders at once, so that a kill finds either; False where `other` is missing or the system cannot do it."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):  # of Linux, with glibc 2.28 or musl 1.2.6
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other.absolute()), exchange) == 0
 
 
 def _temporary_name() -> str:

@@ -7,6 +7,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+from larp import files
 from larp.data.contact_sheet import contact_sheet
 from larp.data.video import write_video
 from larp.files import (
@@ -123,9 +124,20 @@ def test_a_folder_survives_an_interrupt_while_it_is_replaced(tmp_path, monkeypat
         own(*paths)
 
     monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)  # as on systems that cannot
     with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "model") as part:
         (part / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["model"] and (tmp_path / "model/old").exists()
+
+
+def test_a_folder_is_there_at_every_moment_of_its_replacement(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/old").touch()
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("one rename would leave no folder for a moment"))
+    with replacing_folder(tmp_path / "model") as part:
+        (part / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
 
 
 def test_a_full_disk_leaves_what_was_whole(tmp_path, full_disk):
