@@ -153,5 +153,7 @@ def test_lists_that_are_absent_or_ambiguous(tmp_path):
         (tmp_path / name).write_text(VALIDATE)
     with pytest.raises(DataError, match=r"two lists of the validation split, .*val.csv and .*validate.csv"):
         open_videos(f"k600:{tmp_path}", "validation")
-    with pytest.raises(DataError, match=r"unknown option 'vidoes'; known: videos=, test=test, classes=; did you mean videos\?"):
+    with pytest.raises(
+        DataError, match=r"unknown option 'vidoes'; known: videos=, test=test, classes=; did you mean videos\?"
+    ):
         open_videos(f"k600:{tmp_path},vidoes=x")
