@@ -35,20 +35,23 @@ def pack(
             f"{over} of {len(sizes)} records are longer than a packed row of {length} ids, the longest has {longest}: "
             f"raise --sequence-length to {longest} or more, or shorten the records"
         )
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
     if not together:
-        numbers = [[number] for number in sorted(range(len(sizes)), key=lambda i: -sizes[i])]
+        numbers = [[number] for number in order]
     else:
         lengths = [longest + longest * i // _LENGTHS for i in range(_LENGTHS + 1)] if length is None else [length]
-        numbers = min((_first_fit(sizes, most) for most in lengths), key=lambda rows: _cost(rows, sizes, multiple))
+        numbers = min(
+            (_first_fit(order, sizes, most) for most in lengths), key=lambda rows: _cost(rows, sizes, multiple)
+        )
     rows = [[sequences[number] for number in row] for row in numbers]
     return rows + [[] for _ in range(-len(rows) % multiple)]
 
 
-def _first_fit(sizes: Sequence[int], length: int) -> list[list[int]]:
-    """Return the numbers of the sequences of each row."""
+def _first_fit(order: Sequence[int], sizes: Sequence[int], length: int) -> list[list[int]]:
+    """Return the numbers of the sequences of each row, each in the first row with room in this order."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for number in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+    for number in order:
         row = next((row for row, free in enumerate(room) if free >= sizes[number]), len(rows))
         if row == len(rows):
             rows.append([])
