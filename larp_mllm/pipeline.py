@@ -243,6 +243,7 @@ class Mllm:
         check_prompts(texts)
         if len(texts) != len(clips):
             raise ValueError(f"{len(texts)} prompts for {len(clips)} clips: give one for each, or none")
+        encoded = [self._encode_text(text) for text in texts]
         new = tokenizer.config.num_frames - given
         windows = math.ceil((total_frames - clips.shape[2]) / new)
 
@@ -251,7 +252,7 @@ class Mllm:
 
             def sample_window(codes: Tensor, seed: int) -> Tensor:
                 return self._sample_codes(
-                    self._continuations(texts, codes), replace(sampling, seed=seed), code_progress
+                    self._continuations(encoded, codes), replace(sampling, seed=seed), code_progress
                 )
 
             return continue_windows(tokenizer, clips, total_frames, given, int(sampling.seed), sample_window)
@@ -264,13 +265,12 @@ class Mllm:
             first_row: place of the first clip among all clips of this seed, which determines their random numbers.
         """
         with self._code_progress(given.numel(), None) as code_progress:
-            return self._sample_codes(self._continuations([""] * len(given), given), sampling, code_progress, first_row)
+            return self._sample_codes(self._continuations([[]] * len(given), given), sampling, code_progress, first_row)
 
-    def _continuations(self, texts: Sequence[str], codes: Tensor) -> list[list[int]]:
+    def _continuations(self, texts: Sequence[list[int]], codes: Tensor) -> list[list[int]]:
+        """The ids up to where new codes begin: of each clip the ids of its text and the codes of its given frames (B, N)."""
         layout = self.processor.layout
-        return [
-            layout.continuation(self._encode_text(text), row) for text, row in zip(texts, codes.tolist(), strict=True)
-        ]
+        return [layout.continuation(text, row) for text, row in zip(texts, codes.tolist(), strict=True)]
 
     def continue_video(
         self,
