@@ -246,8 +246,8 @@ def loop(trainer: Trainer, loader: ClipLoader, validation: TokenizerValidation, 
             save_training(config, clock, trainer.engines, config.identity, place, trainer.state_dict())
         if stop and not last:
             return None
-    # A run that is resumed at its end trains nothing, and validates again.
-    return check(trainer, validation, log) if report is None else report
+    # A run that is resumed at its end trains nothing, and validates again for its report.
+    return check(trainer, validation, log, logged=True) if report is None else report
 
 
 def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
@@ -295,8 +295,10 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
     return {"loss": loss, **parts}
 
 
-def check(trainer: Trainer, validation: TokenizerValidation, log: RunLog) -> dict[str, float]:
+def check(trainer: Trainer, validation: TokenizerValidation, log: RunLog, logged: bool = False) -> dict[str, float]:
     """Validate on the main process, and with `keep_best` save the model if it is the best so far. Collective.
+
+    logged: metrics.jsonl has these figures already.
 
     Returns the figures on the main process, and an empty dict on the others.
     """
@@ -305,7 +307,8 @@ def check(trainer: Trainer, validation: TokenizerValidation, log: RunLog) -> dic
         step = trainer.clock.step
         pictures = trainer.config.out / "samples" / f"reconstruction-{step:06d}"
         figures = validation.evaluate(trainer.tokenizer, pictures)
-        log.metrics(step, {f"test_{name}": value for name, value in figures.items()})
+        if not logged:
+            log.metrics(step, {f"test_{name}": value for name, value in figures.items()})
         shown = {name: round(figures[name], 3) for name in SUMMARY if name in figures}
         log.say(f"step {step}, {figures['num_clips']} test clips: {shown}")
         if trainer.config.keep_best and (not trainer.best or quality(figures) > quality(trainer.best)):

@@ -187,6 +187,7 @@ def test_resuming_a_finished_run_loses_nothing(recipe, finished, tmp_path):
         name: before[name] for name in ("psnr", "prior_top1")
     }
     assert (tmp_path / "run/model/model.safetensors").is_file()
+    assert lines(tmp_path / "run") == lines(finished), "each step and each validation has one line"
 
 
 def test_resuming_says_what_changed_and_refuses_another_discriminator(recipe, cut, tmp_path, capsys):
