@@ -12,6 +12,7 @@ from typing import Literal
 from typing import Protocol as Interface
 
 from larp.metrics.i3d_kinetics import BLOCKS, CLASSES, MIN_FRAMES, KineticsI3D, resize
+from larp.metrics.kept_features import KeptFeatures
 from larp.metrics.weights import I3D_KINETICS, I3D_STYLEGANV, WeightFile
 
 import torch
@@ -231,15 +232,16 @@ def open_features(
 ) -> ClipFeatures:
     """Return the feature extractor `name`; "auto" uses the torchscript I3D if it is found, else that of TF-Hub, else random weights.
 
-    `path` is the torchscript file. Raises ValueError if the named weights are missing, if `path` does not exist, or if it
-    is given with other features.
+    `path` is the torchscript file. On a CPU, features of the published weights are kept for later programs (`KeptFeatures`). Raises
+    ValueError if the named weights are missing, if `path` does not exist, or if it is given with other features.
     """
     if name in (TFHUB_NAME, RANDOM_NAME) and path is not None:
         raise ValueError(f"features {name} are not read from a file, but {path} was given: drop one of the two")
+    kept = KeptFeatures if torch.device(device).type == "cpu" else lambda features: features
     if name == PUBLISHED_NAME or (name == "auto" and I3D_STYLEGANV.find(path) is not None):
-        return PublishedI3D(path, device)
+        return kept(PublishedI3D(path, device))
     if name == TFHUB_NAME or (name == "auto" and I3D_KINETICS.converted.is_file()):
-        return TfHubI3D(device=device)
+        return kept(TfHubI3D(device=device))
     if name in ("auto", RANDOM_NAME):
         return RandomI3D(device=device)
     raise ValueError(f"unknown features {name!r}: use auto, {PUBLISHED_NAME}, {TFHUB_NAME} or {RANDOM_NAME}")

@@ -10,36 +10,26 @@ Shapes: n clips, m training clips, D feature width.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from larp.data.clips import ClipShape
 from larp.data.datasets import VideoSet
 from larp.data.extraction import read_windows
-from larp.data.token_cache import file_state
 from larp.data.video import VideoError
-from larp.files import replacing
 from larp.metrics.clipsets import reconstructed_clips, skipped_entries
 from larp.metrics.i3d import ClipFeatures
 from larp.metrics.intervals import wilson
-from larp.metrics.weights import cache_folder
 from larp.models.tokenizer import LarpTokenizer
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-VERSION = 1
-"""Incremented when a change of the code changes the features of the same clips."""
 QUANTILES = {"median": 0.5, "quantile_05": 0.05, "quantile_01": 0.01, "least": 0.0}
 
 
@@ -58,30 +48,13 @@ class RealFeatures:
     skipped: list[dict[str, str]]
     """Videos that cannot be read: name and reason."""
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file atomically."""
-        tensors = {name: value.contiguous() for name, value in vars(self).items() if isinstance(value, Tensor)}
-        with replacing(path) as part:
-            save_file(tensors, part, metadata={"skipped": json.dumps(self.skipped)})
-
-    @classmethod
-    def load(cls, path: Path) -> RealFeatures:
-        """Read a file written by `save`. Raises ValueError for other files."""
-        try:
-            with safe_open(str(path), framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-                return cls(**tensors, skipped=json.loads(stored.metadata()["skipped"]))
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: not a file of clip features ({error}); delete it, and it is computed again"
-            ) from error
-
 
 def with_mirror_images(features: ClipFeatures, clip: Tensor) -> Tensor:
     """Return the features, (B, 2, D), of clips (B, 3, T, H, W) in [0, 1] and of their mirror images."""
     return torch.stack([features(clip), features(clip.flip(-1))], dim=1)
 
 
+@torch.inference_mode()
 def real_features(
     videos: VideoSet,
     shape: ClipShape,
@@ -91,39 +64,11 @@ def real_features(
     batch_size: int,
     mirror: bool = False,
 ) -> RealFeatures:
-    """Return the features of up to `windows` clips of each video, which do not overlap, computed once and then cached.
-
-    The cache lies in the folder of the metrics' weights (LARP_CACHE, by default ~/.cache/larp). Its key covers the videos with their
-    sizes and modification times, the clips, the features and the tokenizer.
+    """Return the features of up to `windows` clips of each video, which do not overlap.
 
     mirror: also those of the mirror images of clips and reconstructions. Raises ValueError if no video can be read.
     """
-    key = {
-        "videos": [[item.name, *file_state(item.path)] for item in videos.items],
-        "shape": [shape.frames, shape.height, shape.width, shape.stride],
-        "windows": windows,
-        "mirror": mirror,
-        "features": [features.name, features.weights_hash],
-        "tokenizer": tokenizer.weight_hash(),
-        "version": VERSION,
-    }
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = cache_folder() / "clip-features" / f"{digest}.safetensors"
-    if not path.is_file():
-        computed = partial(with_mirror_images, features) if mirror else features
-        _compute(videos, shape, windows, computed, tokenizer, batch_size).save(path)
-    return RealFeatures.load(path)
-
-
-@torch.inference_mode()
-def _compute(
-    videos: VideoSet,
-    shape: ClipShape,
-    windows: int,
-    features: Callable[[Tensor], Tensor],
-    tokenizer: LarpTokenizer,
-    batch_size: int,
-) -> RealFeatures:
+    computed = partial(with_mirror_images, features) if mirror else features
     skipped: list[tuple[str, str]] = []
     places: list[tuple[int, int]] = []
 
@@ -140,8 +85,8 @@ def _compute(
     source, real, decoded = clips(), [], []
     while batch := list(islice(source, batch_size)):
         ((clip, again),) = reconstructed_clips(tokenizer, [torch.stack(batch)])
-        real.append(features(clip))
-        decoded.append(features(again))
+        real.append(computed(clip))
+        decoded.append(computed(again))
     if not places:
         raise ValueError(f"{videos.spec}: none of its {len(videos)} videos can be read, such as {skipped[0][0]}")
     numbers, kinds = torch.tensor(places).unbind(1)

@@ -1,4 +1,4 @@
-"""Distances to the nearest training clip against ones worked out by hand; features that are computed once."""
+"""Distances to the nearest training clip against ones worked out by hand."""
 
 import json
 
@@ -7,14 +7,12 @@ from larp.data.datasets import open_videos
 from larp.data.video import read_video, write_video
 from larp.metrics.i3d import RandomI3D
 from larp.metrics.nearest import (
-    RealFeatures,
     distance_row,
     distances,
     nearest,
     nearest_among_themselves,
     real_features,
 )
-from larp.metrics.weights import cache_folder
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp.models.tokenizer_config import TokenizerConfig
@@ -59,20 +57,9 @@ def test_a_row_of_the_table():
         distance_row("some", torch.empty(0), 1.0)
 
 
-class Counted(RandomI3D):
-    """Counts the clips that it is called with."""
-
-    clips = 0
-
-    def __call__(self, clip: torch.Tensor) -> torch.Tensor:
-        self.clips += len(clip)
-        return super().__call__(clip)
-
-
 @pytest.fixture
-def world(tmp_path, monkeypatch):
-    """Three videos of two windows, one of one window and a broken one; features and a tokenizer; a cache of its own."""
-    monkeypatch.setenv("LARP_CACHE", str(tmp_path / "cache"))
+def world(tmp_path):
+    """Three videos of two windows, one of one window and a broken one; a tokenizer."""
     rng, lines = np.random.default_rng(0), []
     for number, frames in enumerate((9, 8, 7, 8)):
         path = f"{number}.mp4"
@@ -106,32 +93,8 @@ def test_features_of_real_clips_are_those_of_their_windows(world):
     torch.testing.assert_close(both.real[3:4, 1], features(clip.flip(-1)), rtol=1e-4, atol=1e-4)
 
 
-def test_they_are_computed_once_for_the_same_clips_and_tokenizer(world, tmp_path):
+def test_unreadable_videos_are_an_error(world):
     videos, tokenizer = world
-    features = Counted(width=0.05)
-    first = real_features(videos, SHAPE, 1, features, tokenizer, 2)
-    assert features.clips == 8 and len(first.videos) == 4
-    second = real_features(videos, SHAPE, 1, features, tokenizer, 4)
-    assert features.clips == 8 and torch.equal(first.decoded, second.decoded) and first.skipped == second.skipped
-    real_features(videos, SHAPE, 2, features, tokenizer, 2)
-    assert features.clips == 8 + 14
-    torch.nn.init.normal_(tokenizer.head.weight, std=0.1)
-    real_features(videos, SHAPE, 1, features, tokenizer, 2)
-    assert features.clips == 22 + 8
-    path = videos.items[0].path
-    write_video(path, np.zeros((9, 16, 16, 3), dtype=np.uint8), 25, quality=10)
-    real_features(videos, SHAPE, 1, features, tokenizer, 2)
-    assert features.clips == 30 + 8
-    assert len(list((cache_folder() / "clip-features").iterdir())) == 4
-
-
-def test_a_damaged_file_and_unreadable_videos(world, tmp_path):
-    videos, tokenizer = world
-    real_features(videos, SHAPE, 1, RandomI3D(width=0.05), tokenizer, 2)
-    (path,) = (cache_folder() / "clip-features").iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"not a file of clip features .* delete it"):
-        RealFeatures.load(path)
     for item in videos.items:
         item.path.write_bytes(b"no video")
     with pytest.raises(ValueError, match=r"none of its 5 videos can be read, such as 0\.mp4"):
