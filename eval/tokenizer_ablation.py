@@ -85,8 +85,9 @@ def run_once(config: AblationConfig, variant: str, seed: int) -> dict[str, float
     check_options(run, [f"--{name}={value}" for name, value in own.items()])
     model, tokens = run / "tokenizer/model", {split: run / f"tokens-{split}" for split in ("train", "test")}
     common = ["--tokenizer", model, "--data", config.data]
+    # What the tokenizer reaches is measured by ucf_rfvd.py, on all clips.
     stage(run / "tokenizer/report.json", ROOT / "training/train_tokenizer.py", "--recipe", config.tokenizer_recipe, "--data", config.data,
-          "--seed", seed, "--out", run / "tokenizer", *VARIANTS[variant], resumes=True)  # fmt: skip
+          "--eval-clips", 16, "--seed", seed, "--out", run / "tokenizer", *VARIANTS[variant], resumes=True)  # fmt: skip
     stage(run / "rfvd.json", ROOT / "eval/ucf_rfvd.py", *common, "--split", "test", "--out", run / "rfvd.json")
     windows = {"train": ["--windows", config.windows, "--flips"], "test": ["--windows", 2]}
     for split, folder in tokens.items():
