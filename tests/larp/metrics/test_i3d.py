@@ -8,12 +8,13 @@ from larp.data.clips import frames_to_clip
 from larp.data.video import read_video
 from larp.metrics.frechet import Moments, frechet_distance
 from larp.metrics.i3d import I3D, PublishedI3D, RandomI3D, TfHubI3D, open_features
-from larp.metrics.i3d_kinetics import KineticsI3D, pad_same, resize
+from larp.metrics.i3d_kinetics import KineticsI3D, MaxPool, pad_same, resize
 from larp.metrics.protocols import PRESETS
 from larp.metrics.weights import I3D_STYLEGANV, WeightsMissing, file_sha256
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +194,17 @@ def test_an_odd_pad_has_its_extra_cell_at_the_end():
     assert pad_same(x, (7, 7, 7), (2, 2, 2)).shape[2:] == (13, 13, 13)
     padded = pad_same(x, (2, 2, 2), (2, 2, 2))
     assert padded.shape[2:] == (8, 8, 8) and padded[0, 0, 0, 0].tolist() == [1.0] * 7 + [0.0]
+
+
+@pytest.mark.parametrize("size", [(2, 7, 7), (4, 8, 9), (8, 14, 13)])
+@pytest.mark.parametrize(
+    ("kernel", "stride"),
+    [((1, 3, 3), (1, 2, 2)), ((3, 3, 3), (1, 1, 1)), ((3, 3, 3), (2, 2, 2)), ((2, 2, 2), (2, 2, 2))],
+)
+def test_pools_are_those_of_torch_to_the_bit(size, kernel, stride):
+    x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0))
+    expected = F.max_pool3d(pad_same(x, kernel, stride, float("-inf")), kernel, stride)
+    assert torch.equal(MaxPool(kernel, stride)(x), expected)
 
 
 def test_the_network_of_the_original_has_its_shapes():
