@@ -18,7 +18,6 @@ from larp.data.listing import skipped_lines
 from larp.data.token_cache import TokenCache
 from larp.engine import backend
 from larp.engine.backend import Engine, Ranks, make_engine
-from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
 from larp.engine.code_batches import CachedCodes, LiveCodes, open_data
 from larp.engine.distributed import gathered_copy, gathered_weights
@@ -38,6 +37,7 @@ from larp.engine.run import (
 )
 from larp.engine.samples import GUIDANCE, Samples, tokenizer_of
 from larp.engine.signals import run_script
+from larp.engine.trained_weights import take_weights
 from larp.engine.untrusted import naming_damaged
 from larp.files import write_json
 from larp.hub import EMA

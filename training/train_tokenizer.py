@@ -21,7 +21,6 @@ from larp.data.loader import ClipLoader
 from larp.engine import backend
 from larp.engine.adversary import Adversary, open_adversary
 from larp.engine.backend import Engine, Ranks
-from larp.engine.checkpoint import take_weights
 from larp.engine.clock import Clock
 from larp.engine.codebook_reset import CodebookTracker
 from larp.engine.distributed import main_first
@@ -41,12 +40,14 @@ from larp.engine.run import (
 from larp.engine.schedules import ramp
 from larp.engine.signals import run_script
 from larp.engine.tokenizer_settings import TrainTokenizerConfig
+from larp.engine.trained_weights import take_weights
 from larp.engine.untrusted import naming_damaged
 from larp.files import write_json
 from larp.metrics import lpips
 from larp.metrics.reconstruction import ValidationMetrics
 from larp.metrics.validation import TokenizerValidation, open_validation, quality
 from larp.metrics.weights import WeightsMissing
+from larp.models.growing import with_more_codes
 from larp.models.noise import BatchNoise
 from larp.models.objective import tokenizer_loss
 from larp.models.tokenizer import LarpTokenizer, sample_prefix_lengths
@@ -148,7 +149,10 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     if config.start_from is not None:
-        take_weights(tokenizer, config.start_from, optional="prior")
+        codes = config.model.num_tokens
+        # A multiple of the codes is the one thing that may differ.
+        grow = lambda trained: trained if codes % trained.num_tokens else with_more_codes(trained, codes)  # noqa: E731
+        take_weights(tokenizer, config.start_from, optional="prior", fit=grow)
     clock = Clock(config.steps, config.minutes)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
     optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage, config.engine.precision)

@@ -19,18 +19,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from larp.config import to_dict
 from larp.engine.backend import Engine
 from larp.engine.distributed import barrier, broadcast_object, current_ranks, main_first
 from larp.engine.log import METRICS_FILE
 from larp.engine.untrusted import check_contents, checked_marker, naming_damaged
 from larp.files import check_names, check_writable, error_number, read_json, write_json
-from larp.hub import LarpModel, averaged, resolve
 
 import torch
 
@@ -426,22 +424,3 @@ def _universal_advice(engines: Mapping[str, Engine], state: SavedState, world_si
         f"each rank holds a share. Resume with {state.world_size} ranks, or convert the checkpoint and resume again:\n  "
         + "\n  ".join(commands)
     )
-
-
-def take_weights(model: LarpModel, source: str, free: Collection[str] = (), optional: str | None = None) -> None:
-    """Load the weights of a trained model, the averaged ones if it has any, into a new model.
-
-    Args:
-        model: the new model.
-        source: folder or hub name of the trained one.
-        free: config fields that may differ; ValueError names any others that differ.
-        optional: config field of a part that the trained model may lack; the new one's is then left as it is.
-    """
-    folder = resolve(source)
-    trained = type(model).from_pretrained(folder, variant=averaged(folder))
-    if optional is not None and not getattr(trained.config, optional).enabled:
-        free = (*free, optional)
-    configs = [{k: v for k, v in to_dict(m.config).items() if k not in free} for m in (trained, model)]
-    if differing := differences(*configs):
-        raise ValueError(f"start_from {source} is another model than this run's: {'; '.join(differing)}")
-    model.load_state_dict(model.state_dict() | trained.state_dict())

@@ -153,6 +153,11 @@ def test_a_run_begins_with_trained_weights(recipe, tmp_path, capsys):
         ValueError, match=r"start_from .*first is another model than this run's: num_tokens was 4, is 2"
     ):
         main([*options, "--out", str(tmp_path / "third"), "--model.num-tokens", "2"])
+    still = ["--steps", "1", "--optimizer.lr", "1e-9", "--optimizer.matrix-lr", "1e-9", "--reset-codes-every", "0"]
+    main([*options, "--out", str(tmp_path / "more"), "--model.num-tokens", "8", "--model.prior.positions", "8", *still])
+    more = LarpTokenizer.from_pretrained(tmp_path / "more/model").state_dict()
+    assert more["queries"].shape[0] == 2 * first["queries"].shape[0] and "prior.pos_emb" in more
+    torch.testing.assert_close(more["head.weight"], first["head.weight"], atol=1e-6, rtol=1e-6)
 
 
 def test_lpips_begins_in_its_time_and_looks_at_some_frames(recipe, tmp_path, monkeypatch):
