@@ -39,7 +39,7 @@ def test_it_draws_nearly_what_the_trained_one_draws(trained):
     before, after = (t.decode_latents(torch.nn.functional.normalize(t.project(CLIP), dim=-1))
                      for t in (trained, with_more_codes(trained, 8)))  # fmt: skip
     torch.manual_seed(1)
-    unrelated = LarpTokenizer(replace(CONFIG, num_tokens=8)).eval()
+    unrelated = LarpTokenizer(with_more_codes(trained, 8).config).eval()
     torch.nn.init.normal_(unrelated.head.weight, std=0.1)
     other = unrelated.decode_latents(torch.nn.functional.normalize(unrelated.project(CLIP), dim=-1))
     assert (after - before).square().mean() < 0.2 * (other - before).square().mean()
