@@ -8,7 +8,8 @@ Each part is a process with its own time limit. The others run even if one fails
     speed      eval/speed_gpu.py
     unpack     decodes the packed clips (larp-mllm pack-clips) into frames
     tokenizer  training/train_tokenizer.py --recipe tokenizer-box-gpu; three quarters of the remaining time
-    tokens     codes of the train, validation and test split, and the tokenizer's metrics on the test split
+    tokens     codes of the train, validation and test split, and the tokenizer's metrics on the test split; with --shapes, codes of
+               built-in captioned videos, rendered while the tokenizer trains
     generator, mllm   the class-conditional generator and the language model, in parallel
 
 OUT holds report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB, which
@@ -42,8 +43,10 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parents[1]
 Part = Literal["tests", "speed", "tokenizer", "generator", "mllm"]
 # Time limits of the parts in seconds, and the share of the trainings' time that the tokenizer gets.
-LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "tokens": 60}
+LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "render": 120, "tokens": 60}
 TOKENIZER_SHARE = 0.74
+RENDERERS = 4
+RENDER = "import sys; from larp.data.datasets import open_videos; open_videos(sys.argv[1], 'train')"
 # Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples.
 BEFORE, AFTER, SAMPLES = 20, 8, 6
 
@@ -65,6 +68,8 @@ class GpuConfig:
     """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
     """Unpacked OUT of an earlier run; each training starts from its tokenizer, generator or mllm if it is there."""
+    shapes: int = 0
+    """Built-in captioned videos that the language model learns beside the clips of the pack: 19,000 for the one of the package."""
     tokenizer_options: str = ""
     """Further command line of the tokenizer's training."""
     generator_options: str = ""
@@ -79,8 +84,17 @@ class GpuConfig:
 
     def __post_init__(self):
         check_minutes(self.minutes)
+        if self.shapes < 0 or self.shapes % RENDERERS:
+            raise ValueError(f"shapes = {self.shapes} must be a multiple of {RENDERERS}: as many programs render them")
         if not self.parts:
             raise ValueError(f"parts is empty: choose some of {', '.join(get_args(Part))}")
+
+    @property
+    def shape_videos(self) -> list[str]:
+        """Data specs of the built-in videos, of one seed each."""
+        if "mllm" not in self.parts or not self.shapes:
+            return []
+        return [f"shapes:count={self.shapes // RENDERERS},seed={seed},size=64" for seed in range(1, 1 + RENDERERS)]
 
     @property
     def trained(self) -> list[str]:
@@ -205,10 +219,14 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
         return runner.skip("the clips were not unpacked", *config.trained)
     everything, labelled = f"jsonl:{clips / 'clips.jsonl'}", f"jsonl:{clips / 'labelled.jsonl'}"
     tokenizer, models = work / "tokenizer", [part for part in ("generator", "mllm") if part in config.parts]
+    rendering = {f"render_{k}": ["-c", RENDER, spec] for k, spec in enumerate(config.shape_videos)}
+    if "tokenizer" not in config.parts and rendering:
+        runner.run(LIMITS["render"], **rendering)
     if "tokenizer" in config.parts:
         seconds = runner.left * (TOKENIZER_SHARE if models else 1.0)
         runner.run(
             seconds + 2 * AFTER,
+            **rendering,
             tokenizer=[
                 "training/train_tokenizer.py", *recipe(config, "tokenizer", earlier), "--data", everything, "--out", tokenizer,
                 *time_limit(seconds - BEFORE - AFTER), *start_options(earlier, "tokenizer"), *config.tokenizer_options.split(),
@@ -226,21 +244,25 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     # With codes of given frames, so that the language model learns to continue a video.
     given = ("--condition-frames", "5", "--workers", "8")
     windows = {"train": ("--augmented", "24", "--flips"), "validation": ("--windows", "2"), "test": ()}
+    shapes = work / "tokens-shapes"
+    extract = ["training/extract_tokens.py", "--tokenizer", best, *given]
     if not runner.run(
         LIMITS["tokens"],
         **{
-            f"tokens_{split}": [
-                "training/extract_tokens.py", "--tokenizer", best, "--data", labelled, "--split", split, "--out", folder,
-                *given, *windows[split],
-            ]
+            f"tokens_{split}": [*extract, "--data", labelled, "--split", split, "--out", folder, *windows[split]]
             for split, folder in codes.items()
         },
+        **({"tokens_shapes": [*extract, "--data", "+".join(config.shape_videos), "--out", shapes]} if config.shape_videos else {}),
         reconstruction=["eval/ucf_rfvd.py", "--tokenizer", best, "--data", labelled, "--split", "test",
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return runner.skip("there are no tokens to train on", *models)
     limit = time_limit(runner.left - BEFORE - AFTER - SAMPLES)
-    sources = {"generator": ["--tokenizer", best, "--data", labelled], "mllm": ["--tokens", codes["train"]]}
+    more = ["--more-tokens", shapes] if (shapes / "index.json").exists() else []
+    sources = {
+        "generator": ["--tokenizer", best, "--data", labelled],
+        "mllm": ["--tokens", codes["train"], *more],
+    }
     options = {"generator": config.generator_options, "mllm": config.mllm_options}
     runner.run(
         runner.left - 5,

@@ -66,6 +66,8 @@ def test_impossible_options_are_refused():
         GpuConfig(minutes=0)
     with pytest.raises(ValueError, match="parts is empty: choose some of tests, speed, tokenizer"):
         GpuConfig(parts=())
+    with pytest.raises(ValueError, match="shapes = 6 must be a multiple of 4"):
+        GpuConfig(shapes=6)
 
 
 def test_what_cannot_run_is_skipped_with_its_reason_and_nothing_is_overwritten(tmp_path, monkeypatch):
@@ -119,13 +121,14 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     pack_clips([f"jsonl:{manifest}"], tmp_path / "box.clips", PackOptions(max_frames=32))
     command = [sys.executable, ROOT / "eval/gpu.py", "--pack", tmp_path / "box.clips", "--out", tmp_path / "out"]
     done = subprocess.run(
-        [*command, "--minutes", "4", "--device", "cpu", "--rehearse"],
+        [*command, "--minutes", "5", "--device", "cpu", "--rehearse", "--shapes", "8"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "out/report.json").read_text())
     bad = {name: part for name, part in report["parts"].items() if part["status"] != "ok"}
     assert done.returncode == 0 and not bad, (bad, done.stdout[-3000:], done.stderr[-3000:])
-    assert {"tests", "speed", "unpack", "tokenizer", "tokens_train", "generator", "mllm"} <= set(report["parts"])
+    parts = {"tests", "speed", "unpack", "tokenizer", "render_3", "tokens_train", "tokens_shapes", "generator", "mllm"}
+    assert parts <= set(report["parts"])
     pieces = list((tmp_path / "out").glob("*.tar.*"))
     assert all(piece.stat().st_size <= PIECE for piece in pieces)
     assert len(pieces) + len(list((tmp_path / "out").glob("*.json"))) <= 8
