@@ -155,16 +155,7 @@ def open_corpus(
 
     Raises ValueError if a sequence that can be sampled or evaluated has more ids than `positions` or `sequence_length`.
     """
-    if sequence_length is not None and sequence_length > positions:
-        raise ValueError(
-            f"sequence_length is {sequence_length}, but the base model has {positions} positions: lower it, or choose another "
-            "--base"
-        )
-    if sequence_length is not None and sequence_length < SHORTEST_TEXT:
-        raise ValueError(
-            f"sequence_length is {sequence_length}, but text is cut into pieces of so many ids, which is too short to learn "
-            f"from: raise it to {SHORTEST_TEXT} or more"
-        )
+    _check_sequence_length(sequence_length, positions)
 
     def captioned(cache: TokenCache | None) -> CaptionedVideos | None:
         return cache and CaptionedVideos(cache, processor.layout, processor.encode_text, positions, processor.tokenizer)
@@ -188,17 +179,6 @@ def open_corpus(
     pieces, held_out_pieces, name = _open_texts(
         tuple(text), tuple(eval_text), processor, sequence_length or min(positions, TEXT_LENGTH)
     )
-    notes = list(opened.notes) if opened is not None else []
-    for cache, videos in ((caches.train, train), (caches.held_out, held_out)):
-        for reason, dropped in videos.left_out.items() if videos is not None else ():
-            if dropped:
-                notes.append(f"{dropped} of {len(cache)} clips are left out: {reason}")
-    if caches.train is not None and caches.held_out is not None:
-        notes += same_videos(caches.train.names, caches.held_out.names)
-    if held:
-        notes += same_videos_of_records(opened.names, opened.videos, held)
-    if pieces is not None:
-        notes += same_text(pieces.pieces, held_out_pieces.pieces)
     return Corpus(
         train,
         held_out,
@@ -207,9 +187,47 @@ def open_corpus(
         pieces,
         [held_out_pieces[index] for index in range(len(held_out_pieces))],
         name,
-        tuple(notes),
+        tuple(_notes(caches, train, held_out, opened, held, pieces, held_out_pieces)),
         _digests(caches.train, opened, pieces),
     )
+
+
+def _check_sequence_length(sequence_length: int | None, positions: int) -> None:
+    """Raise ValueError for a length of rows that the base, or the pieces of text, do not fit."""
+    if sequence_length is not None and sequence_length > positions:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, but the base model has {positions} positions: lower it, or choose another "
+            "--base"
+        )
+    if sequence_length is not None and sequence_length < SHORTEST_TEXT:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, but text is cut into pieces of so many ids, which is too short to learn "
+            f"from: raise it to {SHORTEST_TEXT} or more"
+        )
+
+
+def _notes(
+    caches: TokenCaches,
+    train: CaptionedVideos | None,
+    held_out: CaptionedVideos | None,
+    records: RecordSet | None,
+    held: list[int],
+    text: TextSet | None,
+    held_out_text: TextSet,
+) -> list[str]:
+    """Say what is left out of the data, and what is both trained on and held out."""
+    notes = list(records.notes) if records is not None else []
+    for cache, videos in ((caches.train, train), (caches.held_out, held_out)):
+        for reason, dropped in videos.left_out.items() if videos is not None else ():
+            if dropped:
+                notes.append(f"{dropped} of {len(cache)} clips are left out: {reason}")
+    if caches.train is not None and caches.held_out is not None:
+        notes += same_videos(caches.train.names, caches.held_out.names)
+    if held:
+        notes += same_videos_of_records(records.names, records.videos, held)
+    if text is not None:
+        notes += same_text(text.pieces, held_out_text.pieces)
+    return notes
 
 
 def _digests(tokens: TokenCache | None, records: RecordSet | None, text: TextSet | None) -> dict[str, str]:
