@@ -6,7 +6,6 @@ import hashlib
 import sqlite3
 import warnings
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from larp.metrics.weights import cache_folder
@@ -26,15 +25,16 @@ FILE = "features.sqlite"
 class KeptFeatures:
     """Computes features like `features`, and keeps those of each clip in the cache folder (LARP_CACHE), for any later program.
 
-    A clip is known by its values. An evaluation that was stopped finds again what it had computed. Where the file cannot be used, such as
-    on a read-only disk, nothing is kept, and a warning says so.
+    A clip is known by its values. An evaluation that was stopped finds again what it had computed. Where the file cannot be read or
+    written, everything is computed, and a warning says so once.
     """
 
     def __init__(self, features: ClipFeatures) -> None:
         self._features = features
         self.name, self.dim = features.name, features.dim
         self.min_frames, self.weights_hash = features.min_frames, features.weights_hash
-        self._path: Path | None = cache_folder() / FILE
+        self._path = cache_folder() / FILE
+        self._readable = self._writable = True
 
     def __call__(self, clip: Tensor) -> Tensor:
         """Return the features (B, D) float32 of clips (B, 3, T, H, W) in [0, 1]. Raises what the extractor raises."""
@@ -53,7 +53,7 @@ class KeptFeatures:
         return hashlib.sha256(about.encode() + clip.float().contiguous().cpu().numpy().tobytes()).digest()
 
     def _read(self, keys: list[bytes]) -> dict[bytes, Tensor]:
-        if self._path is None or not self._path.is_file():
+        if not self._readable or not self._path.is_file():
             return {}
         try:
             with closing(sqlite3.connect(self._path, timeout=60)) as store:
@@ -61,13 +61,15 @@ class KeptFeatures:
                     key: store.execute("select value from features where key = ?", [key]).fetchone() for key in keys
                 }
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._readable = self._writable = False
+            self._warn(error)
             return {}
-        rows = {key: np.frombuffer(row[0], dtype="<f4") for key, row in found.items() if row is not None}
-        return {key: torch.from_numpy(row.copy()) for key, row in rows.items() if row.shape == (self.dim,)}
+        values = {key: row[0] for key, row in found.items() if row is not None}
+        whole = {key: v for key, v in values.items() if isinstance(v, bytes) and len(v) == 4 * self.dim}
+        return {key: torch.from_numpy(np.frombuffer(value, dtype="<f4").copy()) for key, value in whole.items()}
 
     def _write(self, features: dict[bytes, Tensor]) -> None:
-        if self._path is None:
+        if not self._writable:
             return
         rows = [(key, value.numpy().astype("<f4").tobytes()) for key, value in features.items()]
         try:
@@ -76,8 +78,8 @@ class KeptFeatures:
                 store.execute("create table if not exists features (key blob primary key, value blob) without rowid")
                 store.executemany("insert or replace into features values (?, ?)", rows)
         except (OSError, sqlite3.Error) as error:
-            self._give_up(error)
+            self._writable = False
+            self._warn(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _warn(self, error: Exception) -> None:
         warnings.warn(f"features of clips are not kept, {self._path} cannot be used: {error}", stacklevel=2)
-        self._path = None

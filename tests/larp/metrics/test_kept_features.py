@@ -83,10 +83,22 @@ def test_a_damaged_file_costs_the_time_and_nothing_else(cache):
 def test_a_row_that_is_cut_short_is_computed_again(cache):
     features = Counted()
     expected = KeptFeatures(features)(CLIPS)
+    for clips, damage in ((10, "x'00000000'"), (15, "x'0000'"), (20, "'text'"), (25, "null")):
+        with sqlite3.connect(cache / FILE) as store:
+            store.execute(f"update features set value = {damage}")
+        for _ in range(2):
+            assert torch.equal(KeptFeatures(features)(CLIPS), expected) and features.clips == clips
+
+
+def test_what_can_be_read_and_not_written_is_read(cache):
+    expected = KeptFeatures(Counted())(CLIPS[:3])
     with sqlite3.connect(cache / FILE) as store:
-        store.execute("update features set value = x'00000000'")
-    assert torch.equal(KeptFeatures(features)(CLIPS), expected) and features.clips == 10
-    assert torch.equal(KeptFeatures(features)(CLIPS), expected) and features.clips == 10
+        store.execute("create trigger full before insert on features begin select raise(abort, 'disk is full'); end")
+    features = Counted()
+    kept = KeptFeatures(features)
+    with pytest.warns(UserWarning, match="are not kept, .* disk is full"):
+        kept(CLIPS[3:])
+    assert torch.equal(kept(CLIPS[:3]), expected) and features.clips == 2
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the administrator may write everywhere")
