@@ -3,8 +3,8 @@
     python eval/adapter_ablation.py --tokens runs/ucf/tokens-train --eval-tokens runs/ucf/tokens-test --seeds 0 1 2 --steps 300
 
 Trains language models with both adapters (--adapter codebook, free) for the same steps, seeds and batches. Reports metrics on
-held-out clips, their paired differences, and the bits per code during training, with a plot. The same command resumes a training
-that was stopped and skips those that finished.
+held-out clips, their paired differences, and the bits per code during training, with a plot; with --data also the Frechet distance
+of the videos that each generates for class names. The same command resumes a training that was stopped and skips those that finished.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from larp.engine.log import read_metrics
 from larp.engine.signals import run_script
 from larp.files import read_json, write_json
 from larp.metrics.protocols import check_record_path, versions
+from larp_mllm.generation.sampling import VideoSampling
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTERS = ("codebook", "free")
@@ -33,6 +34,7 @@ SHOWN = {
     "video_accuracy": "likeliest code right",
     "continuation_bits": "bits per code, continuation",
     "text_nll": "nats per caption token",
+    "gfvd": "Frechet distance of videos",
 }
 
 
@@ -56,6 +58,10 @@ class AdapterConfig:
     """Of the stage align, in which the adapter learns alone; by default as the recipe says."""
     seeds: tuple[int, ...] = (0,)
     """One pair of trainings for each."""
+    data: str = ""
+    """Data spec of labelled videos; with it, `num_clips` videos of the test split's classes are generated and compared with real ones."""
+    num_clips: int = 202
+    """Of that distance."""
     log_every: int = 10
     """Steps of training that one point of the curve stands for."""
     runs: Path = Path("runs/adapter-ablation")
@@ -102,7 +108,13 @@ def run_once(config: AdapterConfig, adapter: str, seed: int) -> dict[str, Any]:
         script = ROOT / "training/train_mllm.py"
         stage(run / FIGURES, script, *options, "--out", run, resumes=True, environment=own)
         write_json(run / FIGURES, read_run(run))
-    return read_json(run / FIGURES, "delete it, and run again")
+    found = read_json(run / FIGURES, "delete it, and run again")
+    if config.data:
+        record = run / f"gfvd-{config.num_clips}.json"
+        stage(record, ROOT / "eval/ucf_gfvd.py", "--mllm", run, "--data", config.data, "--split", "test",
+              "--num-clips", config.num_clips, "--guidance-scale", VideoSampling().guidance_scale, "--out", record)  # fmt: skip
+        found["figures"]["gfvd"] = read_json(record, "delete it, and run again")["value"]
+    return found
 
 
 def read_run(run: Path) -> dict[str, Any]:

@@ -26,6 +26,10 @@ def pretend(commands: list, monkeypatch, fail_at: int | None = None, sampled: bo
     def run(command, env, **_):
         commands.append((command, env))
         out = Path(command[command.index("--out") + 1])
+        if "ucf_gfvd.py" in command[1]:
+            model = Path(value(command, "--mllm"))
+            out.write_text(json.dumps({"value": 900.0 if "codebook" in model.name else 1000.0}))
+            return subprocess.CompletedProcess(command, 0)
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text("{}")
         # As in training, a report is there before the figures are.
@@ -76,6 +80,20 @@ def test_both_adapters_are_trained_alike_and_compared_in_pairs(cache, tmp_path, 
     assert "3.0000 +- 1.0000" in capsys.readouterr().out
     # The user's newest model stays what it was.
     assert all(Path(env["LARP_MLLM_HOME"]).is_relative_to(tmp_path / "runs") for _, env in commands)
+
+
+def test_with_data_the_videos_of_each_are_compared_with_real_ones(cache, tmp_path, monkeypatch, capsys):
+    commands: list = []
+    pretend(commands, monkeypatch)
+    report = ablation.main(options(cache, tmp_path))
+    assert "gfvd" not in report["summary"]["free"]["figures"]
+    report = ablation.main(options(cache, tmp_path, "--data", "some", "--num-clips", "7"))
+    assert report["summary"]["codebook_minus_free"]["gfvd"] == {"mean": -100.0, "by_seed": [-100.0]}
+    measured = [command for command, _ in commands if "ucf_gfvd.py" in command[1]]
+    assert len(measured) == 2 and len(commands) == 4, "finished trainings are not run again"
+    wanted = {"--data": "some", "--num-clips": "7", "--split": "test", "--guidance-scale": "2.0"}
+    assert {name: value(measured[0], name) for name in wanted} == wanted
+    assert "Frechet distance of videos" in capsys.readouterr().out
 
 
 @pytest.mark.slow
