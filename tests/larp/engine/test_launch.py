@@ -114,7 +114,14 @@ def start(folder, script):
     environment = {name: value for name, value in os.environ.items() if name != "RANK"}
     environment |= {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "larp.engine.launch", folder / "script.py", folder]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, preexec_fn=as_from_a_terminal, **pipes)
+
+
+def as_from_a_terminal():
+    """Take back what `nohup make test` or a job in the background ignores, and its children with it."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(condition, seconds=30):
