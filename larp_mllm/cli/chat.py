@@ -54,7 +54,7 @@ def add(commands) -> None:
     videos = parser.add_argument_group("videos")
     videos.add_argument("--max-videos", type=int, default=4, help="most videos in an answer; 0: text alone")
     options.add_seed(videos)
-    options.add_sampling(videos, options.VIDEO_SAMPLING, guidance_scale=2.0)
+    options.add_sampling(videos, options.VIDEO_SAMPLING, guidance_scale=2.0, temperature=0.8)
     options.add_scale(videos)
 
 

@@ -29,7 +29,7 @@ def add(commands) -> None:
     parser.add_argument("--prompt", default="", help="what the video shows")
     options.add_videos_out(parser, "the video's name-continued")
     options.add_seed(parser)
-    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=1.0)
+    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=1.0, temperature=0.8)
     options.add_model(parser)
 
 

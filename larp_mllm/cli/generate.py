@@ -25,7 +25,7 @@ def add(commands) -> None:
     parser.add_argument("prompt", help='what the video shows, such as "a person surfing"')
     options.add_videos_out(parser, "the prompt")
     options.add_seed(parser)
-    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=2.0)
+    options.add_sampling(parser, options.VIDEO_SAMPLING, guidance_scale=2.0, temperature=0.8)
     options.add_model(parser)
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from larp.sampling.options import CLASS_GUIDANCE
+from larp.sampling.options import CLASS_GUIDANCE, GuidedSampling
 from larp_mllm.demo import jobs
 from larp_mllm.demo.jobs import MAX_MEGABYTES, MAX_SECONDS, MAX_VIDEOS
 from larp_mllm.demo.models import Models
@@ -283,7 +283,7 @@ def _sample(models: Models, folder: Path) -> Refreshed:
     with gr.Row():
         with gr.Column():
             names = gr.Dropdown(models.class_names(), label="Class", value=None)
-            seed, guidance, temperature = _sampling(guidance=CLASS_GUIDANCE)
+            seed, guidance, temperature = _sampling(CLASS_GUIDANCE, GuidedSampling.temperature)
             count = gr.Slider(1, MAX_VIDEOS, value=1, step=1, label="Videos")
             button = gr.Button("Sample", variant="primary")
         with gr.Column():
@@ -332,13 +332,13 @@ def _seed() -> gr.Number:
     return gr.Number(0, label="Seed", precision=0, info="same seed, same result")
 
 
-def _sampling(guidance: float) -> tuple[Any, Any, Any]:
-    """Seed, guidance and temperature."""
+def _sampling(guidance: float, value: float = VideoSampling.temperature) -> tuple[Any, Any, Any]:
+    """Seed, guidance and temperature (by default `value`)."""
     with gr.Row():
         return (
             _seed(),
             gr.Slider(0, 10, value=guidance, step=0.25, label="Guidance", info="1 is off"),
-            gr.Slider(0, 2, value=1, step=0.05, label="Temperature", info="0: the likeliest code"),
+            gr.Slider(0, 2, value=value, step=0.05, label="Temperature", info="0: the likeliest code"),
         )
 
 

@@ -27,7 +27,7 @@ class SamplingConfig:
     """Videos to sample for captions of held-out videos, and held-out videos to caption; 0 samples nothing."""
     guidance_scale: float = 2.0
     """Scale of classifier-free guidance of the videos, 0 to 1000; 1 is off."""
-    temperature: float = 1.0
+    temperature: float = 0.8
     """Divides the logits of the videos' codes, 1e-4 to 1e6; 0 always takes the likeliest."""
 
     def __post_init__(self):

@@ -20,6 +20,8 @@ _TEXT_STREAM = 0x632BE59BD9B4E019
 class VideoSampling(SamplingOptions):
     """How codes are sampled. Raises ValueError for an option out of range."""
 
+    temperature: float = 0.8
+    """Divides the logits, 1e-4 to 1e6; 0 always takes the likeliest. By default below 1: scenes hold together better (LOG.md)."""
     guidance_scale: float = 2.0
     """Scale s of classifier-free guidance, `unconditional + s * (conditional - unconditional)`; 1 is off."""
     seed: int = 0
