@@ -1,5 +1,6 @@
 """The larp-mllm command."""
 
+import inspect
 import io
 import json
 import os
@@ -7,7 +8,10 @@ import os
 import larp_mllm.api
 import larp_mllm.video
 from larp.data.video import VideoError, probe, read_video, write_video
-from larp_mllm.cli import COMMANDS, main
+from larp_mllm.cli import COMMANDS, build_parser, main
+from larp_mllm.cli.options import VIDEO_SAMPLING
+from larp_mllm.engine.samples import SamplingConfig
+from larp_mllm.generation.sampling import VideoSampling
 from tests.larp_mllm.tiny import colourful_mllm, favour_videos
 
 import numpy as np
@@ -34,6 +38,19 @@ def test_every_command_has_a_help_text(command, capsys):
     assert stopped.value.code == 0
     output = capsys.readouterr().out
     assert output.startswith(f"usage: {' '.join(['larp-mllm', *command])} ") and "options:" in output
+
+
+@pytest.mark.parametrize(
+    ("function", "command"),
+    [(larp_mllm.api.generate, ["generate", "x"]), (larp_mllm.api.chat, ["chat", "x"]),
+     (larp_mllm.api.continue_video, ["continue", "clip.mp4", "--seconds", "1"])],
+)  # fmt: skip
+def test_videos_have_the_same_defaults_everywhere(function, command):
+    own, typed = inspect.signature(function).parameters, build_parser().parse_args(command)
+    expected = VideoSampling() if command[0] != "continue" else VideoSampling(guidance_scale=1.0)
+    for name in VIDEO_SAMPLING:
+        assert own[name].default == getattr(typed, name) == getattr(expected, name), name
+    assert SamplingConfig().temperature == VideoSampling().temperature
 
 
 def test_ctrl_c_ends_a_command_with_one_line(monkeypatch, tmp_path, capsys):
