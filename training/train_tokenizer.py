@@ -150,9 +150,13 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     if config.start_from is not None:
         codes = config.model.num_tokens
-        # A multiple of the codes is the one thing that may differ.
-        grow = lambda trained: trained if codes % trained.num_tokens else with_more_codes(trained, codes)  # noqa: E731
-        take_weights(tokenizer, config.start_from, optional="prior", fit=grow)
+        take_weights(
+            tokenizer,
+            config.start_from,
+            optional="prior",
+            # A multiple of the codes is the one thing that may differ.
+            fit=lambda trained: trained if codes % trained.num_tokens else with_more_codes(trained, codes),
+        )
     clock = Clock(config.steps, config.minutes)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
     optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage, config.engine.precision)

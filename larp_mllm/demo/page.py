@@ -332,13 +332,13 @@ def _seed() -> gr.Number:
     return gr.Number(0, label="Seed", precision=0, info="same seed, same result")
 
 
-def _sampling(guidance: float, value: float = VideoSampling.temperature) -> tuple[Any, Any, Any]:
-    """Seed, guidance and temperature (by default `value`)."""
+def _sampling(guidance: float, temperature: float = VideoSampling.temperature) -> tuple[Any, Any, Any]:
+    """Seed, guidance and temperature, with what the last two begin at."""
     with gr.Row():
         return (
             _seed(),
             gr.Slider(0, 10, value=guidance, step=0.25, label="Guidance", info="1 is off"),
-            gr.Slider(0, 2, value=value, step=0.05, label="Temperature", info="0: the likeliest code"),
+            gr.Slider(0, 2, value=temperature, step=0.05, label="Temperature", info="0: the likeliest code"),
         )
 
 
