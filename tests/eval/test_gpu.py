@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 from bench.jobs import PIECE
-from eval.gpu import GpuConfig, main
+from eval.gpu import MODELS, GpuConfig, main
 from larp.data.clip_pack import PackOptions, pack_clips
 from larp.models.generator import LarpGenerator
 from larp.models.tokenizer import LarpTokenizer
@@ -32,13 +32,18 @@ ROOT = Path(__file__).parents[2]
         ),
         (
             ["--device", "cpu", "--pack", "x", "--start-from", "{}"],
-            "holds no tokenizer, generator or mllm: give OUT of an",
+            "holds no tokenizer, generator, mllm or smollm2: give OUT of an",
+        ),
+        (
+            ["--device", "cpu", "--pack", "x", "--parts", "smollm2"],
+            "--parts smollm2 needs its base, which is not on this",
         ),
         (["--device", "cpu", "--parts", "speed", "--out", "/proc/none"], "/proc/none cannot be made"),
         (["--wheels", "{}/none"], "none holds no wheel: make them with `make wheelhouse PYTHON=3.12`"),
     ],
 )
-def test_mistakes_are_told_in_a_line(tmp_path, options, message):
+def test_mistakes_are_told_in_a_line(tmp_path, options, message, monkeypatch):
+    monkeypatch.setenv("LARP_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         main(["--out", str(tmp_path / "out"), *(option.format(tmp_path) for option in options)])
 
@@ -109,8 +114,18 @@ def test_the_program_says_a_mistake_without_a_traceback(tmp_path):
 
 
 @pytest.mark.slow
-def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
-    """The command that waits for a GPU, with tiny sizes: every part, from packed clips to files that come back."""
+@pytest.mark.long
+def test_tests_and_speed_run_without_a_gpu(tmp_path):
+    options = ["--device", "cpu", "--rehearse", "--parts", "tests", "speed", "--minutes", "4"]
+    report = main([*options, "--out", str(tmp_path / "out")])
+    assert [part["status"] for part in report["parts"].values()] == ["ok", "ok"], report["parts"]
+    main(["--unpack-results", str(tmp_path / "out")])
+    assert (tmp_path / "out/speed.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_trainings_run_without_a_gpu(clips_root, tmp_path):
+    """The command that waits for a GPU, with tiny sizes: from packed clips to files that come back."""
     rows = []
     for split, group in (("train", "g1"), ("validation", "g25"), ("test", "g0")):
         for name in ("Surfing", "Archery"):
@@ -121,13 +136,13 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     pack_clips([f"jsonl:{manifest}"], tmp_path / "box.clips", PackOptions(max_frames=32))
     command = [sys.executable, ROOT / "eval/gpu.py", "--pack", tmp_path / "box.clips", "--out", tmp_path / "out"]
     done = subprocess.run(
-        [*command, "--minutes", "5", "--device", "cpu", "--rehearse", "--shapes", "8"],
+        [*command, "--parts", *MODELS, "tokenizer", "--minutes", "5", "--device", "cpu", "--rehearse", "--shapes", "8"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "out/report.json").read_text())
     bad = {name: part for name, part in report["parts"].items() if part["status"] != "ok"}
     assert done.returncode == 0 and not bad, (bad, done.stdout[-3000:], done.stderr[-3000:])
-    parts = {"tests", "speed", "unpack", "tokenizer", "render_3", "tokens_train", "tokens_shapes", "generator", "mllm"}
+    parts = {*MODELS, "unpack", "tokenizer", "render_3", "tokens_train", "tokens_shapes"}
     assert parts <= set(report["parts"])
     pieces = list((tmp_path / "out").glob("*.tar.*"))
     assert all(piece.stat().st_size <= PIECE for piece in pieces)
@@ -136,6 +151,9 @@ def test_all_of_it_runs_without_a_gpu(clips_root, tmp_path):
     tokenizer = LarpTokenizer.from_pretrained(tmp_path / "out/weights/tokenizer")
     generator = LarpGenerator.from_pretrained(tmp_path / "out/weights/generator")
     assert generator.config.tokenizer_hash == tokenizer.weight_hash(), "what came back belongs together"
-    (video,) = Mllm.load(tmp_path / "out/weights/mllm", "cpu").generate(["surfing"])
-    assert video.frames.shape == (16, 64, 64, 3), "the language model writes with the tokenizer that came with it"
-    assert (tmp_path / "out/speed.json").is_file() and (tmp_path / "out/reconstruction.json").is_file()
+    for model in ("mllm", "smollm2"):
+        (video,) = Mllm.load(tmp_path / "out/weights" / model, "cpu").generate(["surfing"])
+        assert video.frames.shape == (16, 64, 64, 3), "the language model writes with the tokenizer that came with it"
+    added = (tmp_path / "out/weights/smollm2/model.safetensors").stat().st_size
+    assert added < (tmp_path / "out/work/smollm2/model/model.safetensors").stat().st_size / 3
+    assert (tmp_path / "out/reconstruction.json").is_file()

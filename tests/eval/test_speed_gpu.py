@@ -25,6 +25,7 @@ def test_a_rehearsal_takes_every_measurement(tmp_path, capsys):
     assert capsys.readouterr().out.count("clips/s") >= 7
 
 
+@pytest.mark.slow
 def test_what_is_chosen_is_measured_beside_the_ceilings(tmp_path):
     out = tmp_path / "speed.json"
     speed_gpu.main(["--device", "cpu", "--rehearse", "--out", str(out), "--only", "loss"])

@@ -1,6 +1,7 @@
 """training/ship.py: what it writes loads as the models of the package do, and gives the codes and videos of the originals."""
 
 import json
+import shutil
 from dataclasses import replace
 
 from larp.hub import WEIGHTS
@@ -9,6 +10,7 @@ from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm import locate
 from larp_mllm.pipeline import Mllm
+from tests.larp_mllm.model.test_partial_lora import with_updates
 from tests.larp_mllm.tiny import colourful_mllm
 from training import ship as ship_script
 from training.ship import main, without_paths
@@ -74,6 +76,29 @@ def test_shipped_models_belong_together_and_have_the_codes_of_the_originals(trai
     wholes = sum((trained / part / WEIGHTS).stat().st_size for part in ("tokenizer", "generator", "mllm/model"))
     assert halves < 0.8 * wholes
     assert json.loads((out / "language-model/config.json").read_text())["video_tokenizer_hash"] == after.weight_hash()
+
+
+def test_smollm2_is_shipped_without_its_base(trained, monkeypatch):
+    """A tiny base stands in for it."""
+    mllm = colourful_mllm()
+    mllm.model.base.save_pretrained(trained / "base")
+    mllm.processor.tokenizer.save_pretrained(trained / "base")
+    with_updates(mllm)
+    mllm.processor.video_tokenizer = LarpTokenizer.from_pretrained(trained / "tokenizer")
+    mllm.model.config.video_tokenizer_hash = mllm.processor.video_tokenizer.weight_hash()
+    mllm.save(trained / "smollm2")
+    monkeypatch.setattr(ship_script, "SMOLLM2", str(trained / "base"))
+    ship(trained, smollm2=trained / "smollm2")
+    out = trained / "out"
+    assert not (out / "smollm2/video_tokenizer").exists()
+    assert (out / "smollm2" / WEIGHTS).stat().st_size < (trained / "smollm2" / WEIGHTS).stat().st_size / 2
+    monkeypatch.setattr(locate, "_SHIPPED", out)
+    monkeypatch.setitem(locate.SHIPPED_MODELS, "smollm2", "smollm2")
+    loaded = Mllm.load("smollm2", "cpu")
+    assert loaded.generate(["a person surfing"])[0].frames.shape == (4, 16, 16, 3)
+    shutil.rmtree(trained / "base")
+    with pytest.raises(ValueError, match="base"):
+        Mllm.load("smollm2", "cpu")
 
 
 def test_no_folder_of_the_machine_is_left_in_a_report():

@@ -174,5 +174,6 @@ def test_a_training_fits_the_row_where_text_is_left_to_the_base(method, chatting
     chatting.processor.tokenizer.save_pretrained(tmp_path / "base")
     captions = []
     monkeypatch.setattr(results, "fit_video_start", lambda mllm, answers, texts: captions.extend(texts))
-    train(tmp_path / "run", "--base", str(tmp_path / "base"), "--align.steps", "0", "--joint.method", method)
+    steps = ["--align.steps", "0", "--joint.steps", "2"]
+    train(tmp_path / "run", "--base", str(tmp_path / "base"), *steps, "--joint.method", method)
     assert (set(captions) == set(CAPTIONS)) == (method == "partial-lora")

@@ -155,6 +155,7 @@ def test_embeddings_tell_where_videos_are():
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_can_be_compiled():
     mllm = with_updates(tiny_mllm())
