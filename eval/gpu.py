@@ -47,7 +47,7 @@ Part = Literal["tests", "speed", "tokenizer", "generator", "mllm", "smollm2"]
 MODELS = ("generator", "mllm", "smollm2")
 # Time limits of the parts in seconds, and the share of the trainings' time that the tokenizer gets.
 LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "render": 120, "tokens": 60}
-TOKENIZER_SHARE = 0.74
+TOKENIZER_SHARE, REHEARSED_SHARE = 0.74, 0.3
 RENDERERS = 4
 RENDER = "import sys; from larp.data.datasets import open_videos; open_videos(sys.argv[1], 'train')"
 # Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples.
@@ -232,7 +232,8 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
     if "tokenizer" not in config.parts and rendering:
         runner.run(LIMITS["render"], **rendering)
     if "tokenizer" in config.parts:
-        seconds = runner.left * (TOKENIZER_SHARE if models else 1.0)
+        share = REHEARSED_SHARE if config.rehearse else TOKENIZER_SHARE
+        seconds = runner.left * (share if models else 1.0)
         runner.run(
             seconds + 2 * AFTER,
             **rendering,

@@ -136,7 +136,7 @@ def test_the_trainings_run_without_a_gpu(clips_root, tmp_path):
     pack_clips([f"jsonl:{manifest}"], tmp_path / "box.clips", PackOptions(max_frames=32))
     command = [sys.executable, ROOT / "eval/gpu.py", "--pack", tmp_path / "box.clips", "--out", tmp_path / "out"]
     done = subprocess.run(
-        [*command, "--parts", *MODELS, "tokenizer", "--minutes", "5", "--device", "cpu", "--rehearse", "--shapes", "8"],
+        [*command, "--parts", *MODELS, "tokenizer", "--minutes", "4", "--device", "cpu", "--rehearse", "--shapes", "8"],
         capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     report = json.loads((tmp_path / "out/report.json").read_text())
