@@ -50,8 +50,10 @@ LIMITS = {"tests": 100, "speed": 130, "unpack": 60, "render": 120, "tokens": 60}
 TOKENIZER_SHARE, REHEARSED_SHARE = 0.74, 0.3
 RENDERERS = 4
 RENDER = "import sys; from larp.data.datasets import open_videos; open_videos(sys.argv[1], 'train')"
-# Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples.
+# Seconds that a training takes beyond its --minutes: imports and building before, metrics and writing after, and samples; on a CPU,
+# where trainings share few cores, several times as long.
 BEFORE, AFTER, SAMPLES = 20, 8, 6
+CPU_TIMES = 3
 # What SmolLM2 needs more: to be dequantized and asked before its training, and the row of video_start after it.
 SMOLLM2_MORE = 60
 
@@ -102,6 +104,10 @@ class GpuConfig:
         if not self.shapes or not {"mllm", "smollm2"} & set(self.parts):
             return []
         return [f"shapes:count={self.shapes // RENDERERS},seed={seed},size=64" for seed in range(1, 1 + RENDERERS)]
+
+    def beyond(self, seconds: float) -> float:
+        """Return how long something takes here that takes so many seconds on a GPU machine."""
+        return seconds * (CPU_TIMES if self.device == "cpu" else 1)
 
     @property
     def trained(self) -> list[str]:
@@ -235,11 +241,11 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
         share = REHEARSED_SHARE if config.rehearse else TOKENIZER_SHARE
         seconds = runner.left * (share if models else 1.0)
         runner.run(
-            seconds + 2 * AFTER,
+            seconds + 2 * config.beyond(AFTER),
             **rendering,
             tokenizer=[
                 "training/train_tokenizer.py", *recipe(config, "tokenizer", earlier), "--data", everything, "--out", tokenizer,
-                *time_limit(seconds - BEFORE - AFTER), *start_options(earlier, "tokenizer"), *config.tokenizer_options.split(),
+                *time_limit(seconds - config.beyond(BEFORE + AFTER)), *start_options(earlier, "tokenizer"), *config.tokenizer_options.split(),
             ],
         )  # fmt: skip
     if not (tokenizer / "model").is_dir():
@@ -267,7 +273,7 @@ def train(runner: Runner, config: GpuConfig, earlier: dict[str, Path]) -> None:
                         "--out", work / "reconstruction.json", "--repeats", "2", "--device", config.device],
     ) and not all((folder / "index.json").exists() for folder in list(codes.values())[:2]):  # fmt: skip
         return runner.skip("there are no tokens to train on", *models)
-    left = runner.left - BEFORE - AFTER - SAMPLES
+    left = runner.left - config.beyond(BEFORE + AFTER + SAMPLES)
     limits = dict.fromkeys(models, time_limit(left)) | {"smollm2": time_limit(left - SMOLLM2_MORE)}
     more = ["--more-tokens", shapes] if (shapes / "index.json").exists() else []
     sources = {

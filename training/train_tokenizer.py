@@ -47,7 +47,7 @@ from larp.metrics import lpips
 from larp.metrics.reconstruction import ValidationMetrics
 from larp.metrics.validation import TokenizerValidation, open_validation, quality
 from larp.metrics.weights import WeightsMissing
-from larp.models.growing import with_more_codes
+from larp.models.growing import grown
 from larp.models.noise import BatchNoise
 from larp.models.objective import tokenizer_loss
 from larp.models.tokenizer import LarpTokenizer, sample_prefix_lengths
@@ -107,6 +107,9 @@ def main(argv: list[str] | None = None) -> dict:
     config, recipe = parse(
         TrainTokenizerConfig, options, RECIPES, "train_tokenizer.py", DEFAULT_RECIPE, TrainTokenizerConfig.adjusted
     )
+    # Not a matter of the recipe alone, which need not name the tokenizer.
+    if config.train == "refiner" and config.start_from is None:
+        raise ValueError("train = refiner is for a trained tokenizer: name it with --start-from")
     if argv is None:
         spread(config.engine, config.batch_size)
     ranks = backend.start(config.seed)
@@ -149,14 +152,10 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     torch.manual_seed(config.seed)
     tokenizer = LarpTokenizer(config.model).to(ranks.device)
     if config.start_from is not None:
-        codes = config.model.num_tokens
-        take_weights(
-            tokenizer,
-            config.start_from,
-            optional="prior",
-            # A multiple of the codes is the one thing that may differ.
-            fit=lambda trained: trained if codes % trained.num_tokens else with_more_codes(trained, codes),
-        )
+        take_weights(tokenizer, config.start_from, optional="prior", fit=lambda trained: grown(trained, config.model))
+    if config.train == "refiner":
+        tokenizer.requires_grad_(False)
+        tokenizer.refiner.requires_grad_(True)
     clock = Clock(config.steps, config.minutes)
     factor = clock.on_schedule(config.optimizer.lr_factor(config.steps, steps_per_epoch=videos / config.batch_size))
     optimizer = build_optimizer(tokenizer, config.optimizer, config.engine.zero_stage, config.engine.precision)
@@ -270,7 +269,7 @@ def train_step(trainer: Trainer, batches: Iterator[dict]) -> dict[str, Tensor]:
         losses = train_micro_batch(trainer, next(batches), quantize)
         for name, value in losses.items():
             sums[name] = sums.get(name, 0.0) + value.detach() / config.engine.accumulation
-    due = config.reset_codes_every and trainer.clock.due(config.reset_codes_every)
+    due = config.resets_codes and config.reset_codes_every and trainer.clock.due(config.reset_codes_every)
     if quantize and due and place < 0.9 * config.steps:
         trainer.codes.reset(all_codes=False)
     return sums
@@ -288,7 +287,9 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
     if config.model.nested:
         prefixes = sample_prefix_lengths(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
     mix = ramp(place, config.steps, config.mix_ramp, config.mix_peak)
-    out = engine(clip, noise, mix, quantize, prefixes, config.temperature(place))
+    # A refiner sees the codes that are decoded later: the nearest ones.
+    sampling = noise if config.train == "all" else None
+    out = engine(clip, sampling, mix, quantize, prefixes, config.temperature(place))
     with engine.autocast():
         loss, parts = tokenizer_loss(config.loss, clip, out, perceptual, noise)
     with nullcontext() if adversary is None else adversary.frozen():

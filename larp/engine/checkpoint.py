@@ -34,6 +34,8 @@ import torch
 
 CONFIG_FILE = "config.json"
 _STATE, _MARKER, _EXTRA = "state", "state.json", "extra.pt"
+# Checkpoints of a run that remain.
+_KEPT = 2
 # Keys of `SavedState.model` that checkpoints of earlier versions have, and their names now.
 _RENAMED = {"keeps_codes": "resets_codes"}
 _UNIVERSAL = "-universal"
@@ -201,7 +203,7 @@ def save_state(
     extra: Mapping[str, Any] | None = None,
     *,
     model: Mapping[str, Any] | None = None,
-    keep: int = 2,
+    keep: int = _KEPT,
 ) -> Path:
     """Save a checkpoint of the run and return its folder; only the newest `keep` checkpoints remain. Collective.
 
@@ -268,6 +270,12 @@ def _save(
         }
         write_json(target / _MARKER, marker)
         _sync(target)
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Remove what a run that was killed while it removed old checkpoints left of them, on the main process."""
+    if current_ranks().is_main:
+        _remove_old(Path(folder), _KEPT)
 
 
 def _remove_old(folder: Path, keep: int) -> None:

@@ -280,7 +280,7 @@ def _groups(
     own = {"lr": lr, "lr_name": "prior_lr" if prefix else "lr"}
     if config.name == "adam":
         return [{"params": [p for _, p in named], **own}]
-    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv3d)}
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d)}
     muon = config.name == "muon"
     inside = {id(p) for name, p in named if muon and id(p) in linear and name.startswith(_BLOCKS)}
     matrices = {"lr": config.matrix_lr * (lr / config.lr), "lr_name": "prior_matrix_lr" if prefix else "matrix_lr"}

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from larp.config import to_dict
 from larp.engine.backend import Engine, Ranks
-from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, save_state
+from larp.engine.checkpoint import SavedState, check_folder, load_state, open_run, remove_leftovers, save_state
 from larp.engine.clock import Clock
 from larp.engine.distributed import gather_objects
 from larp.engine.log import RunLog, check_wandb
@@ -67,6 +67,7 @@ def open_training(
         clock.start()
         return None
     load_state(engines, saved, identity)
+    remove_leftovers(config.out)
     # Tokenizer runs that began before 2026-11-27 hold it in `extra`.
     with naming_damaged(saved.folder):
         elapsed = saved.loader_state.get("elapsed", saved.extra.get("elapsed", 0.0))

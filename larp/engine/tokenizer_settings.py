@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from larp.config import to_dict
 from larp.engine.adversary import AdversaryConfig
@@ -39,6 +40,9 @@ class TrainTokenizerConfig:
     half of the time. Not counted: the start, the first step, the last validation, and what is written at the end."""
     start_from: str | None = None
     """Folder or hub name of a tokenizer of the same shape to begin with: its averaged weights, where it has them."""
+    train: Literal["all", "refiner"] = "all"
+    """`refiner`: only the convolutions after the decoder (model.refiner_width) of the tokenizer of `start_from`, whose codes stay as they
+    are, and with them what was trained on them."""
     batch_size: int = 128
     """Clips per step, over all processes."""
     seed: int = 0
@@ -119,6 +123,8 @@ class TrainTokenizerConfig:
             )
         if self.temperature_start is not None and not self.model.stochastic:
             raise ValueError("temperature_start is of stochastic codes: leave it out with --model.no-stochastic")
+        if self.train == "refiner" and not self.model.refiner_width:
+            raise ValueError("train = refiner needs the width of one: --model.refiner-width 64")
         start = self.temperature_start
         if start is not None and not (0 < start < math.inf and 0 < self.temperature_ramp <= 1):
             raise ValueError("temperature_start must be positive, and temperature_ramp a share of the run in (0, 1]")
@@ -157,7 +163,7 @@ class TrainTokenizerConfig:
     @property
     def resets_codes(self) -> bool:
         """Whether codes are ever reset."""
-        return bool(self.reset_codes_every or self.continuous)
+        return self.train == "all" and bool(self.reset_codes_every or self.continuous)
 
     @property
     def identity(self) -> dict:
@@ -167,6 +173,7 @@ class TrainTokenizerConfig:
         own_rate = {"prior_lr": "the prior's own"} if self.optimizer.prior_lr is not None else {}
         return {
             "model": to_dict(self.model),
+            **({"train": self.train} if self.train != "all" else {}),
             "adversary": {name: value for name, value in adversary.items() if name != "lr"},
             "optimizer": {"name": self.optimizer.name, **own_rate},
             # A checkpoint without the resetter's counts cannot supply them.

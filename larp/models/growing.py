@@ -1,4 +1,4 @@
-"""A trained tokenizer with more codes for a clip, as the start of a training."""
+"""A trained tokenizer with more codes for a clip, or with a refiner, as the start of a training."""
 
 from __future__ import annotations
 
@@ -6,11 +6,26 @@ from dataclasses import replace
 
 from larp.models.layers import sincos_1d
 from larp.models.tokenizer import LarpTokenizer
+from larp.models.tokenizer_config import TokenizerConfig
 
 import torch
 
 # Of a query's standard deviation: twins must differ, or they stay the same. Of eight clips of UCF-101 this costs nothing that shows.
 _SPREAD = 0.5
+
+
+def grown(trained: LarpTokenizer, config: TokenizerConfig) -> LarpTokenizer:
+    """Return `trained` with as many codes as `config` says, if these are a multiple of its own, and with a refiner if it lacks one."""
+    if not config.num_tokens % trained.num_tokens:
+        trained = with_more_codes(trained, config.num_tokens)
+    return with_refiner(trained, config.refiner_width) if config.refiner_width and trained.refiner is None else trained
+
+
+def with_refiner(trained: LarpTokenizer, width: int) -> LarpTokenizer:
+    """Return a tokenizer that draws what `trained`, which has no refiner, draws: its refiner changes nothing yet."""
+    new = LarpTokenizer(replace(trained.config, refiner_width=width))
+    new.load_state_dict(new.state_dict() | trained.state_dict())
+    return new.to(trained.device)
 
 
 def with_more_codes(trained: LarpTokenizer, num_tokens: int, seed: int = 0) -> LarpTokenizer:

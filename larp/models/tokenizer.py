@@ -15,6 +15,7 @@ from larp.models.noise import BatchNoise
 from larp.models.prior import ARPrior, PriorResult
 from larp.models.published_tokenizer import tokenizer_from_published
 from larp.models.quantizer import Quantized, VectorQuantizer
+from larp.models.refiner import Refiner
 from larp.models.tokenizer_config import TokenizerConfig
 
 import torch
@@ -57,6 +58,7 @@ class LarpTokenizer(LarpModel):
         self.decoder = Stack(c.decoder_width, c.decoder_heads, c.decoder_depth)
         self.norm_final = nn.LayerNorm(c.decoder_width, eps=1e-6)
         self.head = nn.Linear(c.decoder_width, 3 * math.prod(self.decoder_patch_size))
+        self.refiner = Refiner(c.refiner_width) if c.refiner_width else None
         self.prior = ARPrior(c.prior, c.code_dim) if c.prior.enabled else None
         init_xavier(self)
         nn.init.zeros_(self.head.weight)
@@ -114,9 +116,10 @@ class LarpTokenizer(LarpModel):
         queries = (self.decoder_positions[:, : t * h * w] + self.patch_type).to(x).expand(x.shape[0], -1, -1)
         x = self.decoder(torch.cat([x, queries], dim=1), last=t * h * w)
         pixels = self.head(self.norm_final(x))
-        return rearrange(
+        clip = rearrange(
             pixels, "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw, c=3
         )
+        return clip if self.refiner is None else self.refiner(clip)
 
     def forward(
         self,

@@ -44,6 +44,8 @@ class TokenizerConfig:
     decoder_width: int = 768
     decoder_depth: int = 12
     decoder_heads: int = 12
+    refiner_width: int = 0
+    """Width of the convolutions that refine decoded frames, see `Refiner`; 0: none."""
     stochastic: bool = True
     """Sample codes in training; off takes the nearest ones (deterministic VQ)."""
     temperature: float = 0.03
@@ -69,6 +71,10 @@ class TokenizerConfig:
             width, heads = getattr(self, f"{side}_width"), getattr(self, f"{side}_heads")
             if width % heads or width % 4:
                 raise ValueError(f"{side}_width = {width} must be a multiple of 4 and of {side}_heads = {heads}")
+        if self.refiner_width < 0 or (self.refiner_width and (self.height % 2 or self.width % 2)):
+            raise ValueError(
+                f"refiner_width = {self.refiner_width} must be 0 or more, and a refiner needs even sides, got {self.height}x{self.width}"
+            )
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {self.temperature}")
         if self.prior.enabled and self.prior.positions < self.num_tokens:

@@ -62,3 +62,15 @@ def test_what_cannot_run_is_refused_first(ranks, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file: choose another place with --out"):
         check_run(Options(tmp_path / "file"))
+
+
+def test_what_a_killed_removal_left_is_removed_when_the_run_is_resumed(new_engine, tmp_path):
+    """The last checkpoint of a run is followed by no other, which would remove it."""
+    engines = {"model": new_engine()}
+    for step in (1, 2, 3):
+        save_state(engines, tmp_path, step, {}, {})
+    half = tmp_path / "state/step-00000001"
+    half.mkdir()
+    (half / "random-0.pt").write_text("")
+    open_training(Options(tmp_path, resume=True), {}, Clock(3), engines, {})
+    assert sorted(path.name for path in half.parent.iterdir()) == ["step-00000002", "step-00000003"]
