@@ -64,13 +64,15 @@ def main(argv: list[str] | None = None) -> None:
     given = {"mllm": config.mllm} | ({} if config.smollm2 is None else {"smollm2": config.smollm2})
     models = {name: find_model(folder, f"--{name}") for name, folder in given.items()}
     hashes = {name: read_json(folder / "config.json")["video_tokenizer_hash"] for name, folder in models.items()}
+    # A refiner changes no code.
+    same_codes = (trained.weight_hash(), plain(trained, refiner_width=0).weight_hash())
     for name, found in {"generator": generator.config.tokenizer_hash, **hashes}.items():
-        if found != trained.weight_hash():
+        if found not in same_codes:
             raise ValueError(
                 f"--{name} was trained on codes of the tokenizer {found[:12]}, but --tokenizer is {trained.weight_hash()[:12]}: give "
                 "models that belong together"
             )
-    folder = without_prior(trained).save_pretrained(config.out / "tokenizer", dtype=torch.bfloat16)
+    folder = plain(trained).save_pretrained(config.out / "tokenizer", dtype=torch.bfloat16)
     new = LarpTokenizer.from_pretrained(folder).weight_hash()
     generator.config = replace(generator.config, tokenizer_hash=new)
     generator.save_pretrained(config.out / "generator", dtype=torch.bfloat16)
@@ -88,10 +90,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
 
 
-def without_prior(tokenizer: LarpTokenizer) -> LarpTokenizer:
-    """Return a tokenizer with the same codes that has no prior."""
-    small = LarpTokenizer(replace(tokenizer.config, prior=PriorConfig(enabled=False)))
-    small.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if not k.startswith("prior.")})
+def plain(tokenizer: LarpTokenizer, **fields: Any) -> LarpTokenizer:
+    """Return a tokenizer with the same codes that has no prior, nor what these `fields` of its config leave out."""
+    small = LarpTokenizer(replace(tokenizer.config, prior=PriorConfig(enabled=False), **fields))
+    wanted = small.state_dict().keys()
+    small.load_state_dict({k: v for k, v in tokenizer.state_dict().items() if k in wanted})
     return small
 
 

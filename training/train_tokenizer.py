@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
@@ -53,7 +54,7 @@ from larp.models.objective import tokenizer_loss
 from larp.models.tokenizer import LarpTokenizer, sample_prefix_lengths
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "tokenizer-shapes32"
@@ -70,7 +71,8 @@ class Trainer:
     clock: Clock
     tokenizer: Engine
     adversary: Adversary | None
-    perceptual: lpips.Lpips | None
+    perceptual: nn.Module | None
+    """Maps two clips to their LPIPS (B,)."""
     metrics: ValidationMetrics
     """LPIPS and rFVD of validation, where their weights are at hand."""
     codes: CodebookTracker
@@ -168,18 +170,19 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
         config.adversary, config.loss, config.model, lambda _: factor(engine.step_count), config.engine,
         config.batch_size, ranks,
     )  # fmt: skip
-    perceptual = load_lpips().to(ranks.device) if config.loss.lpips > 0 else None
+    perceptual = load_lpips(config.loss.lpips_net).to(ranks.device) if config.loss.lpips > 0 else None
     metrics = ValidationMetrics()
     if ranks.is_main:
-        metrics = ValidationMetrics.with_available_weights(config.model.clip_shape, ranks.device, perceptual)
+        published = perceptual if isinstance(perceptual, lpips.Lpips) and perceptual.net == "vgg16" else None
+        metrics = ValidationMetrics.with_available_weights(config.model.clip_shape, ranks.device, published)
     codes = CodebookTracker(engine, config.resets_codes, config.seed)
     return Trainer(config, ranks, clock, engine, adversary, perceptual, metrics, codes)
 
 
-def load_lpips() -> lpips.Lpips:
+def load_lpips(net: Literal["vgg16", "alexnet", "both"]) -> nn.Module:
     """Load LPIPS with its published weights. ValueError if they are missing: training without LPIPS must be asked for."""
     try:
-        return lpips.Lpips.load()
+        return lpips.MeanLpips.load() if net == "both" else lpips.Lpips.load(net=net)
     except WeightsMissing as error:
         raise WeightsMissing(f"{error}; or train without LPIPS: --loss.lpips 0") from error
 

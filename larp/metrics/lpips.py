@@ -143,6 +143,23 @@ class Lpips(nn.Module):
         return ((images * 2 - 1 - self.shift.float()) / self.scale.float()).to(self.features[0].weight.dtype)
 
 
+class MeanLpips(nn.Module):
+    """The mean of LPIPS with VGG16 and with AlexNet, for training: each alone is fooled in its own way."""
+
+    def __init__(self, *nets: Lpips) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+
+    @classmethod
+    def load(cls) -> MeanLpips:
+        """Return it with the published weights; errors as of `Lpips.load`."""
+        return cls(Lpips.load(net="vgg16"), Lpips.load(net="alexnet"))
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the distance of each pair of clips, as `Lpips.forward` does."""
+        return torch.stack([net(a, b) for net in self.nets]).mean(dim=0)
+
+
 def available(net: Net = "vgg16") -> bool:
     """Whether the weights are found. Raises WeightsMissing if an environment variable names a missing file."""
     return bool(SOURCES[net].find())

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from larp.hub import WEIGHTS
 from larp.models.generator import GeneratorConfig, LarpGenerator
+from larp.models.growing import with_refiner
 from larp.models.prior import PriorConfig
 from larp.models.tokenizer import LarpTokenizer
 from larp_mllm import locate
@@ -99,6 +100,24 @@ def test_smollm2_is_shipped_without_its_base(trained, monkeypatch):
     shutil.rmtree(trained / "base")
     with pytest.raises(ValueError, match="base"):
         Mllm.load("smollm2", "cpu")
+
+
+def test_a_tokenizer_that_was_refined_since_has_the_same_codes(trained, monkeypatch):
+    refined = with_refiner(LarpTokenizer.from_pretrained(trained / "tokenizer"), 8)
+    torch.nn.init.normal_(refined.refiner.last.weight, std=0.1)
+    ship(trained)
+    # As after a training of the refiner of what was shipped.
+    again = with_refiner(LarpTokenizer.from_pretrained(trained / "out/tokenizer"), 8)
+    again.refiner.load_state_dict(refined.refiner.state_dict())
+    again.save_pretrained(trained / "refined")
+    monkeypatch.setattr(locate, "_SHIPPED", trained / "out")
+    models = {"generator": trained / "out/generator", "mllm": trained / "out/language-model"}
+    main([*(str(word) for name, path in models.items() for word in (f"--{name}", path)), "--tokenizer",
+          str(trained / "refined"), "--out", str(trained / "new")])  # fmt: skip
+    monkeypatch.setattr(locate, "_SHIPPED", trained / "new")
+    model = Mllm.load(trained / "new/language-model", "cpu")
+    assert model.processor.video_tokenizer.refiner is not None
+    assert model.generate(["a person surfing"])[0].frames.shape == (4, 16, 16, 3)
 
 
 def test_no_folder_of_the_machine_is_left_in_a_report():
