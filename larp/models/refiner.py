@@ -42,4 +42,4 @@ class Refiner(nn.Module):
         frames = torch.cat([around[:, :, :-2], clip, around[:, :, 2:]], dim=1).transpose(1, 2).flatten(0, 1)
         x = self.blocks(self.first(F.pixel_unshuffle(frames - 0.5, 2)))
         change = F.pixel_shuffle(self.last(F.silu(x)), 2)
-        return clip + change.unflatten(0, (len(clip), clip.shape[2])).transpose(1, 2)
+        return clip + change.unflatten(0, (-1, clip.shape[2])).transpose(1, 2)

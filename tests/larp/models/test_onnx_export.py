@@ -2,8 +2,10 @@
 
 import importlib.util
 
+from larp.models.growing import with_refiner
 from larp.models.onnx_export import export_onnx
 from larp.models.tokenizer import LarpTokenizer
+from tests.larp_mllm.tiny import tiny_video_tokenizer
 
 import pytest
 import torch
@@ -70,3 +72,20 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(golden_root, t
     for folder, words in ((tmp_path, r"decode\.onnx is a folder"), (tmp_path / "file", "is a file, not a folder")):
         with pytest.raises(ValueError, match=words):
             export_onnx(model, folder)
+
+
+@pytest.mark.slow
+def test_a_refiner_is_exported_as_well(tmp_path):
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package, reason="needs pip install 'larp-mllm[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="needs pip install 'larp-mllm[onnx]'")
+    tokenizer = with_refiner(tiny_video_tokenizer(), 8).eval()
+    for layer in (tokenizer.head, tokenizer.refiner.last):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    export_onnx(tokenizer, tmp_path)
+    session, codes = (
+        runtime.InferenceSession(tmp_path / "decode.onnx", providers=["CPUExecutionProvider"]),
+        torch.randint(16, (3, 4)),
+    )
+    (clip,) = session.run(None, {"codes": codes.numpy()})
+    torch.testing.assert_close(torch.from_numpy(clip), tokenizer.decode(codes), rtol=1e-5, atol=1e-5)
