@@ -82,7 +82,7 @@ gpu-kit: wheelhouse
 	test -n "$(PACK)" || { echo "PACK names no packed clips: make gpu-kit PACK=box.clips (larp-mllm pack-clips makes them)"; exit 2; }
 	rm -rf build/gpu-kit && mkdir -p build/gpu-kit/wheels
 	cp build/wheelhouse/*.whl build/gpu-kit/wheels/ && cp "$(PACK)" build/gpu-kit/box.clips
-	cp "$$($(BIN)/larp-mllm fetch lpips | tail -1)" build/gpu-kit
+	for name in lpips lpips-alexnet; do cp "$$($(BIN)/larp-mllm fetch $$name | tail -1)" build/gpu-kit || exit 1; done
 	du -ch build/gpu-kit
 
 lint: install

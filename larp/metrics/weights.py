@@ -289,7 +289,7 @@ LPIPS = Source(
 )
 LPIPS_ALEXNET = Source(
     name="lpips-alexnet",
-    what="LPIPS 0.1 with AlexNet: metric",
+    what="LPIPS 0.1 with AlexNet: metric, and loss of the recipe tokenizer-box-refiner",
     licence="BSD",
     package=_lpips_package(
         "alexnet.ckpt",

@@ -7,7 +7,7 @@ from pathlib import Path
 from larp.engine import clock
 from larp.engine.checkpoint import newest_state
 from larp.hub import EMA
-from larp.metrics.lpips import Lpips
+from larp.metrics.lpips import Lpips, MeanLpips
 from larp.metrics.validation import TokenizerValidation, quality
 from larp.models.tokenizer import LarpTokenizer
 from tests.training.test_train_tokenizer import TINY
@@ -200,3 +200,10 @@ def test_a_loss_that_is_never_reached_is_noted(recipe, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "note: loss.gan_start = 3 is not reached in 3 steps: the run trains without loss.gan\n" in said
     assert "loss.lpips_start" not in said, "it has no weight"
+
+
+@pytest.mark.parametrize(("net", "kind"), [("both", MeanLpips), ("alexnet", Lpips)])
+def test_the_network_of_the_loss_is_chosen(net, kind, fetched):
+    for name in ("lpips", "lpips-alexnet"):
+        fetched(name)
+    assert isinstance(train_tokenizer.load_lpips(net), kind)

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from larp.metrics import lpips as module
-from larp.metrics.lpips import Lpips, available
+from larp.metrics.lpips import Lpips, MeanLpips, available
 from larp.metrics.weights import LPIPS, LPIPS_ALEXNET, LPIPS_HEADS, VGG16, WeightsMissing, file_sha256, tensors_sha256
 
 import pytest
@@ -215,3 +215,9 @@ def test_published_values_of_alexnet(fetched):
     black = torch.zeros(1, 3, 1, 64, 64)
     assert model(black, black + 1).item() == pytest.approx(0.81395, abs=1e-3)
     assert model.weights_hash == LPIPS_ALEXNET.package.contents
+
+
+@torch.no_grad()
+def test_the_mean_of_both_networks():
+    nets, (a, b) = [Lpips("vgg16"), Lpips("alexnet")], torch.rand(2, 2, 3, 2, 32, 32)
+    torch.testing.assert_close(MeanLpips(*nets)(a, b), (nets[0](a, b) + nets[1](a, b)) / 2)
