@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from larp.config import parse, to_dict
 from larp.data.clips import ClipShape
@@ -50,7 +49,7 @@ from larp.metrics.validation import TokenizerValidation, open_validation, qualit
 from larp.metrics.weights import WeightsMissing
 from larp.models.growing import grown
 from larp.models.noise import BatchNoise
-from larp.models.objective import tokenizer_loss
+from larp.models.objective import LpipsNet, tokenizer_loss
 from larp.models.tokenizer import LarpTokenizer, sample_prefix_lengths
 
 import torch
@@ -173,13 +172,13 @@ def build(config: TrainTokenizerConfig, ranks: Ranks, videos: int) -> Trainer:
     perceptual = load_lpips(config.loss.lpips_net).to(ranks.device) if config.loss.lpips > 0 else None
     metrics = ValidationMetrics()
     if ranks.is_main:
-        published = perceptual if isinstance(perceptual, lpips.Lpips) and perceptual.net == "vgg16" else None
+        published = perceptual if config.loss.lpips_net == "vgg16" else None
         metrics = ValidationMetrics.with_available_weights(config.model.clip_shape, ranks.device, published)
     codes = CodebookTracker(engine, config.resets_codes, config.seed)
     return Trainer(config, ranks, clock, engine, adversary, perceptual, metrics, codes)
 
 
-def load_lpips(net: Literal["vgg16", "alexnet", "both"]) -> nn.Module:
+def load_lpips(net: LpipsNet) -> nn.Module:
     """Load LPIPS with its published weights. ValueError if they are missing: training without LPIPS must be asked for."""
     try:
         return lpips.MeanLpips.load() if net == "both" else lpips.Lpips.load(net=net)
@@ -289,10 +288,12 @@ def train_micro_batch(trainer: Trainer, batch: dict, quantize: bool) -> dict[str
     prefixes = None
     if config.model.nested:
         prefixes = sample_prefix_lengths(noise, config.prefix_share, config.prefix_shortest, config.model.num_tokens)
-    mix = ramp(place, config.steps, config.mix_ramp, config.mix_peak)
-    # A refiner sees the codes that are decoded later: the nearest ones.
-    sampling = noise if config.train == "all" else None
-    out = engine(clip, sampling, mix, quantize, prefixes, config.temperature(place))
+    if config.train == "refiner":
+        # It sees the codes that are decoded later, the nearest ones; nothing is sampled, by the prior either.
+        out = engine(clip, None, 0.0, quantize, prefixes)
+    else:
+        mix = ramp(place, config.steps, config.mix_ramp, config.mix_peak)
+        out = engine(clip, noise, mix, quantize, prefixes, config.temperature(place))
     with engine.autocast():
         loss, parts = tokenizer_loss(config.loss, clip, out, perceptual, noise)
     with nullcontext() if adversary is None else adversary.frozen():

@@ -15,6 +15,8 @@ from larp.models.tokenizer import TokenizerOutput
 import torch
 from torch import Tensor
 
+LpipsNet = Literal["vgg16", "alexnet", "both"]
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -24,7 +26,7 @@ class LossConfig:
     l2: float = 0.0
     lpips: float = 1.0
     """Needs its published weights (docs/evaluation.md, 'Weights of the metrics'), unless it is 0."""
-    lpips_net: Literal["vgg16", "alexnet", "both"] = "vgg16"
+    lpips_net: LpipsNet = "vgg16"
     """Network of LPIPS: VGG16 as published; AlexNet, which leaves frames sharper; or the mean of both. Validation measures with VGG16."""
     lpips_frames: int = 0
     """Number of random frames per clip and step that LPIPS is computed on; 0 takes all."""
