@@ -392,16 +392,15 @@ def save_added(model: Path, target: Path, base: str) -> Path:
 
 
 def restore_mllm(folder: Path, tokenizer: Path) -> None:
-    """Convert the output of `save_bf16_mllm` or `save_added` to a model that loads: with its video tokenizer, weights in float32
-    unless they lack their base."""
+    """Convert the output of `save_bf16_mllm` or `save_added` to a model that loads: with its video tokenizer, whole weights in float32."""
+    from larp_mllm.model.weights import BASE
+
     inside = folder / "video_tokenizer"
     if not folder.is_dir() or not tokenizer.is_dir() or inside.is_dir():
         return
-    if (folder / "base.json").exists():
-        shutil.copytree(tokenizer, inside)
-        return
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    if not (folder / BASE).exists():
+        tensors = {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     shutil.copytree(tokenizer, inside)
 
 

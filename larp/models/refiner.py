@@ -29,10 +29,6 @@ class Refiner(nn.Module):
         self.first = nn.Conv2d(3 * 3 * 4, width, 3, padding=1)
         self.blocks = nn.Sequential(*(_Block(width) for _ in range(DEPTH)))
         self.last = nn.Conv2d(width, 3 * 4, 3, padding=1)
-        self.reset()
-
-    def reset(self) -> None:
-        """Let it change nothing."""
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
